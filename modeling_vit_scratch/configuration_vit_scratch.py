@@ -276,10 +276,9 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             if value not in choices and not (field == "problem_type" and value is None):
                 raise ValueError(f"{field}={value!r} is unknown. Choose one of: {', '.join(map(repr, choices))}.")
         if self.hidden_act not in ACT2FN:
-            near = ", ".join(map(repr, difflib.get_close_matches(self.hidden_act, ACT2FN.keys(), n=3)))
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is unknown. Choose an activation of transformers.activations.ACT2FN, "
-                f"e.g. {near or repr('gelu')}."
+                f"hidden_act={self.hidden_act!r} is unknown. Choose 'gelu', 'gelu_pytorch_tanh' or another of "
+                f"transformers' activations: {', '.join(sorted(ACT2FN))}."
             )
 
     def _check_numbers(self) -> None:

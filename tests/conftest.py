@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline, on one thread per process, on the CPU; and the tiny model that most tests use: rectangular on purpose."""
+
+import os
+
+
+# Before transformers and huggingface_hub are imported: they read these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", TOKENIZERS_PARALLELISM="false"
+)
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+
+from modeling_vit_scratch import ViTScratchConfig
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config() -> ViTScratchConfig:
+    """Two layers, width 32, 4 heads, patches of 4 pixels on an image of 16 rows and 24 columns, three labels."""
+    return ViTScratchConfig.from_variant("test/4", num_labels=3)
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """Two images of the size that `config` has, (2, 3, 16, 24)."""
+    return torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
