@@ -7,18 +7,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Where the demo goes, and its second environment.
 DEMO = outputs/demo
+SERVE = $(VENV)/serve
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/installed $(VENV)/serve
+demo: $(VENV)/installed $(SERVE)
 	rm -rf $(DEMO)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/finetune.py --output_dir $(DEMO)/model --export_examples $(DEMO)/examples
 	@echo
 	@echo "The folder in a fresh process that has not got the package:"
-	$(VENV)/serve/bin/python scripts/predict.py $(DEMO)/model $(DEMO)/examples/*.png
+	$(SERVE)/bin/python scripts/predict.py $(DEMO)/model $(DEMO)/examples/*.png
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2
@@ -41,7 +43,7 @@ $(VENV)/installed-test: $(VENV)/installed
 
 # A second environment that sees the first one's packages, but not this one: a path file does not follow the path files
 # of the folder it names, so the editable install stays out of sight.
-$(VENV)/serve: $(VENV)/installed
+$(SERVE): $(VENV)/installed
 	$(PYTHON) -m venv --without-pip $@
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"

@@ -86,7 +86,7 @@ def test_another_size_equals_transformers_interpolation():
         {"position_embedding": "sincos_2d"},
         {"position_embedding": "relative_1d", "num_register_tokens": 1},
         {"position_embedding": "none"},
-        {"position_embedding_placement": "every_layer"},
+        {"position_embedding_placement": "every_layer", "num_hidden_layers": 3},
         {"position_embedding_placement": "every_layer_shared"},
         {"position_embedding": "learned_2d", "position_embedding_placement": "every_layer", "num_register_tokens": 2},
     ],
