@@ -17,10 +17,10 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(VENV)/installed $(SERVE)
 	rm -rf $(DEMO)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/finetune.py --output_dir $(DEMO)/model --export_examples $(DEMO)/examples
+		scripts/finetune.py --output_dir $(DEMO)/digits --export_examples $(DEMO)/examples
 	@echo
 	@echo "The folder in a fresh process that has not got the package:"
-	$(SERVE)/bin/python scripts/predict.py $(DEMO)/model $(DEMO)/examples/*.png
+	$(SERVE)/bin/python scripts/predict.py $(DEMO)/digits $(DEMO)/examples/*.png
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2

@@ -71,7 +71,10 @@ def attributes_read(paths: list[Path]) -> set[str]:
 def test_every_field_of_the_configuration_is_read_by_the_network():
     own = {name for name in ViTScratchConfig.__annotations__ if not name.startswith("_")}
     assert len(own) > 20
-    derived = {"image_size": "grid_hw", "patch_size": "patch_hw", "use_cls_token": "num_prefix_tokens"}
+    derived = {
+        "image_size": "grid_hw", "patch_size": "patch_hw", "use_cls_token": "num_prefix_tokens",
+        "stem_width_factor": "stem_width",
+    }  # fmt: skip
     read = attributes_read([PACKAGE / "modeling_vit_scratch.py"])
     assert {name for name in own if name not in read and derived.get(name) not in read} == set()
 

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+From a source to what the Trainer reads: columns, labels, held-out split, a check of every file, and a torch dataset.
+
+Everything that can be wrong with data is looked for before training starts, and told in one message.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from .arguments import DataArguments
+from .augmentation import Augmentation
+from .errors import Problems
+from .sources import FOLDER_COLUMN, Source, listed, read_source
+
+
+# What columns are called where their type does not tell.
+IMAGE_COLUMNS = (
+    "image",
+    "images",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "image_path",
+)
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """
+    Images as stored, and a class index for each.
+
+    Attributes:
+        images: one column, "image", of undecoded `datasets.Image`.
+        labels: indices into the label names.
+    """
+
+    images: datasets.Dataset
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: list[int]) -> "Examples":
+        return Examples(self.images.select(indices), [self.labels[index] for index in indices])
+
+    def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
+        """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
+        stored = self.images[index]["image"] or {"bytes": None, "path": None}
+        name = stored["path"] or f"image {index}"
+        content = stored["bytes"] if stored["bytes"] is not None else stored["path"]
+        if content is None:
+            raise ImageDecodeError(f"{name} is missing: the row has neither bytes nor a path")
+        return decoder.decode(content, name=name)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What training needs to know of the data. `label_names` are in the order of the class indices."""
+
+    source: Source
+    label_names: list[str]
+    train: Examples
+    validation: Examples
+    split: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.source.name}: {len(self.train):,} training and {len(self.validation):,} held-out images "
+            f"({self.split}); {len(self.label_names)} labels: {listed(self.label_names)}."
+        )
+
+
+class ImageClassificationDataset(torch.utils.data.Dataset):
+    """
+    Map-style dataset of what the model takes: `{"pixel_values": (C, H, W), "labels": int}`.
+
+    Args:
+        examples: images and labels.
+        processor: the model's image processor: training and serving see the same pixels.
+        num_channels: of the model, for a processor that does not decode images itself.
+        augmentation: a random change of the image, which has the model's size afterwards.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        processor: BaseImageProcessor,
+        num_channels: int = 3,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
+        decodes = isinstance(processor, ViTScratchImageProcessor)
+        self.decoder = processor if decodes else ViTScratchImageProcessor(num_channels=num_channels)
+        # What the augmentation has done already. None of it is a setting that every processor knows.
+        done = {"do_resize": False, "do_center_crop": False, "crop_pct": None}
+        self.after_augmentation = {name: value for name, value in done.items() if hasattr(processor, name)}
+        # In shared memory, where worker processes that outlive an epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Changes the random numbers. Called at the start of every epoch, also of one that is resumed in its middle."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """What torch asks for a whole batch: calling the processor once is faster for small images."""
+        if self.augmentation is None:
+            # One by one, since these are as large as their files until the processor has resized them.
+            pixel_values = [self._process([self.examples.decode(index, self.decoder)])[0] for index in indices]
+        else:
+            images = [self._augment(index, self.augmentation) for index in indices]
+            pixel_values = self._process(images, **self.after_augmentation)
+        return [
+            {"pixel_values": pixels, "labels": self.examples.labels[index]}
+            for pixels, index in zip(pixel_values, indices)
+        ]
+
+    def _augment(self, index: int, augmentation: Augmentation) -> Image.Image:
+        generator = np.random.default_rng((self.seed, int(self._epoch), index))
+        return augmentation(self.examples.decode(index, self.decoder), generator)
+
+    def _process(self, images: list[Image.Image], **settings: Any) -> torch.Tensor:
+        return self.processor(images, return_tensors="pt", **settings)["pixel_values"]  # (B, C, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_data(
+    arguments: DataArguments, seed: int, problems: Problems, cache_dir: str | None = None, verify: bool = True
+) -> ImageData:
+    """
+    Reads, splits and checks the data.
+
+    Args:
+        arguments: the command line's.
+        seed: of the held-out split and of `--max_train_samples`.
+        problems: the mistakes found so far.
+        cache_dir: where to keep what is downloaded.
+        verify: whether to decode every image: one process of several is enough.
+
+    Raises:
+        InputError: with `problems` and everything that is wrong with the data.
+    """
+    source = read_source(arguments, cache_dir, problems)
+    if source is None:
+        raise problems.as_error()
+    train = _read_split("training", source.train, arguments, problems)
+    validation = None
+    if source.validation is not None:
+        validation = _read_split("validation", source.validation, arguments, problems)
+    if train is None or (source.validation is not None and validation is None):
+        raise problems.as_error()
+
+    names = train.names
+    _check_classes(train, problems)
+    if validation is not None:
+        split = "the validation split of the data"
+        validation_examples = Examples(validation.images, _indices_by_name(train, validation, problems))
+        train_examples = Examples(train.images, train.indices)
+    else:
+        split = f"{100 * arguments.train_val_split:.3g} % of each class, chosen with seed {seed}"
+        train_examples, validation_examples = _hold_out(train, arguments.train_val_split, seed, problems)
+    train_examples = _sample(train_examples, arguments.max_train_samples, seed)
+    validation_examples = _sample(validation_examples, arguments.max_eval_samples, seed)
+    if len(train_examples) < len(set(train.indices)):
+        problems.add(
+            f"{len(train_examples)} training images are fewer than the {len(set(train.indices))} classes. Add images"
+            + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
+        )
+    if arguments.verify_images and verify:
+        _check_files({"training": train_examples, "validation": validation_examples}, problems)
+    if problems.messages:
+        raise problems.as_error()
+    return ImageData(source, names, train_examples, validation_examples, split)
+
+
+@dataclass(frozen=True)
+class _LabelledSplit:
+    """A split as read: class indices into its own names. `is_ordered`: the data says in which order the names are."""
+
+    images: datasets.Dataset
+    names: list[str]
+    indices: list[int]
+    is_ordered: bool
+
+
+def _read_split(
+    split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems
+) -> _LabelledSplit | None:
+    columns = [column for column in dataset.column_names if column != FOLDER_COLUMN]
+    is_image = [column for column in columns if isinstance(dataset.features[column], datasets.Image)]
+    is_label = [column for column in columns if isinstance(dataset.features[column], datasets.ClassLabel)]
+    image_column = _find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, split, problems)
+    label_column = _find_column("label", arguments.label_column_name, is_label, LABEL_COLUMNS, columns, split, problems)
+    if image_column is None or label_column is None:
+        return None
+    if len(dataset) == 0:
+        problems.add(f"The {split} split has no images.")
+        return None
+    images, labels = _image_column(dataset, image_column, split, problems), None
+    labels = _label_column(dataset, label_column, split, problems)
+    return None if images is None or labels is None else _LabelledSplit(images, *labels)
+
+
+def _find_column(
+    kind: str,
+    wish: str | None,
+    of_type: list[str],
+    usual: tuple[str, ...],
+    columns: list[str],
+    split: str,
+    problems: Problems,
+) -> str | None:
+    """The column that the user names; else the only one of the right type; else the only one with a usual name."""
+    flag, listing = f"--{kind}_column_name", ", ".join(map(repr, columns))
+    if wish is not None:
+        if wish not in columns:
+            problems.add(f"{flag} {wish}: the {split} split has no such column. Its columns: {listing}.")
+        return wish if wish in columns else None
+    candidates = of_type or [column for column in columns if column.lower() in usual]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = (
+        f"several columns could be the {kind}s: {', '.join(candidates)}" if candidates else f"no {kind} column found"
+    )
+    problems.add(f"The {split} split: {found}. Name it with {flag}. Its columns: {listing}.")
+    return None
+
+
+def _image_column(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
+    """One column "image" of undecoded images. Paths in a table become relative to where we are, not to the table."""
+    images = dataset.select_columns([column])
+    is_path = isinstance(dataset.features[column], datasets.Value) and "string" in dataset.features[column].dtype
+    if is_path:
+        folders = dataset[FOLDER_COLUMN] if FOLDER_COLUMN in dataset.column_names else [""] * len(dataset)
+        paths = [str(Path(folder, path or "")) for folder, path in zip(folders, dataset[column])]
+        images = datasets.Dataset.from_dict({column: paths})
+    try:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    except Exception:  # pyarrow's errors have no common type
+        problems.add(
+            f"Column {column!r} of the {split} split holds {dataset.features[column]}: images must be paths, encoded "
+            "files (bytes), or the Image type of `datasets`."
+        )
+        return None
+    return images if column == "image" else images.rename_column(column, "image")
+
+
+def _label_column(
+    dataset: datasets.Dataset, column: str, split: str, problems: Problems
+) -> tuple[list[str], list[int], bool] | None:
+    """Names, index of each image, and whether the data itself gives the order of the names."""
+    feature, values = dataset.features[column], list(dataset[column])
+    is_class_label = isinstance(feature, datasets.ClassLabel)
+    missing = sum(value is None or (is_class_label and value < 0) for value in values)
+    if missing:
+        problems.add(f"{missing} images of the {split} split have no label in column {column!r}. Remove them first.")
+        return None
+    if is_class_label:
+        return list(feature.names), values, True
+    if not all(isinstance(value, str | int) for value in values):
+        problems.add(
+            f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
+            "image."
+        )
+        return None
+    distinct = sorted(set(values))
+    index = {value: position for position, value in enumerate(distinct)}
+    return [str(value) for value in distinct], [index[value] for value in values], False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking and splitting
+
+
+def _check_classes(train: _LabelledSplit, problems: Problems) -> None:
+    used = sorted(set(train.indices))
+    if len(used) == 1:
+        problems.add(
+            f"All {len(train.indices)} training images are of one class, {train.names[used[0]]!r}. Two classes are the "
+            "least there is to learn."
+        )
+
+
+def _indices_by_name(train: _LabelledSplit, validation: _LabelledSplit, problems: Problems) -> list[int]:
+    """Class indices of the validation images, in the order of the training split's names."""
+    trained = {train.names[index] for index in train.indices}
+    counts = Counter(validation.names[index] for index in validation.indices)
+    unknown = sorted(name for name in counts if name not in trained)
+    if unknown:
+        named = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
+        problems.add(
+            f"The validation split has classes that no training image has: {named}. Add such, or remove these."
+        )
+    ours = [name for name in train.names if name in validation.names]
+    theirs = [name for name in validation.names if name in train.names]
+    if train.is_ordered and validation.is_ordered and ours != theirs:
+        problems.add(
+            f"The splits have their classes in different orders: training {listed(ours)}; validation {listed(theirs)}. "
+            "Save both with the same ClassLabel, or store names in place of numbers."
+        )
+    position = {name: index for index, name in enumerate(train.names)}
+    return [position.get(validation.names[index], -1) for index in validation.indices]
+
+
+def _hold_out(train: _LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
+    """The same share of every class, at random. Where that can't be done, nothing: the problems will raise."""
+    examples, counts = Examples(train.images, train.indices), Counter(train.indices)
+    if not 0.0 < fraction < 1.0 or len(counts) < 2:
+        return examples, examples.select([])
+    single = [train.names[index] for index, count in sorted(counts.items()) if count < 2]
+    if single:
+        problems.add(
+            f"Classes with one image can't be in both the training and the held-out part: {listed(single)}. Add "
+            "images, or give --validation_dir."
+        )
+        return examples, examples.select([])
+    held_out = max(math.ceil(fraction * len(examples)), len(counts))
+    if held_out > len(examples) - len(counts):
+        problems.add(
+            f"--train_val_split {fraction:g} leaves {len(examples) - held_out} of {len(examples)} images to train on, "
+            f"but there are {len(counts)} classes. Choose {1 - len(counts) / len(examples):.2g} at most, or give "
+            "--validation_dir."
+        )
+        return examples, examples.select([])
+    kept, held = train_test_split(
+        np.arange(len(examples)), test_size=held_out, stratify=train.indices, random_state=seed
+    )
+    return examples.select(sorted(kept.tolist())), examples.select(sorted(held.tolist()))
+
+
+def _sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
+    if maximum is None or not 1 <= maximum < len(examples):
+        return examples
+    chosen = np.random.default_rng(seed).choice(len(examples), size=maximum, replace=False)
+    return examples.select(sorted(chosen.tolist()))
+
+
+def _check_files(splits: dict[str, Examples], problems: Problems) -> None:
+    """Decodes every image, in threads: decoding does not hold Python's lock."""
+    decoder = ViTScratchImageProcessor()
+    places = [(split, index) for split, examples in splits.items() for index in range(len(examples))]
+
+    def broken(place: tuple[str, int]) -> str | None:
+        split, index = place
+        try:
+            splits[split].decode(index, decoder)
+        except (ImageDecodeError, ValueError) as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = list(tqdm(pool.map(broken, places), total=len(places), desc="checking images", unit="", leave=False))
+    reasons = [reason for reason in reasons if reason is not None]
+    if reasons:
+        lines = "".join(f"\n       {reason}" for reason in reasons[:10])
+        rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+        problems.add(f"{len(reasons)} of {len(places)} images can't be read. Repair or remove them:{lines}{rest}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples to try a model on
+
+
+def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
+    """
+    Writes held-out images, spread over the whole split, as INDEX_LABEL.png.
+
+    Returns:
+        The first file; None if no folder is wanted.
+    """
+    if folder is None:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    decoder, count = ViTScratchImageProcessor(num_channels=data.source.num_channels), len(data.validation)
+    indices = np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(int)).tolist()
+    files = []
+    for index in indices:
+        label = re.sub(r"[^\w.-]+", "-", data.label_names[data.validation.labels[index]])
+        files.append(Path(folder, f"{index}_{label}.png"))
+        data.validation.decode(index, decoder).save(files[-1])
+    return files[0]

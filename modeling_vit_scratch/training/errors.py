@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to mistakes: they are collected, told in one message without a traceback, and give an exit status."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..image_processing_vit_scratch import ImageDecodeError
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend. The message names the value, the limit and the way out: no traceback needed."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training can't go on, e.g. after a loss that is no number. The message says where, and what to do."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The user stopped training. The message says how to go on."""
+
+
+class Problems:
+    """Collects mistakes, so that one message tells them all."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Notes a mistake; the same one is noted once."""
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def as_error(self) -> InputError:
+        """All of them in one message."""
+        if len(self.messages) == 1:
+            return InputError(self.messages[0])
+        lines = [f"  {number}. {message}" for number, message in enumerate(self.messages, start=1)]
+        return InputError("\n".join([f"{len(lines)} problems:", *lines]))
+
+
+def run_command_line(main: Callable[[], None]) -> int:
+    """
+    Runs a script's main.
+
+    Returns:
+        The exit status: 0; 2 for a mistake that the user can mend; 1 if training had to stop; 130 after Ctrl-C. Any
+        other exception is a bug, and passes through with its traceback.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+    except InputError as error:
+        if is_first:  # every process reads the same command line and the same data
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingStopped, ImageDecodeError) as error:
+        print(f"\nerror: {_without_worker_traceback(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interruption:
+        if is_first:
+            print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _without_worker_traceback(error: Exception) -> str:
+    """The message itself: torch puts the traceback of a worker process before it."""
+    message = str(error).strip()
+    return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From predictions to numbers, with `evaluate` and scikit-learn, offline."""
+
+from collections.abc import Callable
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import EvalPrediction
+
+
+TOP_K = 5
+
+
+class ImageClassificationMetric(evaluate.Metric):
+    """
+    Accuracy, top-5 accuracy and macro F1 of ranked predictions. Works offline: nothing is loaded from the Hub.
+
+    `compute(predictions=, references=)` takes the classes of the highest logits, best first, (N, k), and the true
+    classes (N,). Top-5 accuracy needs more than five classes to say anything, and is left out with fewer.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        self.num_labels = num_labels
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, top-5 accuracy and macro F1 of ranked predictions.",
+            citation="",
+            features=datasets.Features(
+                {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
+        ranked, labels = np.asarray(predictions), np.asarray(references)  # (N, k), (N,)
+        scores = {"accuracy": float(accuracy_score(labels, ranked[:, 0]))}
+        if self.num_labels > TOP_K:
+            scores["top5_accuracy"] = float((ranked[:, :TOP_K] == labels[:, None]).any(axis=1).mean())
+        # Over the classes that occur, in the labels or in the predictions: scikit-learn's own default.
+        scores["macro_f1"] = float(f1_score(labels, ranked[:, 0], average="macro", zero_division=0))
+        return scores
+
+
+def rank_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """For `Trainer(preprocess_logits_for_metrics=)`: logits (B, K) to the best classes (B, at most 5), best first."""
+    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
+
+
+def build_compute_metrics(num_labels: int) -> Callable[..., dict[str, float]]:
+    """For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`. Also counts the images, as `images`."""
+    metric, images = ImageClassificationMetric(num_labels), 0
+
+    def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        nonlocal images
+        ranked, labels = (
+            torch.as_tensor(part).cpu().numpy() for part in (prediction.predictions, prediction.label_ids)
+        )
+        metric.add_batch(predictions=ranked, references=labels)
+        images += len(labels)
+        if not compute_result:
+            return {}
+        scores, images = {**metric.compute(), "images": images}, 0
+        return scores
+
+    return compute_metrics

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run, results.json: what was found, and what it takes to find it again. Cards print nothing else."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import FinetuneArguments, ModelArguments
+from .data import ImageData
+from .trainer import FinetuneTrainer
+
+
+def build_record(
+    trainer: FinetuneTrainer,
+    data: ImageData,
+    model_arguments: ModelArguments,
+    scores: dict[str, float],
+    wall_time: float,
+) -> dict[str, Any]:
+    """
+    What a run has found and how. Has no secrets, and no paths of this machine.
+
+    Args:
+        trainer: after training.
+        data: that it was trained and evaluated on.
+        model_arguments: what it started from.
+        scores: what `Trainer.evaluate` returned for the held-out images.
+        wall_time: of training with its evaluations, in seconds.
+
+    Returns:
+        `metric`, `value` and `n` (the number of images) of the main result, all `metrics`, how the weights were chosen
+        (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
+        `resumed_from`, if there is one), and the facts on `dataset`, `model` and `training` that a card tells.
+    """
+    # Not the loss: with several processes the Trainer averages it over the images that fill up the last batch too.
+    names = ("accuracy", "top5_accuracy", "macro_f1")
+    metrics = {name: scores[f"eval_{name}"] for name in names if f"eval_{name}" in scores}
+    return {
+        "metric": "accuracy",
+        "value": metrics["accuracy"],
+        "n": int(scores["eval_images"]),
+        "metrics": metrics,
+        "selection": _selection(trainer),
+        "seed": trainer.args.seed,
+        "dataset": _dataset_facts(data),
+        "model": _model_facts(trainer, model_arguments),
+        "training": _training_facts(trainer),
+        "command": command_line(),
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
+        },
+        "hardware": hardware(),
+        "wall_time_seconds": round(wall_time, 1),
+        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
+    }
+
+
+def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Writes results.json into the folder."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    Path(folder, "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def tell_result(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
+    """What a user wants to see last: the result, where the model is, and how to use it."""
+    image = str(example) if example is not None else "image.png"
+    return f"""
+Held-out accuracy: {100 * record["value"]:.2f} % on {record["n"]:,} images ({record["selection"]}).
+The model is in {folder}. To use it:
+
+    from transformers import pipeline
+    classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
+    print(classify("{image}"))
+"""
+
+
+def _selection(trainer: FinetuneTrainer) -> str:
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        name = trainer.args.metric_for_best_model.removeprefix("eval_")
+        return f"the checkpoint with the best {name} on these same images (step {trainer.state.best_global_step})"
+    return "the last step"
+
+
+def _dataset_facts(data: ImageData) -> dict[str, Any]:
+    source = data.source
+    return {
+        "name": source.name,
+        "hub_id": source.hub_id,
+        "license": source.license,
+        "url": source.url,
+        "note": source.note,
+        "num_labels": len(data.label_names),
+        "num_training_images": len(data.train),
+        "num_held_out_images": len(data.validation),
+        "held_out": data.split,
+    }
+
+
+def _model_facts(trainer: FinetuneTrainer, arguments: ModelArguments) -> dict[str, Any]:
+    start = arguments.model_name_or_path
+    is_local = start is not None and Path(start).exists()
+    return {
+        "num_parameters": trainer.model.num_parameters(),
+        "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
+        "base_model": None if is_local else start,
+    }
+
+
+def _training_facts(trainer: FinetuneTrainer) -> dict[str, Any]:
+    arguments: FinetuneArguments = trainer.args
+    precision = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    return {
+        "epochs": round(trainer.state.epoch or 0.0, 2),
+        "steps": trainer.state.global_step,
+        "batch_size": trainer.get_total_train_batch_size(arguments),
+        "optimizer": arguments.optim.value,
+        "learning_rate": arguments.learning_rate,
+        "schedule": arguments.lr_scheduler_type.value,
+        "warmup_steps": arguments.get_warmup_steps(trainer.state.max_steps),
+        "weight_decay": arguments.weight_decay,
+        "gradient_clipping": arguments.max_grad_norm,
+        "label_smoothing": arguments.label_smoothing_factor,
+        "augmentation": trainer.train_dataset.augmentation.description,
+        "precision": precision,
+        "processes": arguments.world_size,
+    }
+
+
+def command_line(argv: list[str] | None = None) -> str:
+    """The command of this process as a card may show it: of absolute paths the last part only, and no tokens."""
+    script, *flags = sys.argv if argv is None else argv
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launch = f"accelerate launch --num_processes {processes}" if processes != "1" else "python"
+    words = [f"'{word}'" if re.search(r"[*?\s]", word) else word for word in map(_without_folder, flags)]
+    return " ".join([launch, f"scripts/{Path(script).name}", *words])
+
+
+def _without_folder(word: str) -> str:
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.fullmatch(r"hf_\w{8,}", value):
+        value = "TOKEN"
+    elif Path(value).expanduser().is_absolute():
+        value = Path(value).name
+    return name + equals + value
+
+
+def git_commit() -> str | None:
+    """The commit of this library, with "-dirty" if files were changed; None if it does not run from its repository."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> str:
+    """What computes: the accelerators, or the processor and its cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpu_info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text()) if cpu_info.exists() else []
+    return f"CPU, {os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training starts from: a fresh network, or a saved one whose classifier is made to fit the data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from .arguments import ModelArguments, pixels
+from .errors import InputError
+
+
+def build_model(
+    arguments: ModelArguments, label_names: list[str], num_channels: int, seed: int
+) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
+    """
+    The network and its image processor.
+
+    Args:
+        arguments: the command line's.
+        label_names: in the order of the class indices; they go into the configuration.
+        num_channels: of a fresh network.
+        seed: of fresh weights.
+
+    Returns:
+        Model, image processor, and what to tell the user: a line on where the weights and the classifier come from.
+
+    Raises:
+        InputError: if the starting point can't be loaded, or does not fit.
+    """
+    set_seed(seed)
+    overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if arguments.model_name_or_path is not None:
+        return _from_checkpoint(arguments, label_names, overrides)
+    labels = _label_fields(label_names)
+    if arguments.config_name is not None:
+        origin = arguments.config_name
+        with _loading("--config_name", origin):
+            config = ViTScratchConfig.from_pretrained(origin, cache_dir=arguments.cache_dir, **labels, **overrides)
+    else:
+        origin = arguments.variant
+        config = ViTScratchConfig.from_variant(origin, num_channels=num_channels, **labels, **overrides)
+    model = ViTScratchForImageClassification(config)
+    height, width = config.image_hw
+    line = f"From scratch: {origin}, {model.num_parameters():,} parameters, images of {height} x {width} pixels."
+    return model, _image_processor(arguments, config), [line]
+
+
+def _from_checkpoint(
+    arguments: ModelArguments, label_names: list[str], overrides: dict[str, Any]
+) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
+    name = arguments.model_name_or_path
+    with _loading("--model_name_or_path", name):
+        model, info = ViTScratchForImageClassification.from_pretrained(
+            name,
+            revision=arguments.model_revision,
+            cache_dir=arguments.cache_dir,
+            output_loading_info=True,
+            **overrides,
+        )
+    missing = {key for key in info["missing_keys"] if not key.startswith("classifier.")}
+    if missing:
+        raise InputError(
+            f"--model_name_or_path {name} lacks {len(missing)} of the network's weights, e.g. {min(missing)}. Give a "
+            "model of this library."
+        )
+    head = _fit_head(model, label_names, is_fresh=bool(info["missing_keys"]))
+    # Where the loader adapted or converted the weights, it knows the processor that fits.
+    processor = model.image_processor if arguments.image_processor_name is None else None
+    processor = processor or _image_processor(arguments, model.config)
+    return model, processor, [f"From {name}: {model.num_parameters():,} parameters. {head}"]
+
+
+def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool) -> str:
+    """Gives the classifier one row for each label, in the data's order; keeps the rows if the labels are the same."""
+    config, classifier = model.config, model.classifier
+    theirs = [config.id2label[index] for index in range(config.num_labels)]
+    keeps = not is_fresh and len(set(theirs)) == len(theirs) and set(theirs) == set(label_names)
+    if keeps:
+        order = [theirs.index(name) for name in label_names]
+        with torch.no_grad():
+            classifier.weight.copy_(classifier.weight[order])
+            classifier.bias.copy_(classifier.bias[order])
+    else:
+        width = config.representation_size or config.hidden_size
+        head = nn.Linear(width, len(label_names), dtype=model.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model.classifier, model.num_labels = head, len(label_names)
+    for field, value in _label_fields(label_names).items():
+        setattr(config, field, value)
+    if not keeps:
+        was = "it had none" if is_fresh or not theirs else f"it had {len(theirs)} other labels"
+        return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}."
+    if theirs != label_names:
+        return f"Its classifier is kept, with its {len(theirs)} rows put in the order of the data's labels."
+    return f"Its classifier is kept: the {len(theirs)} labels are the same."
+
+
+def _label_fields(label_names: list[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        # Never left to be guessed from the type of the labels.
+        "problem_type": "single_label_classification",
+    }
+
+
+def _image_processor(arguments: ModelArguments, config: ViTScratchConfig) -> BaseImageProcessor:
+    name = arguments.image_processor_name
+    if name is not None:
+        with _loading("--image_processor_name", name):
+            return AutoImageProcessor.from_pretrained(
+                name, cache_dir=arguments.cache_dir, trust_remote_code=arguments.trust_remote_code
+            )
+    if arguments.model_name_or_path is not None:
+        try:
+            return ViTScratchImageProcessor.from_pretrained(
+                arguments.model_name_or_path, revision=arguments.model_revision, cache_dir=arguments.cache_dir
+            )
+        except OSError:  # a model without preprocessor_config.json
+            pass
+    height, width = config.image_hw
+    return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})
+
+
+@contextmanager
+def _loading(flag: str, name: str) -> Iterator[None]:
+    """Turns what loading raises for a wrong name or a foreign file into one message."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{flag} {name} can't be loaded: {str(error).strip()}") from error

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts as users run them: the whole way to a served model, several processes, Ctrl-C, and wrong commands."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny_images import CLASSES, ROOT, class_folders, load_script
+
+from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.training.errors import run_command_line
+
+
+FINETUNE, PREDICT = ROOT / "scripts" / "finetune.py", ROOT / "scripts" / "predict.py"
+
+
+def environment(with_package=True):
+    """For another process; without the package, not even an installed copy can be found."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT) if with_package else ""}
+    return {name: value for name, value in variables.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def command(folder, *flags):
+    return ["--train_dir", str(folder), "--variant", "test/4", "--per_device_train_batch_size", "4", *map(str, flags)]
+
+
+def finetune(monkeypatch, *argv):
+    """Runs the script in this process. Returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(FINETUNE), *argv])
+    return run_command_line(load_script("finetune").main)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two epochs: a relative --output_dir, held-out examples, and what was printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    class_folders(folder / "pets", each=8)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        flags = ["--output_dir", "out/pets", "--num_train_epochs", "2", "--export_examples", "examples"]
+        assert finetune(monkeypatch, *command(folder / "pets", *flags)) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command to a served model
+
+
+def test_the_folder_has_all_that_the_model_needs(finished):
+    names = {path.name for path in (finished / "out" / "pets").iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
+        "trainer_state.json", "configuration_vit_scratch.py", "modeling_vit_scratch.py",
+        "image_processing_vit_scratch.py",
+    }  # fmt: skip
+    config = json.loads((finished / "out" / "pets" / "config.json").read_text())
+    assert config["problem_type"] == "single_label_classification"
+    assert config["id2label"] == {str(index): name for index, name in enumerate(CLASSES)}
+    assert {"AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor"} <= config["auto_map"].keys()
+
+
+def test_record_and_card_agree_and_tell_nothing_of_this_machine(finished):
+    record = json.loads((finished / "out" / "pets" / "results.json").read_text())
+    assert (record["n"], record["seed"], record["training"]["steps"]) == (4, 42, 10)
+    card = ModelCard.load(finished / "out" / "pets" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(record["value"], 4)
+    assert 'model="out/pets"' in card.text
+    for file in ("README.md", "results.json", "config.json", "preprocessor_config.json"):
+        assert str(finished) not in (finished / "out" / "pets" / file).read_text()
+
+
+def run_predict(folder, *words, **options):
+    argv = [sys.executable, str(PREDICT), *map(str, words)]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_predict_serves_the_folder_without_the_package_and_goes_on_after_a_broken_file(finished):
+    examples = sorted((finished / "examples").iterdir())
+    assert len(examples) == 4
+    (finished / "broken.png").write_bytes(b"broken")
+    argv = ["out/pets", "broken.png", *examples, "missing.png", "--top_k", "2"]
+    # -I would hide the environment's own packages too; an empty PYTHONPATH and another folder hide this repository.
+    done = run_predict(finished, *argv, env=environment(with_package=False))
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "broken.png" in line]
+    assert [line for line in done.stderr.splitlines() if "missing.png" in line]
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert "ViTScratchForImageClassification" in lines[0]
+    table = [line.split("  ") for line in lines[2:]]
+    assert len(table) == 8
+    model = ViTScratchForImageClassification.from_pretrained(finished / "out" / "pets")
+    for line in lines[2:]:
+        assert any(name in line for name in model.config.id2label.values())
+        assert 0.0 <= float(line.split()[-1]) <= 1.0
+
+
+def test_predict_names_a_model_that_is_not_there(finished):
+    done = run_predict(finished, "nothing", "x.png", env=environment())
+    assert done.returncode == 2
+    assert "nothing can't be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_finished_model_is_a_starting_point(finished, monkeypatch, tmp_path, capsys):
+    folder = class_folders(tmp_path / "two", classes=CLASSES[1:])
+    flags = ["--train_dir", str(folder), "--model_name_or_path", str(finished / "out" / "pets"), "--max_steps", "1"]
+    assert finetune(monkeypatch, *flags, "--output_dir", str(tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    assert "A fresh classifier for 2 labels" in printed
+    assert "Held-out accuracy" in printed
+    assert "fine-tuned from pets" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_finished_run_is_not_written_over_and_can_be_resumed(finished, monkeypatch, capsys, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    flags = command(finished / "pets", "--output_dir", "out/pets", "--num_train_epochs", "2")
+    assert finetune(monkeypatch, *flags) == 2
+    assert "already has a model" in capsys.readouterr().err
+    before = load_file(tmp_path / "out" / "pets" / "model.safetensors")
+    assert finetune(monkeypatch, *flags, "--resume_from_checkpoint", "True") == 0
+    after = load_file(tmp_path / "out" / "pets" / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((tmp_path / "out" / "pets" / "results.json").read_text())["resumed_from"] == "checkpoint-10"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def launch(cwd, processes, *argv):
+    """Through accelerate, as users do; with several processes, gloo on the CPU."""
+    words = [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    words += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, str(FINETUNE), *argv],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_two_processes_give_the_weights_of_one_and_count_every_image_once(tmp_path):
+    class_folders(tmp_path / "pets", each=9)  # 22 to train on, 5 to hold out: neither is a multiple of two
+    flags = command(tmp_path / "pets", "--max_steps", "6", "--optim", "sgd", "--learning_rate", "0.05")
+    flags += ["--dataloader_drop_last", "True", "--load_best_model_at_end", "False"]
+    one = launch(tmp_path, 1, *flags, "--output_dir", "one", "--per_device_train_batch_size", "8")
+    two = launch(tmp_path, 2, *flags, "--output_dir", "two", "--per_device_train_batch_size", "4")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    records = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [record["n"] for record in records] == [5, 5]
+    assert [record["training"]["processes"] for record in records] == [1, 2]
+    assert [record["training"]["batch_size"] for record in records] == [8, 8]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-6
+    assert two.stdout.count("Held-out accuracy") == 1
+    assert "accelerate launch --num_processes 2" in records[1]["command"]
+    assert "unused" not in two.stderr
+    assert "pin_memory" not in one.stderr + two.stderr
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
+    class_folders(tmp_path / "pets", each=8)
+    flags = ["--output_dir", "out", "--num_train_epochs", "9999", "--dataloader_num_workers", "2"]
+    argv = [sys.executable, str(FINETUNE), *command(tmp_path / "pets", *flags)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("out/checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers that read the images too
+        assert process.wait(timeout=60) == 130
+    text = (tmp_path / "log").read_text()
+    assert "to go on, add --resume_from_checkpoint True" in text
+    assert text.count("Ctrl-C: saving a checkpoint") == 1
+    assert "Traceback" not in text
+
+
+def test_wrong_commands_and_data_end_with_2_and_one_message(tmp_path):
+    class_folders(tmp_path / "pets")
+    (tmp_path / "pets" / "cat" / "zero.png").write_bytes(b"")
+    (tmp_path / "pets" / "empty").mkdir()
+    flags = ["--train_val_split", "7", "--hub_token", "hf_x"]
+    done = subprocess.run(
+        [sys.executable, str(FINETUNE), *command("pets", *flags)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for part in ("4 problems", "--train_val_split 7", "--hub_token", "'empty' has no images", "zero.png"):
+        assert part in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sick_loss_and_a_file_that_breaks_end_with_1(tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "pets")
+    flags = command(tmp_path / "pets", "--output_dir", tmp_path / "a", "--learning_rate", "1e38", "--warmup_steps", "0")
+    assert finetune(monkeypatch, *flags, "--optim", "sgd", "--max_grad_norm", "0") == 1
+    assert "The loss is nan at step" in capsys.readouterr().err
+    (tmp_path / "pets" / "cat" / "9.png").write_bytes(b"broken")
+    for workers in (0, 1):
+        more = [
+            "--output_dir",
+            tmp_path / f"b{workers}",
+            "--verify_images",
+            "False",
+            "--dataloader_num_workers",
+            workers,
+        ]
+        assert finetune(monkeypatch, *command(tmp_path / "pets", *more)) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        assert str(tmp_path / "pets" / "cat" / "9.png") in errors[0]
+
+
+def test_help_is_printed_before_anything_heavy_is_imported():
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['finetune.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(FINETUNE)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'datasets', 'evaluate', 'sklearn', 'pandas'} & set(sys.modules)\n"
+        "    print('status', end.code, 'heavy', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    assert "status 0 heavy []" in done.stdout, done.stderr
+    assert "--train_val_split" in done.stdout

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block of README runs: commands as they stand (long ones with fewer steps), Python in the order of the page."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line
+]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+# What makes a long command short, and what it must say in the end.
+SHORTER = {
+    "accelerate launch scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
+    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32",
+}
+
+
+def run(command: list[str], folder: Path) -> str:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder that looks like the repository after `make demo`, with photos in it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    generator = np.random.default_rng(0)
+    for name, red in (("cat", 0), ("dog", 120)):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = generator.integers(0, 100, (40, 48, 3), dtype=np.uint8) + np.uint8([red, 0, 0])
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(workplace) -> str:
+    """What `make demo` prints, with this environment in place of a new one."""
+    places = [f"VENV={sys.prefix}", f"SERVE={workplace / 'serve'}", f"DEMO={workplace / 'outputs' / 'demo'}"]
+    return run(["make", "demo", "-o", f"{sys.prefix}/installed", *places], ROOT)
+
+
+def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_python():
+    screen = README.splitlines()[:30]
+    assert "make demo" in "\n".join(screen)
+    assert "make test" in "\n".join(screen)
+    assert len(PYTHON[0].splitlines()) == 3
+
+
+def test_every_command_is_known_here():
+    known = ("make demo", "make test", 'pip install -e ".[samples]"', *SHORTER)
+    assert [command for command in COMMANDS if not command.startswith(known)] == []
+    assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
+
+
+@pytest.mark.timeout(420)
+def test_make_demo_ends_with_labels_from_a_process_without_the_package(demo, workplace):
+    accuracy, count = re.search(r"Held-out accuracy: ([\d.]+) % on ([\d,]+) images", demo).groups()
+    assert float(accuracy) >= 97
+    assert int(count.replace(",", "")) >= 200
+    folder = workplace / "outputs" / "demo" / "digits"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json"} <= names
+    assert {f"{stem}_vit_scratch.py" for stem in ("configuration", "modeling", "image_processing")} <= names
+    served = demo[demo.index("has not got the package") :]
+    assert "can be imported here" not in served
+    examples = sorted((workplace / "outputs" / "demo" / "examples").iterdir())
+    labels = [re.search(rf"{path.name}\s+(\d)\s", served).group(1) for path in examples]
+    truth = [path.stem.split("_")[1] for path in examples]
+    assert len(truth) == 10
+    assert sum(a == b for a, b in zip(labels, truth)) >= 9
+
+
+def test_the_tests_command_is_what_ci_runs():
+    assert "pytest" in run(["make", "-n", "test"], ROOT)
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+def test_the_samples_extra_brings_the_solar_cells():
+    import elpv_dataset  # noqa: F401
+
+    assert re.search(r"^samples =\n\s+elpv-dataset", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("start", SHORTER)
+def test_fine_tuning_commands_run(start, workplace):
+    command = next(command for command in COMMANDS if command.startswith(start))
+    words = shlex.split(f"{command} {SHORTER[start]}")
+    stdout = run([sys.executable, "-m", "accelerate.commands.launch", *words[2:]], workplace)
+    assert "Held-out accuracy" in stdout
+    folder = workplace / words[words.index("--output_dir") + 1]
+    assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.timeout(420)
+def test_python_blocks_run_in_the_order_of_the_page(demo, workplace):
+    program = "\n".join(PYTHON)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(workplace / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=workplace, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'score'" in result.stdout

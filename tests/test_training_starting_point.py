@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fresh networks, and saved ones whose classifier is kept, put in order or replaced: never silently."""
+
+import json
+
+import pytest
+import torch
+from transformers import ViTImageProcessorPil
+
+from modeling_vit_scratch import (
+    ViTScratchConfig,
+    ViTScratchForImageClassification,
+    ViTScratchForMaskedImageModeling,
+    ViTScratchImageProcessor,
+)
+from modeling_vit_scratch.training.arguments import ModelArguments
+from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.training.starting_point import build_model
+
+
+NAMES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved model of three labels, with its processor."""
+    config = ViTScratchConfig.from_variant("test/4", id2label=dict(enumerate(NAMES)))
+    model = ViTScratchForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "saved")
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
+        tmp_path / "saved"
+    )
+    return model, str(tmp_path / "saved")
+
+
+def start(label_names, num_channels=3, seed=0, **arguments):
+    return build_model(ModelArguments(**arguments), label_names, num_channels, seed)
+
+
+def test_from_scratch():
+    model, processor, lines = start(NAMES, num_channels=1, variant="test/4", image_size=[8, 16], patch_size=[2])
+    config = model.config
+    assert (config.image_hw, config.patch_hw, config.num_channels) == ((8, 16), (2, 2), 1)
+    assert config.id2label == dict(enumerate(NAMES))
+    assert config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    assert config.problem_type == "single_label_classification"
+    assert dict(processor.size) == {"height": 8, "width": 16}
+    assert processor.num_channels == 1
+    assert lines == [f"From scratch: test/4, {model.num_parameters():,} parameters, images of 8 x 16 pixels."]
+
+
+def test_fresh_weights_follow_the_seed():
+    one, again, other = (start(NAMES, variant="test/4", seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+
+
+def test_from_the_configuration_of_another_model(saved):
+    model, _, lines = start(["a", "b"], config_name=saved[1], image_size=[32])
+    assert (model.config.num_labels, model.config.image_hw, model.config.hidden_size) == (2, (32, 32), 32)
+    assert model.config.id2label == {0: "a", 1: "b"}
+    assert "From scratch" in lines[0]
+
+
+def test_the_same_labels_keep_the_classifier(saved, pixel_values):
+    theirs, folder = saved
+    model, processor, lines = start(NAMES, model_name_or_path=folder)
+    assert "kept: the 3 labels are the same" in lines[0]
+    assert torch.equal(model.eval()(pixel_values).logits, theirs(pixel_values).logits)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    assert model.config.problem_type == "single_label_classification"
+
+
+def test_the_same_labels_in_another_order_keep_their_rows(saved, pixel_values):
+    theirs, folder = saved
+    names = ["owl", "cat", "dog"]
+    model, _, lines = start(names, model_name_or_path=folder)
+    assert "put in the order of the data's labels" in lines[0]
+    ours, theirs = model.eval()(pixel_values).logits, theirs(pixel_values).logits
+    for index, name in enumerate(names):
+        assert torch.equal(ours[:, index], theirs[:, NAMES.index(name)])
+    assert model.config.id2label == dict(enumerate(names))
+    assert model.config.label2id["owl"] == 0
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "emu"], ["cat", "dog"], [*NAMES, "emu"]])
+def test_other_labels_get_a_fresh_classifier_that_starts_at_zero(saved, pixel_values, names, tmp_path):
+    theirs, folder = saved
+    model, _, lines = start(names, model_name_or_path=folder)
+    assert f"A fresh classifier for {len(names)} labels, starting at zero: it had 3 other labels." in lines[0]
+    assert torch.equal(model.eval()(pixel_values).logits, torch.zeros(2, len(names)))
+    for key, tensor in theirs.vit.state_dict().items():
+        assert torch.equal(model.vit.state_dict()[key], tensor)
+    loss = model(pixel_values, labels=torch.tensor([0, len(names) - 1])).loss
+    assert loss.item() == pytest.approx(torch.tensor(len(names)).log().item())
+    model.save_pretrained(tmp_path / "again")
+    again = ViTScratchForImageClassification.from_pretrained(tmp_path / "again")
+    assert again.config.id2label == dict(enumerate(names))
+
+
+def test_a_model_without_classifier_gets_one(tmp_path, pixel_values):
+    theirs = ViTScratchForMaskedImageModeling(ViTScratchConfig.from_variant("test/4")).eval()
+    theirs.save_pretrained(tmp_path)
+    model, processor, lines = start(["a", "b"], model_name_or_path=str(tmp_path))
+    assert "it had none" in lines[0]
+    ours = model.eval().vit(pixel_values).last_hidden_state
+    assert torch.equal(ours, theirs.vit(pixel_values).last_hidden_state)
+    assert dict(processor.size) == {"height": 16, "width": 24}  # it had no processor either
+
+
+def test_another_size_of_image_and_patch_is_served_as_it_was_trained(saved, tmp_path):
+    model, processor, lines = start(NAMES, model_name_or_path=saved[1], image_size=[32, 40], patch_size=[8])
+    assert "kept" in lines[0]
+    assert (model.config.image_hw, model.config.patch_hw) == ((32, 40), (8, 8))
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    processor.save_pretrained(tmp_path / "new")
+    pixels = ViTScratchImageProcessor.from_pretrained(tmp_path / "new")(torch.zeros(3, 9, 9), return_tensors="pt")
+    assert pixels["pixel_values"].shape == (1, 3, 32, 40)
+    assert model(**pixels).logits.shape == (1, 3)
+    with pytest.raises(InputError, match="image_size"):
+        start(NAMES, model_name_or_path=saved[1], image_size=[33])
+
+
+def test_an_image_processor_of_ones_own(tmp_path):
+    ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(tmp_path)
+    processor = start(NAMES, variant="test/4", image_processor_name=str(tmp_path))[1]
+    assert isinstance(processor, ViTImageProcessorPil)
+
+
+def test_code_of_an_image_processor_runs_only_on_request(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from transformers import ViTImageProcessorPil\n\n\nclass Mine(ViTImageProcessorPil):\n    pass\n"
+    )
+    settings = {"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    arguments = {"variant": "test/4", "image_processor_name": str(tmp_path)}
+    with pytest.raises(InputError, match="--image_processor_name"):
+        start(NAMES, **arguments)
+    assert type(start(NAMES, **arguments, trust_remote_code=True)[1]).__name__ == "Mine"
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "config_name", "image_processor_name"])
+def test_what_can_not_be_loaded_is_named(flag, tmp_path):
+    with pytest.raises(InputError, match=f"--{flag} {tmp_path / 'nothing'} can't be loaded"):
+        start(
+            NAMES,
+            **({"variant": "test/4"} if flag == "image_processor_name" else {}),
+            **{flag: str(tmp_path / "nothing")},
+        )
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    model = ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4"))
+    weights = {key: value for key, value in model.state_dict().items() if "layers.1" not in key}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(InputError, match=r"lacks 12 of the network's weights, e\.g\. vit\.layers\.1"):
+        start(NAMES, model_name_or_path=str(tmp_path))

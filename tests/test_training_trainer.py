@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer: what decays, accumulation, resuming bit by bit in the middle of an epoch, sick losses, Ctrl-C."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_images import CLASSES, build, class_folders
+from transformers import Trainer, TrainerCallback
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.training.augmentation import DigitAugmentation, PhotoAugmentation
+from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
+from modeling_vit_scratch.training.trainer import FinetuneTrainer, Progress, input_size
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Twenty-four images of three classes: 18 to train on, five steps of four in an epoch."""
+    return str(class_folders(tmp_path / "pets", each=8))
+
+
+def flags(pets, *more):
+    return ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_strategy", "no", *more]
+
+
+def weights(trainer):
+    return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+
+
+def difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What decays
+
+
+def test_kernels_decay_and_nothing_else():
+    config = ViTScratchConfig.from_variant(
+        "test/4", num_labels=3, num_register_tokens=2, qk_norm=True, layer_scale_init_value=0.1, representation_size=8
+    )
+    model = ViTScratchForImageClassification(config)
+    trainer = FinetuneTrainer.__new__(FinetuneTrainer)
+    decaying = set(trainer.get_decay_parameter_names(model))
+    layer = {"attention.qkv.weight", "attention.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+    assert decaying == {
+        *(f"vit.layers.{i}.{name}" for i in range(2) for name in layer),
+        "vit.embeddings.patch_embeddings.projection.weight", "vit.pooler.dense.weight", "classifier.weight",
+    }  # fmt: skip
+    names = {name for name, _ in model.named_parameters()}
+    assert decaying < names
+    stock = set(Trainer.get_decay_parameter_names(trainer, model))
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings.weight"} <= stock - decaying
+
+
+def test_the_optimizer_decays_them_so(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets, "--weight_decay", "0.3"))
+    groups = trainer.create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert sum(parameter.numel() for group in groups for parameter in group["params"]) == trainer.model.num_parameters()
+    assert id(trainer.model.vit.embeddings.cls_token) in {id(parameter) for parameter in groups[1]["params"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def test_accumulating_two_half_batches_is_one_whole_batch(pets, tmp_path):
+    sgd = ["--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--max_steps", "3"]
+    results = {}
+    for name, batch, accumulation in (("whole", "8", "1"), ("halves", "4", "2"), ("quarters", "2", "4")):
+        trainer = build(
+            tmp_path / name, *flags(pets, *sgd, "--warmup_steps", "0", "--per_device_train_batch_size", batch),
+            "--gradient_accumulation_steps", accumulation,
+        )  # fmt: skip
+        start = weights(trainer)
+        trainer.train()
+        end = weights(trainer)
+        results[name] = torch.cat([(end[key] - start[key]).flatten() for key in end])
+    for name in ("halves", "quarters"):
+        assert results[name].norm() / results["whole"].norm() == pytest.approx(1.0, abs=1e-4)
+        assert torch.allclose(results[name], results["whole"], atol=1e-6)
+    assert results["whole"].norm() > 0.01
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(pets, tmp_path, workers):
+    # Steps 6 and 12 lie in the second and third epoch of five steps: augmentation must be that of these epochs.
+    more = ["--max_steps", "13", "--dataloader_num_workers", str(workers)]
+    more += ["--save_strategy", "steps", "--save_steps", "6", "--save_total_limit", "9"]
+    straight = build(tmp_path / "straight", *flags(pets, *more))
+    straight.train()
+    expected = weights(straight)
+    for checkpoint in ("checkpoint-6", "checkpoint-12"):
+        resumed = build(tmp_path / f"from {checkpoint}", *flags(pets, *more))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / checkpoint))
+        assert resumed.state.global_step == 13
+        assert difference(weights(resumed), expected) == 0.0
+
+
+def test_every_epoch_augments_anew_and_tells_the_training_set_so(pets, tmp_path):
+    trainer, seen = build(tmp_path / "out", *flags(pets, "--num_train_epochs", "3")), []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(int(trainer.train_dataset._epoch))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_a_checkpoint_of_other_labels_or_another_network_is_refused(pets, tmp_path):
+    build(tmp_path / "a", *flags(pets, "--max_steps", "1", "--save_strategy", "steps")).train()
+    other = str(class_folders(tmp_path / "other", classes=CLASSES[:2]))
+    with pytest.raises(InputError, match="id2label, label2id differ"):
+        build(tmp_path / "b", *flags(other)).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    with pytest.raises(InputError, match="patch_size differ"):
+        build(tmp_path / "b", *flags(pets, "--patch_size", "8")).train(
+            resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1")
+        )
+
+
+def test_the_finished_folder_is_the_best_checkpoint_and_every_image_counts_once(pets, tmp_path):
+    more = ["--num_train_epochs", "3", "--dataloader_drop_last", "True", "--per_device_eval_batch_size", "4"]
+    trainer = build(tmp_path / "out", "--train_dir", pets, "--train_val_split", "0.25", *more)
+    trainer.train()
+    assert trainer.state.global_step == 3 * 4  # the last two of 18 images are dropped, as asked
+    scores = trainer.evaluate()
+    assert scores["eval_images"] == 6
+    assert scores["eval_accuracy"] == trainer.state.best_metric
+    trainer.save_model()
+    for key, tensor in ViTScratchForImageClassification.from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[key])
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) <= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that end early
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(pets, tmp_path, value):
+    trainer = build(tmp_path / "out", *flags(pets, "--save_strategy", "steps", "--save_steps", "2"))
+    healthy, steps = trainer.model.loss_function, []
+
+    def sick(*args, **kwargs):
+        steps.append(trainer.state.global_step)
+        return healthy(*args, **kwargs) * (value if len(steps) == 4 else 1.0)
+
+    trainer.model.loss_function = sick
+    with pytest.raises(TrainingStopped, match=r"step 4 of 50.*checkpoint-2.*--resume_from_checkpoint True"):
+        trainer.train()
+    assert steps == [0, 1, 2, 3]
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+
+
+class InterruptAt(TrainerCallback):
+    """Ctrl-C during a step."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [6, 9])  # in the middle of the second epoch, and its last step
+def test_ctrl_c_saves_a_checkpoint_from_which_a_run_goes_on_exactly(pets, tmp_path, step, capsys):
+    more = ["--train_dir", pets, "--train_val_split", "0.25", "--num_train_epochs", "3"]
+    straight = build(tmp_path / "straight", *more)
+    straight.train()
+    stopped = build(tmp_path / "out", *more)
+    stopped.add_callback(InterruptAt(step))
+    with pytest.raises(
+        TrainingInterrupted, match=f"Interrupted at step {step + 1} of 15.*checkpoint-{step + 1}: to go on"
+    ):
+        stopped.train()
+    assert "Once more to stop at once" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = build(tmp_path / "again", *more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step + 1}"))
+    assert difference(weights(resumed), weights(straight)) == 0.0
+    evaluations = [[log for log in run.state.log_history if "eval_loss" in log] for run in (resumed, straight)]
+    assert [log["eval_loss"] for log in evaluations[0]] == [log["eval_loss"] for log in evaluations[1]]
+
+
+def test_ctrl_c_twice_stops_at_once(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets))
+    trainer.add_callback(InterruptAt(2, times=2))
+    with pytest.raises(TrainingInterrupted, match=r"step 2 of 50\. No checkpoint was saved yet"):
+        trainer.train()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest
+
+
+def test_a_push_does_not_replace_the_card(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets))
+    (tmp_path / "out" / "README.md").write_text("ours")
+    trainer.create_model_card(model_name="x")
+    assert (tmp_path / "out" / "README.md").read_text() == "ours"
+
+
+def test_digits_move_and_photos_are_cropped(pets, tmp_path):
+    digits = build(tmp_path / "a", "--dataset_name", "digits", "--max_train_samples", "20", "--verify_images", "False")
+    assert isinstance(digits.train_dataset.augmentation, DigitAugmentation)
+    assert digits.train_dataset[0]["pixel_values"].shape == (1, 16, 24)
+    photos = build(tmp_path / "b", *flags(pets))
+    assert isinstance(photos.train_dataset.augmentation, PhotoAugmentation)
+    assert photos.eval_dataset.augmentation is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"size": {"height": 8, "width": 12}}, (8, 12)),
+        ({"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": {"height": 20, "width": 28}}, (20, 28)),
+        ({"size": {"shortest_edge": 30}}, (16, 24)),
+    ],
+)
+def test_the_size_that_augmentation_aims_at_is_what_the_processor_makes(settings, size):
+    assert input_size(ViTScratchImageProcessor(**settings), ViTScratchConfig.from_variant("test/4")) == size
+
+
+def test_progress_tells_one_short_line_for_each_report(pets, tmp_path, capsys):
+    trainer = build(tmp_path / "out", "--train_dir", pets, "--max_steps", "2", "--disable_tqdm", "False")
+    assert any(isinstance(callback, Progress) for callback in trainer.callback_handler.callbacks)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.split()[2] for line in lines] == ["training", "training", "held"][-len(lines) :]
+    assert "accuracy" in lines[-1]
+    assert "runtime" not in "".join(lines)
+
+
+def test_arguments_are_saved_without_a_token(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "1"))
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    for file in Path(tmp_path / "out").iterdir():
+        assert b"hf_secret" not in file.read_bytes(), file
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight tiny images in every form that the readers know, and short runs on them. Shared by the tests of training."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from modeling_vit_scratch.training.arguments import DataArguments, parse_arguments
+from modeling_vit_scratch.training.data import ImageData, read_data
+from modeling_vit_scratch.training.errors import Problems
+from modeling_vit_scratch.training.starting_point import build_model
+from modeling_vit_scratch.training.trainer import FinetuneTrainer, build_trainer
+
+
+ROOT = Path(__file__).parents[1]
+# Not in the order of the alphabet's other end, and with names that are not Python identifiers.
+CLASSES = ("brown bear", "cat", "zebra")
+
+
+def image(label: int, number: int, size: tuple[int, int] = (30, 20)) -> Image.Image:
+    """A picture that no other (label, number) has; the label shows in its colour."""
+    pixels = np.random.default_rng((label, number)).integers(0, 100, size=(size[1], size[0], 3), dtype=np.uint8)
+    pixels[..., label % 3] += 150
+    return Image.fromarray(pixels)
+
+
+def class_folders(folder: Path, classes: tuple[str, ...] = CLASSES, each: int = 4) -> Path:
+    """A folder for each class; the index of a class in CLASSES decides what its images look like."""
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(each):
+            image(CLASSES.index(name), number).save(folder / name / f"{number}.png")
+    return folder
+
+
+def encoded(label: int, number: int) -> bytes:
+    buffer = io.BytesIO()
+    image(label, number).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(names: bool = True) -> list[dict[str, Any]]:
+    """Eight rows of two classes, zebra first."""
+    labels = [2, 1] * 4
+    return [
+        {"image": {"bytes": encoded(label, i), "path": f"{i}.png"}, "label": CLASSES[label] if names else label}
+        for i, label in enumerate(labels)
+    ]
+
+
+def parquet(file: Path) -> Path:
+    datasets.Dataset.from_list(rows()).to_parquet(file)
+    return file
+
+
+def table(file: Path, separator: str | None = ",") -> Path:
+    """A .csv, or without separator a .jsonl, of paths that are relative to it."""
+    (file.parent / "pictures").mkdir(exist_ok=True)
+    lines = [] if separator is None else [f"file_name{separator}category"]
+    for i, row in enumerate(rows()):
+        (file.parent / "pictures" / f"{i}.png").write_bytes(row["image"]["bytes"])
+        entry = {"file_name": f"pictures/{i}.png", "category": row["label"]}
+        lines.append(json.dumps(entry) if separator is None else separator.join(entry.values()))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def webdataset(file: Path) -> Path:
+    with tarfile.open(file, "w") as archive:
+        for i, row in enumerate(rows(names=False)):
+            for name, content in ((f"{i}.png", row["image"]["bytes"]), (f"{i}.cls", str(row["label"]).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return file
+
+
+def read(cache_dir: Path | None = None, seed: int = 0, problems: Problems | None = None, **arguments: Any) -> ImageData:
+    cache = None if cache_dir is None else str(cache_dir)
+    return read_data(DataArguments(**arguments), seed, problems or Problems(), cache_dir=cache)
+
+
+def build(output_dir: Path, *flags: str) -> FinetuneTrainer:
+    """What scripts/finetune.py builds for these flags: by default the tiny model on the images of `class_folders`."""
+    argv = ["--output_dir", str(output_dir), "--disable_tqdm", "True", "--report_to", "none"]
+    argv += ["--per_device_train_batch_size", "4", "--logging_steps", "1", *flags]
+    if "--model_name_or_path" not in flags and "--variant" not in flags:
+        argv += ["--variant", "test/4"]
+    model_arguments, data_arguments, training_arguments, problems = parse_arguments(argv)
+    data = read_data(data_arguments, training_arguments.seed, problems)
+    model, processor, _ = build_model(
+        model_arguments, data.label_names, data.source.num_channels, training_arguments.seed
+    )
+    return build_trainer(model, processor, data, training_arguments)
+
+
+def load_script(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
