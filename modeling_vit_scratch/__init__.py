@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision Transformer (Dosovitskiy et al., ICLR 2021), from scratch, with the interface of Hugging Face transformers."""
 
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -17,6 +19,7 @@ from .modeling_vit_scratch import (
     ViTScratchForImageClassification,
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
+    ViTScratchPreTrainedModel,
 )
 
 
@@ -36,6 +39,16 @@ AutoImageProcessor.register(
     ViTScratchConfig, image_processor_classes={"pil": ViTScratchImageProcessor, "torchvision": ViTScratchImageProcessor}
 )
 ViTScratchImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+
+def _load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+    from .checkpoint.loading import from_pretrained  # not before it is needed: importing the package stays quick
+
+    return from_pretrained(*args, **kwargs)
+
+
+# `from_pretrained` reads other people's checkpoints too, and adapts weights to other sizes.
+ViTScratchPreTrainedModel.checkpoint_loader = staticmethod(_load_checkpoint)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -51,14 +51,24 @@ def _variant(size: str, patch: int) -> dict[str, Any]:
     }
 
 
+# Hybrids: units in each stage of the ResNet, size, and the pixels that become one token (the paper's code,
+# configs/models.py). The names are the published ones: "R+Ti/16" has 32, since its root halves the image twice.
+_HYBRIDS: dict[str, tuple[list[int], str, int]] = {
+    "R+Ti/16": ([], "Ti", 32),
+    "R26+S/32": ([2, 2, 2, 2], "S", 32),
+    "R26+B/32": ([2, 2, 2, 2], "B", 32),
+    "R50+B/16": ([3, 4, 9], "B", 16),
+    "R50+L/32": ([3, 4, 6, 3], "L", 32),
+}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{size}/{patch}": _variant(size, patch) for size, patches in _PATCHES.items() for patch in patches
-}
+} | {name: {**_variant(size, patch), "stem_layers": stem} for name, (stem, size, patch) in _HYBRIDS.items()}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "position_embedding": ("learned_1d", "learned_2d", "sincos_2d", "relative_1d", "none"),
     "position_embedding_placement": ("stem", "every_layer", "every_layer_shared"),
-    "position_embedding_interpolation": ("bilinear", "bicubic", "bicubic_antialias"),
+    "position_embedding_interpolation": ("bilinear", "bicubic", "bicubic_antialias", "bicubic_align_corners"),
     "pooling": ("cls", "mean"),
     "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
 }
@@ -102,15 +112,26 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             `"every_layer_shared"` (the paper, Table 8).
         position_embedding_interpolation (`str`, defaults to `"bilinear"`): the kernel that resamples positions to
             another grid: `"bilinear"` with corners aligned, as the paper's code; `"bicubic"`, as transformers and
-            DINO; `"bicubic_antialias"`, as timm.
+            DINO; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision.
         cls_token_position (`bool`, defaults to `True`): whether the class token has a position of its own
             (equation 1 of the paper; DeiT III has none). Only for `"learned_1d"`.
         pooling (`str`, defaults to `"cls"`): what represents the image: the class token, or the mean over patches.
+        norm_after_pooling (`bool`, defaults to `False`): whether the final LayerNorm comes after the mean over patches,
+            not before, as in fine-tuned MAE (He et al., arXiv:2111.06377). Only for `pooling="mean"`.
         use_cls_token (`bool`, *optional*): whether there is a class token. Default: if `pooling` needs it.
         representation_size (`int`, *optional*): width of the tanh layer between pooling and classifier, which the
             paper's pre-training head has (3.1). Default: no such layer.
         num_register_tokens (`int`, defaults to 0): extra tokens (Darcet et al., arXiv:2309.16588).
         drop_path_rate (`float`, defaults to 0): stochastic depth rate of the last layer; grows linearly from 0.
+        use_distillation_token (`bool`, defaults to `False`): DeiT's token after the class token (Touvron et al.,
+            arXiv:2012.12877, 3); it has a position if the class token has one.
+        use_distillation_head (`bool`, defaults to `False`): a second classifier, on that token; the logits are the
+            mean of the two, as at DeiT's inference.
+        use_mask_token (`bool`, defaults to `False`): keep a mask token in models that do without, as DINOv2 does.
+        stem_layers (`list[int]`, *optional*): a hybrid model (the paper, 3.1): bottleneck units in each stage of a
+            ResNet before the patches; `[]` is its root block alone. The stem halves the image twice and once more
+            for each stage after the first; `patch_size` counts pixels of the image all the same. Default: no stem.
+        stem_width_factor (`float`, defaults to 1): times 64, the width of the stem's first stage.
         layer_scale_init_value (`float`, *optional*): start of the scale on each residual branch (Touvron et al.,
             arXiv:2103.17239). Default: no scale.
         zero_init_head (`bool`, defaults to `False`): start the classifier at zero, as the paper does to fine-tune.
@@ -146,9 +167,15 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     position_embedding_interpolation: str = "bilinear"
     cls_token_position: bool = True
     pooling: str = "cls"
+    norm_after_pooling: bool = False
     use_cls_token: bool | None = None
     representation_size: int | None = None
     num_register_tokens: int = 0
+    use_distillation_token: bool = False
+    use_distillation_head: bool = False
+    use_mask_token: bool = False
+    stem_layers: list[int] | tuple[int, ...] | None = None
+    stem_width_factor: float | int = 1
     drop_path_rate: float | int = 0.0
     layer_scale_init_value: float | int | None = None
     zero_init_head: bool = False
@@ -242,8 +269,18 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the first patch: the class token, if there is one, and the registers."""
-        return int(self.use_cls_token) + self.num_register_tokens
+        """Tokens before the first patch: the class and distillation tokens, if there are any, and the registers."""
+        return int(self.use_cls_token) + int(self.use_distillation_token) + self.num_register_tokens
+
+    @property
+    def stem_width(self) -> int:
+        """Channels of the stem's root block."""
+        return int(64 * self.stem_width_factor)
+
+    @property
+    def stem_stride(self) -> int:
+        """How many pixels the stem makes one of, along each side; 1 without a stem."""
+        return 1 if self.stem_layers is None else 4 * 2 ** max(len(self.stem_layers) - 1, 0)
 
     # transformers refuses `output_attentions` outside "eager"; this model computes the weights under every
     # implementation.
@@ -330,8 +367,34 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"position_embedding_placement={self.position_embedding_placement!r} has no meaning for "
                 f"position_embedding={self.position_embedding!r}. Leave it at 'stem'."
             )
+        if self.use_distillation_token and not self.use_cls_token:
+            raise ValueError("use_distillation_token=True needs the class token. Set use_cls_token=True.")
+        if self.use_distillation_head and not (self.use_distillation_token and self.pooling == "cls"):
+            raise ValueError(
+                "use_distillation_head=True classifies the distillation token, beside the class token: set "
+                "use_distillation_token=True and pooling='cls'."
+            )
+        if self.norm_after_pooling and self.pooling != "mean":
+            raise ValueError("norm_after_pooling=True has no meaning for pooling='cls'. Take pooling='mean'.")
+        self._check_stem()
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling='cls' needs the class token. Leave use_cls_token unset, or take pooling='mean'.")
+
+    def _check_stem(self) -> None:
+        if self.stem_layers is None:
+            return
+        if any(units < 1 for units in self.stem_layers):
+            raise ValueError(f"stem_layers={self.stem_layers} must have at least 1 unit in each stage; [] is no stage.")
+        if self.stem_width < 32 or self.stem_width % 32:
+            raise ValueError(
+                f"stem_width_factor={self.stem_width_factor} gives {self.stem_width} channels, which the stem's "
+                "32 groups of GroupNorm must divide. Take a multiple of 0.5."
+            )
+        if any(patch % self.stem_stride for patch in self.patch_hw):
+            raise ValueError(
+                f"The stem of stem_layers={self.stem_layers} reduces the image {self.stem_stride} times, which must "
+                f"divide patch_size={self.patch_size}. Take patch_size={self.stem_stride} for patches of one cell."
+            )
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         """Unknown arguments become attributes in transformers; one that is nearly a field's name is a mistake."""

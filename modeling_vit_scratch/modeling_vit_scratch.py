@@ -47,14 +47,88 @@ from .configuration_vit_scratch import ViTScratchConfig
 # Pixels to tokens: equation 1 -----------------------------------------------------------------------------------------
 
 
+class ViTScratchStemConvolution(nn.Conv2d):
+    """A convolution with standardised weights (Qiao et al., arXiv:1903.10520), padded as TensorFlow's "SAME"."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, bias=False)
+        # An input that the stride divides lacks max(kernel - stride, 0) pixels; the odd one goes below and right.
+        before, lacking = max(kernel - stride, 0) // 2, max(kernel - stride, 0)
+        self.pads = (before, lacking - before, before, lacking - before)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        std, mean = torch.std_mean(self.weight.float(), dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = ((self.weight.float() - mean) / (std + 1e-5)).to(self.weight.dtype)
+        return F.conv2d(F.pad(pixels, self.pads), weight, stride=self.stride)
+
+
+def stem_normalization(channels: int, weight_init: float = 1.0) -> nn.GroupNorm:
+    """GroupNorm with Flax's epsilon."""
+    layer = nn.GroupNorm(32, channels, eps=1e-6)
+    layer.weight_init = weight_init
+    return layer
+
+
+class ViTScratchStemUnit(GradientCheckpointingLayer):
+    """A bottleneck unit of the ResNet: (B, inputs, H, W) -> (B, 4 * width, H / stride, W / stride)."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.has_shortcut = inputs != 4 * width or stride != 1
+        if self.has_shortcut:
+            self.shortcut_conv = ViTScratchStemConvolution(inputs, 4 * width, 1, stride)
+            self.shortcut_norm = stem_normalization(4 * width)
+        self.conv1, self.norm1 = ViTScratchStemConvolution(inputs, width, 1), stem_normalization(width)
+        self.conv2, self.norm2 = ViTScratchStemConvolution(width, width, 3, stride), stem_normalization(width)
+        self.conv3 = ViTScratchStemConvolution(width, 4 * width, 1)
+        self.norm3 = stem_normalization(4 * width, weight_init=0.0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        residual = self.shortcut_norm(self.shortcut_conv(pixels)) if self.has_shortcut else pixels
+        pixels = F.relu(self.norm1(self.conv1(pixels)))
+        pixels = F.relu(self.norm2(self.conv2(pixels)))
+        return F.relu(residual + self.norm3(self.conv3(pixels)))
+
+
+class ViTScratchStem(nn.Module):
+    """The ResNet of the hybrid models (3.1; BiT's, as in models_resnet.py of the paper's code)."""
+
+    def __init__(self, config: ViTScratchConfig) -> None:
+        super().__init__()
+        channels = config.stem_width
+        self.root_conv = ViTScratchStemConvolution(config.num_channels, channels, 7, stride=2)
+        self.root_norm = stem_normalization(channels)
+        self.stages = nn.ModuleList()
+        for stage, num_units in enumerate(config.stem_layers):
+            width, units = config.stem_width * 2**stage, nn.ModuleList()
+            for unit in range(num_units):
+                units.append(ViTScratchStemUnit(channels, width, stride=2 if stage > 0 and unit == 0 else 1))
+                channels = 4 * width
+            self.stages.append(units)
+        self.out_channels = channels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H / stem_stride, W / stem_stride)"""
+        pixels = F.relu(self.root_norm(self.root_conv(pixels)))
+        # After ReLU the zeros that pad are the -inf of "SAME" pooling.
+        pixels = F.max_pool2d(F.pad(pixels, (0, 1, 0, 1)), kernel_size=3, stride=2)
+        for units in self.stages:
+            for unit in units:
+                pixels = unit(pixels)
+        return pixels
+
+
 class ViTScratchPatchEmbeddings(nn.Module):
-    """Cuts the image into patches and maps each to a token: x_p E of equation 1."""
+    """Cuts the image, or what the stem makes of it, into patches and maps each to a token: x_p E of equation 1."""
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
         self.num_channels, self.patch = config.num_channels, config.patch_hw
+        self.stem = None if config.stem_layers is None else ViTScratchStem(config)
+        channels = self.num_channels if self.stem is None else self.stem.out_channels
+        kernel = (self.patch[0] // config.stem_stride, self.patch[1] // config.stem_stride)
         # A convolution whose stride is its kernel is a dense layer on every patch.
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=self.patch, stride=self.patch)
+        self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches. Raises ValueError for an image that the patch does not divide."""
@@ -73,6 +147,7 @@ class ViTScratchPatchEmbeddings(nn.Module):
         return shape[2] // self.patch[0], shape[3] // self.patch[1]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values if self.stem is None else self.stem(pixel_values)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
 
 
@@ -81,12 +156,15 @@ def resample_positions(positions: Tensor, rows: int, columns: int, interpolation
     Resamples a grid of position embeddings (3.2 of the paper), (1, rows', columns', D) -> (1, rows, columns, D).
 
     `interpolation`: `"bilinear"` with corners aligned, which is the `scipy.ndimage.zoom(order=1)` of the paper's code;
-    `"bicubic"`, as transformers and DINO; `"bicubic_antialias"`, as timm.
+    `"bicubic"`, as transformers and DINO; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision.
     """
-    kernel: dict[str, Any] = {"mode": "bilinear", "align_corners": True}
-    if interpolation != "bilinear":
-        kernel = {"mode": "bicubic", "align_corners": False, "antialias": interpolation == "bicubic_antialias"}
-    resampled = F.interpolate(positions.permute(0, 3, 1, 2).float(), size=(rows, columns), **kernel)
+    kernel: dict[str, Any] = {
+        "mode": interpolation.split("_")[0],
+        "align_corners": interpolation in ("bilinear", "bicubic_align_corners"),
+        "antialias": interpolation == "bicubic_antialias",
+    }
+    values = positions if positions.dtype == torch.float64 else positions.float()
+    resampled = F.interpolate(values.permute(0, 3, 1, 2), size=(rows, columns), **kernel)
     return resampled.permute(0, 2, 3, 1).to(positions.dtype)
 
 
@@ -110,8 +188,9 @@ class ViTScratchPositionEmbeddings(nn.Module):
         super().__init__()
         self.kind, self.interpolation = config.position_embedding, config.position_embedding_interpolation
         self.width, self.rows, self.columns = config.hidden_size, *config.grid_hw
-        # Of the tokens before the patches, the class token may have a position; registers never do.
-        self.num_placed = int(self.kind == "learned_1d" and config.use_cls_token and config.cls_token_position)
+        # Of the tokens before the patches, class and distillation token may have a position; registers never do.
+        num_classifying = int(config.use_cls_token) + int(config.use_distillation_token)
+        self.num_placed = num_classifying if self.kind == "learned_1d" and config.cls_token_position else 0
         self.num_unplaced = config.num_prefix_tokens - self.num_placed
         if self.kind == "learned_1d":
             self.weight = nn.Parameter(torch.empty(1, self.num_placed + self.rows * self.columns, self.width))
@@ -140,19 +219,20 @@ class ViTScratchPositionEmbeddings(nn.Module):
         patches = self.patch_positions(rows, columns, hidden_states.device)
         positions = F.pad(patches, (0, 0, self.num_unplaced, 0))
         if self.num_placed:
-            positions = torch.cat([self.weight[:, :1], positions], dim=1)
+            positions = torch.cat([self.weight[:, : self.num_placed], positions], dim=1)
         return hidden_states + positions.to(hidden_states.dtype)
 
 
 class ViTScratchEmbeddings(nn.Module):
-    """Equation 1: z_0 = [x_class; x_p E] + E_pos, with registers after the class token."""
+    """Equation 1: z_0 = [x_class; x_p E] + E_pos, with distillation token and registers after the class token."""
 
     def __init__(self, config: ViTScratchConfig, use_mask_token: bool = False) -> None:
         super().__init__()
         width, registers = config.hidden_size, config.num_register_tokens
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_cls_token else None
+        self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_distillation_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token or config.use_mask_token else None
         self.patch_embeddings = ViTScratchPatchEmbeddings(config)
         has_positions = config.position_embedding not in ("none", "relative_1d")
         self.position_embeddings = ViTScratchPositionEmbeddings(config) if has_positions else None
@@ -168,7 +248,8 @@ class ViTScratchEmbeddings(nn.Module):
             if wanted != got:
                 raise ValueError(f"bool_masked_pos must have the shape (batch, patches) = {wanted}, got {got}.")
             tokens = torch.where(bool_masked_pos.flatten(1)[..., None].bool(), self.mask_token, tokens)
-        prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        prefix = (self.cls_token, self.distillation_token, self.register_tokens)
+        prefix = [token for token in prefix if token is not None]
         tokens = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in prefix), tokens], dim=1)  # (B, T, D)
         if self.position_embeddings is not None:
             tokens = self.position_embeddings(tokens, *self.patch_embeddings.grid(pixel_values))
@@ -357,6 +438,8 @@ class ViTScratchPooler(nn.Module):
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
         self.pooling, self.num_prefix_tokens = config.pooling, config.num_prefix_tokens
+        has_norm = config.norm_after_pooling
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         size = config.representation_size
         self.dense = dense(config.hidden_size, size, kernel_init=lecun_normal_) if size else None
 
@@ -370,6 +453,7 @@ class ViTScratchPooler(nn.Module):
         else:
             kept = attention_mask[:, self.num_prefix_tokens :, None].to(patches.dtype)
             pooled = (patches * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+        pooled = self.layernorm(pooled)
         return pooled if self.dense is None else torch.tanh(self.dense(pooled))
 
 
@@ -394,9 +478,27 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": ViTScratchLayer, "attentions": ViTScratchAttention}
     _input_embed_layer = "patch_embeddings"
 
+    # The package sets the loader, which reads other formats and adapts to other sizes. Alone, this file does without.
+    checkpoint_loader: Callable | None = None
+    image_processor: Any = None  # the one that fits, where that loader knows it
+
     def __init__(self, config: ViTScratchConfig, *args: Any, **kwargs: Any) -> None:
         config.validate_vit()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "PreTrainedModel":
+        """As in transformers; with the package, also what its `checkpoint.loading.from_pretrained` adds."""
+        load, own_loader = super().from_pretrained, ViTScratchPreTrainedModel.checkpoint_loader
+        if own_loader is None:
+            return load(pretrained_model_name_or_path, *args, **kwargs)
+        return own_loader(cls, load, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; with the image processor that the loader found or adapted, if there is one."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(save_directory)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -408,12 +510,16 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
                 init.normal_(module.bias, std=getattr(module, "bias_std", 0.0))
         elif isinstance(module, nn.Conv2d):
             lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            init.constant_(module.weight, module.weight_init)
             init.zeros_(module.bias)
         elif isinstance(module, (ViTScratchPositionEmbeddings, ViTScratchRelativePositions)):
             for weight in module.parameters():
                 init.normal_(weight, std=std)
         elif isinstance(module, ViTScratchEmbeddings):
-            for token in (module.cls_token, module.mask_token):
+            for token in (module.cls_token, module.distillation_token, module.mask_token):
                 if token is not None:
                     init.zeros_(token)
             if module.register_tokens is not None:
@@ -448,7 +554,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
         # Table 8: positions may enter again before every later layer, each layer's own or those of the stem.
         num_later = config.num_hidden_layers - 1 if config.position_embedding_placement == "every_layer" else 0
         self.later_position_embeddings = nn.ModuleList(ViTScratchPositionEmbeddings(config) for _ in range(num_later))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        has_norm = not config.norm_after_pooling
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         self.pooler = ViTScratchPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -463,7 +570,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             bool_masked_pos: (B, N) or (B, rows, columns), true where the mask token replaces the patch.
             attention_mask: (B, T), zero for tokens that no token attends to.
             pooled_output_only: promise to use `pooler_output` only. The last layer then computes no more than the class
-                token needs, and `last_hidden_state` is (B, 1, D).
+                token needs, and `last_hidden_state` is (B, 1, D); with a distillation head, that token too: (B, 2, D).
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. The weights of `output_attentions` are
                 true under every attention implementation. transformers' `interpolate_pos_encoding` changes nothing:
                 every size works.
@@ -506,7 +613,8 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
                 hidden_states = self.later_position_embeddings[index - 1](hidden_states, *grid)
             elif placement == "every_layer_shared" and index > 0:
                 hidden_states = self.embeddings.position_embeddings(hidden_states, *grid)
-            num_queries = 1 if cls_only and index == len(self.layers) - 1 else None
+            num_wanted = 2 if self.config.use_distillation_head else 1
+            num_queries = num_wanted if cls_only and index == len(self.layers) - 1 else None
             hidden_states = layer(hidden_states, mask, grid, num_queries, **kwargs)
 
         sequence = self.layernorm(hidden_states)  # equation 4, for every token
@@ -567,6 +675,9 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         self.vit = ViTScratchModel(config)
         kernel_init = init.zeros_ if config.zero_init_head else None
         self.classifier = dense(width, self.num_labels, kernel_init=kernel_init) if self.num_labels else nn.Identity()
+        has_second = config.use_distillation_head and self.num_labels
+        second = dense(config.hidden_size, self.num_labels, kernel_init=kernel_init) if has_second else None
+        self.distillation_classifier = second
         self.loss_function = image_classification_loss  # set here: transformers would choose by the name of the class
         self.post_init()
 
@@ -585,6 +696,8 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         """
         outputs = self.vit(pixel_values, attention_mask=attention_mask, pooled_output_only=True, **kwargs)
         logits, loss = self.classifier(outputs.pooler_output), None
+        if self.distillation_classifier is not None:
+            logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
         more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -596,6 +709,11 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__(config)
+        if config.stem_layers is not None:
+            raise ValueError(
+                "Masked image modeling masks tokens, and a ResNet stem has seen the pixels around each: "
+                "take stem_layers=None."
+            )
         self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
         self.decoder = dense(config.hidden_size, config.num_channels * math.prod(config.patch_hw))
         self.post_init()

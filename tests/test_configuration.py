@@ -12,7 +12,7 @@ from transformers import AutoConfig, ViTConfig
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig, ViTScratchForImageClassification
 
 
-# With 1000 labels. B/16, L/16, H/14: also in the test of the paper's code. All: transformers' ViT of the same sizes.
+# With 1000 labels. B/16, L/16, H/14 and hybrids: also in the test of the paper's code. Others: transformers' ViT.
 PARAMETERS = {
     "test/4": 52_552,
     "Mi/2": 548_872,
@@ -28,6 +28,11 @@ PARAMETERS = {
     "L/16": 304_326_632,
     "L/32": 306_535_400,
     "H/14": 632_045_800,
+    "R+Ti/16": 6_337_704,
+    "R26+S/32": 36_431_912,
+    "R26+B/32": 101_383_976,
+    "R50+B/16": 98_659_112,
+    "R50+L/32": 328_994_856,
 }
 
 

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weights for other sizes than they were trained with: another image, patch, number of channels or labels.
+
+Nothing that a checkpoint has is thrown away where it can be adapted, and a readable line says what was done.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification, resample_positions
+
+
+logger = logging.get_logger(__name__)
+
+PATCH_RESIZES = ("pseudo_inverse", "bilinear")
+
+
+def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The matrix that resizes an image bilinearly, pixels row by row, in float64: (new pixels, old pixels)."""
+    basis = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
+    return F.interpolate(basis, size=new, mode="bilinear", align_corners=False).flatten(1).T
+
+
+def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], method: str = "pseudo_inverse") -> Tensor:
+    """
+    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, *size).
+
+    `"pseudo_inverse"` (FlexiViT, Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where
+    it grows, the token that it gave before. `"bilinear"`: the kernel is resized like an image, and divided by the
+    growth of its area, so that a patch of one colour gives the token that it gave before.
+    """
+    if method not in PATCH_RESIZES:
+        raise ValueError(f"patch_resize={method!r} is unknown. Choose one of: {', '.join(map(repr, PATCH_RESIZES))}.")
+    old = tuple(kernel.shape[2:])
+    if old == tuple(size):
+        return kernel
+    matrix = resize_matrix(old, size)  # B, so that a patch x becomes B x
+    if method == "pseudo_inverse":
+        change = torch.linalg.pinv(matrix.T)  # of least norm among those with <B x, w'> = <x, w>
+    else:
+        change = matrix * (math.prod(old) / math.prod(size))
+    resized = kernel.flatten(2).double() @ change.T
+    return resized.unflatten(2, size).to(kernel.dtype)
+
+
+def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """
+    A first kernel for another number of channels, (D, C, height, width) -> (D, channels, height, width).
+
+    One channel gets the sum: a gray image gives what it gave as RGB with equal channels. Several are the old ones in
+    turn, scaled so that equal channels give what they gave.
+    """
+    old = kernel.shape[1]
+    if old == channels:
+        return kernel
+    if channels == 1:
+        return kernel.double().sum(dim=1, keepdim=True).to(kernel.dtype)
+    repeated = kernel.repeat(1, -(-channels // old), 1, 1)[:, :channels]
+    return (repeated.double() * (old / channels)).to(kernel.dtype)
+
+
+def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int], interpolation: str) -> Tensor:
+    """Position embeddings on another grid, (1, P + rows * columns, D); those of P tokens before the patches stay."""
+    placed = weight.shape[1] - math.prod(old)
+    grid = resample_positions(weight[:, placed:].double().unflatten(1, old), *new, interpolation)
+    return torch.cat([weight[:, :placed], grid.flatten(1, 2).to(weight.dtype)], dim=1)
+
+
+def adapt_decoder(weight: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
+    """A decoder to patches (C, height, width) of another size: what it paints is resized, averaged or repeated."""
+    flat = weight.dim() == 1
+    painted = (weight[:, None] if flat else weight).double().unflatten(0, old).permute(3, 0, 1, 2)  # (D, C, h, w)
+    painted = F.interpolate(painted, size=new[1:], mode="bilinear", align_corners=False)
+    if new[0] == 1:
+        painted = painted.mean(dim=1, keepdim=True)
+    painted = painted.repeat(1, -(-new[0] // painted.shape[1]), 1, 1)[:, : new[0]]
+    painted = painted.permute(1, 2, 3, 0).flatten(0, 2).to(weight.dtype)
+    return painted[:, 0] if flat else painted
+
+
+def adapt(
+    source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None,
+    patch_resize: str = "pseudo_inverse", progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    """
+    The state dict of a model, from a checkpoint of another size.
+
+    Args:
+        source: a `Checkpoint`: names to tensors, and the configuration that they are for as `source.config`.
+        config: the configuration of the model to be.
+        cls, arguments: its class, and what else its constructor takes.
+        patch_resize: one of `PATCH_RESIZES`.
+        progress: wraps the names, e.g. in a progress bar.
+
+    Returns:
+        The state dict, which lacks only what is new and can't come from the checkpoint, and a line for each thing done.
+
+    Raises:
+        ValueError: if a tensor has another shape than the model's and there is no way to adapt it.
+    """
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in cls(config, **(arguments or {})).state_dict().items()}
+    prefix = "" if any(name.startswith("vit.") for name in wanted) else "vit."
+    state, fresh, notes = {}, [], _notes(source.config, config, patch_resize)
+    dropped_layer = source.config.representation_size is not None and config.representation_size is None
+    for name in progress(list(wanted)):
+        full, shape = prefix + name, wanted[name]
+        is_head = full.startswith(("classifier.", "distillation_classifier."))
+        if is_head and (full not in source or config.num_labels != source.config.num_labels or dropped_layer):
+            dtype = next((t.dtype for t in state.values()), torch.float32)
+            state[name] = torch.zeros(shape, dtype=dtype)
+        elif full not in source:
+            fresh.append(name)
+        else:
+            tensor = source[full]
+            state[name] = (
+                tensor if tensor.shape == shape else _fit(full, tensor, shape, source.config, config, patch_resize)
+            )
+    if issubclass(cls, ViTScratchForImageClassification):
+        notes += _head_notes(source, config, state, dropped_layer)
+    if fresh:
+        notes.append(f"New, initialised at random: {', '.join(fresh[:6])}{', …' if len(fresh) > 6 else ''}.")
+    used = {prefix + name for name in wanted}
+    unused = [name for name in source if name not in used]
+    if unused:
+        more = ", …" if len(unused) > 6 else ""
+        notes.append(f"Not used by {cls.__name__}: {', '.join(unused[:6])}{more}.")
+    return state, notes
+
+
+def _fit(
+    name: str, tensor: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str
+) -> Tensor:
+    if name.endswith("position_embeddings.weight") or "later_position_embeddings" in name:
+        interpolation = new.position_embedding_interpolation
+        if name.endswith("row_weight"):
+            tensor = resample_positions(tensor, new.grid_hw[0], 1, interpolation)
+        elif name.endswith("column_weight"):
+            tensor = resample_positions(tensor, 1, new.grid_hw[1], interpolation)
+        else:
+            tensor = resize_positions(tensor, old.grid_hw, new.grid_hw, interpolation)
+    elif name.endswith(("position_embeddings.row_weight", "position_embeddings.column_weight")):
+        rows, columns = (new.grid_hw[0], 1) if name.endswith("row_weight") else (1, new.grid_hw[1])
+        tensor = resample_positions(tensor, rows, columns, new.position_embedding_interpolation)
+    elif name.endswith("relative_positions.weight"):
+        table = F.interpolate(tensor.T[None].double(), size=shape[0], mode="linear", align_corners=True)
+        tensor = table[0].T.to(tensor.dtype)
+    elif name.endswith("patch_embeddings.projection.weight"):
+        if new.stem_layers is None and old.stem_layers is None:
+            tensor = adapt_channels(tensor, new.num_channels)
+        tensor = resize_patch_kernel(tensor, tuple(shape[2:]), patch_resize)
+    elif name.endswith("stem.root_conv.weight"):
+        tensor = adapt_channels(tensor, new.num_channels)
+    elif name.startswith("decoder."):
+        tensor = adapt_decoder(tensor, (old.num_channels, *old.patch_hw), (new.num_channels, *new.patch_hw))
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(tensor.shape)} in the checkpoint and {tuple(shape)} in the model, and there"
+            " is no way to adapt it. Only image_size, patch_size, num_channels and num_labels can differ, and"
+            " representation_size=None takes that layer away."
+        )
+    # Copied, since a view's strides would make a convolution round otherwise than after saving and loading.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _notes(old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str) -> list[str]:
+    def size(pair: tuple[int, int]) -> str:
+        return f"{pair[0]} x {pair[1]}"
+
+    notes = []
+    if old.patch_hw != new.patch_hw:
+        how = "FlexiViT's pseudo-inverse" if patch_resize == "pseudo_inverse" else "bilinearly"
+        notes.append(f"Patch kernel: resized from {size(old.patch_hw)} to {size(new.patch_hw)} pixels, {how}.")
+    if old.num_channels != new.num_channels:
+        how = "summed" if new.num_channels == 1 else "repeated in turn and scaled"
+        about = " (about the same only: the stem standardises its weights)" if new.stem_layers is not None else ""
+        notes.append(f"Input channels: {old.num_channels} to {new.num_channels}, the kernel's {how}{about}.")
+    if old.grid_hw != new.grid_hw and new.position_embedding != "none":
+        grids = f"grid {size(old.grid_hw)} to {size(new.grid_hw)}, images {size(old.image_hw)} to {size(new.image_hw)}"
+        how = {
+            "sincos_2d": "computed for the new grid",
+            "relative_1d": "table of distances resampled linearly, which is an approximation",
+        }.get(new.position_embedding, f"resampled, {new.position_embedding_interpolation}")
+        notes.append(f"Positions: {how}; {grids}.")
+    elif old.image_hw != new.image_hw:
+        notes.append(
+            f"Images: {size(old.image_hw)} to {size(new.image_hw)}; the grid of patches stays {size(old.grid_hw)}."
+        )
+    if old.representation_size is not None and new.representation_size is None:
+        notes.append(f"Representation layer: {old.representation_size} wide in the checkpoint, taken away.")
+    return notes
+
+
+def _head_notes(
+    source: Mapping[str, Tensor], config: ViTScratchConfig, state: dict[str, Tensor], dropped: bool
+) -> list[str]:
+    if "classifier.weight" not in state:
+        if config.num_labels == 0 and "classifier.weight" not in source:
+            return [
+                "Classifier: none in the checkpoint, so the model gives features. num_labels=… adds a new one of zeros."
+            ]
+        return []
+    labels = source.config.num_labels
+    is_new = "classifier.weight" not in source or labels != config.num_labels or dropped
+    if not is_new:
+        is_zero = not state["classifier.weight"].any()
+        return (
+            ["Classifier: all zeros in the checkpoint, so the logits say nothing before training."] if is_zero else []
+        )
+    had = f"the checkpoint's has {labels}" if "classifier.weight" in source else "the checkpoint has none"
+    hint = ""
+    if config.representation_size is not None:
+        hint = (
+            " It stands on the representation layer; representation_size=None takes that away, as the paper does (3.1)."
+        )
+    return [f"Classifier: new, zeros, {config.num_labels} labels ({had}).{hint}"]
+
+
+def adapted_processor(
+    processor: ViTScratchImageProcessor, old: ViTScratchConfig, new: ViTScratchConfig
+) -> ViTScratchImageProcessor:
+    """The image processor for a model's new size: the same way of resizing and cropping, to other numbers."""
+    settings = processor.to_dict()
+    if old.image_hw != new.image_hw:
+        height, width = new.image_hw
+        crop, size = settings.get("crop_size"), settings.get("size") or {}
+        if settings.get("do_center_crop") and crop and size:
+            short = size.get("shortest_edge") or size.get("height")
+            settings["crop_pct"] = min((crop.get("height") or crop.get("shortest_edge")) / short, 1.0)
+            settings.update(do_center_crop=None, crop_size=None)
+        settings["size"] = {"height": height, "width": width}
+    if old.num_channels != new.num_channels:
+        settings["num_channels"] = new.num_channels
+        for name in ("image_mean", "image_std"):
+            values = settings[name]
+            values = list(values) if isinstance(values, (list, tuple)) else [values] * old.num_channels
+            mean = sum(values) / len(values)
+            settings[name] = (
+                [mean] if new.num_channels == 1 else [values[i % len(values)] for i in range(new.num_channels)]
+            )
+    return type(processor)(**settings)

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What model a foreign checkpoint holds: configuration and image processor, from names, shapes and config.json."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from .files import CheckpointError
+from .formats import Format
+
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HALF = [0.5, 0.5, 0.5]
+BILINEAR, BICUBIC = 2, 3
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": BILINEAR, "bicubic": BICUBIC}
+
+# Heads by width where a head has not 64 channels: the paper's H (Table 1) and Zhai et al., arXiv:2106.04560, Table 2.
+_HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+_TIMM_HEADS = {"test_vit": 2, "test_vit2": 2, "test_vit3": 3, "test_vit4": 3}
+_MODEL_TYPES = ("vit", "deit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers")
+_TAKEN_FROM_TRANSFORMERS = (
+    "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
+    "initializer_range", "attention_probs_dropout_prob", "problem_type", "drop_path_rate",
+)  # fmt: skip
+
+
+@dataclass
+class Evidence:
+    """What is known of a checkpoint before a tensor is read. `given`: fields that the user sets."""
+
+    source: str
+    form: Format
+    dialect: dict[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    given: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def find(self, ours: str, part: int = 0) -> tuple[int, ...] | None:
+        """The shape of their tensor for ours (of any layer), None if there is none."""
+        theirs = next((theirs for name, theirs, _ in self.form.rows if name == ours), None)
+        if theirs is None:
+            return None
+        template = theirs if isinstance(theirs, str) else theirs[part]
+        name = template.format(i="COUNT", s="", u="", s1="1", u1="1", **self.dialect)
+        name = re.escape(name).replace("COUNT", r"\d+")
+        return next(
+            (shape for their, shape in self.shapes.items() if re.fullmatch(name, their) and their not in self.left_out),
+            None,
+        )
+
+    def need(self, ours: str) -> tuple[int, ...]:
+        shape = self.find(ours)
+        if shape is None:
+            raise CheckpointError(
+                f"{self.source}: looks like a {self.form.title}, but lacks what {ours} is made of, for any layer."
+            )
+        return shape
+
+    def fail(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {reason}")
+
+
+def infer_config(evidence: Evidence) -> ViTScratchConfig:
+    """The configuration of a foreign checkpoint: shapes first, then what its config.json adds."""
+    fields = _from_shapes(evidence)
+    added = {"npz": _of_npz, "timm": _of_timm, "transformers": _of_transformers, "torchvision": _of_torchvision}
+    fields.update(added[evidence.form.name](evidence, fields))
+    fields.update(_positions(evidence, fields))
+    fields["num_attention_heads"] = _num_heads(evidence, fields)
+    for name in [name for name in fields if name.startswith("_")]:
+        del fields[name]
+    return ViTScratchConfig(**fields)
+
+
+def _from_shapes(evidence: Evidence) -> dict[str, Any]:
+    patch = "vit.embeddings.patch_embeddings."
+    is_npz, kernel = evidence.form.name == "npz", evidence.need(f"{patch}projection.weight")
+    height, width, channels, hidden = kernel if is_npz else (kernel[2:] + (kernel[1], kernel[0]))
+    fields: dict[str, Any] = {"hidden_size": hidden, "num_channels": channels}
+    root = evidence.find(f"{patch}stem.root_conv.weight")
+    if root is not None:
+        fields.update(stem_layers=_count_units(evidence), num_channels=root[2], stem_width_factor=root[3] / 64)
+        stride = 4 * 2 ** max(len(fields["stem_layers"]) - 1, 0)
+        height, width = stride * height, stride * width
+    fields["patch_size"] = height if height == width else [height, width]
+    fields["num_hidden_layers"] = _count_layers(evidence)
+    fields["intermediate_size"] = evidence.need("vit.layers.{i}.mlp.fc1.bias")[-1]
+    fields["use_cls_token"] = evidence.find("vit.embeddings.cls_token") is not None
+    fields["pooling"] = "cls" if fields["use_cls_token"] else "mean"
+    fields["use_distillation_token"] = evidence.find("vit.embeddings.distillation_token") is not None
+    fields["use_distillation_head"] = evidence.find("distillation_classifier.weight") is not None
+    fields["use_mask_token"] = evidence.find("vit.embeddings.mask_token") is not None
+    registers = evidence.find("vit.embeddings.register_tokens")
+    fields["num_register_tokens"] = registers[1] if registers else 0
+    fields["qkv_bias"] = evidence.find("vit.layers.{i}.attention.qkv.bias") is not None
+    fields["qk_norm"] = evidence.find("vit.layers.{i}.attention.q_norm.weight") is not None
+    if evidence.find("vit.layers.{i}.layer_scale_attention.weight") is not None:
+        fields["layer_scale_init_value"] = 1e-5
+    head, pooler = evidence.find("classifier.weight"), evidence.find("vit.pooler.dense.bias")
+    head = evidence.find("classifier.bias") or (head[::-1] if is_npz and head else head)
+    fields["num_labels"] = head[0] if head else 0
+    fields["representation_size"] = pooler[0] if pooler else None
+    return fields
+
+
+def _count_layers(evidence: Evidence) -> int:
+    template = next(
+        theirs for ours, theirs, _ in evidence.form.rows if ours == "vit.layers.{i}.layernorm_before.weight"
+    )
+    before = re.escape(template.split("{i}")[0].format(**evidence.dialect))
+    found = [int(match[1]) for name in evidence.shapes if (match := re.match(rf"{before}(\d+)[./]", name))]
+    if not found:
+        raise evidence.fail("there is not one encoder layer in it.")
+    return max(found) + 1
+
+
+def _count_units(evidence: Evidence) -> list[int]:
+    prefix = re.escape(evidence.dialect["prefix"])
+    units: dict[int, int] = {}
+    for name in evidence.shapes:
+        if match := re.match(rf"{prefix}block(\d+)/unit(\d+)/", name):
+            stage, unit = int(match[1]), int(match[2])
+            units[stage] = max(units.get(stage, 0), unit)
+    if sorted(units) != list(range(1, len(units) + 1)):
+        raise evidence.fail(f"its ResNet has the stages {sorted(units)}, with a gap.")
+    return [units[stage] for stage in sorted(units)]
+
+
+def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
+    """The image size that the positions are for, and whether class and distillation token have one."""
+    height, width = _pair(fields["patch_size"])
+    stored = evidence.find("vit.embeddings.position_embeddings.weight")
+    said = evidence.given.get("source_image_size") or fields.get("_image_size")
+    known = said or evidence.given.get("image_size")
+    if stored is None:
+        is_big_vision = evidence.dialect.get("scanned", False)
+        wanted = evidence.given.get("position_embedding")
+        if wanted == "none":
+            return {"position_embedding": "none", "image_size": known or _default_size(height, width)}
+        if evidence.form.name == "npz" and (not fields["use_cls_token"] or is_big_vision or wanted == "sincos_2d"):
+            evidence.notes.append("Positions: none in the file, so the fixed sines and cosines of big_vision.")
+            return {"position_embedding": "sincos_2d", "image_size": known or _default_size(height, width)}
+        raise evidence.fail(
+            "it has no position embeddings. If the model has fixed ones, say position_embedding='sincos_2d'; if it has"
+            " none, position_embedding='none'."
+        )
+    tokens = stored[1]
+    num_prefix = int(fields["use_cls_token"]) + int(fields["use_distillation_token"])
+    for placed in dict.fromkeys((num_prefix, 0)):
+        patches, grid = tokens - placed, None
+        if known is not None and _pair(known)[0] // height * (_pair(known)[1] // width) == patches:
+            grid = (_pair(known)[0] // height, _pair(known)[1] // width)
+        elif said is None and patches > 0 and math.isqrt(patches) ** 2 == patches:
+            grid = (math.isqrt(patches),) * 2
+            if placed < num_prefix:
+                evidence.notes.append(
+                    f"Positions: {tokens}, taken as {grid[0]} x {grid[1]} patches and none for the class token. If they"
+                    " are a rectangle and the class token, say source_image_size=(height, width)."
+                )
+        if grid is not None:
+            size = _shorten([grid[0] * height, grid[1] * width])
+            return {"image_size": size, "cls_token_position": placed == num_prefix}
+    if said is not None:
+        raise evidence.fail(
+            f"its {tokens} positions don't fit an image_size of {said}, patches of {height} x {width} and {num_prefix}"
+            " tokens before the patches."
+        )
+    if not num_prefix and math.isqrt(tokens - 1) ** 2 == tokens - 1:
+        raise evidence.fail(f"its {tokens} positions are for a class token too, but there is no class token in it.")
+    raise evidence.fail(
+        f"its {tokens} positions are those of no square grid, with {num_prefix} more for tokens before the patches or"
+        " without. If the grid is a rectangle, say source_image_size=(height, width)."
+    )
+
+
+def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
+    width, given = fields["hidden_size"], evidence.given.get("num_attention_heads")
+    q_norm = evidence.find("vit.layers.{i}.attention.q_norm.weight")
+    known = fields.get("num_attention_heads") or (width // q_norm[0] if q_norm else None)
+    if known or given:
+        return known or given
+    heads = _HEADS_BY_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
+    if heads is None:
+        raise evidence.fail(
+            f"the number of heads is not in the file, and a width of {width} is no multiple of 64, the usual width of a"
+            " head. Say num_attention_heads=…"
+        )
+    evidence.notes.append(
+        f"Heads: {heads}, as usual for a width of {width}; the file doesn't say. If it is another number, say"
+        " num_attention_heads=…"
+    )
+    return heads
+
+
+def _of_npz(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
+    query = evidence.need("vit.layers.{i}.attention.qkv.weight")
+    return {
+        # Flax's gelu is the tanh approximation, and its LayerNorm's epsilon 1e-6; the code resizes with scipy's zoom.
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "position_embedding_interpolation": "bilinear",
+        "num_attention_heads": query[-2],
+        "zero_init_head": True,
+    }
+
+
+def _of_torchvision(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"position_embedding_interpolation": "bicubic_align_corners"}
+
+
+def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
+    config = evidence.config
+    arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    added: dict[str, Any] = {"position_embedding_interpolation": "bicubic_antialias"}
+    heads = arguments.get("num_heads") or _TIMM_HEADS.get(str(config.get("architecture")).split(".")[0])
+    if heads:
+        added["num_attention_heads"] = heads
+    activation = arguments.get("act_layer")
+    if activation:
+        names = {
+            "gelu": "gelu",
+            "gelu_tanh": "gelu_pytorch_tanh",
+            "quick_gelu": "quick_gelu",
+            "relu": "relu",
+            "silu": "silu",
+        }
+        if activation not in names:
+            raise evidence.fail(f"its activation {activation!r} is unknown here. Known: {', '.join(names)}.")
+        added["hidden_act"] = names[activation]
+    comes_last = "fc_norm.weight" in evidence.shapes
+    pooling = arguments.get("global_pool") or config.get("global_pool") or ("avg" if comes_last else None)
+    if pooling in ("avg", "token") and not (pooling == "token" and not fields["use_cls_token"]):
+        added["pooling"] = {"avg": "mean", "token": "cls"}[pooling]
+    elif pooling not in (None, ""):
+        raise evidence.fail(f"it pools by {pooling!r}; this package's models take the class token or the mean.")
+    added["norm_after_pooling"] = comes_last and added.get("pooling", fields["pooling"]) == "mean"
+    size = arguments.get("img_size") or (pretrained.get("input_size") or [None])[1:]
+    if size:
+        added["_image_size"] = size if isinstance(size, int) else list(size)
+    names = pretrained.get("label_names") or config.get("label_names")
+    if names and len(names) == fields["num_labels"]:
+        described = pretrained.get("label_descriptions") or config.get("label_descriptions") or {}
+        added["id2label"] = {index: described.get(name, name) for index, name in enumerate(names)}
+    return added
+
+
+def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
+    model_type = evidence.config.get("model_type")
+    if model_type is None:
+        is_dino, has_registers = fields.get("layer_scale_init_value"), fields["num_register_tokens"]
+        model_type = "dinov2_with_registers" if has_registers else "dinov2" if is_dino else "vit"
+        model_type = "deit" if fields["use_distillation_token"] else model_type
+        evidence.notes.append(
+            f"There is no config.json beside it: read as model_type {model_type!r} with its defaults."
+        )
+    if model_type not in _MODEL_TYPES:
+        raise evidence.fail(
+            f"model_type {model_type!r} is another architecture. Read are {', '.join(_MODEL_TYPES)}, and 'vit_scratch'."
+        )
+    theirs = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in evidence.config.items() if k != "model_type"})
+    has_config = "model_type" in evidence.config
+    unknown = () if has_config else ("num_hidden_layers", "num_attention_heads")
+    added = {k: getattr(theirs, k) for k in _TAKEN_FROM_TRANSFORMERS if hasattr(theirs, k) and k not in unknown}
+    added["position_embedding_interpolation"] = (
+        "bicubic_antialias" if model_type == "dinov2_with_registers" else "bicubic"
+    )
+    if has_config:
+        added["_image_size"] = theirs.image_size
+        is_classifier = any("ForImageClassification" in name for name in evidence.config.get("architectures") or [])
+        if fields["num_labels"] or is_classifier:
+            added.update(id2label=theirs.id2label, label2id=theirs.label2id)
+    if "decoder.0.weight" in evidence.shapes:
+        added["use_mask_token"] = False  # masked image modeling has one in any case
+    if fields["num_labels"] or "decoder.0.weight" in evidence.shapes:
+        added["representation_size"] = None
+        reason = "transformers' models with a head compute no pooler"
+        evidence.left_out.update(
+            {name: reason for name in evidence.shapes if re.search(r"(^|\.)pooler\.dense\.", name)}
+        )
+    elif fields["representation_size"] and getattr(theirs, "pooler_act", "tanh") != "tanh":
+        raise evidence.fail(f"its pooler's activation is {theirs.pooler_act!r}; the representation layer's is tanh.")
+    if getattr(theirs, "layerscale_value", None) is not None and fields.get("layer_scale_init_value"):
+        added["layer_scale_init_value"] = theirs.layerscale_value
+    head = evidence.find("classifier.weight")
+    if head and head[1] == 2 * fields["hidden_size"]:
+        reason = "DINOv2's classifier takes class token and mean together, as no model of this package"
+        evidence.left_out.update({name: reason for name in evidence.shapes if name.startswith("classifier.")})
+        fields["num_labels"] = 0
+        added = {key: value for key, value in added.items() if key not in ("id2label", "label2id")}
+    if "id2label" in added:
+        del fields["num_labels"]
+    evidence.dialect["model_type"] = model_type
+    return added
+
+
+def _default_size(height: int, width: int) -> int | list[int]:
+    """The paper's 224 pixels, or the nearest below that the patch divides."""
+    return _shorten([max(224 // height, 1) * height, max(224 // width, 1) * width])
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _shorten(size: list[int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else size
+
+
+def infer_processor(evidence: Evidence, their_config: dict[str, Any], config: ViTScratchConfig) -> dict[str, Any]:
+    """The settings of the image processor that the source is served with; a guess is noted as one."""
+    height, width = config.image_hw
+    settings: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
+    if evidence.preprocessor:
+        known = (
+            "size", "crop_size", "do_center_crop", "do_resize", "do_rescale", "do_normalize", "resample", "image_mean",
+            "image_std", "rescale_factor", "crop_pct",
+        )  # fmt: skip
+        settings.update(
+            {key: evidence.preprocessor[key] for key in known if evidence.preprocessor.get(key) is not None}
+        )
+        return settings
+    pretrained = their_config.get("pretrained_cfg") or {}
+    if pretrained.get("mean"):
+        settings.update(image_mean=list(pretrained["mean"]), image_std=list(pretrained["std"]))
+        settings["resample"] = _RESAMPLE.get(pretrained.get("interpolation"), BICUBIC)
+        settings["crop_pct"] = pretrained.get("crop_pct") if pretrained.get("crop_mode", "center") == "center" else None
+        return settings
+    # Of what is trained without labels or by Facebook, the statistics of ImageNet; of what Google trained, one half.
+    is_npz = evidence.form.name == "npz"
+    is_facebook = evidence.form.name == "torchvision" or config.use_distillation_token or config.num_labels == 0
+    is_facebook = not is_npz and (is_facebook or config.layer_scale_init_value is not None)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if is_facebook else (HALF, HALF)
+    if config.num_channels != 3:
+        mean, std = [0.5] * config.num_channels, [0.5] * config.num_channels
+    settings.update(image_mean=mean, image_std=std, resample=BILINEAR)
+    if evidence.form.name == "timm":
+        settings.update(resample=BICUBIC, crop_pct=1.0 if config.num_register_tokens or height > 448 else 0.9)
+    elif evidence.form.name == "torchvision":
+        settings.update(crop_pct=0.875 if height < 384 else 1.0, resample=BILINEAR if height < 384 else BICUBIC)
+    if not is_npz:
+        evidence.notes.append(
+            f"Image processor: the file says nothing of it; taken as mean {mean}, std {std}"
+            + (f", crop {settings['crop_pct']}" if "crop_pct" in settings else "")
+            + ", as is usual for such a model. Check it against where the file came from."
+        )
+    return settings

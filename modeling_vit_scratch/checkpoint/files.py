@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors and PyTorch's own.
+
+What a file is, is seen from its first bytes, whatever its name. Nothing here knows a model.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+
+# What a checkpoint file is called where it has a usual name; an index lists the parts of one in several files.
+WEIGHT_NAMES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+SUFFIXES = (".npz", ".safetensors", ".bin", ".pth", ".pt")
+_SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Where training scripts keep the weights, best first: DINO's teacher and an average are what is published.
+_NESTED = ("model_ema", "state_dict_ema", "teacher", "model", "state_dict", "module", "params", "student")
+_WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, or not exactly. The message has the file's name, the reason and a way out."""
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Names to tensors, each read when it is asked for. `shapes` has all shapes without reading one."""
+
+    def __init__(self, path: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self.path, self.shapes, self._read = path, shapes, read
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        try:
+            return self._read(name)
+        except Exception as error:  # parsers of damaged files raise anything
+            raise CheckpointError(f"{self.path}: {name} can't be read ({error}). Is the file damaged?") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_tensors(path: str | os.PathLike) -> TensorFile:
+    """
+    Opens a file of tensors, or the index (`.index.json`) of several.
+
+    Raises:
+        CheckpointError: if it is missing, cut short, damaged, or something else.
+    """
+    path = os.fspath(path)
+    if path.endswith(".index.json"):
+        return _open_index(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be opened ({error}).") from error
+    try:
+        if head[:4] == b"PK\x03\x04":
+            with zipfile.ZipFile(path) as archive:
+                is_torch = any(name.endswith("/data.pkl") or name == "data.pkl" for name in archive.namelist())
+            return _open_torch(path) if is_torch else _open_npz(path)
+        if head[8:9] == b"{":
+            return _open_safetensors(path)
+        if head[:1] == b"\x80":
+            return _open_torch(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # parsers of damaged files raise anything
+        raise CheckpointError(f"{path}: cut short or damaged ({error}). Fetch it again.") from error
+    raise CheckpointError(f"{path}: {_what_else(head)}")
+
+
+def _what_else(head: bytes) -> str:
+    if not head:
+        return "the file is empty."
+    if head.startswith(b"version https://git-lfs"):
+        return "this is Git LFS's pointer to the file, not the file. Run `git lfs pull`."
+    if head.lstrip()[:1] == b"<":
+        return "this is a web page, not a checkpoint. Download the file itself."
+    if head.startswith(b"\x93NUMPY"):
+        return "this is a single array (.npy), not the .npz of a checkpoint."
+    return "not a checkpoint: neither .npz nor safetensors nor a file of torch.save."
+
+
+def _open_npz(path: str) -> TensorFile:
+    archive = np.load(path, allow_pickle=False)
+    shapes = {}
+    for name in archive.zip.namelist():
+        if not name.endswith(".npy"):
+            raise CheckpointError(f"{path}: holds {name!r}, which is no array; this is not an .npz file.")
+        with archive.zip.open(name) as member:
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(np.lib.format.read_magic(member))
+            if read_header is None:
+                raise CheckpointError(f"{path}: {name!r} is in an unknown version of the .npy format.")
+            shape, _, dtype = read_header(member)
+        if dtype.hasobject:
+            raise CheckpointError(
+                f"{path}: {name!r} holds pickled Python objects, which are not read: they can run code."
+            )
+        shapes[name.removesuffix(".npy")] = shape
+    return TensorFile(path, shapes, lambda name: to_tensor(archive[name]))
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor. numpy has no bfloat16: JAX's arrives as two-byte void, or as 16-bit integers."""
+    if (array.dtype.kind == "V" and array.dtype.itemsize == 2) or array.dtype == np.uint16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).reshape(array.shape)
+    if array.dtype.kind == "V":
+        raise CheckpointError(f"an array of the unknown type {array.dtype}")
+    array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).reshape(array.shape)
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """The inverse of `to_tensor`: bfloat16 as two-byte void, as JAX's users save it."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view("V2")
+    return tensor.numpy()
+
+
+def _open_safetensors(path: str) -> TensorFile:
+    with safe_open(path, "pt") as file:  # checks the header, and that the file is as long as it says
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+
+    def read(name: str) -> Tensor:
+        # Not the library's own tensors, which live in the mapped file: they count twice when they are copied, and end
+        # the process when someone shortens the file.
+        if header[name]["dtype"] not in _SAFETENSORS_TYPES:
+            raise ValueError(f"its type is {header[name]['dtype']}")
+        tensor = torch.empty(shapes[name], dtype=_SAFETENSORS_TYPES[header[name]["dtype"]])
+        with open(path, "rb") as file:
+            file.seek(start + header[name]["data_offsets"][0])
+            if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != tensor.nbytes:
+                raise EOFError("the file is cut short")
+        return tensor
+
+    return TensorFile(path, shapes, read)
+
+
+def _open_torch(path: str) -> TensorFile:
+    # Training scripts store their arguments beside the weights; a namespace of plain values runs no code.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: holds Python objects that are not read, since they can run code ({reason}). Save its "
+            "state_dict() alone, best as safetensors."
+        ) from error
+    tensors = _find_tensors(content)
+    if not tensors:
+        raise CheckpointError(f"{path}: there is no dictionary of tensors in it.")
+    return TensorFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+
+
+def _find_tensors(content: object) -> dict[str, Tensor]:
+    """The state dict in what a training script saved, without the names that wrappers put before its keys."""
+    while isinstance(content, dict) and not any(torch.is_tensor(value) for value in content.values()):
+        content = next((content[key] for key in _NESTED if content.get(key)), None)
+    if not isinstance(content, dict):
+        return {}
+    tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
+    for wrapper in _WRAPPERS:
+        # DINO keeps its projection head beside the backbone; every other wrapper is around everything.
+        is_inside = any(name.startswith(wrapper) for name in tensors)
+        if is_inside and all(name.startswith((wrapper, "head.")) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
+def _open_index(path: str) -> TensorFile:
+    try:
+        weight_map = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the index of a checkpoint ({error!r}).") from error
+    parts = {part: open_tensors(os.path.join(os.path.dirname(path), part)) for part in sorted(set(weight_map.values()))}
+    lost = [name for name, part in weight_map.items() if name not in parts[part]]
+    if lost:
+        raise CheckpointError(f"{path}: its parts lack {', '.join(lost[:10])}.")
+    shapes = {name: parts[part].shapes[name] for name, part in weight_map.items()}
+    return TensorFile(path, shapes, lambda name: parts[weight_map[name]][name])
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors in the kind of file that the suffix names; all at once or, if that fails, not at all."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}, to say what to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for name in tensors:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, to_array(tensors[name]), allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
+        else:
+            torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, dict]]:
+    """
+    The file of weights of a file name, a folder or a Hub id, and what `config.json` and `preprocessor_config.json`
+    beside it say, each `{}` where there is none.
+
+    `hub`: transformers' arguments for the Hub, e.g. `revision`, `token`, `subfolder`.
+
+    Raises:
+        CheckpointError: if there is no file of weights, or more than one and none has a usual name.
+    """
+    source = os.fspath(source)
+    if os.path.isfile(source):
+        folder, name = os.path.split(source)
+        beside = _read_jsons(lambda wanted: os.path.join(folder, wanted)) if name in WEIGHT_NAMES else _NO_JSONS
+        return source, beside
+    subfolder = hub.get("subfolder") or ""
+    if os.path.isdir(source):
+        folder = os.path.join(source, subfolder)
+        weights = next((name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))), None)
+        if weights is None:
+            found = [
+                name for name in sorted(os.listdir(folder)) if name.endswith(SUFFIXES) and name != "training_args.bin"
+            ]
+            if len(found) != 1:
+                what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
+                raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
+            weights = found[0]
+        return os.path.join(folder, weights), _read_jsons(lambda wanted: os.path.join(folder, wanted))
+
+    if source.endswith(SUFFIXES):
+        raise CheckpointError(f"{source}: there is no such file.")
+
+    def fetch(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+    try:
+        weights = next(filter(None, map(fetch, WEIGHT_NAMES)), None)
+        beside = _read_jsons(fetch)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: neither a file nor a folder, and the Hub does not give it ({error})"
+        ) from error
+    if weights is None:
+        raise CheckpointError(
+            f"{source}: the Hub's repository (offline: its cache) has none of {', '.join(WEIGHT_NAMES)}."
+        )
+    if weights.endswith(".index.json"):
+        for part in sorted(set(json.loads(Path(weights).read_text(encoding="utf-8"))["weight_map"].values())):
+            fetch(part)
+    return weights, beside
+
+
+_JSONS = ("config.json", "preprocessor_config.json")
+_NO_JSONS: dict[str, dict] = {name: {} for name in _JSONS}
+
+
+def _read_jsons(locate: Callable[[str], str | None]) -> dict[str, dict]:
+    contents = dict(_NO_JSONS)
+    for name in _JSONS:
+        path = locate(name)
+        if path and os.path.isfile(path):
+            try:
+                contents[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: not JSON ({error}).") from error
+    return contents

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint of any format to a model of the wanted size: `from_pretrained`, once the package is imported."""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
+from .adaptation import adapt, adapted_processor
+from .conversion import Checkpoint, load_checkpoint, save_checkpoint
+from .files import SUFFIXES, find_files, open_tensors
+from .formats import FORMATS, NATIVE
+
+
+logger = logging.get_logger(__name__)
+
+PROGRESS_FROM_BYTES = 1_000_000_000
+# Arguments of transformers' from_pretrained that say where a file is, and go to the Hub's client.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# Arguments that mean a way of loading that is transformers' alone.
+_TRANSFORMERS_ONLY = ("state_dict", "gguf_file", "key_mapping", "quantization_config")
+
+
+def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    The models' `from_pretrained`, once the package is imported: transformers', and
+
+    - `source` may be a checkpoint of any format in `FORMATS`: a file, a folder or a Hub id;
+    - what the stored weights don't fit is adapted, never initialised in silence: `image_size=(H, W)` resamples
+      positions, `patch_size` resizes the patch kernel, `num_channels` adapts the first kernel, `num_labels` gives a new
+      classifier of zeros, `representation_size=None` takes the tanh layer before it away. A warning says each. (Of a
+      folder of this package, another `num_labels` and nothing else is what it is in transformers: it needs
+      `ignore_mismatched_sizes=True`.)
+    - the image processor that fits is `model.image_processor`, and is saved with the model.
+
+    Args:
+        cls: the model's class.
+        load: transformers' `from_pretrained`, bound to `cls`.
+        source: a file, a folder or a Hub id, or a `Checkpoint`.
+        args, kwargs: as in transformers; and
+            patch_resize (`str`, defaults to `"pseudo_inverse"`): how the patch kernel is resized, by FlexiViT's
+                pseudo-inverse or `"bilinear"`.
+            source_image_size: the image size that stored positions are for, where they are on a rectangle and the file
+                doesn't say.
+
+    Raises:
+        CheckpointError: if a checkpoint can't be read exactly.
+        ValueError: if there is no way to adapt it.
+    """
+    patch_resize = kwargs.pop("patch_resize", "pseudo_inverse")
+    source_image_size = kwargs.pop("source_image_size", None)
+    if source is None or any(kwargs.get(name) is not None for name in _TRANSFORMERS_ONLY):
+        return load(source, *args, **kwargs)
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    is_own, own_config = (False, None) if isinstance(source, Checkpoint) else _is_own(source, hub)
+    if is_own:
+        differences = _differences(cls, own_config, kwargs)
+        if differences == {"num_labels"} and _has_classifier(source, hub):
+            # Programs rely on transformers here: an error, or with ignore_mismatched_sizes=True a new classifier.
+            if "config" not in kwargs:
+                kwargs.setdefault("zero_init_head", True)
+            differences = set()
+        if not differences:
+            return load(source, *args, **kwargs)
+
+    given = {name: kwargs.get(name) for name in ("num_attention_heads", "position_embedding", "image_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if source_image_size is not None:
+        given["source_image_size"] = source_image_size
+    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, given, **hub)
+    logger.info(checkpoint.describe())
+    config, rest = _target_config(checkpoint.config, kwargs)
+    state, notes = adapt(checkpoint, config, cls, _model_arguments(rest), patch_resize, _progress(checkpoint))
+    for note in checkpoint.notes + notes:
+        logger.warning(note)
+    for name in _HUB_ARGUMENTS:
+        rest.pop(name, None)
+    rest.pop("ignore_mismatched_sizes", None)
+    model = load(None, *args, config=config, state_dict=state, **rest)
+    result = model[0] if isinstance(model, tuple) else model
+    result.config.name_or_path = result.name_or_path = str(getattr(source, "source", source))
+    if checkpoint.format == NATIVE.name:
+        try:
+            processor = ViTScratchImageProcessor.from_pretrained(os.path.dirname(checkpoint.source))
+        except (OSError, ValueError):  # a folder without one, as checkpoints of training can be
+            height, width = checkpoint.config.image_hw
+            size = {"height": height, "width": width}
+            processor = ViTScratchImageProcessor(num_channels=checkpoint.config.num_channels, size=size)
+    else:
+        processor = checkpoint.image_processor()
+    result.image_processor = adapted_processor(processor, checkpoint.config, config)
+    return model
+
+
+def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] | None]:
+    """Whether to leave a source to transformers, to load it or to say what is wrong with it; and its config.json."""
+    if os.path.isfile(source) or os.fspath(source).endswith(SUFFIXES):
+        return False, None
+    if os.path.isdir(source):
+        folder = os.path.join(source, hub.get("subfolder") or "")
+        path = os.path.join(folder, "config.json")
+        if not os.path.isfile(path):
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            is_foreign = any(name.endswith(SUFFIXES) for name in names) and "adapter_config.json" not in names
+            return not is_foreign, None
+    else:
+        try:
+            path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        except (OSError, ValueError):
+            path = None
+        if path is None:
+            return True, None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return True, None
+    return config.get("model_type") == ViTScratchConfig.model_type, config
+
+
+def _differences(cls: type, own_config: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> set[str]:
+    """Which of what can be adapted the caller wants otherwise than a folder of this package has it."""
+    if own_config is None:
+        return set()
+    old = ViTScratchConfig.from_dict(own_config)
+    new, _ = _target_config(old, kwargs)
+    fields = ["image_hw", "patch_hw", "num_channels"]
+    if issubclass(cls, ViTScratchForImageClassification):
+        fields += ["num_labels", "representation_size"]
+    return {name for name in fields if getattr(old, name) != getattr(new, name)}
+
+
+def _has_classifier(source: Any, hub: Mapping[str, Any]) -> bool:
+    return "classifier.weight" in open_tensors(find_files(source, **hub)[0])
+
+
+def _target_config(config: ViTScratchConfig, kwargs: Mapping[str, Any]) -> tuple[ViTScratchConfig, dict[str, Any]]:
+    """The configuration that the caller wants, and the arguments that are none of its fields."""
+    rest = dict(kwargs)
+    target = rest.pop("config", None)
+    if isinstance(target, PreTrainedConfig):
+        return copy.deepcopy(target), rest
+    if target is not None:
+        config = ViTScratchConfig.from_pretrained(target)
+    known = {"num_labels", "output_attentions", "output_hidden_states", "return_dict", "name_or_path"}
+    known |= {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
+    overrides = {name: rest.pop(name) for name in list(rest) if name in known}
+    fields = config.to_dict()
+    if "num_labels" in overrides and overrides["num_labels"] == config.num_labels:
+        del overrides["num_labels"]
+    return ViTScratchConfig.from_dict(fields, **overrides), rest
+
+
+def _model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in ("add_pooling_layer", "use_mask_token") if name in kwargs}
+
+
+def _progress(checkpoint: Checkpoint) -> Callable[[Iterable], Iterable]:
+    """A progress bar for models that take a while; transformers' switch for progress bars holds."""
+    size = 4 * sum(math.prod(shape) for shape in checkpoint.file.shapes.values())
+    is_quiet = size < PROGRESS_FROM_BYTES or not logging.is_progress_bar_enabled()
+    return lambda names: tqdm(names, desc="Reading weights", unit=" tensors", disable=is_quiet)
+
+
+def convert(
+    source: str | os.PathLike, output: str | os.PathLike, format: str = NATIVE.name, verify: bool = False,
+    inexact: bool = False, **overrides: Any,
+) -> None:  # fmt: skip
+    """
+    Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each.
+
+    Args:
+        source, output: as `load_checkpoint` and `save_checkpoint` take them.
+        format: one of `FORMATS`.
+        verify: print the largest difference to the source's own implementation, if it is installed.
+        inexact: write a format whose own code computes other numbers.
+        overrides: as `from_pretrained` takes them.
+
+    Raises:
+        CheckpointError, ValueError: as `load_checkpoint`, `from_pretrained` and `save_checkpoint`.
+    """
+    names = ("num_attention_heads", "position_embedding", "source_image_size", "image_size")
+    checkpoint = load_checkpoint(source, {name: overrides[name] for name in names if name in overrides})
+    print(checkpoint.describe())
+    cls: type = ViTScratchModel
+    if "decoder.weight" in checkpoint:
+        cls = ViTScratchForMaskedImageModeling
+    elif "classifier.weight" in checkpoint or "num_labels" in overrides or "id2label" in overrides:
+        cls = ViTScratchForImageClassification
+    if verify:
+        from .verification import largest_difference  # it imports what is compared with
+
+        result = largest_difference(checkpoint, cls.from_pretrained(checkpoint, dtype=torch.float32))
+        if isinstance(result, str):
+            print(f"Not verified: {result}.")
+        else:
+            print(f"Verified: largest difference {result[0]:.2e}, where the largest value is {result[1]:.2e}.")
+    model = cls.from_pretrained(checkpoint, **overrides)
+    if format == NATIVE.name:
+        model.save_pretrained(output)
+    else:
+        save_checkpoint(model, output, format, exact=not inexact)
+    print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")
