@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, is_offline_mode
 
 
 # What a checkpoint file is called where it has a usual name; an index lists the parts of one in several files.
@@ -268,7 +269,15 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
         raise CheckpointError(f"{source}: there is no such file.")
 
     def fetch(name: str) -> str | None:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        try:
+            return cached_file(source, name, **hub)
+        except OSError as error:
+            # A file that the repository lacks is the one error without a cause. A Hub that can't be reached is asked
+            # once, with all its retries, and not again for every file.
+            is_offline = is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError)
+            if error.__cause__ is None or is_offline:
+                return None
+            raise
 
     try:
         weights = next(filter(None, map(fetch, WEIGHT_NAMES)), None)
