@@ -68,8 +68,8 @@ def test_the_folder_holds_weights_configs_and_the_three_code_files(folder):
 def test_every_auto_class_and_both_pipelines_load_the_folder(folder, tmp_path):
     code = """
 import json, torch
-from transformers import *
-from transformers import pipeline
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForMaskedImageModeling, pipeline
 folder = sys.argv[1]
 trust = {"trust_remote_code": True}
 processor = AutoImageProcessor.from_pretrained(folder, **trust)
