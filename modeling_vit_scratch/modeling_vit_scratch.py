@@ -700,7 +700,7 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         return BackboneOutput(maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-# The hybrids' stem: 3.1 ------------------------------------------------------------------------------------------------
+# The hybrids' stem: 3.1 -----------------------------------------------------------------------------------------------
 
 
 class ViTScratchStemConvolution(nn.Conv2d):

@@ -33,10 +33,10 @@ def main() -> None:
     with training_arguments.main_process_first(desc="reading the data"):
         data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
     model, processor, origin = build_model(model_arguments, data.label_names, data.source.num_channels, seed)
-    if is_first:
-        print(data.describe(), *origin, sep="\n")
-
     trainer = build_trainer(model, processor, data, training_arguments)
+    if is_first:
+        print(data.describe(), *origin, *trainer.describe(), sep="\n")
+
     outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     scores = trainer.evaluate()
     trainer.save_state()

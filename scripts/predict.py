@@ -34,9 +34,12 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {arguments.model} can't be loaded: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
-    installed = importlib.util.find_spec("modeling_vit_scratch") is not None
-    origin = "the package modeling_vit_scratch can be imported here" if installed else f"from {arguments.model} itself"
-    print(f"{type(classify.model).__name__}; its code: {type(classify.model).__module__.split('.')[0]} ({origin})")
+    kind = type(classify.model)
+    origin = (
+        f"its code comes from {arguments.model}" if kind.__module__.startswith("transformers_modules") else "installed"
+    )
+    here = "is" if importlib.util.find_spec("modeling_vit_scratch") else "is not"
+    print(f"{kind.__name__}: {origin}; the package modeling_vit_scratch {here} installed here.")
     return print_table(classify, arguments.images, arguments.top_k)
 
 

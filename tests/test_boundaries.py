@@ -2,10 +2,12 @@
 """The shape of the code: what may import what, that every knob is read, that nothing outgrows its file."""
 
 import ast
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import modeling_vit_scratch
 from modeling_vit_scratch import ViTScratchConfig
@@ -77,6 +79,31 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
     }  # fmt: skip
     read = attributes_read([PACKAGE / "modeling_vit_scratch.py"])
     assert {name for name in own if name not in read and derived.get(name) not in read} == set()
+
+
+def test_every_flag_of_ours_is_read():
+    arguments = ast.parse((PACKAGE / "training" / "arguments.py").read_text())
+    classes = [node for node in arguments.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+    flags = {
+        node.target.id
+        for own in classes
+        for node in own.body
+        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_")
+    }
+    ours = flags - {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert len(ours) > 15
+    paths = source("modeling_vit_scratch/training", "scripts")
+    read = attributes_read(paths)
+    # Also where a loop goes over names: getattr(arguments, name) for name in ("image_size", ...).
+    named = {
+        node.value
+        for path in paths
+        for tree in ast.walk(ast.parse(path.read_text()))
+        if isinstance(tree, (ast.For, ast.comprehension))
+        for node in ast.walk(tree.iter)
+        if isinstance(node, ast.Constant)
+    }
+    assert ours - read - named == set()
 
 
 def test_no_file_outgrows_its_purpose():

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
+
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +26,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 # What makes a long command short, and what it must say in the end.
 SHORTER = {
+    "accelerate launch scripts/finetune.py --model_name_or_path B_16.npz": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32",
 }
@@ -45,6 +49,9 @@ def workplace(tmp_path_factory) -> Path:
         for index in range(8):
             pixels = generator.integers(0, 100, (40, 48, 3), dtype=np.uint8) + np.uint8([red, 0, 0])
             Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.jpg")
+    # Looks like the paper's file, with a small model in it.
+    config = ViTScratchConfig.from_variant("test/4", image_size=32, hidden_act="gelu_pytorch_tanh", num_labels=5)
+    save_checkpoint(ViTScratchForImageClassification(config), folder / "B_16.npz", format="npz")
     return folder
 
 
@@ -63,7 +70,8 @@ def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_pytho
 
 
 def test_every_command_is_known_here():
-    known = ("make demo", "make test", 'pip install -e ".[samples]"', *SHORTER)
+    known = ("make demo", "make test", 'pip install -e ".[samples]"', "python scripts/convert.py B_16.npz", *SHORTER)
+    known = (*known, "python scripts/convert.py outputs/vit-b16")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
 
@@ -105,6 +113,15 @@ def test_fine_tuning_commands_run(start, workplace):
     assert "Held-out accuracy" in stdout
     folder = workplace / words[words.index("--output_dir") + 1]
     assert (folder / "model.safetensors").exists()
+
+
+def test_conversion_commands_run_and_the_file_comes_back(workplace):
+    commands = [shlex.split(command) for command in COMMANDS if command.startswith("python scripts/convert.py")]
+    for words in commands:
+        run([sys.executable, *words[1:]], workplace)
+    first, again = (np.load(workplace / name) for name in ("B_16.npz", "vit_b16_again.npz"))
+    assert set(first) == set(again)
+    assert all(first[name].tobytes() == again[name].tobytes() for name in first)
 
 
 @pytest.mark.timeout(420)

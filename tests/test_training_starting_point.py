@@ -108,6 +108,25 @@ def test_a_model_without_classifier_gets_one(tmp_path, pixel_values):
     assert dict(processor.size) == {"height": 16, "width": 24}  # it had no processor either
 
 
+def test_the_head_of_pretraining_goes_as_a_whole_and_a_kept_one_stays_as_a_whole(tmp_path, pixel_values):
+    options = {"representation_size": 8, "use_distillation_token": True, "use_distillation_head": True}
+    labels = {0: "a", 1: "b", 2: "c"}
+    theirs = ViTScratchForImageClassification(
+        ViTScratchConfig.from_variant("test/4", id2label=labels, **options)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    model, _, lines = start(["x", "y"], model_name_or_path=str(tmp_path))
+    assert "it had 3 other labels. The representation layer" in lines[0]
+    assert (model.config.representation_size, model.config.use_distillation_head) == (None, False)
+    assert model(pixel_values).logits.tolist() == [[0, 0], [0, 0]]
+    model.save_pretrained(tmp_path / "new")
+    again = ViTScratchForImageClassification.from_pretrained(tmp_path / "new")  # the folder is whole
+    assert again.state_dict().keys() == model.state_dict().keys()
+    kept, _, lines = start(["c", "a", "b"], model_name_or_path=str(tmp_path))
+    assert "kept" in lines[0]
+    torch.testing.assert_close(kept.eval()(pixel_values).logits, theirs(pixel_values).logits[:, [2, 0, 1]])
+
+
 def test_another_size_of_image_and_patch_is_served_as_it_was_trained(saved, tmp_path):
     model, processor, lines = start(NAMES, model_name_or_path=saved[1], image_size=[32, 40], patch_size=[8])
     assert "kept" in lines[0]

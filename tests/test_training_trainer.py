@@ -214,8 +214,9 @@ def test_digits_move_and_photos_are_cropped(pets, tmp_path):
     digits = build(tmp_path / "a", "--dataset_name", "digits", "--max_train_samples", "20", "--verify_images", "False")
     assert isinstance(digits.train_dataset.augmentation, DigitAugmentation)
     assert digits.train_dataset[0]["pixel_values"].shape == (1, 16, 24)
-    photos = build(tmp_path / "b", *flags(pets))
+    photos = build(tmp_path / "b", *flags(pets, "--smallest_area", "0.5"))
     assert isinstance(photos.train_dataset.augmentation, PhotoAugmentation)
+    assert photos.train_dataset.augmentation.smallest_area == 0.5
     assert photos.eval_dataset.augmentation is None
 
 

@@ -2,20 +2,24 @@
 """The command line of fine-tuning: one field, one default, one help text."""
 
 import argparse
+import ast
 import dataclasses
-import difflib
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_vit_scratch import VARIANTS, ViTScratchConfig
+from .augmentation import PHOTO_SMALLEST_AREA
 from .errors import Problems
+from .parsing import Parser, refuse_unknown
+from .recipe_arguments import RecipeArguments, add_recipe_defaults
 
 
 _Arguments = TypeVar("_Arguments")
@@ -24,8 +28,12 @@ _Arguments = TypeVar("_Arguments")
 SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
     # So small that reading them is no work for another process.
     "digits": {"variant": "Mi/4", "image_size": [8], "num_train_epochs": 40.0, "dataloader_num_workers": 0},
-    "elpv": {"variant": "Mi/8", "image_size": [96], "patch_size": [12], "num_train_epochs": 40.0},
+    # A defect is a small part of a cell: most of the cell must stay in view.
+    "elpv": {"variant": "Mi/8", "smallest_area": 0.7, "num_train_epochs": 40.0},
 }
+for _defaults in SOURCE_DEFAULTS.values():
+    # The accuracy of an epoch that was chosen on the held-out images is no longer that of images held out.
+    _defaults["load_best_model_at_end"] = False
 FROM_SCRATCH_VARIANT = "S/16"
 FROM_SCRATCH_LEARNING_RATE = 1e-3
 FROM_CHECKPOINT_LEARNING_RATE = 1e-4
@@ -36,17 +44,6 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "do_train": (True, "this script always trains."),
     "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
     "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
-}
-
-# Flags that people bring along from other scripts and other versions.
-FLAGS_ELSEWHERE: dict[str, str] = {
-    "--token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
-    "--use_auth_token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
-    "--ignore_mismatched_sizes": "not needed: a classifier for other labels is replaced by a fresh one.",
-    "--overwrite_output_dir": "no run writes over another. Choose another --output_dir, or remove the folder.",
-    "--evaluation_strategy": "is --eval_strategy now.",
-    "--warmup_ratio": "is --warmup_steps now, with a value below 1.",
-    "--no_cuda": "is --use_cpu now.",
 }
 
 
@@ -97,6 +94,12 @@ class ModelArguments:
         metadata={
             "help": "Height and width of a patch in pixels, or one number for both. Default: that of the variant or "
             "model. Example: 14"
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other fields of the architecture. Example: drop_path_rate=0.1,hidden_dropout_prob=0.1,pooling=mean"
         },
     )
     cache_dir: str | None = field(
@@ -176,7 +179,7 @@ class DataArguments:
 class FinetuneArguments(TrainingArguments):
     """The arguments of transformers' Trainer, with the defaults of image classification."""
 
-    _argument_group_name = "training: every argument of transformers' TrainingArguments"
+    _argument_group_name = "training: every argument of transformers' TrainingArguments, and at the end our own"
 
     output_dir: str | None = field(
         default=None,
@@ -250,10 +253,19 @@ class FinetuneArguments(TrainingArguments):
         default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
     )
     do_train: bool = field(default=True, metadata={"help": "Always."})
+    recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
             "help": "Go on where a run stopped: True for the latest checkpoint in --output_dir, or a checkpoint."
+        },
+    )
+
+    smallest_area: float = field(
+        default=PHOTO_SMALLEST_AREA,
+        metadata={
+            "help": "Photos are trained on in random parts; a part has at least this share of the area, 1 for as "
+            "much as has the shape of the input. Example: 0.08, for a million images"
         },
     )
 
@@ -281,57 +293,12 @@ def _has_native_bf16() -> bool:
 # Parsing
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling for each flag, and no default where the help text has told it."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        name = action.option_strings[0]
-        return name if action.nargs == 0 else f"{name} {self._format_args(action, action.dest.upper())}"
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.nargs == 0 and action.option_strings[0].startswith("--no_"):
-            return f"The same as --{action.dest} False."
-        if action.default in (None, argparse.SUPPRESS, "", []) or "Default:" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that collects wrong values in place of stopping at the first, and takes no abbreviations."""
-
-    def __init__(self, *dataclass_types: type, **kwargs: Any) -> None:
-        super().__init__(list(dataclass_types), allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self.problems = Problems()
-        self.instead_of_invalid: dict[str, Any] = {}
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except argparse.ArgumentError as error:
-            self._note(action, error)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            self._note(action, error)
-
-    def _note(self, action: argparse.Action, error: argparse.ArgumentError) -> None:
-        self.problems.add(f"{action.option_strings[0]}: {error.message}")
-        self.instead_of_invalid[action.dest] = action.default
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.problems.add(message)
-        raise self.problems.as_error()
-
-
-def build_parser(source: str = "digits", from_checkpoint: bool = False) -> _Parser:
+def build_parser(source: str = "digits", from_checkpoint: bool = False) -> Parser:
     """The parser, with the defaults of a source and of a starting point: so that --help shows what would be used."""
-    parser = _Parser(
+    parser = Parser(
         ModelArguments,
         DataArguments,
+        RecipeArguments,
         FinetuneArguments,
         usage="%(prog)s [--variant S/16 | --model_name_or_path MODEL] [--dataset_name NAME | --train_dir DIR] [...]",
         description="Trains a Vision Transformer to classify images, from scratch or from a model of this library, on "
@@ -373,9 +340,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     if seen.variant and seen.variant != SOURCE_DEFAULTS.get(source, {}).get("variant"):
         parser.set_defaults(image_size=None, patch_size=None)  # these went with the variant that was not taken
 
-    namespace, unknown = parser.parse_known_args(argv)
     problems = parser.problems
-    _refuse_unknown(unknown, parser, problems)
+    try:
+        told = add_recipe_defaults(parser, argv, architecture_given)
+    except ValueError as error:
+        problems.add(str(error))
+        raise problems.as_error() from error
+
+    namespace, unknown = parser.parse_known_args(argv)
+    refuse_unknown(unknown, parser, problems)
     is_understood = not problems.messages
 
     values = {**vars(namespace), **parser.instead_of_invalid}
@@ -389,6 +362,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     except (ValueError, TypeError, ImportError) as error:
         problems.add(str(error))
         raise problems.as_error() from error
+    training_arguments.recipe_arguments = _fill(RecipeArguments, values)
+    training_arguments.recipe_arguments.told = told
+    training_arguments.recipe_arguments.check(problems)
     _check_training_arguments(training_arguments, problems)
     _resolve_resume(training_arguments, problems)
     if not is_understood:
@@ -398,19 +374,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 def _fill(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
-
-
-def _refuse_unknown(words: list[str], parser: _Parser, problems: Problems) -> None:
-    known = [option for option in parser._option_string_actions if "_" in option or "-" not in option[2:]]
-    for word in words:
-        flag = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if word.startswith("--") and flag in FLAGS_ELSEWHERE:
-            problems.add(f"{flag}: {FLAGS_ELSEWHERE[flag]}")
-        elif word.startswith("-"):
-            near = difflib.get_close_matches(flag, known, n=1)
-            problems.add(f"{word}: there is no such flag. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
-    if words and not any(word.startswith("-") for word in words):
-        problems.add(f"{' '.join(words)}: belongs to no flag. See --help.")
 
 
 def _source_slug(source: str) -> str:
@@ -425,6 +388,32 @@ def pixels(size: list[int] | None) -> int | list[int] | None:
     return size[0] if size is not None and len(size) == 1 else size
 
 
+def config_fields(text: str | None) -> dict[str, Any]:
+    """
+    The value of --config_overrides as fields of the configuration.
+
+    Raises:
+        ValueError: for anything but NAME=VALUE with fields that no other flag and not the data set.
+    """
+    fields: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", text or ""):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not part.strip():
+            continue
+        if not equals or name not in ViTScratchConfig.__annotations__:
+            raise ValueError(f"--config_overrides {part.strip()}: give NAME=VALUE with a field of the configuration.")
+        if name in ("image_size", "patch_size", "num_channels"):
+            raise ValueError(
+                f"--config_overrides {name}: leave it out. --image_size and --patch_size are flags, the "
+                "data say how many channels there are."
+            )
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value
+    return fields
+
+
 def _check_model_arguments(arguments: ModelArguments, problems: Problems) -> None:
     starts = [name for name in ("model_name_or_path", "variant", "config_name") if getattr(arguments, name)]
     if len(starts) > 1:
@@ -434,10 +423,16 @@ def _check_model_arguments(arguments: ModelArguments, problems: Problems) -> Non
         if size is not None and (len(size) > 2 or min(size) < 1):
             problems.add(f"--{name} {' '.join(map(str, size))}: give one positive number, or two: height and width.")
             setattr(arguments, name, None)
+    try:
+        fields = config_fields(arguments.config_overrides)
+    except ValueError as error:
+        problems.add(str(error))
+        return
     if arguments.variant and len(starts) == 1:
         overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         try:
-            ViTScratchConfig.from_variant(arguments.variant, **{k: v for k, v in overrides.items() if v is not None})
+            ViTScratchConfig.from_variant(arguments.variant, **overrides, **fields)
         except ValueError as error:
             problems.add(f"--variant {arguments.variant}: {error}")
 
@@ -473,6 +468,8 @@ def _check_training_arguments(arguments: FinetuneArguments, problems: Problems) 
         problems.add(f"--learning_rate {arguments.learning_rate:g} must be above 0, e.g. 1e-3.")
     if not 0.0 <= arguments.label_smoothing_factor < 1.0:
         problems.add(f"--label_smoothing_factor {arguments.label_smoothing_factor:g} must be at least 0 and below 1.")
+    if not 0.0 < arguments.smallest_area <= 1.0:
+        problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
     if arguments.weight_decay < 0:
         problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
 

@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image
 
 
+PHOTO_SMALLEST_AREA = 0.35
+
+
 class Augmentation(Protocol):
     """Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards."""
 
@@ -31,7 +34,7 @@ class PhotoAugmentation:
         smallest_area: the part keeps at least this share of the pixels. The common 0.08 is for a million images.
     """
 
-    def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = 0.35) -> None:
+    def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA) -> None:
         self.size, self.resample, self.smallest_area = size, resample, smallest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 

@@ -104,6 +104,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         num_channels: of the model, for a processor that does not decode images itself.
         augmentation: a random change of the image, which has the model's size afterwards.
         seed: of the augmentation.
+        with_keys: whether examples also carry "key": seed, epoch and index, on which the mixing of a batch depends.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         num_channels: int = 3,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        with_keys: bool = False,
     ) -> None:
         self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
+        self.with_keys = with_keys
         decodes = isinstance(processor, ViTScratchImageProcessor)
         self.decoder = processor if decodes else ViTScratchImageProcessor(num_channels=num_channels)
         # What the augmentation has done already. None of it is a setting that every processor knows.
@@ -141,10 +144,14 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         else:
             images = [self._augment(index, self.augmentation) for index in indices]
             pixel_values = self._process(images, **self.after_augmentation)
-        return [
+        examples = [
             {"pixel_values": pixels, "labels": self.examples.labels[index]}
             for pixels, index in zip(pixel_values, indices)
         ]
+        if self.with_keys:
+            for example, index in zip(examples, indices):
+                example["key"] = (self.seed, int(self._epoch), index)
+        return examples
 
     def _augment(self, index: int, augmentation: Augmentation) -> Image.Image:
         generator = np.random.default_rng((self.seed, int(self._epoch), index))

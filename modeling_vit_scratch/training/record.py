@@ -118,6 +118,7 @@ def _model_facts(trainer: FinetuneTrainer, arguments: ModelArguments) -> dict[st
 
 def _training_facts(trainer: FinetuneTrainer) -> dict[str, Any]:
     arguments: FinetuneArguments = trainer.args
+    recipe = arguments.recipe_arguments
     precision = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
@@ -131,6 +132,11 @@ def _training_facts(trainer: FinetuneTrainer) -> dict[str, Any]:
         "gradient_clipping": arguments.max_grad_norm,
         "label_smoothing": arguments.label_smoothing_factor,
         "augmentation": trainer.train_dataset.augmentation.description,
+        "mixing": getattr(trainer.data_collator, "description", None),
+        "recipe": recipe.recipe,
+        "layer_decay": recipe.layer_decay,
+        "head_learning_rate_multiplier": recipe.head_learning_rate_multiplier,
+        "weight_average": recipe.ema_decay,
         "precision": precision,
         "processes": arguments.world_size,
     }

@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from .arguments import ModelArguments, pixels
+from .arguments import ModelArguments, config_fields, pixels
 from .errors import InputError
 
 
@@ -38,6 +38,7 @@ def build_model(
     set_seed(seed)
     overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides |= config_fields(arguments.config_overrides)
     if arguments.model_name_or_path is not None:
         return _from_checkpoint(arguments, label_names, overrides)
     labels = _label_fields(label_names)
@@ -81,17 +82,21 @@ def _from_checkpoint(
 
 def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool) -> str:
     """Gives the classifier one row for each label, in the data's order; keeps the rows if the labels are the same."""
-    config, classifier = model.config, model.classifier
+    config = model.config
     theirs = [config.id2label[index] for index in range(config.num_labels)]
     keeps = not is_fresh and len(set(theirs)) == len(theirs) and set(theirs) == set(label_names)
+    had_representation = not keeps and config.representation_size is not None
     if keeps:
         order = [theirs.index(name) for name in label_names]
+        heads = [head for head in (model.classifier, model.distillation_classifier) if head is not None]
         with torch.no_grad():
-            classifier.weight.copy_(classifier.weight[order])
-            classifier.bias.copy_(classifier.bias[order])
+            for parameter in (parameter for head in heads for parameter in head.parameters()):
+                parameter.copy_(parameter[order])
     else:
-        width = config.representation_size or config.hidden_size
-        head = nn.Linear(width, len(label_names), dtype=model.dtype)
+        # The whole head goes, with the tanh layer that pre-training had before it: the paper, 3.2.
+        model.vit.pooler.dense, config.representation_size = None, None
+        model.distillation_classifier, config.use_distillation_head = None, False
+        head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         model.classifier, model.num_labels = head, len(label_names)
@@ -99,7 +104,8 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
         setattr(config, field, value)
     if not keeps:
         was = "it had none" if is_fresh or not theirs else f"it had {len(theirs)} other labels"
-        return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}."
+        gone = " The representation layer of its pre-training is gone with the old one." if had_representation else ""
+        return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}.{gone}"
     if theirs != label_names:
         return f"Its classifier is kept, with its {len(theirs)} rows put in the order of the data's labels."
     return f"Its classifier is kept: the {len(theirs)} labels are the same."

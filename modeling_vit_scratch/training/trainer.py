@@ -15,33 +15,85 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import FinetuneArguments
-from .augmentation import DigitAugmentation, PhotoAugmentation
+from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
+from .collation import MixingCollator
 from .data import ImageClassificationDataset, ImageData
 from .errors import InputError, TrainingInterrupted, TrainingStopped
 from .metrics import build_compute_metrics, rank_labels
+from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .policies import Chain, ColorJitter, RandomErasing, auto_augment
 
 
 class FinetuneTrainer(Trainer):
     """See the module. Everything else, distributed training included, is the stock Trainer's."""
 
+    average: WeightAverage | None = None
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """
-        The kernels of dense layers and of the patch projection: what the paper's code decays. No biases, norms, scales,
-        tokens or positions; the stock Trainer decays the last two.
-        """
-        kernels = (nn.Linear, nn.Conv2d)
-        return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kernels)]
+        """Kernels only: see `optimization.decay_parameter_names`."""
+        return decay_parameter_names(model)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: see `optimization.parameter_groups`."""
+        arguments, rates = self.args, self.args.recipe_arguments
+        return parameter_groups(
+            self.model,
+            arguments.learning_rate,
+            arguments.weight_decay,
+            rates.layer_decay,
+            rates.head_learning_rate_multiplier,
+        )
+
+    def get_optimizer_cls_and_kwargs(self, args: FinetuneArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """As in Trainer, with groups of its own where layers or the head have rates of their own."""
+        kind, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        if args.recipe_arguments.layer_decay != 1.0 or args.recipe_arguments.head_learning_rate_multiplier != 1.0:
+            if is_optimizer_factory(kind) or "params" in settings or "model" in settings:
+                raise InputError(
+                    f"--optim {args.optim.value} makes groups of parameters of its own. Leave out --layer_decay and "
+                    "--head_learning_rate_multiplier, or take --optim adamw_torch_fused or sgd."
+                )
+            settings["params"] = self.parameter_groups()
+        return kind, settings
+
+    def describe(self) -> list[str]:
+        """What to tell before it starts: the recipe, the augmentation, what decays and which rates there are."""
+        recipe = self.args.recipe_arguments.told
+        return [*([recipe] if recipe else []), self.describe_augmentation(), describe_groups(self.parameter_groups())]
+
+    def describe_augmentation(self) -> str:
+        """One line on what happens to training images, one by one and in batches."""
+        parts = [self.train_dataset.augmentation.description, getattr(self.data_collator, "description", None)]
+        return f"Augmentation: {'; '.join(filter(None, parts))}."
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; with --ema_decay, of the averaged weights."""
+        if self.average is None:
+            return super().evaluate(*args, **kwargs)
+        with self.average.applied_to(self.model):
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; during training with the average beside the weights."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.average is not None and self.args.should_save:
+            self.average.save(output_dir or self.args.output_dir)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer, with a generator of its own: see `_separated`."""
+        return _separated(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in Trainer, where --dataloader_drop_last leaves out held-out images too; here it spares them."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return _separated(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -58,8 +110,12 @@ class FinetuneTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in Trainer. Raises InputError for a checkpoint of another model, TrainingInterrupted after Ctrl-C."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             _check_same_model(self.model.config, resume_from_checkpoint)
+            if self.average is not None:
+                self.average.start_from = resume_from_checkpoint
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -92,25 +148,61 @@ def build_trainer(
     model: PreTrainedModel, processor: BaseImageProcessor, data: ImageData, arguments: FinetuneArguments
 ) -> FinetuneTrainer:
     """The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit."""
-    size, channels = input_size(processor, model.config), model.config.num_channels
-    photo = PhotoAugmentation(size, resample=processor.resample)
-    augmentation = DigitAugmentation(size) if data.source.augmentation == "digit" else photo
-    train_set = ImageClassificationDataset(data.train, processor, channels, augmentation, seed=arguments.seed)
+    channels, collator = model.config.num_channels, build_collator(len(data.label_names), arguments)
+    augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
+    train_set = ImageClassificationDataset(
+        data.train, processor, channels, augmentation, seed=arguments.seed, with_keys=collator is not None
+    )
+    decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
+    average = None if decay is None else WeightAverage(decay, warmup)
     trainer = FinetuneTrainer(
         model=model,
         args=arguments,
+        data_collator=collator,
         train_dataset=train_set,
         eval_dataset=ImageClassificationDataset(data.validation, processor, channels),
         processing_class=processor,
         compute_metrics=build_compute_metrics(len(data.label_names)),
         preprocess_logits_for_metrics=rank_labels,
-        callbacks=[SetEpoch(train_set), SaveOnInterrupt()],
+        callbacks=[SetEpoch(train_set), *([] if average is None else [average]), SaveOnInterrupt()],
     )
+    trainer.average = average
+    if collator is not None:
+        trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer
+
+
+def build_augmentation(
+    kind: str, processor: BaseImageProcessor, config: ViTScratchConfig, arguments: FinetuneArguments
+) -> Augmentation:
+    """What images of a kind ("photo" or "digit") go through, in the order of timm and torchvision."""
+    size, wishes = input_size(processor, config), arguments.recipe_arguments
+    photo = PhotoAugmentation(size, processor.resample, arguments.smallest_area)
+    steps: list[Augmentation] = [DigitAugmentation(size) if kind == "digit" else photo]
+    if wishes.auto_augment:
+        steps.append(auto_augment(wishes.auto_augment))
+    if wishes.color_jitter:
+        steps.append(ColorJitter(wishes.color_jitter))
+    if wishes.random_erasing:
+        steps.append(RandomErasing(wishes.random_erasing))
+    if len(steps) > 1 and config.num_channels not in (1, 3):
+        raise InputError(
+            f"Augmentation policies know grey and colour images, not {config.num_channels} channels. Leave out "
+            "--auto_augment, --color_jitter and --random_erasing."
+        )
+    return Chain(*steps) if len(steps) > 1 else steps[0]
+
+
+def build_collator(num_labels: int, arguments: FinetuneArguments) -> MixingCollator | None:
+    """What mixes the batches; None where nothing is to be mixed."""
+    wishes = arguments.recipe_arguments
+    if not wishes.mixup and not wishes.cutmix:
+        return None
+    return MixingCollator(num_labels, wishes.mixup, wishes.cutmix, arguments.label_smoothing_factor)
 
 
 def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple[int, int]:
@@ -119,6 +211,15 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
     if size is not None and size["height"] and size["width"]:
         return size["height"], size["width"]
     return config.image_hw
+
+
+def _separated(loader: DataLoader) -> DataLoader:
+    """
+    The loader, with a generator of its own. It draws a seed for its workers in every epoch, or once if they stay alive:
+    from the global generator, dropout would depend on how many workers there are.
+    """
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator()  # inside of accelerate's, torch's own
+    return loader
 
 
 def _check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:

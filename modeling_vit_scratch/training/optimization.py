@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which weights learn how fast, which decay, and their moving average.
+
+Optimizers and schedules are the stock ones, since they are right: `--lr_scheduler_type cosine`, and `polynomial` with
+`--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9 (tested);
+`--optim sgd --optim_args momentum=0.9` is its optimizer.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import InputError
+
+
+HEADS = ("classifier.", "distillation_classifier.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameter groups
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """
+    The kernels of dense layers and of convolutions: what the paper's code decays. No biases, norms, scales, tokens or
+    positions; the stock Trainer decays the last two.
+    """
+    kernels = (nn.Linear, nn.Conv2d)
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kernels)]
+
+
+def layer_number(name: str, num_layers: int) -> int:
+    """
+    Where a parameter is, from input to output: 0 for the embeddings, 1 to L for the layers of the encoder, L + 1 for
+    all after them, as in BEiT (Bao et al., arXiv:2106.08254) and MAE.
+    """
+    if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+        return int(match[1]) + 1
+    if match := re.search(r"(?:^|\.)later_position_embeddings\.(\d+)\.", name):
+        return int(match[1]) + 2  # the first is added before the second layer
+    return 0 if re.search(r"(?:^|\.)embeddings\.", name) else num_layers + 1
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    head_learning_rate_multiplier: float = 1.0,
+) -> list[dict[str, Any]]:
+    """
+    What an optimizer takes: the trainable parameters by learning rate and decay, those with the full rate first, since
+    the Trainer reports the rate of the first group.
+
+    Args:
+        model: with `config.num_hidden_layers`.
+        learning_rate: of the last layer.
+        weight_decay: of the kernels; everything else has none.
+        layer_decay: the rate of each layer is that of the next times this.
+        head_learning_rate_multiplier: the classifier's rate is the learning rate times this.
+
+    Returns:
+        Groups with "params", "weight_decay", "lr", and for people "layer", e.g. "embeddings", "layer 3", "head".
+    """
+    num_layers, decaying = model.config.num_hidden_layers, set(decay_parameter_names(model))
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_head = name.startswith(HEADS)
+        number = num_layers + 2 if is_head else layer_number(name, num_layers)
+        rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
+        if layer_decay == 1.0 and rate == 1.0:
+            number = num_layers + 1  # one group for all that learns alike
+        group = groups.setdefault(
+            (number, name in decaying),
+            {
+                "params": [],
+                "weight_decay": weight_decay if name in decaying else 0.0,
+                "lr": learning_rate * rate,
+                "layer": _layer_label(number, num_layers, layer_decay),
+            },
+        )
+        group["params"].append(parameter)
+    # The last layers first, but for a head with a rate of its own; kernels before the rest.
+    order = sorted(groups, key=lambda key: (key[0] > num_layers + 1, -key[0], not key[1]))
+    return [groups[key] for key in order]
+
+
+def _layer_label(number: int, num_layers: int, layer_decay: float) -> str:
+    if number == num_layers + 2:
+        return "head"
+    if number == num_layers + 1:
+        return "everything else" if layer_decay == 1.0 else "after the layers"
+    return "embeddings" if number == 0 else f"layer {number}"
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> str:
+    """A small table: what decays and what does not, and at which rate it learns."""
+    rows: dict[tuple[str, float], dict[bool, int]] = {}
+    decay = max((group["weight_decay"] for group in groups), default=0.0)
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        row = rows.setdefault((group["layer"], group["lr"]), {True: 0, False: 0})
+        row[group["weight_decay"] > 0] += count
+    lines = [f"{'parameters':<18}{'learning rate':>14}{f'decay {decay:g}':>16}{'no decay':>12}"]
+    lines += [f"{layer:<18}{rate:>14.3g}{row[True]:>16,}{row[False]:>12,}" for (layer, rate), row in rows.items()]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages of weights
+
+
+class WeightAverage(TrainerCallback):
+    """
+    An exponential moving average of the weights (Polyak averaging; the paper, section 4.1, uses 0.9999), which is what
+    gets evaluated, and what the model is in the end.
+
+    average = decay * average + (1 - decay) * weights, after every step of the optimizer; it starts as the weights do. A
+    checkpoint has both: the weights, with which training goes on, and the average in average.safetensors, so that a
+    resumed run ends with the bits of one that was not stopped. In float32, on the device of the weights.
+
+    The Trainer calls `save` and sets `start_from`; it evaluates inside of `applied_to`.
+
+    Args:
+        decay: above 0 and below 1.
+        warmup: whether the decay starts lower: min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's
+            ExponentialMovingAverage. Without, a run of fewer than 1 / (1 - decay) steps ends close to where it began.
+    """
+
+    FILE = "average.safetensors"
+
+    def __init__(self, decay: float, warmup: bool = True) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"The decay {decay:g} of the weights' average must lie between 0 and 1, e.g. 0.9999.")
+        self.decay, self.warmup = decay, warmup
+        self.average: dict[str, torch.Tensor] = {}
+        self.start_from: str | None = None  # a checkpoint
+        self.is_active = False
+
+    def decay_at(self, step: int) -> float:
+        """The decay after so many steps of the optimizer."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if any(hasattr(weight, "device_mesh") for weight in _weights(model).values()):
+            raise InputError("--ema_decay can't average weights that are sharded over processes (FSDP). Leave it out.")
+        self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
+        if self.start_from is not None:
+            self._load(self.start_from)
+        self.is_active = True
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        weights = [weight.detach().float() for weight in _weights(model).values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - self.decay_at(state.global_step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """The model becomes the average: that of the best checkpoint, if the Trainer has gone back to it."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(state.best_model_checkpoint)
+        _fill(model, self.average)
+        self.is_active = False
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside, and its own again afterwards."""
+        if not self.is_active:
+            yield
+            return
+        own = {name: weight.detach().clone() for name, weight in _weights(model).items()}
+        _fill(model, self.average)
+        try:
+            yield
+        finally:
+            _fill(model, own)
+
+    def save(self, folder: str) -> None:
+        """Writes the average into a checkpoint. After training there is nothing to write: the model is the average."""
+        if self.is_active:
+            save_file({name: weight.contiguous() for name, weight in self.average.items()}, Path(folder, self.FILE))
+
+    def _load(self, checkpoint: str) -> None:
+        file = Path(checkpoint, self.FILE)
+        if not file.is_file():
+            raise InputError(
+                f"The checkpoint {checkpoint} has no average of the weights ({self.FILE}): its run had no --ema_decay. "
+                "Go on without it, too, or start a new run."
+            )
+        stored = load_file(file)
+        for name, weight in self.average.items():
+            weight.copy_(stored[name])
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters, also frozen ones: the average is a whole model. This network has no buffers that change."""
+    return dict(model.named_parameters())
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, weight in _weights(model).items():
+        weight.copy_(values[name])

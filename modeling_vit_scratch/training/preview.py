@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network gets to see: a picture of training images before and after augmentation and mixing."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import InputError
+from .trainer import FinetuneTrainer
+
+
+def augmentation_grid(trainer: FinetuneTrainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
+    """
+    Training images as training makes them, with the random numbers of the run itself.
+
+    Args:
+        trainer: that was built from a command line.
+        rows: images, spread over the training set.
+        epochs: how many, from the first on.
+
+    Returns:
+        (rows, 1 + epochs, H, W, 3), uint8: in each row the image without augmentation, then as in each epoch; mixed, if
+        the run mixes, with the image of the row above.
+    """
+    train_set, collate = trainer.train_dataset, trainer.data_collator
+    indices = np.linspace(0, len(train_set) - 1, min(rows, len(train_set))).round().astype(int).tolist()
+    plain = type(trainer.eval_dataset)(train_set.examples, train_set.processor, trainer.model.config.num_channels)
+    columns = [torch.stack([plain[index]["pixel_values"] for index in indices])]
+    for epoch in range(epochs):
+        train_set.set_epoch(epoch)
+        columns.append(collate(train_set.__getitems__(indices))["pixel_values"])
+    train_set.set_epoch(0)
+    return np.stack([_as_pixels(column, train_set.processor) for column in columns], axis=1)
+
+
+def _as_pixels(pixel_values: torch.Tensor, processor: object) -> np.ndarray:
+    """Normalised (B, C, H, W) back to (B, H, W, 3), 0 to 255."""
+    values = pixel_values.permute(0, 2, 3, 1).double().numpy()  # (B, H, W, C)
+    if processor.do_normalize:
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if processor.do_rescale:
+        values = values / processor.rescale_factor
+    pixels = values.round().clip(0, 255).astype(np.uint8)
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+
+
+def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
+    """Writes the grid as a PNG. Raises InputError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError('Pictures are drawn with matplotlib: pip install -e ".[plot]"') from error
+    rows, columns = grid.shape[:2]
+    figure = Figure(figsize=(1.5 * columns, 1.5 * rows + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=8, wrap=True)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            axes[row, column].imshow(grid[row, column])
+            axes[row, column].set_axis_off()
+            if row == 0:
+                axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
