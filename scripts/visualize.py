@@ -8,17 +8,18 @@ Draws what a training run would see: images as they are, and as augmentation and
 Takes the flags of scripts/finetune.py, and writes augmentation.png into --output_dir (default: outputs/preview).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 
 def main() -> None:
-    from modeling_vit_scratch.training.arguments import parse_arguments
-    from modeling_vit_scratch.training.errors import InputError
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", choices=["augmentation"], help="what to draw; then flags of scripts/finetune.py")
+    _, flags = parser.parse_known_args()
 
-    what, *flags = sys.argv[1:] or [""]
-    if what != "augmentation":
-        raise InputError(f"There is no picture {what!r}. Give: augmentation, and flags of scripts/finetune.py.")
+    from modeling_vit_scratch.training.arguments import parse_arguments
+
     defaults = ["--output_dir", "outputs/preview", "--verify_images", "False", "--report_to", "none"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
 
