@@ -188,7 +188,9 @@ class ViTScratchEmbeddings(nn.Module):
 # The encoder: equations 2 and 3 ---------------------------------------------------------------------------------------
 
 
-def dense(inputs: int, outputs: int, bias: bool = True, kernel_init: Callable | None = None, bias_std: float = 0.0):
+def dense(
+    inputs: int, outputs: int, bias: bool = True, kernel_init: Callable | None = None, bias_std: float = 0.0
+) -> nn.Linear:
     """A linear layer that remembers its initialisation, xavier by default: transformers asks layers, not names."""
     layer = nn.Linear(inputs, outputs, bias)
     layer.kernel_init, layer.bias_std = kernel_init or init.xavier_uniform_, bias_std
