@@ -6,15 +6,10 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_images import build, class_folders, load_script
+from tiny_images import build, load_script
 
 from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.preview import augmentation_grid, draw_grid
-
-
-@pytest.fixture
-def pets(tmp_path):
-    return str(class_folders(tmp_path / "pets", each=8))
 
 
 def test_the_grid_has_what_the_run_will_see(pets, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_images import build, class_folders
+from tiny_images import build, difference, flags, weights
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -26,25 +26,6 @@ EVERYTHING = [
     "--head_learning_rate_multiplier", "3", "--config_overrides",
     "hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1,drop_path_rate=0.2",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def pets(tmp_path):
-    """Twenty-four images of three classes: 18 to train on, five steps of four in an epoch."""
-    return str(class_folders(tmp_path / "pets", each=8))
-
-
-def flags(pets, *more):
-    return ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_strategy", "no", *more]
-
-
-def weights(trainer):
-    return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
-
-
-def difference(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
 
 
 def refusal(*argv):

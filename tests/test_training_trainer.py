@@ -8,32 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_images import CLASSES, build, class_folders
+from tiny_images import CLASSES, build, class_folders, difference, flags, weights
 from transformers import Trainer, TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.training.augmentation import DigitAugmentation, PhotoAugmentation
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.training.trainer import FinetuneTrainer, Progress, input_size
-
-
-@pytest.fixture
-def pets(tmp_path):
-    """Twenty-four images of three classes: 18 to train on, five steps of four in an epoch."""
-    return str(class_folders(tmp_path / "pets", each=8))
-
-
-def flags(pets, *more):
-    return ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_strategy", "no", *more]
-
-
-def weights(trainer):
-    return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
-
-
-def difference(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

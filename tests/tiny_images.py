@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 from modeling_vit_scratch.training.arguments import DataArguments, parse_arguments
@@ -100,6 +101,22 @@ def build(output_dir: Path, *flags: str) -> FinetuneTrainer:
         model_arguments, data.label_names, data.source.num_channels, training_arguments.seed
     )
     return build_trainer(model, processor, data, training_arguments)
+
+
+def flags(pets: str, *more: str) -> list[str]:
+    """A run on these images with nothing in it but steps."""
+    return ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_strategy", "no", *more]
+
+
+def weights(trainer: FinetuneTrainer) -> dict[str, torch.Tensor]:
+    """A copy of the model's weights."""
+    return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    assert ours.keys() == theirs.keys()
+    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
 
 
 def load_script(name: str) -> ModuleType:
