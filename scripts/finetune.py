@@ -25,9 +25,9 @@ def main() -> None:
     # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.checkpoint.cards import write_card
     from modeling_vit_scratch.training.data import export_examples, read_data
+    from modeling_vit_scratch.training.finetuning import build_trainer
     from modeling_vit_scratch.training.record import build_record, tell_result, write_record
     from modeling_vit_scratch.training.starting_point import build_model
-    from modeling_vit_scratch.training.trainer import build_trainer
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):

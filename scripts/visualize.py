@@ -24,9 +24,9 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
 
     from modeling_vit_scratch.training.data import read_data
+    from modeling_vit_scratch.training.finetuning import build_trainer
     from modeling_vit_scratch.training.preview import augmentation_grid, draw_grid
     from modeling_vit_scratch.training.starting_point import build_model
-    from modeling_vit_scratch.training.trainer import build_trainer
 
     seed = training_arguments.seed
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=False)

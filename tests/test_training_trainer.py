@@ -13,8 +13,10 @@ from transformers import Trainer, TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.training.augmentation import DigitAugmentation, PhotoAugmentation
+from modeling_vit_scratch.training.callbacks import Progress
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
-from modeling_vit_scratch.training.trainer import FinetuneTrainer, Progress, input_size
+from modeling_vit_scratch.training.finetuning import input_size
+from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,7 +28,7 @@ def test_kernels_decay_and_nothing_else():
         "test/4", num_labels=3, num_register_tokens=2, qk_norm=True, layer_scale_init_value=0.1, representation_size=8
     )
     model = ViTScratchForImageClassification(config)
-    trainer = FinetuneTrainer.__new__(FinetuneTrainer)
+    trainer = ImageTrainer.__new__(ImageTrainer)
     decaying = set(trainer.get_decay_parameter_names(model))
     layer = {"attention.qkv.weight", "attention.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     assert decaying == {

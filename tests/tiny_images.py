@@ -17,8 +17,9 @@ from PIL import Image
 from modeling_vit_scratch.training.arguments import DataArguments, parse_arguments
 from modeling_vit_scratch.training.data import ImageData, read_data
 from modeling_vit_scratch.training.errors import Problems
+from modeling_vit_scratch.training.finetuning import build_trainer
 from modeling_vit_scratch.training.starting_point import build_model
-from modeling_vit_scratch.training.trainer import FinetuneTrainer, build_trainer
+from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def read(cache_dir: Path | None = None, seed: int = 0, problems: Problems | None
     return read_data(DataArguments(**arguments), seed, problems or Problems(), cache_dir=cache)
 
 
-def build(output_dir: Path, *flags: str) -> FinetuneTrainer:
+def build(output_dir: Path, *flags: str) -> ImageTrainer:
     """What scripts/finetune.py builds for these flags: by default the tiny model on the images of `class_folders`."""
     argv = ["--output_dir", str(output_dir), "--disable_tqdm", "True", "--report_to", "none"]
     argv += ["--per_device_train_batch_size", "4", "--logging_steps", "1", *flags]
@@ -108,7 +109,7 @@ def flags(pets: str, *more: str) -> list[str]:
     return ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_strategy", "no", *more]
 
 
-def weights(trainer: FinetuneTrainer) -> dict[str, torch.Tensor]:
+def weights(trainer: ImageTrainer) -> dict[str, torch.Tensor]:
     """A copy of the model's weights."""
     return {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
 

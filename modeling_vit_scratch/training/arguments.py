@@ -176,7 +176,7 @@ class DataArguments:
 
 
 @dataclass
-class FinetuneArguments(TrainingArguments):
+class ImageTrainingArguments(TrainingArguments):
     """The arguments of transformers' Trainer, with the defaults of image classification."""
 
     _argument_group_name = "training: every argument of transformers' TrainingArguments, and at the end our own"
@@ -299,7 +299,7 @@ def build_parser(source: str = "digits", from_checkpoint: bool = False) -> Parse
         ModelArguments,
         DataArguments,
         RecipeArguments,
-        FinetuneArguments,
+        ImageTrainingArguments,
         usage="%(prog)s [--variant S/16 | --model_name_or_path MODEL] [--dataset_name NAME | --train_dir DIR] [...]",
         description="Trains a Vision Transformer to classify images, from scratch or from a model of this library, on "
         "the stock Trainer of transformers. Without flags: the digits of scikit-learn, in a minute or two on a CPU.",
@@ -316,7 +316,9 @@ def build_parser(source: str = "digits", from_checkpoint: bool = False) -> Parse
     return parser
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, FinetuneArguments, Problems]:
+def parse_arguments(
+    argv: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, ImageTrainingArguments, Problems]:
     """
     Parses the command line.
 
@@ -358,7 +360,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     _check_model_arguments(model_arguments, problems)
     _check_data_arguments(data_arguments, problems)
     try:
-        training_arguments = _fill(FinetuneArguments, values)
+        training_arguments = _fill(ImageTrainingArguments, values)
     except (ValueError, TypeError, ImportError) as error:
         problems.add(str(error))
         raise problems.as_error() from error
@@ -454,7 +456,7 @@ def _check_data_arguments(arguments: DataArguments, problems: Problems) -> None:
         problems.add(f"--export_examples {arguments.export_examples} is a file. Give a folder.")
 
 
-def _check_training_arguments(arguments: FinetuneArguments, problems: Problems) -> None:
+def _check_training_arguments(arguments: ImageTrainingArguments, problems: Problems) -> None:
     for name, (absent, reason) in REFUSED_FLAGS.items():
         if getattr(arguments, name) != absent:
             problems.add(f"--{name}: {reason}")
@@ -474,7 +476,7 @@ def _check_training_arguments(arguments: FinetuneArguments, problems: Problems) 
         problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
 
 
-def _resolve_resume(arguments: FinetuneArguments, problems: Problems) -> None:
+def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:
     """Turns --resume_from_checkpoint into a folder or None, and refuses to write over an earlier run."""
     output, wish = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if wish is None or wish.lower() in ("false", "no", "0"):

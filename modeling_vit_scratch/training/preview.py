@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .trainer import FinetuneTrainer
+from .trainer import ImageTrainer
 
 
-def augmentation_grid(trainer: FinetuneTrainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
+def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
     """
     Training images as training makes them, with the random numbers of the run itself.
 

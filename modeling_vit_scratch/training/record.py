@@ -13,17 +13,13 @@ from typing import Any
 
 import torch
 
-from .arguments import FinetuneArguments, ModelArguments
+from .arguments import ImageTrainingArguments, ModelArguments
 from .data import ImageData
-from .trainer import FinetuneTrainer
+from .trainer import ImageTrainer
 
 
 def build_record(
-    trainer: FinetuneTrainer,
-    data: ImageData,
-    model_arguments: ModelArguments,
-    scores: dict[str, float],
-    wall_time: float,
+    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float], wall_time: float
 ) -> dict[str, Any]:
     """
     What a run has found and how. Has no secrets, and no paths of this machine.
@@ -84,7 +80,7 @@ The model is in {folder}. To use it:
 """
 
 
-def _selection(trainer: FinetuneTrainer) -> str:
+def _selection(trainer: ImageTrainer) -> str:
     if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
         name = trainer.args.metric_for_best_model.removeprefix("eval_")
         return f"the checkpoint with the best {name} on these same images (step {trainer.state.best_global_step})"
@@ -106,7 +102,7 @@ def _dataset_facts(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _model_facts(trainer: FinetuneTrainer, arguments: ModelArguments) -> dict[str, Any]:
+def _model_facts(trainer: ImageTrainer, arguments: ModelArguments) -> dict[str, Any]:
     start = arguments.model_name_or_path
     is_local = start is not None and Path(start).exists()
     return {
@@ -116,8 +112,8 @@ def _model_facts(trainer: FinetuneTrainer, arguments: ModelArguments) -> dict[st
     }
 
 
-def _training_facts(trainer: FinetuneTrainer) -> dict[str, Any]:
-    arguments: FinetuneArguments = trainer.args
+def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
+    arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
     precision = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
     return {

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens beside the steps: the epoch of the training set, Ctrl-C, the progress bar."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from .arguments import ImageTrainingArguments
+from .data import ImageClassificationDataset
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training set its epoch. The data loader does so too, but not when it resumes in the middle of one."""
+
+    def __init__(self, train_set: ImageClassificationDataset) -> None:
+        self.train_set = train_set
+
+    def on_epoch_begin(
+        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """
+    The first Ctrl-C finishes the step and saves a checkpoint from which training can go on exactly; a second one stops
+    at once. With several processes, each would stop at a step of its own: there the first one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.is_requested, self.process = False, os.getpid()
+
+    def on_train_begin(
+        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return  # a worker process: it still has to read the images of this step
+        self.is_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nCtrl-C: saving a checkpoint after this step. Once more to stop at once.", flush=True)
+
+    def on_step_end(
+        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The last step of an epoch is left to on_epoch_end: a checkpoint from before the evaluation would skip it.
+        if self.is_requested and state.epoch % 1 != 0:
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.is_requested:
+            control.should_save = True
+
+    def on_save(
+        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.is_requested:
+            raise KeyboardInterrupt
+
+
+class Progress(ProgressCallback):
+    """The stock progress bar, with one short line for each report."""
+
+    def on_log(
+        self,
+        args: ImageTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else None
+        if part is None or not state.is_world_process_zero or self.training_bar is None:
+            return
+        names = ("loss", "accuracy", "top5_accuracy", "macro_f1", "grad_norm", "learning_rate")
+        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

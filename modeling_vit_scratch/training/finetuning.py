@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model and data to the trainer that fine-tunes: augmentation, mixing, metrics, callbacks."""
+
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from .arguments import ImageTrainingArguments
+from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
+from .callbacks import Progress, SaveOnInterrupt, SetEpoch
+from .collation import MixingCollator
+from .data import ImageClassificationDataset, ImageData
+from .errors import InputError
+from .metrics import build_compute_metrics, rank_labels
+from .optimization import WeightAverage
+from .policies import Chain, ColorJitter, RandomErasing, auto_augment
+from .trainer import ImageTrainer
+
+
+def build_trainer(
+    model: PreTrainedModel, processor: BaseImageProcessor, data: ImageData, arguments: ImageTrainingArguments
+) -> ImageTrainer:
+    """The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit."""
+    channels, collator = model.config.num_channels, build_collator(len(data.label_names), arguments)
+    augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
+    train_set = ImageClassificationDataset(
+        data.train, processor, channels, augmentation, seed=arguments.seed, with_keys=collator is not None
+    )
+    decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
+    average = None if decay is None else WeightAverage(decay, warmup)
+    trainer = ImageTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train_set,
+        eval_dataset=ImageClassificationDataset(data.validation, processor, channels),
+        processing_class=processor,
+        compute_metrics=build_compute_metrics(len(data.label_names)),
+        preprocess_logits_for_metrics=rank_labels,
+        callbacks=[SetEpoch(train_set), *([] if average is None else [average]), SaveOnInterrupt()],
+    )
+    trainer.average = average
+    if collator is not None:
+        trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
+    logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    return trainer
+
+
+def build_augmentation(
+    kind: str, processor: BaseImageProcessor, config: ViTScratchConfig, arguments: ImageTrainingArguments
+) -> Augmentation:
+    """What images of a kind ("photo" or "digit") go through, in the order of timm and torchvision."""
+    size, wishes = input_size(processor, config), arguments.recipe_arguments
+    photo = PhotoAugmentation(size, processor.resample, arguments.smallest_area)
+    steps: list[Augmentation] = [DigitAugmentation(size) if kind == "digit" else photo]
+    if wishes.auto_augment:
+        steps.append(auto_augment(wishes.auto_augment))
+    if wishes.color_jitter:
+        steps.append(ColorJitter(wishes.color_jitter))
+    if wishes.random_erasing:
+        steps.append(RandomErasing(wishes.random_erasing))
+    if len(steps) > 1 and config.num_channels not in (1, 3):
+        raise InputError(
+            f"Augmentation policies know grey and colour images, not {config.num_channels} channels. Leave out "
+            "--auto_augment, --color_jitter and --random_erasing."
+        )
+    return Chain(*steps) if len(steps) > 1 else steps[0]
+
+
+def build_collator(num_labels: int, arguments: ImageTrainingArguments) -> MixingCollator | None:
+    """What mixes the batches; None where nothing is to be mixed."""
+    wishes = arguments.recipe_arguments
+    if not wishes.mixup and not wishes.cutmix:
+        return None
+    return MixingCollator(num_labels, wishes.mixup, wishes.cutmix, arguments.label_smoothing_factor)
+
+
+def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple[int, int]:
+    """Height and width of what the processor makes."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    if size is not None and size["height"] and size["width"]:
+        return size["height"], size["width"]
+    return config.image_hw
