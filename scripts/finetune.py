@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
-    from modeling_vit_scratch.training.arguments import parse_arguments
+    from modeling_vit_scratch.training.command_line import parse_arguments
 
     model_arguments, data_arguments, training_arguments, problems = parse_arguments()
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("picture", choices=["augmentation"], help="what to draw; then flags of scripts/finetune.py")
     _, flags = parser.parse_known_args()
 
-    from modeling_vit_scratch.training.arguments import parse_arguments
+    from modeling_vit_scratch.training.command_line import parse_arguments
 
     defaults = ["--output_dir", "outputs/preview", "--verify_images", "False", "--report_to", "none"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])

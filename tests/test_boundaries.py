@@ -82,8 +82,9 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
 
 
 def test_every_flag_of_ours_is_read():
-    arguments = ast.parse((PACKAGE / "training" / "arguments.py").read_text())
-    classes = [node for node in arguments.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+    files = (PACKAGE / "training").glob("*arguments.py")
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
     flags = {
         node.target.id
         for own in classes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modeling_vit_scratch.training.arguments import build_parser, parse_arguments
+from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
 from modeling_vit_scratch.training.parsing import FLAGS_ELSEWHERE
 

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-from modeling_vit_scratch.training.arguments import build_parser, config_fields, parse_arguments
+from modeling_vit_scratch.training.arguments import config_fields
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
 from modeling_vit_scratch.training.collation import MixingCollator
+from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
 from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.optimization import WeightAverage
 from modeling_vit_scratch.training.recipes import RECIPES
@@ -71,7 +72,6 @@ def test_another_batch_scales_what_was_not_given():
 
 
 def test_several_processes_share_the_batch(monkeypatch):
-    monkeypatch.setattr(parse_arguments.__globals__["os"], "environ", {**parse_arguments.__globals__["os"].environ})
     monkeypatch.setenv("WORLD_SIZE", "4")
     from modeling_vit_scratch.training.recipe_arguments import add_recipe_defaults
 

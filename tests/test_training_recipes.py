@@ -10,7 +10,7 @@ import pytest
 from tiny_images import ROOT
 
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig
-from modeling_vit_scratch.training.arguments import parse_arguments
+from modeling_vit_scratch.training.command_line import parse_arguments
 from modeling_vit_scratch.training.policies import auto_augment
 from modeling_vit_scratch.training.recipes import RECIPES, find_recipe, fit_batch_size, scale_learning_rate
 

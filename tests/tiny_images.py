@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_vit_scratch.training.arguments import DataArguments, parse_arguments
+from modeling_vit_scratch.training.arguments import DataArguments
+from modeling_vit_scratch.training.command_line import parse_arguments
 from modeling_vit_scratch.training.data import ImageData, read_data
 from modeling_vit_scratch.training.errors import Problems
 from modeling_vit_scratch.training.finetuning import build_trainer

@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of fine-tuning: one field, one default, one help text."""
+"""The flags that scripts share: one field, one default, one help text."""
 
-import argparse
 import ast
-import dataclasses
 import os
 import re
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_vit_scratch import VARIANTS, ViTScratchConfig
 from .augmentation import PHOTO_SMALLEST_AREA
-from .errors import Problems
-from .parsing import Parser, refuse_unknown
-from .recipe_arguments import RecipeArguments, add_recipe_defaults
+from .recipe_arguments import RecipeArguments
 
-
-_Arguments = TypeVar("_Arguments")
 
 # What a built-in data set changes in the defaults, so that its name alone is a good command.
 SOURCE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -289,102 +280,6 @@ def _has_native_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parsing
-
-
-def build_parser(source: str = "digits", from_checkpoint: bool = False) -> Parser:
-    """The parser, with the defaults of a source and of a starting point: so that --help shows what would be used."""
-    parser = Parser(
-        ModelArguments,
-        DataArguments,
-        RecipeArguments,
-        ImageTrainingArguments,
-        usage="%(prog)s [--variant S/16 | --model_name_or_path MODEL] [--dataset_name NAME | --train_dir DIR] [...]",
-        description="Trains a Vision Transformer to classify images, from scratch or from a model of this library, on "
-        "the stock Trainer of transformers. Without flags: the digits of scikit-learn, in a minute or two on a CPU.",
-        epilog="Several GPUs: accelerate launch scripts/finetune.py [...]. Stop with Ctrl-C; go on with the same "
-        "command and --resume_from_checkpoint True.",
-    )
-    defaults = dict(SOURCE_DEFAULTS.get(source, {"variant": FROM_SCRATCH_VARIANT}))
-    if from_checkpoint:
-        defaults = {
-            name: value for name, value in defaults.items() if name not in ("variant", "image_size", "patch_size")
-        }
-        defaults["learning_rate"] = FROM_CHECKPOINT_LEARNING_RATE
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def parse_arguments(
-    argv: list[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, ImageTrainingArguments, Problems]:
-    """
-    Parses the command line.
-
-    Returns:
-        The three dataclasses, and the mistakes found in their values: whoever reads the data adds to them what it finds
-        and raises them all.
-
-    Raises:
-        InputError: where the command line as such can't be understood: unknown flags, values of the wrong type.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("dataset_name", "train_dir", "model_name_or_path", "config_name", "variant"):
-        first_look.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
-    seen, _ = first_look.parse_known_args(argv)
-    source = seen.dataset_name or ("digits" if seen.train_dir is None else "")
-    architecture_given = bool(seen.model_name_or_path or seen.config_name)
-    parser = build_parser(source, from_checkpoint=architecture_given)
-    if seen.config_name and not seen.model_name_or_path:
-        parser.set_defaults(learning_rate=FROM_SCRATCH_LEARNING_RATE)
-    if seen.variant and seen.variant != SOURCE_DEFAULTS.get(source, {}).get("variant"):
-        parser.set_defaults(image_size=None, patch_size=None)  # these went with the variant that was not taken
-
-    problems = parser.problems
-    try:
-        told = add_recipe_defaults(parser, argv, architecture_given)
-    except ValueError as error:
-        problems.add(str(error))
-        raise problems.as_error() from error
-
-    namespace, unknown = parser.parse_known_args(argv)
-    refuse_unknown(unknown, parser, problems)
-    is_understood = not problems.messages
-
-    values = {**vars(namespace), **parser.instead_of_invalid}
-    values["dataset_name"] = values["dataset_name"] or source or None
-    values["output_dir"] = values["output_dir"] or str(Path("outputs", _source_slug(source or values["train_dir"])))
-    model_arguments, data_arguments = _fill(ModelArguments, values), _fill(DataArguments, values)
-    _check_model_arguments(model_arguments, problems)
-    _check_data_arguments(data_arguments, problems)
-    try:
-        training_arguments = _fill(ImageTrainingArguments, values)
-    except (ValueError, TypeError, ImportError) as error:
-        problems.add(str(error))
-        raise problems.as_error() from error
-    training_arguments.recipe_arguments = _fill(RecipeArguments, values)
-    training_arguments.recipe_arguments.told = told
-    training_arguments.recipe_arguments.check(problems)
-    _check_training_arguments(training_arguments, problems)
-    _resolve_resume(training_arguments, problems)
-    if not is_understood:
-        raise problems.as_error()
-    return model_arguments, data_arguments, training_arguments, problems
-
-
-def _fill(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
-
-
-def _source_slug(source: str) -> str:
-    """A folder name for the data: its last name, or for a pattern of files, the folder they are in."""
-    path = Path(source)
-    name = path.name if "*" not in path.name else path.parent.name
-    return name.split(".")[0] or "model"
-
-
 def pixels(size: list[int] | None) -> int | list[int] | None:
     """The value of --image_size or --patch_size as the configuration takes it."""
     return size[0] if size is not None and len(size) == 1 else size
@@ -414,83 +309,3 @@ def config_fields(text: str | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             fields[name] = value
     return fields
-
-
-def _check_model_arguments(arguments: ModelArguments, problems: Problems) -> None:
-    starts = [name for name in ("model_name_or_path", "variant", "config_name") if getattr(arguments, name)]
-    if len(starts) > 1:
-        problems.add(f"--{' and --'.join(starts)} each say what to start from. Keep one of them.")
-    for name in ("image_size", "patch_size"):
-        size = getattr(arguments, name)
-        if size is not None and (len(size) > 2 or min(size) < 1):
-            problems.add(f"--{name} {' '.join(map(str, size))}: give one positive number, or two: height and width.")
-            setattr(arguments, name, None)
-    try:
-        fields = config_fields(arguments.config_overrides)
-    except ValueError as error:
-        problems.add(str(error))
-        return
-    if arguments.variant and len(starts) == 1:
-        overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        try:
-            ViTScratchConfig.from_variant(arguments.variant, **overrides, **fields)
-        except ValueError as error:
-            problems.add(f"--variant {arguments.variant}: {error}")
-
-
-def _check_data_arguments(arguments: DataArguments, problems: Problems) -> None:
-    if arguments.dataset_name and arguments.train_dir:
-        problems.add("--dataset_name and --train_dir each say what to learn from. Keep one of them.")
-    if arguments.validation_dir and not arguments.train_dir:
-        problems.add("--validation_dir goes with --train_dir. Give that too, or leave this out.")
-    if arguments.dataset_config_name and arguments.dataset_name in (None, *SOURCE_DEFAULTS):
-        problems.add("--dataset_config_name goes with a --dataset_name of the Hub. Leave it out.")
-    if not 0.0 < arguments.train_val_split < 1.0:
-        problems.add(f"--train_val_split {arguments.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
-    for name in ("max_train_samples", "max_eval_samples"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            problems.add(f"--{name} {value} must be at least 1. Leave it out to use all images.")
-    if arguments.export_examples and Path(arguments.export_examples).is_file():
-        problems.add(f"--export_examples {arguments.export_examples} is a file. Give a folder.")
-
-
-def _check_training_arguments(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    for name, (absent, reason) in REFUSED_FLAGS.items():
-        if getattr(arguments, name) != absent:
-            problems.add(f"--{name}: {reason}")
-    at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in at_least_one:
-        if getattr(arguments, name) < 1:
-            problems.add(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    if arguments.num_train_epochs <= 0 and arguments.max_steps <= 0:
-        problems.add(f"--num_train_epochs {arguments.num_train_epochs:g} must be above 0.")
-    if not arguments.learning_rate > 0:
-        problems.add(f"--learning_rate {arguments.learning_rate:g} must be above 0, e.g. 1e-3.")
-    if not 0.0 <= arguments.label_smoothing_factor < 1.0:
-        problems.add(f"--label_smoothing_factor {arguments.label_smoothing_factor:g} must be at least 0 and below 1.")
-    if not 0.0 < arguments.smallest_area <= 1.0:
-        problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
-    if arguments.weight_decay < 0:
-        problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
-
-
-def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """Turns --resume_from_checkpoint into a folder or None, and refuses to write over an earlier run."""
-    output, wish = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    if wish is None or wish.lower() in ("false", "no", "0"):
-        arguments.resume_from_checkpoint = None
-        if (output / "config.json").exists() or (output.is_dir() and get_last_checkpoint(str(output))):
-            problems.add(
-                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
-                "go on where it stopped with --resume_from_checkpoint True."
-            )
-    elif wish.lower() in ("true", "yes", "1"):
-        arguments.resume_from_checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if arguments.resume_from_checkpoint is None:
-            problems.add(
-                f"--resume_from_checkpoint {wish}: there is no checkpoint in {output}. Leave it out to start a new run."
-            )
-    elif not Path(wish, "trainer_state.json").is_file():
-        problems.add(f"--resume_from_checkpoint {wish} is not a checkpoint: it has no trainer_state.json.")

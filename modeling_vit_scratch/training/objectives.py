@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a network can be pretrained on without labels: masked patch prediction of the paper's B.1.2, and MAE.
+
+SimMIM, the third, is `ViTScratchForMaskedImageModeling` of the model file. All of them take normalised pixels of any
+size that the patch divides, and have the encoder as `vit`: fine-tuning takes that and leaves the rest. Shapes are those
+of the model file; V is the number of visible patches, P of the values in a patch, C * patch area.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..modeling_vit_scratch import (
+    ViTScratchLayer,
+    ViTScratchModel,
+    ViTScratchPreTrainedModel,
+    axis_places,
+    dense,
+    sincos_positions,
+)
+
+
+MPP_TARGETS = ("mean_color", "downsized", "full_patch")
+
+
+@dataclass
+class PretrainingOutput(ModelOutput):
+    """`loss`, a float32 scalar, the mean over images; `predictions` for every patch, (B, N, ...), in float32."""
+
+    loss: Tensor | None = None
+    predictions: Tensor | None = None
+
+
+def patchify(pixel_values: Tensor, patch: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, N, P), each patch channel by channel, as a convolution's kernel has it."""
+    rows, columns = pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1]
+    grid = pixel_values.unflatten(3, (columns, patch[1])).unflatten(2, (rows, patch[0]))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """(B, N, P) -> (B, C, H, W): undoes `patchify`."""
+    pixels = patches.unflatten(2, (-1, *patch)).unflatten(1, grid)  # (B, rows, columns, C, patch height, width)
+    return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the chosen patches of each image, (B, N) each, then over images."""
+    chosen = chosen.to(losses.dtype)
+    return ((losses * chosen).sum(1) / chosen.sum(1).clamp(min=1)).mean()
+
+
+def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
+    if config.stem_layers is not None:
+        raise ValueError(
+            f"{objective} hides patches, but a ResNet stem has seen the pixels around each of them: take a variant "
+            "without one."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked patch prediction
+
+
+class MaskedPatchPrediction(ViTScratchPreTrainedModel):
+    """
+    The paper's self-supervision (B.1.2): patch embeddings are corrupted, and what the patches showed is predicted.
+
+    Args:
+        config: of the encoder.
+        target: "mean_color", the 3-bit mean colour of the patch, one of 8^C = 512 classes; "downsized", the same for
+            each of 4 x 4 parts of the patch, 16 predictions; "full_patch", its normalised values, with a squared error.
+        image_mean, image_std: (C,), what pixels between 0 and 1 were normalised with: the colours are those of pixels.
+
+    Raises:
+        ValueError: for an unknown target, a patch that 4 x 4 does not divide, or a hybrid.
+    """
+
+    def __init__(self, config: ViTScratchConfig, target: str, image_mean: list[float], image_std: list[float]) -> None:
+        super().__init__(config)
+        _check_patches_are_hidden(config, "Masked patch prediction")
+        if target not in MPP_TARGETS:
+            raise ValueError(f"The target {target!r} is none of {', '.join(MPP_TARGETS)}.")
+        if target == "downsized" and any(side % 4 for side in config.patch_hw):
+            raise ValueError(f"A patch of {config.patch_hw} can't be downsized to 4 x 4: 4 must divide its sides.")
+        self.target, self.colors = target, 8**config.num_channels
+        outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": patch_values(config)}
+        self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = dense(config.hidden_size, outputs[target])
+        self.image_mean, self.image_std = image_mean, image_std
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, corrupted: Tensor, replaced: Tensor, source: Tensor) -> PretrainingOutput:
+        """
+        Args:
+            pixel_values: (B, C, H, W).
+            corrupted: (B, N) bool, the patches to predict.
+            replaced: (B, N) bool, those whose embedding becomes the mask token.
+            source: (B, N) int64, the patch whose embedding each other one gets: itself, where nothing changes.
+
+        Returns:
+            `predictions` (B, N, classes), (B, N, 16, classes) or (B, N, P), and the `loss`.
+        """
+        grid, patch = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.patch_hw
+        patches = patchify(pixel_values, patch)
+        # The embedding of another patch is the embedding of its pixels.
+        seen = unpatchify(patches.gather(1, source[..., None].expand_as(patches)), grid, patch)
+        states = self.vit(seen, bool_masked_pos=replaced).last_hidden_state[:, self.config.num_prefix_tokens :]
+        predictions, patches = self.decoder(states).float(), patches.float()
+        if self.target == "full_patch":
+            losses = F.mse_loss(predictions, patches, reduction="none").mean(-1)  # (B, N)
+        else:
+            colors = self.mean_colors(patches, parts=4 if self.target == "downsized" else 1)  # (B, N, 16 or 1)
+            logits = predictions.unflatten(2, (-1, self.colors))  # (B, N, 16 or 1, classes)
+            losses = F.cross_entropy(logits.flatten(0, 2), colors.flatten(), reduction="none").view_as(colors).mean(-1)
+            predictions = logits if self.target == "downsized" else predictions
+        return PretrainingOutput(mean_over_images(losses, corrupted), predictions)
+
+    def mean_colors(self, patches: Tensor, parts: int) -> Tensor:
+        """
+        The 3-bit mean colours of parts x parts pieces of each patch: normalised (B, N, P) -> classes (B, N, parts^2).
+
+        The paper does not say in which order the bits of the channels stand; here the first channel has the highest.
+        """
+        channels, patch = self.config.num_channels, self.config.patch_hw
+        pixels = patches.unflatten(2, (channels, parts, patch[0] // parts, parts, patch[1] // parts))
+        means = pixels.mean((4, 6)).flatten(3)  # (B, N, C, parts^2)
+        mean, std = (means.new_tensor(values).view(-1, 1) for values in (self.image_mean, self.image_std))
+        levels = ((means * std + mean) * 8).long().clamp(0, 7)
+        weights = 8 ** torch.arange(channels - 1, -1, -1, device=levels.device)
+        return (levels * weights.view(-1, 1)).sum(2)
+
+
+def patch_values(config: ViTScratchConfig) -> int:
+    """P, the values in a patch."""
+    return config.num_channels * math.prod(config.patch_hw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MAE
+
+
+class MaskedAutoencoder(ViTScratchPreTrainedModel):
+    """
+    A masked autoencoder (He et al., arXiv:2111.06377): the encoder sees only a quarter of the patches, and a small
+    decoder, with a mask token at the places of the others, paints these.
+
+    Args:
+        config: of the encoder.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads: of the decoder; its MLP is four
+            times as wide. The paper has 512, 8 and 16 for B, L and H.
+        norm_pix_loss: whether the pixels of each patch are normalised by their own mean and variance to be the target.
+
+    Raises:
+        ValueError: for a hybrid, and for positions that enter at every layer: there, a subset of patches has no grid.
+    """
+
+    def __init__(
+        self,
+        config: ViTScratchConfig,
+        decoder_hidden_size: int = 512,
+        decoder_num_hidden_layers: int = 8,
+        decoder_num_attention_heads: int = 16,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__(config)
+        _check_patches_are_hidden(config, "MAE")
+        if config.position_embedding == "relative_1d" or config.position_embedding_placement != "stem":
+            raise ValueError(
+                "MAE encodes a part of the patches, so that positions must enter once, with the embeddings: take "
+                "position_embedding='learned_1d', 'learned_2d' or 'sincos_2d', and position_embedding_placement='stem'."
+            )
+        small = copy.deepcopy(config)
+        small.hidden_size, small.num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
+        small.intermediate_size, small.num_attention_heads = 4 * decoder_hidden_size, decoder_num_attention_heads
+        small.drop_path_rate = 0.0
+        small.validate_vit()
+        self.norm_pix_loss = norm_pix_loss
+        self.vit = ViTScratchModel(config, add_pooling_layer=False)
+        self.decoder_embed = dense(config.hidden_size, decoder_hidden_size)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_hidden_size))
+        self.decoder_layers = nn.ModuleList(ViTScratchLayer(small, i) for i in range(decoder_num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(decoder_hidden_size, eps=config.layer_norm_eps)
+        self.decoder_pred = dense(decoder_hidden_size, patch_values(config))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MaskedAutoencoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+
+    def forward(self, pixel_values: Tensor, visible: Tensor) -> PretrainingOutput:
+        """
+        Args:
+            pixel_values: (B, C, H, W).
+            visible: (B, V) int64, the patches that the encoder sees.
+
+        Returns:
+            `predictions` (B, N, P) and the `loss`: the squared error on the patches that it did not see.
+        """
+        grid = self.vit.embeddings.patch_embeddings.grid(pixel_values)
+        predictions = self.decode(self.encode(pixel_values, visible, grid), visible, grid).float()
+        target = patchify(pixel_values.float(), self.config.patch_hw)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        hidden = torch.ones(target.shape[:2], device=target.device).scatter(1, visible, 0.0)  # (B, N)
+        return PretrainingOutput(mean_over_images((predictions - target).square().mean(-1), hidden), predictions)
+
+    def encode(self, pixel_values: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, C, H, W) -> (B, prefix tokens + V, D)"""
+        tokens, prefix = self.vit.embeddings(pixel_values), self.config.num_prefix_tokens  # (B, T, D)
+        kept = F.pad(visible + prefix, (prefix, 0))
+        kept[:, :prefix] = torch.arange(prefix, device=kept.device)
+        tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+        for layer in self.vit.layers:
+            tokens = layer(tokens, None, grid, None)
+        return self.vit.layernorm(tokens)
+
+    def decode(self, states: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, prefix tokens + V, D) -> (B, N, P)"""
+        states, prefix = self.decoder_embed(states), self.config.num_prefix_tokens
+        width, count = states.shape[2], grid[0] * grid[1]
+        patches = self.mask_token.to(states.dtype).expand(states.shape[0], count, -1)
+        patches = patches.scatter(1, visible[..., None].expand(-1, -1, width), states[:, prefix:])
+        stored = self.config.grid_hw
+        y, x = (axis_places(stored[axis], grid[axis], states.device) for axis in (0, 1))
+        patches = patches + sincos_positions(y, x, width).to(states.dtype)
+        states = torch.cat([states[:, :prefix], patches], dim=1)
+        for layer in self.decoder_layers:
+            states = layer(states, None, grid, None)
+        return self.decoder_pred(self.decoder_norm(states))[:, prefix:]
