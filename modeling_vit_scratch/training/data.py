@@ -78,7 +78,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class ImageData:
-    """What training needs to know of the data. `label_names` are in the order of the class indices."""
+    """What training needs to know of the data. `label_names` are in the order of the class indices; [] without any."""
 
     source: Source
     label_names: list[str]
@@ -88,9 +88,10 @@ class ImageData:
 
     def describe(self) -> str:
         """One line for people."""
+        labels = f"{len(self.label_names)} labels: {listed(self.label_names)}" if self.label_names else "no labels"
         return (
             f"{self.source.name}: {len(self.train):,} training and {len(self.validation):,} held-out images "
-            f"({self.split}); {len(self.label_names)} labels: {listed(self.label_names)}."
+            f"({self.split}); {labels}."
         )
 
 
@@ -166,7 +167,12 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
 
 def read_data(
-    arguments: DataArguments, seed: int, problems: Problems, cache_dir: str | None = None, verify: bool = True
+    arguments: DataArguments,
+    seed: int,
+    problems: Problems,
+    cache_dir: str | None = None,
+    verify: bool = True,
+    needs_labels: bool = True,
 ) -> ImageData:
     """
     Reads, splits and checks the data.
@@ -177,28 +183,35 @@ def read_data(
         problems: the mistakes found so far.
         cache_dir: where to keep what is downloaded.
         verify: whether to decode every image: one process of several is enough.
+        needs_labels: if not, images without labels will do; all are then of class 0, which has no name.
 
     Raises:
         InputError: with `problems` and everything that is wrong with the data.
     """
-    source = read_source(arguments, cache_dir, problems)
+    source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
         raise problems.as_error()
-    train = _read_split("training", source.train, arguments, problems)
+    train = _read_split("training", source.train, arguments, problems, needs_labels)
     validation = None
     if source.validation is not None:
-        validation = _read_split("validation", source.validation, arguments, problems)
+        has_names = train is None or bool(train.names)
+        validation = _read_split("validation", source.validation, arguments, problems, needs_labels and has_names)
     if train is None or (source.validation is not None and validation is None):
         raise problems.as_error()
 
+    counts = Counter(train.indices)
+    if needs_labels:
+        _check_classes(train, problems)
+    elif len(counts) < 2 or min(counts.values()) < 2:  # labels that nothing can be split or judged by
+        train = _LabelledSplit(train.images, [], [0] * len(train.images), False)
     names = train.names
-    _check_classes(train, problems)
     if validation is not None:
         split = "the validation split of the data"
         validation_examples = Examples(validation.images, _indices_by_name(train, validation, problems))
         train_examples = Examples(train.images, train.indices)
     else:
-        split = f"{100 * arguments.train_val_split:.3g} % of each class, chosen with seed {seed}"
+        of_each = " of each class" if names else ""
+        split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
         train_examples, validation_examples = _hold_out(train, arguments.train_val_split, seed, problems)
     train_examples = _sample(train_examples, arguments.max_train_samples, seed)
     validation_examples = _sample(validation_examples, arguments.max_eval_samples, seed)
@@ -225,19 +238,23 @@ class _LabelledSplit:
 
 
 def _read_split(
-    split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems
+    split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems, needs_labels: bool
 ) -> _LabelledSplit | None:
     columns = [column for column in dataset.column_names if column != FOLDER_COLUMN]
     is_image = [column for column in columns if isinstance(dataset.features[column], datasets.Image)]
     is_label = [column for column in columns if isinstance(dataset.features[column], datasets.ClassLabel)]
     image_column = _find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, split, problems)
-    label_column = _find_column("label", arguments.label_column_name, is_label, LABEL_COLUMNS, columns, split, problems)
-    if image_column is None or label_column is None:
+    # Where labels are of no use, a column that can't be told is none, not a mistake.
+    noted = problems if needs_labels or arguments.label_column_name else Problems()
+    label_column = _find_column("label", arguments.label_column_name, is_label, LABEL_COLUMNS, columns, split, noted)
+    if image_column is None or (label_column is None and noted is problems):
         return None
     if len(dataset) == 0:
         problems.add(f"The {split} split has no images.")
         return None
-    images, labels = _image_column(dataset, image_column, split, problems), None
+    images = _image_column(dataset, image_column, split, problems)
+    if label_column is None:
+        return None if images is None else _LabelledSplit(images, [], [0] * len(images), False)
     labels = _label_column(dataset, label_column, split, problems)
     return None if images is None or labels is None else _LabelledSplit(images, *labels)
 
@@ -324,6 +341,8 @@ def _check_classes(train: _LabelledSplit, problems: Problems) -> None:
 
 def _indices_by_name(train: _LabelledSplit, validation: _LabelledSplit, problems: Problems) -> list[int]:
     """Class indices of the validation images, in the order of the training split's names."""
+    if not train.names or not validation.names:
+        return [0] * len(validation.indices)
     trained = {train.names[index] for index in train.indices}
     counts = Counter(validation.names[index] for index in validation.indices)
     unknown = sorted(name for name in counts if name not in trained)
@@ -346,9 +365,9 @@ def _indices_by_name(train: _LabelledSplit, validation: _LabelledSplit, problems
 def _hold_out(train: _LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
     """The same share of every class, at random. Where that can't be done, nothing: the problems will raise."""
     examples, counts = Examples(train.images, train.indices), Counter(train.indices)
-    if not 0.0 < fraction < 1.0 or len(counts) < 2:
+    if not 0.0 < fraction < 1.0 or (train.names and len(counts) < 2):
         return examples, examples.select([])
-    single = [train.names[index] for index, count in sorted(counts.items()) if count < 2]
+    single = [train.names[index] for index, count in sorted(counts.items()) if count < 2 and train.names]
     if single:
         problems.add(
             f"Classes with one image can't be in both the training and the held-out part: {listed(single)}. Add "

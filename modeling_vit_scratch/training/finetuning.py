@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model and data to the trainer that fine-tunes: augmentation, mixing, metrics, callbacks."""
+"""From a model and data to the trainer: augmentation, mixing, metrics, callbacks."""
+
+from typing import Any
 
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.image_processing_utils import BaseImageProcessor
@@ -19,26 +21,48 @@ from .trainer import ImageTrainer
 
 
 def build_trainer(
-    model: PreTrainedModel, processor: BaseImageProcessor, data: ImageData, arguments: ImageTrainingArguments
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    data: ImageData,
+    arguments: ImageTrainingArguments,
+    kind: type[ImageTrainer] = ImageTrainer,
+    **settings: Any,
 ) -> ImageTrainer:
-    """The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit."""
-    channels, collator = model.config.num_channels, build_collator(len(data.label_names), arguments)
+    """
+    The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit.
+
+    Args:
+        model, processor, data, arguments: what to train, on what, and how.
+        kind: the class of the trainer.
+        settings: of the trainer, where it does not learn to classify: `data_collator`, `compute_loss_func`.
+    """
+    channels = model.config.num_channels
+    collator = settings.pop("data_collator", None)
+    has_masks = collator is not None
+    if not has_masks:
+        collator = build_collator(len(data.label_names), arguments)
+        settings |= {
+            "compute_metrics": build_compute_metrics(len(data.label_names)),
+            "preprocess_logits_for_metrics": rank_labels,
+        }
     augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
     train_set = ImageClassificationDataset(
         data.train, processor, channels, augmentation, seed=arguments.seed, with_keys=collator is not None
     )
+    held_out = ImageClassificationDataset(
+        data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
+    )
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     average = None if decay is None else WeightAverage(decay, warmup)
-    trainer = ImageTrainer(
+    trainer = kind(
         model=model,
         args=arguments,
         data_collator=collator,
         train_dataset=train_set,
-        eval_dataset=ImageClassificationDataset(data.validation, processor, channels),
+        eval_dataset=held_out,
         processing_class=processor,
-        compute_metrics=build_compute_metrics(len(data.label_names)),
-        preprocess_logits_for_metrics=rank_labels,
         callbacks=[SetEpoch(train_set), *([] if average is None else [average]), SaveOnInterrupt()],
+        **settings,
     )
     trainer.average = average
     if collator is not None:

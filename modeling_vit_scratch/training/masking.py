@@ -114,8 +114,9 @@ class MaskingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Examples with "key": seed, epoch and index -> what `default_collate` gives, with the masks (B, ...)."""
+        keys = [example.pop("key") for example in examples]
         batch = default_collate(examples)
         height, width = batch["pixel_values"].shape[-2:]
         grid = height // self.patch[0], width // self.patch[1]
-        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *example["key"]))) for example in examples]
+        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *key))) for key in keys]
         return batch | {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}

@@ -15,6 +15,7 @@ import torch
 
 from .arguments import ImageTrainingArguments, ModelArguments
 from .data import ImageData
+from .pretraining_arguments import PretrainingArguments
 from .trainer import ImageTrainer
 
 
@@ -39,11 +40,34 @@ def build_record(
     # Not the loss: with several processes the Trainer averages it over the images that fill up the last batch too.
     names = ("accuracy", "top5_accuracy", "macro_f1")
     metrics = {name: scores[f"eval_{name}"] for name in names if f"eval_{name}" in scores}
+    found = {"metric": "accuracy", "value": metrics["accuracy"], "n": int(scores["eval_images"]), "metrics": metrics}
+    return found | _facts(trainer, data, model_arguments, wall_time)
+
+
+def build_pretraining_record(
+    trainer: ImageTrainer,
+    data: ImageData,
+    model_arguments: ModelArguments,
+    wishes: PretrainingArguments,
+    scores: dict[str, float],
+    wall_time: float,
+) -> dict[str, Any]:
+    """
+    As `build_record`, for pretraining: with `pretraining`, the flags of the objective. Without labels, the main result
+    is the loss on held-out images, whose masks are those of the first epoch.
+    """
+    if wishes.is_supervised:
+        record = build_record(trainer, data, model_arguments, scores, wall_time)
+    else:
+        loss = scores["eval_loss"]
+        found = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
+        record = found | _facts(trainer, data, model_arguments, wall_time)
+    return record | {"pretraining": wishes.facts()}
+
+
+def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float) -> dict[str, Any]:
+    """What it takes to find a result again."""
     return {
-        "metric": "accuracy",
-        "value": metrics["accuracy"],
-        "n": int(scores["eval_images"]),
-        "metrics": metrics,
         "selection": _selection(trainer),
         "seed": trainer.args.seed,
         "dataset": _dataset_facts(data),
@@ -77,6 +101,17 @@ The model is in {folder}. To use it:
     from transformers import pipeline
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
     print(classify("{image}"))
+"""
+
+
+def tell_pretraining(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
+    """What a user wants to see last: the result, where the model is, and how to go on."""
+    value = f"{100 * record['value']:.2f} %" if record["metric"] == "accuracy" else f"{record['value']:.4f}"
+    return f"""
+Held-out {record["metric"]}: {value} on {record["n"]:,} images ({record["selection"]}).
+The model is in {folder}. To go on from it:
+
+    accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS
 """
 
 

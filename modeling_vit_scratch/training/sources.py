@@ -47,15 +47,23 @@ class Source:
     note: str | None = None
 
 
-def read_source(arguments: DataArguments, cache_dir: str | None, problems: Problems) -> Source | None:
+def read_source(
+    arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
+) -> Source | None:
     """
     Reads what the command line names. No image is decoded.
+
+    Args:
+        arguments: the command line's.
+        cache_dir: where to keep what is downloaded.
+        problems: the mistakes found so far.
+        needs_labels: whether folders must be of classes; if not, images may lie anywhere in them.
 
     Returns:
         The source, or None if it can't be read; why not is then among the problems.
     """
     if arguments.train_dir is not None:
-        return _read_own(arguments, cache_dir, problems)
+        return _read_own(arguments, cache_dir, problems, needs_labels)
     if arguments.dataset_name == "digits":
         return read_digits()
     if arguments.dataset_name == "elpv":
@@ -137,12 +145,12 @@ def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problem
     )
 
 
-def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problems) -> Source | None:
+def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool) -> Source | None:
     """--train_dir and --validation_dir; both are read even if the first fails, so that all mistakes are told."""
-    train = _read_place("--train_dir", arguments.train_dir, cache_dir, problems)
+    train = _read_place("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
     validation = None
     if arguments.validation_dir is not None:
-        validation = _read_place("--validation_dir", arguments.validation_dir, cache_dir, problems)
+        validation = _read_place("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
     if train is None or (arguments.validation_dir is not None and validation is None):
         return None
     return Source(name=_place_name(arguments.train_dir), train=train, validation=validation)
@@ -156,9 +164,13 @@ def _place_name(place: str) -> str:
     return Path(parts[-1]).stem or "images"
 
 
-def _read_place(flag: str, place: str, cache_dir: str | None, problems: Problems) -> datasets.Dataset | None:
+def _read_place(
+    flag: str, place: str, cache_dir: str | None, problems: Problems, needs_labels: bool
+) -> datasets.Dataset | None:
     path = Path(place).expanduser()
     if path.is_dir():
+        if not needs_labels and not _has_class_folders(path):
+            return _read_unlabelled(flag, path, problems)
         return _read_class_folders(flag, path, problems)
     files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
     if not files:
@@ -190,6 +202,33 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
     return datasets.concatenate_datasets(tables)
 
 
+def _has_class_folders(folder: Path) -> bool:
+    """Whether it has folders, none of them a split, and no images beside them."""
+    folders = {entry.name.lower() for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    return bool(folders - SPLIT_NAMES) and not any(
+        entry.suffix.lower() in _image_endings() for entry in folder.iterdir()
+    )
+
+
+def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
+    """All images at any depth."""
+    files = _images_below(folder)
+    if not files:
+        problems.add(f"{flag} {folder} has no images in it.")
+        return None
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": [str(file) for file in files]}, features=features)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    endings = _image_endings()
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in endings and file.is_file() and not file.name.startswith(".")
+    )
+
+
 def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
     """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
     endings = _image_endings()
@@ -202,11 +241,7 @@ def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets
         problems.add(f"{flag} {folder}: {listed(sorted(loose))} in no class folder. Move to one, or away.")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted(
-            file
-            for file in (folder / name).rglob("*")
-            if file.suffix.lower() in endings and file.is_file() and not file.name.startswith(".")
-        )
+        files = _images_below(folder / name)
         if not files:
             problems.add(f"{flag} {folder}: the class folder {name!r} has no images. Fill it or remove it.")
         paths += [str(file) for file in files]

@@ -18,16 +18,18 @@ from .errors import InputError
 
 
 def build_model(
-    arguments: ModelArguments, label_names: list[str], num_channels: int, seed: int
+    arguments: ModelArguments, label_names: list[str], num_channels: int, seed: int, has_representation: bool = False
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
     The network and its image processor.
 
     Args:
         arguments: the command line's.
-        label_names: in the order of the class indices; they go into the configuration.
+        label_names: in the order of the class indices; they go into the configuration. [] for no classifier.
         num_channels: of a fresh network.
         seed: of fresh weights.
+        has_representation: whether a fresh network gets the tanh layer that the paper pretrains with (3.1), as wide as
+            the encoder, where the command line does not say.
 
     Returns:
         Model, image processor, and what to tell the user: a line on where the weights and the classifier come from.
@@ -49,6 +51,8 @@ def build_model(
     else:
         origin = arguments.variant
         config = ViTScratchConfig.from_variant(origin, num_channels=num_channels, **labels, **overrides)
+    if has_representation and "representation_size" not in overrides:
+        config.representation_size = config.hidden_size
     model = ViTScratchForImageClassification(config)
     height, width = config.image_hw
     line = f"From scratch: {origin}, {model.num_parameters():,} parameters, images of {height} x {width} pixels."
@@ -96,12 +100,14 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
         # The whole head goes, with the tanh layer that pre-training had before it: the paper, 3.2.
         model.vit.pooler.dense, config.representation_size = None, None
         model.distillation_classifier, config.use_distillation_head = None, False
-        head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype) if label_names else nn.Identity()
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
         model.classifier, model.num_labels = head, len(label_names)
     for field, value in _label_fields(label_names).items():
         setattr(config, field, value)
+    if not label_names:
+        return "Its encoder is taken, without a classifier."
     if not keeps:
         was = "it had none" if is_fresh or not theirs else f"it had {len(theirs)} other labels"
         gone = " The representation layer of its pre-training is gone with the old one." if had_representation else ""
@@ -116,7 +122,7 @@ def _label_fields(label_names: list[str]) -> dict[str, Any]:
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
         # Never left to be guessed from the type of the labels.
-        "problem_type": "single_label_classification",
+        "problem_type": "single_label_classification" if label_names else None,
     }
 
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to a trainer that pretrains, and from what it trained to the folder that is fine-tuned."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
+from .arguments import ImageTrainingArguments, ModelArguments
+from .data import ImageData
+from .errors import InputError
+from .finetuning import build_trainer
+from .masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
+from .objectives import MaskedAutoencoder, MaskedPatchPrediction
+from .pretraining_arguments import PretrainingArguments
+from .starting_point import build_model
+from .trainer import ImageTrainer
+
+
+class PretrainingTrainer(ImageTrainer):
+    """The trainer of objectives without labels: the loss is a mean over images, and what is left is the encoder."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The labels only count the images; no objective takes them, so that the Trainer would not find them.
+        self.label_names, self.args.prediction_loss_only = ["labels"], True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Checkpoints have all that training needs. The finished folder has what fine-tuning and serving need."""
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        state_dict = self.accelerator.get_state_dict(self.model)  # with sharded weights, every process takes part
+        if self.args.should_save:
+            finished = finished_model(self.model)
+            names = set(finished.state_dict())
+            prefix = "vit." if isinstance(finished, ViTScratchModel) else ""
+            kept = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
+            kept = {name: kept[name] for name in names}
+            finished.save_pretrained(self.args.output_dir, state_dict=kept)
+            self.processing_class.save_pretrained(self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+
+def finished_model(objective: PreTrainedModel) -> PreTrainedModel:
+    """
+    What of an objective is worth keeping: SimMIM's model, which people load as one for masked image modeling, and of
+    the others the encoder.
+    """
+    if isinstance(objective, ViTScratchForMaskedImageModeling):
+        return objective
+    objective.vit.embeddings.mask_token = None  # of no use without what it was trained for
+    return objective.vit
+
+
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """
+    For `Trainer(compute_loss_func=)`: the mean over all images of an update.
+
+    Args:
+        outputs: with `loss`, the mean over the images of this batch.
+        labels: (B,), read for their number only.
+        num_items_in_batch: the number of images in all batches of the update; None for this batch alone.
+    """
+    loss = outputs["loss"]
+    return loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)
+
+
+def build_pretraining(
+    model_arguments: ModelArguments, wishes: PretrainingArguments, data: ImageData, arguments: ImageTrainingArguments
+) -> tuple[ImageTrainer, list[str]]:
+    """
+    The trainer, and what to tell the user of the starting point.
+
+    Raises:
+        InputError: if the starting point can't be loaded, or the objective does not fit it.
+    """
+    channels = data.source.num_channels
+    if wishes.is_supervised:
+        model, processor, told = build_model(
+            model_arguments, data.label_names, channels, arguments.seed, has_representation=True
+        )
+        return build_trainer(model, processor, data, arguments), told
+    classifier, processor, told = build_model(model_arguments, [], channels, arguments.seed)
+    try:
+        model = build_objective(classifier.config, wishes, processor)
+        collator = build_masking(wishes, model.config)
+    except ValueError as error:
+        raise InputError(f"--objective {wishes.objective}: {error}") from error
+    missing = model.vit.load_state_dict(classifier.vit.state_dict(), strict=False).missing_keys
+    if set(missing) - {"embeddings.mask_token"}:
+        raise InputError(f"--model_name_or_path lacks weights of the encoder, e.g. {min(missing)}.")
+    trainer = build_trainer(
+        model, processor, data, arguments, PretrainingTrainer, data_collator=collator, compute_loss_func=mean_loss
+    )
+    return trainer, [*told, f"Objective: {collator.description}."]
+
+
+def build_objective(
+    config: ViTScratchConfig, wishes: PretrainingArguments, processor: BaseImageProcessor
+) -> PreTrainedModel:
+    """The encoder of that configuration with what the objective adds. Raises ValueError if they don't go together."""
+    if wishes.objective == "simmim":
+        return ViTScratchForMaskedImageModeling(config)
+    if wishes.objective == "mpp":
+        return MaskedPatchPrediction(config, wishes.mpp_target, *pixel_statistics(processor, config.num_channels))
+    width = wishes.decoder_hidden_size or max(min(512, config.hidden_size * 2 // 3 // 32 * 32), 32)
+    return MaskedAutoencoder(
+        config,
+        decoder_hidden_size=width,
+        decoder_num_hidden_layers=wishes.decoder_num_hidden_layers or max(min(8, config.num_hidden_layers * 2 // 3), 1),
+        decoder_num_attention_heads=wishes.decoder_num_attention_heads or max(width // 32, 1),
+        norm_pix_loss=wishes.norm_pix_loss,
+    )
+
+
+def build_masking(wishes: PretrainingArguments, config: ViTScratchConfig) -> MaskingCollator:
+    """What hides patches for the objective."""
+    ratio, patch = wishes.mask_ratio, config.patch_hw
+    share = f"{100 * ratio:g} %"
+    if wishes.objective == "mpp":
+        told = f"{share} of patch embeddings corrupted, their {wishes.mpp_target} predicted (the paper, B.1.2)"
+        return MaskingCollator(corrupted_patches(ratio), patch, told)
+    if wishes.objective == "simmim":
+        square = wishes.mask_patch_size
+        told = f"{share} of squares of {square} pixels masked, their pixels predicted (SimMIM)"
+        return MaskingCollator(masked_squares(ratio, square, patch), patch, told)
+    return MaskingCollator(visible_patches(ratio), patch, f"{share} of patches hidden, their pixels predicted (MAE)")
+
+
+def pixel_statistics(processor: BaseImageProcessor, num_channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which the processor normalises pixels between 0 and 1, one for each channel."""
+    if not processor.do_normalize:
+        return [0.0] * num_channels, [1.0] * num_channels
+    return tuple(
+        np.broadcast_to(values, num_channels).tolist() for values in (processor.image_mean, processor.image_std)
+    )

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Pretrains a Vision Transformer: on labels, or on images alone.
+
+    python scripts/pretrain.py --train_dir photos --variant S/16                       the paper's way, on labels
+    python scripts/pretrain.py --train_dir photos --variant S/16 --objective mae       without labels
+    accelerate launch scripts/finetune.py --model_name_or_path outputs/photos-pretrained --train_dir fewer_photos
+
+Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae. `--help` explains every flag.
+"""
+
+import os
+import sys
+
+
+# Before torch is imported: threads that spin while they wait make training ten times slower on a CPU with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> None:
+    from modeling_vit_scratch.training.command_line import parse_arguments
+    from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
+
+    model_arguments, data_arguments, training_arguments, wishes, problems = parse_arguments(script=PRETRAIN)
+
+    # After the command line, so that --help and mistakes in it are quick.
+    from modeling_vit_scratch.training.data import read_data
+    from modeling_vit_scratch.training.pretraining import build_pretraining
+    from modeling_vit_scratch.training.record import build_pretraining_record, tell_pretraining, write_record
+
+    seed, is_first = training_arguments.seed, training_arguments.process_index == 0
+    with training_arguments.main_process_first(desc="reading the data"):
+        data = read_data(
+            data_arguments, seed, problems, model_arguments.cache_dir, is_first, needs_labels=wishes.is_supervised
+        )
+    trainer, origin = build_pretraining(model_arguments, wishes, data, training_arguments)
+    if is_first:
+        print(data.describe(), *origin, *trainer.describe(), sep="\n")
+
+    outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    scores = trainer.evaluate()
+    trainer.save_state()
+
+    if is_first:
+        record = build_pretraining_record(
+            trainer, data, model_arguments, wishes, scores, outcome.metrics["train_runtime"]
+        )
+        write_record(record, training_arguments.output_dir)
+    trainer.save_model()
+    if is_first:
+        print(tell_pretraining(record, training_arguments.output_dir))
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))
