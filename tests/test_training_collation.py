@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from golden_policies import FILE, mixing_inputs
 from torch.utils.data import DataLoader
 
-from modeling_vit_scratch.training.collation import MixingCollator, cutmix, mixup
+from modeling_vit_scratch.training.collation import ImageCollator, MixingCollator, cutmix, mixup
+from modeling_vit_scratch.training.pixels import mix
 
 
 GOLDEN = json.loads(FILE.read_text())["mixing"]
@@ -24,14 +25,23 @@ def examples(count=6, epoch=0, seed=3, size=(8, 10)):
     ]
 
 
+def apply(mixing, pixels, targets):
+    """What the device makes of the pixels, and the collator of the labels."""
+    count = len(pixels)
+    return mix(pixels, torch.full((count,), mixing.weight), torch.tensor([mixing.box] * count)), mixing.mix_labels(
+        targets
+    )
+
+
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['name']} {case['weight']}")
 def test_equal_to_torchvision(case):
     pixels, classes = map(torch.from_numpy, mixing_inputs())
     targets = F.one_hot(classes, 3).float()
     if case["name"] == "mixup":
-        mixed, labels = mixup(pixels, targets, case["weight"])
+        mixing = mixup(pixels.shape[-2:], case["weight"])
     else:
-        mixed, labels = cutmix(pixels, targets, case["weight"], case["column"], case["row"])
+        mixing = cutmix(pixels.shape[-2:], case["weight"], case["column"], case["row"])
+    mixed, labels = apply(mixing, pixels, targets)
     assert torch.allclose(mixed.flatten(), torch.tensor(case["pixels"]), atol=2e-6)
     assert torch.allclose(labels, torch.tensor(case["labels"]), atol=1e-6)
 
@@ -61,7 +71,7 @@ def test_equal_to_brute_force(weight):
     pixels, classes = mixing_inputs()
     batch, targets = torch.from_numpy(pixels), F.one_hot(torch.from_numpy(classes), 4).float()
     before = batch.clone()
-    mixed, labels = mixup(batch, targets, weight)
+    mixed, labels = apply(mixup(batch.shape[-2:], weight), batch, targets)
     expected = brute_force(pixels, classes, 4, weight)
     assert np.allclose(mixed, expected[0], atol=1e-6)
     assert np.allclose(labels, expected[1], atol=1e-6)
@@ -69,7 +79,7 @@ def test_equal_to_brute_force(weight):
         height, width = 7, 10
         half_width, half_height = int(0.5 * np.sqrt(1 - weight) * width), int(0.5 * np.sqrt(1 - weight) * height)
         box = (column - half_width, row - half_height, column + half_width, row + half_height)
-        mixed, labels = cutmix(batch, targets, weight, column, row)
+        mixed, labels = apply(cutmix(batch.shape[-2:], weight, column, row), batch, targets)
         expected = brute_force(pixels, classes, 4, weight, box)
         assert np.allclose(mixed, expected[0])
         assert np.allclose(labels, expected[1], atol=1e-6)
@@ -87,9 +97,13 @@ def test_rows_of_labels_are_probabilities_for_any_batch(alphas, smoothing):
             assert batch["labels"].dtype == torch.float32
             assert torch.allclose(batch["labels"].sum(1), torch.ones(count), atol=1e-6)
             assert batch["labels"].min() >= smoothing / 4 - 1e-7
-            assert set(batch) == {"pixel_values", "labels"}
+            assert list(batch) == ["pixel_values", "labels", "keys", "mixing_weights", "mixing_boxes"]
+            assert torch.equal(batch["pixel_values"], torch.stack([e["pixel_values"] for e in examples(count)]))
+            assert batch["keys"].tolist() == [list(example["key"]) for example in examples(count, epoch)]
+            assert {batch[name].shape[0] for name in batch} == {count}
     one = collate(examples(1))
-    assert torch.allclose(one["pixel_values"][0], examples(1)[0]["pixel_values"], atol=1e-6)  # mixed with itself
+    mixed = mix(one["pixel_values"], one["mixing_weights"], one["mixing_boxes"])
+    assert torch.allclose(mixed, one["pixel_values"], atol=1e-6)  # with itself
 
 
 def test_smoothing_is_that_of_cross_entropy():
@@ -105,10 +119,11 @@ def test_random_numbers_depend_on_seed_epoch_and_images_and_nothing_else():
     collate, batches = MixingCollator(4, 0.8, 1.0), []
     for given in (examples(), examples(epoch=1), examples(seed=4), list(reversed(examples()))):
         torch.manual_seed(0)
-        one = collate(given)["labels"]
+        one = collate(given)
         torch.manual_seed(1)
-        assert torch.equal(collate(given)["labels"], one)
-        batches.append(tuple(one.flatten().tolist()))
+        again = collate(given)
+        assert all(torch.equal(again[name], one[name]) for name in one)
+        batches.append(tuple(one["labels"].flatten().tolist()))
     assert len(set(batches)) == 4
 
 
@@ -117,30 +132,40 @@ def test_worker_processes_change_nothing(workers):
     loader = DataLoader(examples(12), batch_size=4, collate_fn=MixingCollator(4, 0.8, 1.0), num_workers=workers)
     expected = [MixingCollator(4, 0.8, 1.0)(examples(12)[i : i + 4]) for i in (0, 4, 8)]
     for ours, theirs in zip(loader, expected):
-        assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
-        assert torch.equal(ours["labels"], theirs["labels"])
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_weights_follow_the_beta_distribution_and_both_kinds_are_as_likely():
     from scipy import stats
 
-    # Class 0 beside class 1: the label of an image tells the weight.
-    pair, targets, generator = torch.zeros(2, 1, 4, 4), torch.eye(2), np.random.default_rng(0)
-    weights = [MixingCollator(2, 0.8).mix(pair, targets, generator)[1][0, 0].item() for _ in range(2000)]
+    generator = np.random.default_rng(0)
+    weights = [MixingCollator(2, 0.8).draw((4, 4), generator).weight for _ in range(2000)]
     assert stats.kstest(weights, stats.beta(0.8, 0.8).cdf).pvalue > 0.01
     # A pixel is either's with CutMix, and between them with Mixup.
-    pair[1] = 1.0
+    pair, targets = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 1, 4, 4), torch.eye(2)
     both = MixingCollator(2, 0.8, 1.0)
-    mixed = [both.mix(pair, targets, generator)[0] for _ in range(1000)]
+    mixed = [apply(both.draw((4, 4), generator), pair, targets)[0] for _ in range(1000)]
     is_cut = [bool(((batch == 0) | (batch == 1)).all()) for batch in mixed]
     assert 0.44 < np.mean(is_cut) < 0.56
 
 
 def test_examples_of_the_evaluation_stay_as_they_are():
     plain = [{key: value for key, value in example.items() if key != "key"} for example in examples()]
-    batch = MixingCollator(4, 0.8)(plain)
+    for collate in (MixingCollator(4, 0.8), ImageCollator()):
+        batch = collate(plain)
+        assert set(batch) == {"pixel_values", "labels"}
+        assert batch["labels"].tolist() == [0, 1, 2, 3, 0, 1]
+        assert torch.equal(batch["pixel_values"], torch.stack([example["pixel_values"] for example in plain]))
+
+
+def test_a_plain_batch_knows_its_examples_and_needs_no_labels():
+    batch = ImageCollator()(examples())
+    assert batch["keys"].tolist() == [[3, 0, 10 + i] for i in range(6)]
+    assert batch["keys"].dtype == torch.int64
     assert batch["labels"].tolist() == [0, 1, 2, 3, 0, 1]
-    assert torch.equal(batch["pixel_values"], torch.stack([example["pixel_values"] for example in plain]))
+    unlabelled = [{"pixel_values": torch.zeros(3, 2, 2, dtype=torch.uint8)}] * 2
+    assert ImageCollator()(unlabelled)["pixel_values"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (-1.0, 1.0)])

@@ -19,6 +19,7 @@ from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
 from modeling_vit_scratch.training.data import Examples, ImageClassificationDataset, export_examples
 from modeling_vit_scratch.training.errors import InputError, Problems
+from modeling_vit_scratch.training.pixels import Normalize
 
 
 DECODER = ViTScratchImageProcessor()
@@ -308,12 +309,50 @@ def examples(count=6):
 PROCESSOR = ViTScratchImageProcessor(size={"height": 16, "width": 24})
 
 
-def test_held_out_images_are_what_the_processor_makes_of_the_files():
-    dataset = ImageClassificationDataset(examples(), PROCESSOR)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"crop_pct": 0.8, "resample": 3},
+        {"do_center_crop": True, "crop_size": {"height": 8, "width": 40}, "resample": 0},
+        {"do_resize": False},
+        {"size": {"shortest_edge": 12}, "do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+        {"image_mean": 0.3, "image_std": [0.1, 0.2, 0.3], "rescale_factor": 1 / 127.5},
+        {"num_channels": 1, "image_mean": 0.45, "image_std": 0.225},
+        {"num_channels": 7, "do_convert_rgb": False, "image_mean": 0.5, "image_std": 0.25},
+    ],
+)
+def test_held_out_images_are_bit_for_bit_what_the_processor_makes_of_the_files(settings):
+    processor = ViTScratchImageProcessor(**{"size": {"height": 16, "width": 24}, **settings})
+    dataset, normalize = ImageClassificationDataset(examples(), processor), Normalize.from_processor(processor)
     for index in range(6):
         item = dataset[index]
         assert item["labels"] == index % 3
-        assert torch.equal(item["pixel_values"], PROCESSOR(image(0, index), return_tensors="pt")["pixel_values"][0])
+        assert item["pixel_values"].dtype == torch.uint8
+        expected = processor(image(0, index), return_tensors="pt")["pixel_values"]
+        assert torch.equal(normalize(item["pixel_values"][None]), expected)
+
+
+def test_four_channels_go_the_same_way(tmp_path):
+    processor = ViTScratchImageProcessor(num_channels=4, size=6, image_mean=[0.1, 0.2, 0.3, 0.4], image_std=[0.5] * 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
+    column = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]})
+    one = Examples(column.cast_column("image", datasets.Image(decode=False)), [0])
+    ours = Normalize.from_processor(processor)(ImageClassificationDataset(one, processor)[0]["pixel_values"][None])
+    assert torch.equal(ours, processor(tmp_path / "a.png", return_tensors="pt")["pixel_values"])
+    turned = ImageClassificationDataset(one, processor, 4, PhotoAugmentation((6, 6), 2))[0]["pixel_values"]
+    assert (turned.shape, turned.dtype) == ((4, 6, 6), torch.uint8)
+
+
+def test_a_key_tells_what_a_training_example_is_a_function_of():
+    dataset = train_set(seed=5)
+    dataset.set_epoch(3)
+    assert dataset[4]["key"] == (5, 3, 4)
+    assert set(ImageClassificationDataset(examples(), PROCESSOR)[4]) == {"pixel_values", "labels"}
 
 
 def test_another_processor_works_too_also_for_grey_images(tmp_path):
@@ -327,6 +366,8 @@ def test_another_processor_works_too_also_for_grey_images(tmp_path):
     assert torch.equal(ImageClassificationDataset(examples, stock)[0]["pixel_values"], expected)
     train = ImageClassificationDataset(examples, stock, 3, PhotoAugmentation((16, 24), 2))
     assert train[0]["pixel_values"].shape == (3, 16, 24)
+    assert train[0]["pixel_values"].dtype == torch.float32  # its own arithmetic, whatever that is
+    assert Normalize.from_processor(stock) is None
 
 
 def train_set(seed=0, **settings):
@@ -349,14 +390,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_alone():
     again.set_epoch(1)
     assert torch.equal(torch.stack([again[i]["pixel_values"] for i in reversed(range(6))]).flip(0), second)
     assert not torch.equal(pixels(train_set(seed=1)), first)
-
-
-def test_a_whole_batch_is_its_images_one_by_one():
-    for dataset in (train_set(), ImageClassificationDataset(examples(), PROCESSOR)):
-        batch = dataset.__getitems__([4, 0, 2])
-        for item, index in zip(batch, [4, 0, 2]):
-            assert torch.equal(item["pixel_values"], dataset[index]["pixel_values"])
-            assert item["labels"] == dataset[index]["labels"]
 
 
 @pytest.mark.parametrize(

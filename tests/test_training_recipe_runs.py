@@ -153,7 +153,9 @@ def test_without_flags_nothing_is_mixed_averaged_or_added(pets, tmp_path):
     assert trainer.train_dataset.augmentation.smallest_area == 0.35
     assert not isinstance(trainer.data_collator, MixingCollator)
     assert trainer.average is None
-    assert set(trainer.train_dataset[0]) == {"pixel_values", "labels"}
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"pixel_values", "labels", "keys"}
+    assert batch["pixel_values"].dtype == torch.uint8
 
 
 def test_every_flag_does_something(pets, tmp_path):
@@ -248,7 +250,7 @@ def test_the_update_is_that_of_the_whole_batch_however_it_is_cut(pets, tmp_path,
 
 def test_the_loss_of_mixed_labels_is_their_cross_entropy(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--mixup", "0.8", "--label_smoothing_factor", "0.1"))
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.eval()
     loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     logits, labels = outputs.logits.detach().double().numpy(), batch["labels"].double().numpy()

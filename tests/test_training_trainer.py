@@ -98,6 +98,43 @@ def test_every_epoch_augments_anew_and_tells_the_training_set_so(pets, tmp_path)
     assert seen == [0] * 5 + [1] * 5 + [2] * 5
 
 
+def test_the_model_sees_what_the_processor_makes_mixed_and_the_trainer_remembers_of_which_examples(pets, tmp_path):
+    more = ["--mixup", "0.8", "--gradient_accumulation_steps", "2", "--max_steps", "2", "--bf16", "True"]
+    trainer, seen, keys = build(tmp_path / "out", *flags(pets, *more)), [], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            keys.append([batch.tolist() for batch in trainer.last_keys])
+
+    trainer.add_callback(Watch())
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
+    )
+    trainer.train()
+    assert [[len(batch) for batch in step] for step in keys] == [[4, 4], [4, 4]]
+    for pixels, batch in zip(seen, [batch for step in keys for batch in step]):
+        assert pixels.dtype == torch.float32  # also where the network computes in bfloat16
+        images = [trainer.train_dataset[index]["pixel_values"] for _, _, index in batch]
+        arrays = [image.permute(1, 2, 0).numpy() for image in images]
+        plain = trainer.processing_class(arrays, do_resize=False, return_tensors="pt")["pixel_values"].double()
+        before = plain.roll(1, 0)
+        weight = ((pixels - before) * (plain - before)).sum() / (plain - before).square().sum()
+        assert 0 < weight < 1
+        assert torch.allclose(pixels.double(), weight * plain + (1 - weight) * before, atol=1e-6)
+
+
+def test_held_out_images_reach_the_model_as_the_processor_makes_them(pets, tmp_path):
+    trainer, seen = build(tmp_path / "out", *flags(pets)), []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
+    )
+    trainer.evaluate()
+    held_out = trainer.eval_dataset.examples
+    images = [held_out.decode(index, trainer.processing_class) for index in range(len(held_out))]
+    assert torch.equal(torch.cat(seen), trainer.processing_class(images, return_tensors="pt")["pixel_values"])
+    assert trainer.last_keys == []
+
+
 def test_a_checkpoint_of_other_labels_or_another_network_is_refused(pets, tmp_path):
     build(tmp_path / "a", *flags(pets, "--max_steps", "1", "--save_strategy", "steps")).train()
     other = str(class_folders(tmp_path / "other", classes=CLASSES[:2]))

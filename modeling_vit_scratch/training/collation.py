@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to a batch. Mixup and CutMix live here because they need the batch."""
+"""
+Examples to a batch, and what Mixup and CutMix need the batch for: their random numbers and the mixed labels.
+
+The pixels stay as they come from the data set. They are normalised and mixed on the device: see `pixels`.
+"""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -14,44 +20,71 @@ from torch.utils.data import default_collate
 _STREAM = 0x6D6978
 
 
-def mixup(pixel_values: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Mixing:
     """
-    weight x + (1 - weight) x', where x' is the image before in the batch (Zhang et al., arXiv:1710.09412).
+    What is done to every image of a batch: see `pixels.mix`.
+
+    Attributes:
+        weight: inside the box, the share that an image keeps of itself; the rest is of the image before it.
+        box: left, top, right, bottom in pixels.
+        kept: the share that it keeps on the whole: also that of its label.
+    """
+
+    weight: float
+    box: tuple[int, int, int, int]
+    kept: float
+
+    def mix_labels(self, targets: Tensor) -> Tensor:
+        """Probabilities (B, K), each row mixed with the one before it."""
+        return targets.roll(1, 0).mul_(1.0 - self.kept).add_(targets * self.kept)
+
+
+def mixup(size: tuple[int, int], weight: float) -> Mixing:
+    """weight x + (1 - weight) x' (Zhang et al., arXiv:1710.09412), for images of a (height, width) in pixels."""
+    height, width = size
+    return Mixing(weight, (0, 0, width, height), weight)
+
+
+def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixing:
+    """
+    A rectangle of about (1 - weight) of the area comes from the other image (Yun et al., arXiv:1905.04899). It is cut
+    at the border; the labels are mixed by the area that is left of it.
 
     Args:
-        pixel_values: (B, C, H, W).
-        targets: probabilities (B, K).
-    """
-
-    def mix(values: Tensor) -> Tensor:
-        return values.roll(1, 0).mul_(1.0 - weight).add_(values * weight)
-
-    return mix(pixel_values), mix(targets)
-
-
-def cutmix(pixel_values: Tensor, targets: Tensor, weight: float, column: int, row: int) -> tuple[Tensor, Tensor]:
-    """
-    A rectangle of about (1 - weight) of the area comes from the image before in the batch (Yun et al.,
-    arXiv:1905.04899). It is cut at the border; the labels are mixed by the area that is left of it.
-
-    Args:
-        pixel_values: (B, C, H, W).
-        targets: probabilities (B, K).
+        size: (height, width) of the images in pixels.
         weight: 0 to 1.
         column, row: the centre of the rectangle in pixels.
     """
-    height, width = pixel_values.shape[-2:]
+    height, width = size
     half = 0.5 * math.sqrt(1.0 - weight)
     half_width, half_height = int(half * width), int(half * height)
     left, right = max(column - half_width, 0), min(column + half_width, width)
     top, bottom = max(row - half_height, 0), min(row + half_height, height)
-    mixed = pixel_values.clone()
-    mixed[..., top:bottom, left:right] = pixel_values.roll(1, 0)[..., top:bottom, left:right]
-    kept = 1.0 - (right - left) * (bottom - top) / (width * height)
-    return mixed, targets.roll(1, 0).mul_(1.0 - kept).add_(targets * kept)
+    return Mixing(0.0, (left, top, right, bottom), 1.0 - (right - left) * (bottom - top) / (width * height))
 
 
-class MixingCollator:
+class ImageCollator:
+    """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
+
+    description: str | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """
+        Args:
+            examples: of "pixel_values" (C, H, W), uint8 or normalised; perhaps "labels"; and "key" (seed, epoch, index)
+                if they are for training.
+
+        Returns:
+            "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: from which examples it is made.
+        """
+        batch = default_collate([{name: example[name] for name in example if name != "key"} for example in examples])
+        if "key" in examples[0]:
+            batch["keys"] = torch.tensor([example["key"] for example in examples], dtype=torch.int64)
+        return batch
+
+
+class MixingCollator(ImageCollator):
     """
     Batches with Mixup, CutMix, or one of them by chance, and labels that are probabilities, (B, K), rows of sum 1.
 
@@ -84,31 +117,33 @@ class MixingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """
-        Args:
-            examples: of "pixel_values" (C, H, W), "labels", and "key": seed, epoch and index of the image.
+        As in `ImageCollator`, and for training examples also what `pixels.mix` takes.
 
         Returns:
-            "pixel_values" (B, C, H, W) and "labels": (B, K) with keys, (B,) without.
+            With keys, "labels" are (B, K); "mixing_weights" (B,), float32, and "mixing_boxes" (B, 4), int64, have the
+            same row for each image, so that whoever slices the batch slices them too.
         """
-        if "key" not in examples[0]:
-            return default_collate(examples)
-        keys = [example["key"] for example in examples]
-        batch = default_collate([{name: example[name] for name in ("pixel_values", "labels")} for example in examples])
+        batch = super().__call__(examples)
+        if "keys" not in batch:
+            return batch
         targets = F.one_hot(batch["labels"], self.num_labels).float()
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
-        seed, epoch, _ = keys[0]
-        generator = np.random.default_rng((_STREAM, seed, epoch, *(index for _, _, index in keys)))
-        pixel_values, labels = self.mix(batch["pixel_values"], targets, generator)
-        return {"pixel_values": pixel_values, "labels": labels}
+        seed, epoch, _ = examples[0]["key"]
+        generator = np.random.default_rng((_STREAM, seed, epoch, *(example["key"][2] for example in examples)))
+        mixing = self.draw(batch["pixel_values"].shape[-2:], generator)
+        batch["labels"] = mixing.mix_labels(targets)
+        batch["mixing_weights"] = torch.full((len(examples),), mixing.weight, dtype=torch.float32)
+        batch["mixing_boxes"] = torch.tensor([mixing.box] * len(examples), dtype=torch.int64)
+        return batch
 
-    def mix(self, pixel_values: Tensor, targets: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """pixel_values (B, C, H, W) and targets (B, K), mixed with what the generator gives."""
+    def draw(self, size: tuple[int, int], generator: np.random.Generator) -> Mixing:
+        """What the generator gives for images of a (height, width) in pixels."""
         both = self.mixup_alpha and self.cutmix_alpha
         use_cutmix = generator.random() < 0.5 if both else bool(self.cutmix_alpha)
         alpha = self.cutmix_alpha if use_cutmix else self.mixup_alpha
         weight = float(generator.beta(alpha, alpha))
         if not use_cutmix:
-            return mixup(pixel_values, targets, weight)
-        height, width = pixel_values.shape[-2:]
-        return cutmix(pixel_values, targets, weight, int(generator.integers(width)), int(generator.integers(height)))
+            return mixup(size, weight)
+        height, width = size
+        return cutmix(size, weight, int(generator.integers(width)), int(generator.integers(height)))

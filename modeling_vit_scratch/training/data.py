@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
 from .arguments import DataArguments
 from .augmentation import Augmentation
 from .errors import Problems
@@ -97,7 +97,11 @@ class ImageData:
 
 class ImageClassificationDataset(torch.utils.data.Dataset):
     """
-    Map-style dataset of what the model takes: `{"pixel_values": (C, H, W), "labels": int}`.
+    Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, and for training "key", the (seed, epoch, index)
+    that everything random about the example is a function of.
+
+    The pixels are uint8, of the size that the model takes, and are normalised on the device: see `pixels`. The only
+    exception is a processor of another library, which gives what it gives, normalised.
 
     Args:
         examples: images and labels.
@@ -105,7 +109,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         num_channels: of the model, for a processor that does not decode images itself.
         augmentation: a random change of the image, which has the model's size afterwards.
         seed: of the augmentation.
-        with_keys: whether examples also carry "key": seed, epoch and index, on which the mixing of a batch depends.
+        with_keys: whether examples have a "key" without an augmentation too.
     """
 
     def __init__(
@@ -118,12 +122,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         with_keys: bool = False,
     ) -> None:
         self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
-        self.with_keys = with_keys
-        decodes = isinstance(processor, ViTScratchImageProcessor)
-        self.decoder = processor if decodes else ViTScratchImageProcessor(num_channels=num_channels)
-        # What the augmentation has done already. None of it is a setting that every processor knows.
-        done = {"do_resize": False, "do_center_crop": False, "crop_pct": None}
-        self.after_augmentation = {name: value for name, value in done.items() if hasattr(processor, name)}
+        self.with_keys = with_keys or augmentation is not None
+        self.is_ours = isinstance(processor, ViTScratchImageProcessor)
+        self.decoder = processor if self.is_ours else ViTScratchImageProcessor(num_channels=num_channels)
         # In shared memory, where worker processes that outlive an epoch see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -135,31 +136,30 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """What torch asks for a whole batch: calling the processor once is faster for small images."""
+        key = (self.seed, int(self._epoch), index)
+        image = self.examples.decode(index, self.decoder)
         if self.augmentation is None:
-            # One by one, since these are as large as their files until the processor has resized them.
-            pixel_values = [self._process([self.examples.decode(index, self.decoder)])[0] for index in indices]
+            pixel_values = self._fit(image)
         else:
-            images = [self._augment(index, self.augmentation) for index in indices]
-            pixel_values = self._process(images, **self.after_augmentation)
-        examples = [
-            {"pixel_values": pixels, "labels": self.examples.labels[index]}
-            for pixels, index in zip(pixel_values, indices)
-        ]
-        if self.with_keys:
-            for example, index in zip(examples, indices):
-                example["key"] = (self.seed, int(self._epoch), index)
-        return examples
+            pixel_values = self._as_it_is(self.augmentation(image, np.random.default_rng(key)))
+        example = {"pixel_values": pixel_values, "labels": self.examples.labels[index]}
+        return {**example, "key": key} if self.with_keys else example
 
-    def _augment(self, index: int, augmentation: Augmentation) -> Image.Image:
-        generator = np.random.default_rng((self.seed, int(self._epoch), index))
-        return augmentation(self.examples.decode(index, self.decoder), generator)
+    def _fit(self, image: Image.Image) -> torch.Tensor:
+        """The image as the processor resizes and crops it."""
+        if not self.is_ours:
+            return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        names = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size")
+        settings = {name: getattr(self.processor, name) for name in names}
+        return torch.from_numpy(np.stack(resize_and_crop(image, "the image", settings)))
 
-    def _process(self, images: list[Image.Image], **settings: Any) -> torch.Tensor:
-        return self.processor(images, return_tensors="pt", **settings)["pixel_values"]  # (B, C, H, W)
+    def _as_it_is(self, image: Image.Image) -> torch.Tensor:
+        """The image, which has its size already."""
+        if self.is_ours:
+            return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
+        # None of it is a setting that every processor knows.
+        done = {name: False for name in ("do_resize", "do_center_crop") if hasattr(self.processor, name)}
+        return self.processor(image, return_tensors="pt", **done)["pixel_values"][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
 from .callbacks import Progress, SaveOnInterrupt, SetEpoch
-from .collation import MixingCollator
+from .collation import ImageCollator, MixingCollator
 from .data import ImageClassificationDataset, ImageData
 from .errors import InputError
 from .metrics import build_compute_metrics, rank_labels
@@ -46,9 +46,7 @@ def build_trainer(
             "preprocess_logits_for_metrics": rank_labels,
         }
     augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
-    train_set = ImageClassificationDataset(
-        data.train, processor, channels, augmentation, seed=arguments.seed, with_keys=collator is not None
-    )
+    train_set = ImageClassificationDataset(data.train, processor, channels, augmentation, seed=arguments.seed)
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
     )
@@ -65,7 +63,7 @@ def build_trainer(
         **settings,
     )
     trainer.average = average
-    if collator is not None:
+    if isinstance(collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one
     if not arguments.disable_tqdm:
@@ -95,11 +93,11 @@ def build_augmentation(
     return Chain(*steps) if len(steps) > 1 else steps[0]
 
 
-def build_collator(num_labels: int, arguments: ImageTrainingArguments) -> MixingCollator | None:
-    """What mixes the batches; None where nothing is to be mixed."""
+def build_collator(num_labels: int, arguments: ImageTrainingArguments) -> ImageCollator:
+    """What makes batches, and mixes them where that is wanted."""
     wishes = arguments.recipe_arguments
     if not wishes.mixup and not wishes.cutmix:
-        return None
+        return ImageCollator()
     return MixingCollator(num_labels, wishes.mixup, wishes.cutmix, arguments.label_smoothing_factor)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+
+from .collation import ImageCollator
 
 
 # Keeps these random numbers apart from those of augmentation and mixing, which have the same seed and epoch.
@@ -99,7 +100,7 @@ def _share(ratio: float, count: int) -> int:
     return min(max(round(ratio * count), 1), count)
 
 
-class MaskingCollator:
+class MaskingCollator(ImageCollator):
     """
     Batches with a mask for each image.
 
@@ -113,10 +114,9 @@ class MaskingCollator:
         self.draw, self.patch, self.description = draw, patch, description
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Examples with "key": seed, epoch and index -> what `default_collate` gives, with the masks (B, ...)."""
-        keys = [example.pop("key") for example in examples]
-        batch = default_collate(examples)
+        """As in `ImageCollator`, of examples with "key", also held-out ones; with the masks (B, ...)."""
+        batch = super().__call__(examples)
         height, width = batch["pixel_values"].shape[-2:]
         grid = height // self.patch[0], width // self.patch[1]
-        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *key))) for key in keys]
+        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *example["key"]))) for example in examples]
         return batch | {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}

@@ -26,11 +26,13 @@ def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> 
     train_set, collate = trainer.train_dataset, trainer.data_collator
     indices = np.linspace(0, len(train_set) - 1, min(rows, len(train_set))).round().astype(int).tolist()
     plain = type(trainer.eval_dataset)(train_set.examples, train_set.processor, trainer.model.config.num_channels)
-    columns = [torch.stack([plain[index]["pixel_values"] for index in indices])]
+    batches = [collate([plain[index] for index in indices])]
     for epoch in range(epochs):
         train_set.set_epoch(epoch)
-        columns.append(collate(train_set.__getitems__(indices))["pixel_values"])
+        batches.append(collate([train_set[index] for index in indices]))
     train_set.set_epoch(0)
+    # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
+    columns = [trainer._prepare_inputs(batch)["pixel_values"].cpu() for batch in batches]
     return np.stack([_as_pixels(column, train_set.processor) for column in columns], axis=1)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .errors import InputError, TrainingInterrupted, TrainingStopped
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .pixels import Normalize, mix
 
 
 class ImageTrainer(Trainer):
     """See the module. Everything else, distributed training included, is the stock Trainer's."""
 
     average: WeightAverage | None = None
+    # (B, 3) for each batch of the latest step: the seed, epoch and index of its examples. On the device.
+    last_keys: list[torch.Tensor] = []
+    _step_of_keys = -1
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Kernels only: see `optimization.decay_parameter_names`."""
@@ -89,6 +94,24 @@ class ImageTrainer(Trainer):
             return _separated(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in Trainer; then what is left to do on the device: see `pixels`. Remembers the keys of the step."""
+        inputs = super()._prepare_inputs(inputs)
+        keys, weights, boxes = (inputs.pop(name, None) for name in ("keys", "mixing_weights", "mixing_boxes"))
+        if keys is not None and self.model.training:
+            if self._step_of_keys != self.state.global_step:
+                self._step_of_keys, self.last_keys = self.state.global_step, []
+            self.last_keys.append(keys)
+        if self._normalize is not None:
+            inputs["pixel_values"] = self._normalize(inputs["pixel_values"])
+        if weights is not None:
+            inputs["pixel_values"] = mix(inputs["pixel_values"], weights, boxes)
+        return inputs
+
+    @cached_property
+    def _normalize(self) -> Normalize | None:
+        return Normalize.from_processor(self.processing_class)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Trainer. Raises TrainingStopped for a loss that is no number, before it reaches the weights."""
