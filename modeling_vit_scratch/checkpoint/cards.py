@@ -146,8 +146,9 @@ print(classify("image.png"))
 
 def _data(record: dict[str, Any]) -> str:
     dataset = record["dataset"]
+    count = dataset["num_training_images"]
     lines = [
-        f"{_data_name(record)}: {dataset['num_training_images']:,} images to train on and "
+        f"{_data_name(record)}: {'a stream of' if count is None else f'{count:,}'} images to train on and "
         f"{dataset['num_held_out_images']:,} held out ({dataset['held_out']})."
     ]
     if dataset.get("note"):

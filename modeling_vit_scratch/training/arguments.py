@@ -140,6 +140,28 @@ class DataArguments:
             "validation split. Between 0 and 1."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images while training goes on, for data that is larger than the disk: Parquet, "
+            "WebDataset, JSON lines or CSV files, or a data set of the Hub that is not downloaded. Needs held-out "
+            "images of their own, and --max_steps unless it is Parquet, whose rows are counted."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=2048,
+        metadata={
+            "help": "With --streaming: so many images that follow one another are shuffled among themselves, and kept "
+            "in memory as they are stored. The files come in a new order in every epoch."
+        },
+    )
+    label_names_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --streaming: a text file with the name of a label in each line, in the order of the class "
+            "numbers, where the data does not say it (ClassLabel)."
+        },
+    )
     image_column_name: str | None = field(
         default=None, metadata={"help": "The column of the images. Default: the only one that can be it."}
     )

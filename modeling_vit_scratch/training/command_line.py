@@ -189,6 +189,16 @@ def _check_data_arguments(arguments: DataArguments, problems: Problems) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             problems.add(f"--{name} {value} must be at least 1. Leave it out to use all images.")
+    if arguments.streaming and arguments.dataset_name in SOURCE_DEFAULTS:
+        problems.add(f"--streaming: {arguments.dataset_name} is small and here already. Leave it out.")
+    if arguments.streaming and arguments.max_train_samples is not None:
+        problems.add("--max_train_samples chooses from all images, which --streaming can't. Give --max_steps instead.")
+    if arguments.shuffle_buffer_size < 1:
+        problems.add(
+            f"--shuffle_buffer_size {arguments.shuffle_buffer_size} must be at least 1, which shuffles no more."
+        )
+    if arguments.label_names_file and not arguments.streaming:
+        problems.add("--label_names_file goes with --streaming. Leave it out: all labels are read before training.")
     if arguments.export_examples and Path(arguments.export_examples).is_file():
         problems.add(f"--export_examples {arguments.export_examples} is a file. Give a folder.")
 

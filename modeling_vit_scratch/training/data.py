@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
 from .arguments import DataArguments
 from .augmentation import Augmentation
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 from .errors import Problems
-from .sources import FOLDER_COLUMN, Source, listed, read_source
-
-
-# What columns are called where their type does not tell.
-IMAGE_COLUMNS = (
-    "image",
-    "images",
-    "img",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "file_name",
-    "filename",
-    "file",
-    "path",
-    "image_path",
-)
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
+from .streams import ImageStream, read_stream
 
 
 @dataclass(frozen=True)
@@ -78,19 +62,29 @@ class Examples:
 
 @dataclass(frozen=True)
 class ImageData:
-    """What training needs to know of the data. `label_names` are in the order of the class indices; [] without any."""
+    """
+    What training needs to know of the data. `label_names` are in the order of the class indices, [] without any;
+    `shuffle_buffer_size` is for a stream.
+    """
 
     source: Source
     label_names: list[str]
-    train: Examples
+    train: Examples | ImageStream
     validation: Examples
     split: str
+    shuffle_buffer_size: int = 1
+
+    @property
+    def num_train(self) -> int | None:
+        """How many training images there are; None where a stream does not say."""
+        return self.train.count if isinstance(self.train, ImageStream) else len(self.train)
 
     def describe(self) -> str:
         """One line for people."""
         labels = f"{len(self.label_names)} labels: {listed(self.label_names)}" if self.label_names else "no labels"
+        number = "streamed" if self.num_train is None else f"{self.num_train:,}"
         return (
-            f"{self.source.name}: {len(self.train):,} training and {len(self.validation):,} held-out images "
+            f"{self.source.name}: {number} training and {len(self.validation):,} held-out images "
             f"({self.split}); {labels}."
         )
 
@@ -188,6 +182,8 @@ def read_data(
     Raises:
         InputError: with `problems` and everything that is wrong with the data.
     """
+    if arguments.streaming:
+        return _read_streamed(arguments, seed, problems, cache_dir, verify, needs_labels)
     source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
         raise problems.as_error()
@@ -227,6 +223,41 @@ def read_data(
     return ImageData(source, names, train_examples, validation_examples, split)
 
 
+def _read_streamed(
+    arguments: DataArguments, seed: int, problems: Problems, cache_dir: str | None, verify: bool, needs_labels: bool
+) -> ImageData:
+    """A stream to train on, and held-out images that are read as always."""
+    source, validation = read_stream(arguments, cache_dir, problems, needs_labels), None
+    held_out = source and source.validation
+    if arguments.validation_dir is not None:
+        held_out = read_place("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
+    elif source is not None and held_out is None:
+        problems.add(
+            "A stream has no part that can be held out at random before it is read. Give --validation_dir, in any form."
+        )
+    if held_out is not None:
+        has_names = source is None or bool(source.train.label_names)
+        validation = _read_split("validation", held_out, arguments, problems, needs_labels and has_names)
+    if source is None or validation is None:
+        raise problems.as_error()
+    names = source.train.label_names
+    if not names:
+        validation = _LabelledSplit(validation.images, [], [0] * len(validation.images), False)
+    elif not validation.is_ordered:  # numbers as labels
+        numbered = {str(number): name for number, name in enumerate(names)}
+        told = [name if name in names else numbered.get(name, name) for name in validation.names]
+        validation = replace(validation, names=told)
+    train = _LabelledSplit(validation.images, names, list(range(len(names))), is_ordered=True)
+    indices = _indices_by_name(train, validation, problems) if names else validation.indices
+    examples = _sample(Examples(validation.images, indices), arguments.max_eval_samples, seed)
+    if arguments.verify_images and verify:
+        _check_files({"validation": examples}, problems)
+    if problems.messages:
+        raise problems.as_error()
+    split = "the validation split of the data"
+    return ImageData(source, names, source.train, examples, split, arguments.shuffle_buffer_size)
+
+
 @dataclass(frozen=True)
 class _LabelledSplit:
     """A split as read: class indices into its own names. `is_ordered`: the data says in which order the names are."""
@@ -243,10 +274,10 @@ def _read_split(
     columns = [column for column in dataset.column_names if column != FOLDER_COLUMN]
     is_image = [column for column in columns if isinstance(dataset.features[column], datasets.Image)]
     is_label = [column for column in columns if isinstance(dataset.features[column], datasets.ClassLabel)]
-    image_column = _find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, split, problems)
+    image_column = find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, split, problems)
     # Where labels are of no use, a column that can't be told is none, not a mistake.
     noted = problems if needs_labels or arguments.label_column_name else Problems()
-    label_column = _find_column("label", arguments.label_column_name, is_label, LABEL_COLUMNS, columns, split, noted)
+    label_column = find_column("label", arguments.label_column_name, is_label, LABEL_COLUMNS, columns, split, noted)
     if image_column is None or (label_column is None and noted is problems):
         return None
     if len(dataset) == 0:
@@ -257,31 +288,6 @@ def _read_split(
         return None if images is None else _LabelledSplit(images, [], [0] * len(images), False)
     labels = _label_column(dataset, label_column, split, problems)
     return None if images is None or labels is None else _LabelledSplit(images, *labels)
-
-
-def _find_column(
-    kind: str,
-    wish: str | None,
-    of_type: list[str],
-    usual: tuple[str, ...],
-    columns: list[str],
-    split: str,
-    problems: Problems,
-) -> str | None:
-    """The column that the user names; else the only one of the right type; else the only one with a usual name."""
-    flag, listing = f"--{kind}_column_name", ", ".join(map(repr, columns))
-    if wish is not None:
-        if wish not in columns:
-            problems.add(f"{flag} {wish}: the {split} split has no such column. Its columns: {listing}.")
-        return wish if wish in columns else None
-    candidates = of_type or [column for column in columns if column.lower() in usual]
-    if len(candidates) == 1:
-        return candidates[0]
-    found = (
-        f"several columns could be the {kind}s: {', '.join(candidates)}" if candidates else f"no {kind} column found"
-    )
-    problems.add(f"The {split} split: {found}. Name it with {flag}. Its columns: {listing}.")
-    return None
 
 
 def _image_column(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:

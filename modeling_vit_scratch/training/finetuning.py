@@ -17,6 +17,8 @@ from .errors import InputError
 from .metrics import build_compute_metrics, rank_labels
 from .optimization import WeightAverage
 from .policies import Chain, ColorJitter, RandomErasing, auto_augment
+from .streaming import StreamDataset, StreamPlace, check_stream
+from .streams import ImageStream
 from .trainer import ImageTrainer
 
 
@@ -50,6 +52,10 @@ def build_trainer(
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
     )
+    stream_place = None
+    if isinstance(data.train, ImageStream):
+        check_stream(data.train, arguments)
+        train_set, stream_place = StreamDataset(data.train, train_set, data.shuffle_buffer_size), StreamPlace()
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     average = None if decay is None else WeightAverage(decay, warmup)
     trainer = kind(
@@ -63,6 +69,9 @@ def build_trainer(
         **settings,
     )
     trainer.average = average
+    if stream_place is not None:
+        trainer.stream_place = stream_place
+        trainer.add_callback(stream_place)
     if isinstance(collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one

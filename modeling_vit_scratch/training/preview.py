@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .streaming import StreamDataset
 from .trainer import ImageTrainer
 
 
@@ -24,6 +25,10 @@ def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> 
         the run mixes, with the image of the row above.
     """
     train_set, collate = trainer.train_dataset, trainer.data_collator
+    if isinstance(train_set, StreamDataset):
+        raise InputError(
+            "A picture shows the same images in several epochs, which a stream can't. Leave out --streaming."
+        )
     indices = np.linspace(0, len(train_set) - 1, min(rows, len(train_set))).round().astype(int).tolist()
     plain = type(trainer.eval_dataset)(train_set.examples, train_set.processor, trainer.model.config.num_channels)
     batches = [collate([plain[index] for index in indices])]

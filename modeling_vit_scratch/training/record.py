@@ -131,7 +131,7 @@ def _dataset_facts(data: ImageData) -> dict[str, Any]:
         "url": source.url,
         "note": source.note,
         "num_labels": len(data.label_names),
-        "num_training_images": len(data.train),
+        "num_training_images": data.num_train,
         "num_held_out_images": len(data.validation),
         "held_out": data.split,
     }

@@ -4,6 +4,7 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -13,10 +14,16 @@ from .arguments import DataArguments
 from .errors import Problems
 
 
+if TYPE_CHECKING:
+    from .streams import ImageStream
+
+
 # Which reader of `datasets` reads a file.
 FILE_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Paths in a table are relative to the folder of its file, which is kept in this column.
 FOLDER_COLUMN = "__folder__"
+# What a split of held-out images is called, the likelier first.
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # A folder of these is a folder of splits, not of classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -37,7 +44,7 @@ class Source:
     """
 
     name: str
-    train: datasets.Dataset
+    train: "datasets.Dataset | ImageStream"
     validation: datasets.Dataset | None = None
     augmentation: str = "photo"
     num_channels: int = 3
@@ -133,7 +140,7 @@ def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problem
     if "train" not in splits:
         problems.add(f"--dataset_name {name} has no train split; it has: {', '.join(splits)}.")
         return None
-    validation = next((splits[split] for split in ("validation", "valid", "val", "dev") if split in splits), None)
+    validation = next((splits[split] for split in VALIDATION_SPLITS if split in splits), None)
     is_local = Path(name).exists()
     return Source(
         name=Path(name).resolve().name if is_local else name,
@@ -147,16 +154,16 @@ def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problem
 
 def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool) -> Source | None:
     """--train_dir and --validation_dir; both are read even if the first fails, so that all mistakes are told."""
-    train = _read_place("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
+    train = read_place("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
     validation = None
     if arguments.validation_dir is not None:
-        validation = _read_place("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
+        validation = read_place("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
     if train is None or (arguments.validation_dir is not None and validation is None):
         return None
-    return Source(name=_place_name(arguments.train_dir), train=train, validation=validation)
+    return Source(name=place_name(arguments.train_dir), train=train, validation=validation)
 
 
-def _place_name(place: str) -> str:
+def place_name(place: str) -> str:
     """The last part of a path that says something: no card should show where on a disk the images were."""
     parts = [part for part in Path(place).absolute().parts if "*" not in part]
     while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES:
@@ -164,7 +171,7 @@ def _place_name(place: str) -> str:
     return Path(parts[-1]).stem or "images"
 
 
-def _read_place(
+def read_place(
     flag: str, place: str, cache_dir: str | None, problems: Problems, needs_labels: bool
 ) -> datasets.Dataset | None:
     path = Path(place).expanduser()
@@ -172,6 +179,21 @@ def _read_place(
         if not needs_labels and not _has_class_folders(path):
             return _read_unlabelled(flag, path, problems)
         return _read_class_folders(flag, path, problems)
+    found = own_files(flag, place, problems)
+    if found is None:
+        return None
+    reader, files = found
+    try:
+        return _read_files(reader, files, cache_dir)
+    except Exception as error:  # a broken file raises whatever its parser raises
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        problems.add(f"{flag} {place} can't be read as {reader}: {cause}")
+        return None
+
+
+def own_files(flag: str, place: str, problems: Problems) -> tuple[str, list[Path]] | None:
+    """The files that a name or a pattern stands for, and which reader of `datasets` reads them."""
+    path = Path(place).expanduser()
     files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
     if not files:
         problems.add(f"{flag} {place} does not exist.")
@@ -183,12 +205,7 @@ def _read_place(
             f"{flag} {place}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
         )
         return None
-    try:
-        return _read_files(reader, files, cache_dir)
-    except Exception as error:  # a broken file raises whatever its parser raises
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        problems.add(f"{flag} {place} can't be read as {reader}: {cause}")
-        return None
+    return reader, files
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:

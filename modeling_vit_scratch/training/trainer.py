@@ -21,6 +21,7 @@ from .arguments import ImageTrainingArguments
 from .errors import InputError, TrainingInterrupted, TrainingStopped
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
+from .streaming import StreamDataset, StreamPlace, stream_loader
 
 
 class ImageTrainer(Trainer):
@@ -30,6 +31,7 @@ class ImageTrainer(Trainer):
     # (B, 3) for each batch of the latest step: the seed, epoch and index of its examples. On the device.
     last_keys: list[torch.Tensor] = []
     _step_of_keys = -1
+    stream_place: StreamPlace | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Kernels only: see `optimization.decay_parameter_names`."""
@@ -84,7 +86,10 @@ class ImageTrainer(Trainer):
             self.average.save(output_dir or self.args.output_dir)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer, with a generator of its own: see `_separated`."""
+        """As in Trainer, with a generator of its own: see `_separated`. A stream has a loader of its own, too."""
+        if isinstance(self.train_dataset, StreamDataset):
+            loader, self.stream_place.batches = stream_loader(self.train_dataset, self.args, self.data_collator)
+            return _separated(loader)
         return _separated(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -132,6 +137,8 @@ class ImageTrainer(Trainer):
             _check_same_model(self.model.config, resume_from_checkpoint)
             if self.average is not None:
                 self.average.start_from = resume_from_checkpoint
+            if self.stream_place is not None:
+                self.stream_place.start_from = resume_from_checkpoint
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
