@@ -19,6 +19,8 @@ from modeling_vit_scratch.training.command_line import parse_arguments
 from modeling_vit_scratch.training.data import ImageData, read_data
 from modeling_vit_scratch.training.errors import Problems
 from modeling_vit_scratch.training.finetuning import build_trainer
+from modeling_vit_scratch.training.pretraining import build_pretraining
+from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
 from modeling_vit_scratch.training.starting_point import build_model
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
@@ -126,3 +128,14 @@ def load_script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def build_pretrainer(output_dir: Path, *flags: str) -> ImageTrainer:
+    """What scripts/pretrain.py builds for these flags: by default the tiny model on the images of `class_folders`."""
+    argv = ["--output_dir", str(output_dir), "--disable_tqdm", "True", "--report_to", "none"]
+    argv += ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--mask_patch_size", "8", *flags]
+    if "--model_name_or_path" not in flags:
+        argv += ["--variant", "test/4"]
+    model_arguments, data_arguments, training_arguments, wishes, problems = parse_arguments(argv, PRETRAIN)
+    data = read_data(data_arguments, training_arguments.seed, problems, needs_labels=wishes.is_supervised)
+    return build_pretraining(model_arguments, wishes, data, training_arguments)[0]

@@ -123,8 +123,13 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Changes the random numbers. Called at the start of every epoch, also of one that is resumed in its middle."""
-        self._epoch.fill_(epoch)
+        """
+        Changes the random numbers. Called at the start of every epoch, also of one that is resumed in its middle.
+
+        Held-out images, which are not augmented, stay in epoch 0, and so do their masks in pretraining.
+        """
+        if self.augmentation is not None:
+            self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.examples)
