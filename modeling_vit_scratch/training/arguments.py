@@ -26,6 +26,7 @@ for _defaults in SOURCE_DEFAULTS.values():
     # The accuracy of an epoch that was chosen on the held-out images is no longer that of images held out.
     _defaults["load_best_model_at_end"] = False
 FROM_SCRATCH_VARIANT = "S/16"
+PROBES = ("knn", "fewshot")
 FROM_SCRATCH_LEARNING_RATE = 1e-3
 FROM_CHECKPOINT_LEARNING_RATE = 1e-4
 
@@ -280,6 +281,22 @@ class ImageTrainingArguments(TrainingArguments):
             "help": "Photos are trained on in random parts; a part has at least this share of the area, 1 for as "
             "much as has the shape of the input. Example: 0.08, for a million images"
         },
+    )
+    probe: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "At every evaluation, tell what the features are worth without training on them: the held-out "
+            "accuracy of 20 nearest neighbours (knn), and of least squares on 1, 5, 10 and 25 images of every class "
+            "(fewshot). Costs a pass over --probe_images twice. Example: knn fewshot",
+            "choices": PROBES,
+        },
+    )
+    probe_images: int = field(
+        default=2000,
+        metadata={"help": "Training images that --probe learns from, and held-out images it is tested on, at most."},
+    )
+    probe_steps: int | None = field(
+        default=None, metadata={"help": "Also --probe whenever so many steps are done. Example: 1000"}
     )
 
     def __post_init__(self) -> None:

@@ -79,10 +79,11 @@ class Progress(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else None
+        probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
+        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
         if part is None or not state.is_world_process_zero or self.training_bar is None:
             return
         names = ("loss", "accuracy", "top5_accuracy", "macro_f1", "grad_norm", "learning_rate")
-        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names}
+        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

@@ -221,6 +221,18 @@ def _check_training_arguments(arguments: ImageTrainingArguments, problems: Probl
         problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
     if arguments.weight_decay < 0:
         problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
+    _check_probe(arguments, problems)
+
+
+def _check_probe(arguments: ImageTrainingArguments, problems: Problems) -> None:
+    for name in ("probe_images", "probe_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            problems.add(f"--{name} {value} must be at least 1.")
+    if arguments.probe_steps is not None and not arguments.probe:
+        problems.add(f"--probe_steps {arguments.probe_steps} says when, not what. Add --probe knn fewshot.")
+    if arguments.probe and arguments.probe_steps is None and arguments.eval_strategy == "no":
+        problems.add("--probe has no time to run at: add --probe_steps, or an --eval_strategy other than no.")
 
 
 def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:

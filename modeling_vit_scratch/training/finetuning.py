@@ -17,6 +17,7 @@ from .errors import InputError
 from .metrics import build_compute_metrics, rank_labels
 from .optimization import WeightAverage
 from .policies import Chain, ColorJitter, RandomErasing, auto_augment
+from .probes import Probe, balanced_subset
 from .streaming import StreamDataset, StreamPlace, check_stream
 from .streams import ImageStream
 from .trainer import ImageTrainer
@@ -78,7 +79,33 @@ def build_trainer(
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
+    if arguments.probe:
+        trainer.add_callback(build_probe(trainer, data))
     return trainer
+
+
+def build_probe(trainer: ImageTrainer, data: ImageData) -> Probe:
+    """
+    What --probe asks for: it learns from images of the training part, without augmentation, and is tested on held-out
+    ones. Of a stream, which can't be chosen from, it learns from half of the held-out images.
+
+    Raises:
+        InputError: for images without labels.
+    """
+    arguments, processor, held_out = trainer.args, trainer.processing_class, data.validation
+    if len(data.label_names) < 2:
+        raise InputError("--probe judges features by labels, and these images have none. Leave it out.")
+    maximum, seed = arguments.probe_images, arguments.seed
+    if isinstance(data.train, ImageStream):
+        chosen = balanced_subset(held_out.labels, 2 * maximum, seed)
+        bank, queries = held_out.select(chosen[::2]), held_out.select(chosen[1::2])
+    else:
+        bank, queries = (
+            examples.select(balanced_subset(examples.labels, maximum, seed)) for examples in (data.train, held_out)
+        )
+    channels = trainer.model.config.num_channels
+    bank, queries = (ImageClassificationDataset(examples, processor, channels) for examples in (bank, queries))
+    return Probe(trainer, arguments.probe, bank, queries, len(data.label_names), arguments.probe_steps)
 
 
 def build_augmentation(
