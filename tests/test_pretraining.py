@@ -4,10 +4,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_images import build, build_pretrainer, difference, flags, image, load_script, weights
+from transformers import AutoImageProcessor, pipeline
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from modeling_vit_scratch.training.command_line import parse_arguments
@@ -199,7 +201,18 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     assert (record["metric"], record["n"]) == ("loss", 3)
     assert record["value"] == record["metrics"]["loss"] > 0
     assert "scripts/pretrain.py" in record["command"]
+    encoder = ViTScratchModel.from_pretrained(out)
+    assert record["model"]["num_parameters"] == encoder.num_parameters()
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in card
+    assert "model-index" not in card  # a loss of one's own is no result to compare
+    assert "their colours at 4 x 4 pixels predicted" in card
+    assert "None" not in card
+    extract = pipeline(
+        "image-feature-extraction", model=encoder, image_processor=AutoImageProcessor.from_pretrained(out)
+    )
+    assert np.shape(extract(image(0, 0))) == (1, 25, 32)
     text = capsys.readouterr().out
     assert "25 % of patch embeddings corrupted" in text
     assert f"--model_name_or_path {out}" in text
-    assert set(load_file(out / "model.safetensors")) == set(ViTScratchModel.from_pretrained(out).state_dict())
+    assert set(load_file(out / "model.safetensors")) == set(encoder.state_dict())

@@ -15,7 +15,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "metric": (),
     "value": (),
     "n": (),
-    "metrics": ("accuracy",),
+    "metrics": (),
     "selection": (),
     "seed": (),
     "dataset": ("name", "num_labels", "num_training_images", "num_held_out_images", "held_out"),
@@ -61,18 +61,25 @@ def build_card(config: PreTrainedConfig, record: dict[str, Any], name: str, loca
     missing += [
         f"{key}.{part}" for key, parts in _REQUIRED.items() for part in parts if part not in record.get(key, {})
     ]
+    if "metric" not in missing and record["metric"] not in record.get("metrics", {}):
+        missing.append(f"metrics.{record['metric']}")
     if missing:
         raise ValueError(f"No card without a record: results.json lacks {', '.join(missing)}. Train or evaluate again.")
     sections = [
         f"# {name}",
         _summary(config, record),
         _result(record),
-        _use(location),
+        _use(location, _is_encoder(record)),
         _data(record),
         _training(config, record),
         _environment(record),
     ]
     return ModelCard(f"---\n{_metadata(record, name).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _is_encoder(record: dict[str, Any]) -> bool:
+    """Whether the model was pretrained without labels, and has no classifier."""
+    return record.get("pretraining", {}).get("objective", "supervised") != "supervised"
 
 
 def _metadata(record: dict[str, Any], name: str) -> ModelCardData:
@@ -93,17 +100,22 @@ def _metadata(record: dict[str, Any], name: str) -> ModelCardData:
     return ModelCardData(
         license=license if isinstance(license, str) and re.fullmatch(r"[a-z0-9.-]+", license) else None,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-feature-extraction" if _is_encoder(record) else "image-classification",
         tags=["vision", "vit", "custom_code"],
         datasets=[dataset["hub_id"]] if dataset.get("hub_id") else None,
         base_model=record["model"].get("base_model"),
-        metrics=sorted({result.metric_type for result in results if result.metric_type != "top5_accuracy"}),
-        model_name=name,
-        eval_results=results,
+        metrics=sorted({result.metric_type for result in results if result.metric_type != "top5_accuracy"}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
 
 
 def _summary(config: PreTrainedConfig, record: dict[str, Any]) -> str:
+    if _is_encoder(record):
+        return (
+            f"The encoder of a Vision Transformer, pretrained without labels on {_data_name(record)}: "
+            f"{record['training']['mixing']}. It has no classifier: fine-tune it, or use its features."
+        )
     labels = [config.id2label[index] for index in range(config.num_labels)]
     shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
     start = record["model"]["started_from"]
@@ -119,7 +131,7 @@ def _result(record: dict[str, Any]) -> str:
         f"| {title} | {100 * record['metrics'][metric]:.2f} % |"
         for metric, title in _METRIC_NAMES.items()
         if metric in record["metrics"]
-    ]
+    ] or [f"| {record['metric']} | {record['value']:.4f} |"]
     return "\n".join(
         [
             "## Result",
@@ -133,14 +145,15 @@ def _result(record: dict[str, Any]) -> str:
     )
 
 
-def _use(location: str) -> str:
+def _use(location: str, is_encoder: bool) -> str:
+    task, name = ("image-feature-extraction", "extract") if is_encoder else ("image-classification", "classify")
     return f"""## Use
 
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="{location}", trust_remote_code=True)
-print(classify("image.png"))
+{name} = pipeline("{task}", model="{location}", trust_remote_code=True)
+print({name}("image.png"))
 ```"""
 
 
@@ -169,7 +182,7 @@ def _training(config: PreTrainedConfig, record: dict[str, Any]) -> str:
         "layers, width, heads, MLP width": f"{config.num_hidden_layers}, {config.hidden_size}, "
         f"{config.num_attention_heads}, {config.intermediate_size}",
         "image size, patch size": f"{_by(config.image_size)}, {_by(config.patch_size)}",
-        **{key.replace("_", " "): _value(value) for key, value in record["training"].items()},
+        **{key.replace("_", " "): _value(value) for key, value in record["training"].items() if value is not None},
     }
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *table])

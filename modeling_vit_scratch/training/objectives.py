@@ -28,7 +28,7 @@ from ..modeling_vit_scratch import (
 )
 
 
-MPP_TARGETS = ("mean_color", "downsized", "full_patch")
+MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
 
 
 @dataclass

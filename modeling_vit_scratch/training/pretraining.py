@@ -15,7 +15,7 @@ from .data import ImageData
 from .errors import InputError
 from .finetuning import build_trainer
 from .masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
-from .objectives import MaskedAutoencoder, MaskedPatchPrediction
+from .objectives import MPP_TARGETS, MaskedAutoencoder, MaskedPatchPrediction
 from .pretraining_arguments import PretrainingArguments
 from .starting_point import build_model
 from .trainer import ImageTrainer
@@ -34,28 +34,28 @@ class PretrainingTrainer(ImageTrainer):
         if output_dir is not None:
             super().save_model(output_dir, _internal_call=_internal_call)
             return
-        state_dict = self.accelerator.get_state_dict(self.model)  # with sharded weights, every process takes part
+        weights = self.accelerator.get_state_dict(self.model)  # with sharded weights, every process takes part
         if self.args.should_save:
-            finished = finished_model(self.model)
-            names = set(finished.state_dict())
-            prefix = "vit." if isinstance(finished, ViTScratchModel) else ""
-            kept = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
-            kept = {name: kept[name] for name in names}
-            finished.save_pretrained(self.args.output_dir, state_dict=kept)
+            finished_model(self.model, weights).save_pretrained(self.args.output_dir)
             self.processing_class.save_pretrained(self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
 
-def finished_model(objective: PreTrainedModel) -> PreTrainedModel:
+def finished_model(objective: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
     """
     What of an objective is worth keeping: SimMIM's model, which people load as one for masked image modeling, and of
     the others the encoder.
+
+    Args:
+        objective: the model that was trained.
+        weights: its state dict.
     """
     if isinstance(objective, ViTScratchForMaskedImageModeling):
         return objective
-    objective.vit.embeddings.mask_token = None  # of no use without what it was trained for
-    return objective.vit
+    encoder = ViTScratchModel(objective.config, add_pooling_layer=False)
+    encoder.load_state_dict({name: weights[f"vit.{name}"] for name in encoder.state_dict()})
+    return encoder
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -124,8 +124,8 @@ def build_masking(wishes: PretrainingArguments, config: ViTScratchConfig) -> Mas
     ratio, patch = wishes.mask_ratio, config.patch_hw
     share = f"{100 * ratio:g} %"
     if wishes.objective == "mpp":
-        told = f"{share} of patch embeddings corrupted, their {wishes.mpp_target} predicted (the paper, B.1.2)"
-        return MaskingCollator(corrupted_patches(ratio), patch, told)
+        told = f"{share} of patch embeddings corrupted, their {MPP_TARGETS[wishes.mpp_target]} predicted"
+        return MaskingCollator(corrupted_patches(ratio), patch, f"{told} (the paper, B.1.2)")
     if wishes.objective == "simmim":
         square = wishes.mask_patch_size
         told = f"{share} of squares of {square} pixels masked, their pixels predicted (SimMIM)"

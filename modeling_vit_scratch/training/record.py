@@ -54,7 +54,7 @@ def build_pretraining_record(
 ) -> dict[str, Any]:
     """
     As `build_record`, for pretraining: with `pretraining`, the flags of the objective. Without labels, the main result
-    is the loss on held-out images, whose masks are those of the first epoch.
+    is the loss on held-out images, whose masks are those of the first epoch, and the parameters are the encoder's.
     """
     if wishes.is_supervised:
         record = build_record(trainer, data, model_arguments, scores, wall_time)
@@ -62,6 +62,8 @@ def build_pretraining_record(
         loss = scores["eval_loss"]
         found = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
         record = found | _facts(trainer, data, model_arguments, wall_time)
+        encoder = trainer.model.vit.named_parameters()
+        record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
     return record | {"pretraining": wishes.facts()}
 
 
