@@ -192,14 +192,16 @@ def test_the_decoder_of_mae_is_what_its_flags_say(pets, tmp_path):
 
 def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    argv = ["pretrain.py", "--train_dir", pets, "--objective", "mpp", "--variant", "test/4", "--max_steps", "2"]
-    argv += ["--mpp_target", "downsized", "--mask_ratio", "0.25", "--output_dir", str(out), "--disable_tqdm", "True"]
+    settings = "--max_steps 2 --probe knn --mpp_target downsized --mask_ratio 0.25 --disable_tqdm True".split()
+    argv = ["pretrain.py", "--train_dir", pets, "--objective", "mpp", "--variant", "test/4", "--output_dir", str(out)]
+    argv += settings
     monkeypatch.setattr("sys.argv", argv)
     load_script("pretrain").main()
     record = json.loads((out / "results.json").read_text())
     assert record["pretraining"] == {"objective": "mpp", "mask_ratio": 0.25, "mpp_target": "downsized"}
     assert (record["metric"], record["n"]) == ("loss", 3)
     assert record["value"] == record["metrics"]["loss"] > 0
+    assert 0 <= record["metrics"]["probe_knn_accuracy"] <= 1
     assert "scripts/pretrain.py" in record["command"]
     encoder = ViTScratchModel.from_pretrained(out)
     assert record["model"]["num_parameters"] == encoder.num_parameters()
@@ -207,6 +209,7 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     assert "pipeline_tag: image-feature-extraction" in card
     assert "model-index" not in card  # a loss of one's own is no result to compare
     assert "their colours at 4 x 4 pixels predicted" in card
+    assert "probe knn accuracy, of frozen features" in card
     assert "None" not in card
     extract = pipeline(
         "image-feature-extraction", model=encoder, image_processor=AutoImageProcessor.from_pretrained(out)

@@ -132,6 +132,11 @@ def _result(record: dict[str, Any]) -> str:
         for metric, title in _METRIC_NAMES.items()
         if metric in record["metrics"]
     ] or [f"| {record['metric']} | {record['value']:.4f} |"]
+    rows += [
+        f"| {name.replace('_', ' ')}, of frozen features | {100 * value:.2f} % |"
+        for name, value in record["metrics"].items()
+        if name.startswith("probe_")
+    ]
     return "\n".join(
         [
             "## Result",

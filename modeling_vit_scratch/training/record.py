@@ -53,7 +53,8 @@ def build_pretraining_record(
     wall_time: float,
 ) -> dict[str, Any]:
     """
-    As `build_record`, for pretraining: with `pretraining`, the flags of the objective. Without labels, the main result
+    As `build_record`, for pretraining: with `pretraining`, the flags of the objective, and what --probe found at the
+    last step among the `metrics`. Without labels, the main result
     is the loss on held-out images, whose masks are those of the first epoch, and the parameters are the encoder's.
     """
     if wishes.is_supervised:
@@ -64,7 +65,14 @@ def build_pretraining_record(
         record = found | _facts(trainer, data, model_arguments, wall_time)
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
+    record["metrics"] |= _last_probes(trainer)
     return record | {"pretraining": wishes.facts()}
+
+
+def _last_probes(trainer: ImageTrainer) -> dict[str, float]:
+    """The accuracies of --probe at the last step, where there are any."""
+    logs = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
+    return {name: value for log in logs for name, value in log.items() if name.startswith("probe_")}
 
 
 def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float) -> dict[str, Any]:
