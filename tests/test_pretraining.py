@@ -192,9 +192,20 @@ def test_the_decoder_of_mae_is_what_its_flags_say(pets, tmp_path):
 
 def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    settings = "--max_steps 2 --probe knn --mpp_target downsized --mask_ratio 0.25 --disable_tqdm True".split()
+    settings = [
+        "--max_steps",
+        "2",
+        "--probe",
+        "knn",
+        "--mpp_target",
+        "downsized",
+        "--mask_ratio",
+        "0.25",
+        "--disable_tqdm",
+        "True",
+    ]
     argv = ["pretrain.py", "--train_dir", pets, "--objective", "mpp", "--variant", "test/4", "--output_dir", str(out)]
-    argv += settings
+    argv += [*settings, "--disable_tqdm", "True"]
     monkeypatch.setattr("sys.argv", argv)
     load_script("pretrain").main()
     record = json.loads((out / "results.json").read_text())

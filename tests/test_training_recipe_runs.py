@@ -15,9 +15,10 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.training.arguments import config_fields
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
 from modeling_vit_scratch.training.collation import MixingCollator
-from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
+from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
 from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.optimization import WeightAverage
+from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
 from modeling_vit_scratch.training.recipes import RECIPES
 
 
@@ -45,16 +46,18 @@ def test_a_recipe_sets_what_it_says_and_flags_replace_it(name, monkeypatch):
     recipe = RECIPES[name]
     start = [] if "variant" in recipe.fields else ["--model_name_or_path", "some/model"]
     argv = ["--recipe", name, "--train_dir", "photos", *start]
-    model, data, training, problems = parse_arguments(argv)
+    script = PRETRAIN if recipe.script == "pretrain" else FINETUNE
+    *parsed, problems = parse_arguments(argv, script)
+    training = parsed[2]
     assert not problems.messages
-    values = {**vars(model), **vars(data), **vars(training), **vars(training.recipe_arguments)}
+    values = {name: value for part in (*parsed, training.recipe_arguments) for name, value in vars(part).items()}
     for field, value in recipe.fields.items():
         assert values[field] == value, field
     total = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert total == recipe.batch_size
     assert "as in the recipe" in training.recipe_arguments.told
     more = ["--learning_rate", "0.5", "--mixup", "0.3", "--weight_decay", "0.7", "--image_size", "64"]
-    model, data, training, _ = parse_arguments([*argv, *more])
+    model, _, training, *_ = parse_arguments([*argv, *more], script)
     assert (training.learning_rate, training.recipe_arguments.mixup, training.weight_decay) == (0.5, 0.3, 0.7)
     assert model.image_size == [64]
 
@@ -125,7 +128,7 @@ def test_a_recipe_with_a_field_that_does_not_exist_is_refused(monkeypatch):
 
     bad = dataclasses.replace(RECIPES["bv_s16_90ep"], fields={**RECIPES["bv_s16_90ep"].fields, "lr": 1})
     monkeypatch.setitem(RECIPES, "bv_s16_90ep", bad)
-    assert "fields that do not exist: lr" in refusal("--recipe", "bv_s16_90ep")
+    assert "there are no fields lr here" in refusal("--recipe", "bv_s16_90ep")
 
 
 def test_overrides_of_the_configuration_have_types_and_reach_the_model(pets, tmp_path):

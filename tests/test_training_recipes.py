@@ -12,7 +12,8 @@ from tiny_images import ROOT
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig
 from modeling_vit_scratch.training.command_line import parse_arguments
 from modeling_vit_scratch.training.policies import auto_augment
-from modeling_vit_scratch.training.recipes import RECIPES, find_recipe, fit_batch_size, scale_learning_rate
+from modeling_vit_scratch.training.recipe import fit_batch_size, scale_learning_rate
+from modeling_vit_scratch.training.recipes import RECIPES, find_recipe
 
 
 def overrides(recipe):
@@ -243,6 +244,65 @@ def test_what_is_expected_of_the_digits_is_on_record():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pretraining without labels
+
+
+def test_masked_patch_prediction_of_the_paper():
+    # B.1.2: "Adam with a base learning rate of 2e-4, warmup of 10k steps and cosine learning rate decay", "1M steps (ca.
+    # 14 epochs) with batch size 4096 on JFT", "corrupt 50% of patch embeddings", "3-bit, mean color".
+    recipe = RECIPES["paper_mpp_b16"]
+    fields = recipe.fields
+    assert (recipe.batch_size, fields["max_steps"], fields["warmup_steps"]) == (4096, 1_000_000, 10_000)
+    assert (fields["objective"], fields["mask_ratio"], fields["mpp_target"]) == ("mpp", 0.5, "mean_color")
+    assert (fields["learning_rate"], fields["lr_scheduler_type"]) == (2e-4, "cosine")
+    assert "79.9 %" in recipe.expected
+
+
+# FINETUNE.md: model, base rate for 256 images, layer decay, drop path, epochs.
+MAE = [("b16", 5e-4, 0.65, 0.1, 100), ("l16", 1e-3, 0.75, 0.2, 50), ("h14", 1e-3, 0.75, 0.3, 50)]
+
+
+@pytest.mark.parametrize(("model", "rate", "layer_decay", "drop_path", "epochs"), MAE)
+def test_mae(model, rate, layer_decay, drop_path, epochs):
+    # PRETRAIN.md: "--norm_pix_loss --mask_ratio 0.75 --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05",
+    # "8 (nodes) * 8 * 64 = 4096", "lr = blr * effective batch size / 256"; main_pretrain.py: betas=(0.9, 0.95),
+    # RandomResizedCrop(scale=(0.2, 1.0)); models_mae.py: decoder of 512, 8 layers, 16 heads, fixed positions.
+    recipe = RECIPES[f"mae_{model}"]
+    fields = recipe.fields
+    assert (fields["objective"], fields["mask_ratio"], fields["norm_pix_loss"]) == ("mae", 0.75, True)
+    assert (recipe.batch_size, fields["num_train_epochs"], fields["warmup_steps"] * 800) == (4096, 800, 40)
+    assert fields["learning_rate"] == pytest.approx(2.4e-3)
+    assert (fields["weight_decay"], fields["adam_beta2"], fields["smallest_area"]) == (0.05, 0.95, 0.2)
+    sizes = [fields[f"decoder_{name}"] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    assert sizes == [512, 8, 16]
+    assert overrides(recipe) == {"position_embedding": "sincos_2d"}
+    # FINETUNE.md: "effective batch size 1024", "--weight_decay 0.05 --reprob 0.25 --mixup 0.8 --cutmix 1.0";
+    # main_finetune.py: smoothing 0.1, warmup_epochs 5, min_lr 1e-6, aa rand-m9-mstd0.5-inc1, no colour jitter.
+    recipe = RECIPES[f"mae_finetune_{model}"]
+    fields = recipe.fields
+    assert (recipe.batch_size, fields["num_train_epochs"], fields["layer_decay"]) == (1024, epochs, layer_decay)
+    assert fields["learning_rate"] == pytest.approx(rate * 1024 / 256)
+    assert overrides(recipe) == {"pooling": "mean", "drop_path_rate": f"{drop_path:g}"}
+    assert fields["warmup_steps"] * epochs == pytest.approx(5)
+    assert (fields["weight_decay"], fields["random_erasing"]) == (0.05, 0.25)
+    assert (fields["mixup"], fields["cutmix"], fields["label_smoothing_factor"]) == (0.8, 1.0, 0.1)
+    assert fields["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    assert "color_jitter" not in fields
+    assert fields["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+
+
+def test_simmim():
+    # configs/vit_base__800ep/simmim_pretrain__vit_base__img224__800ep.yaml and config.py; README: 16 GPUs of 128.
+    recipe = RECIPES["simmim_b16"]
+    fields = recipe.fields
+    assert (fields["objective"], fields["mask_ratio"], fields["mask_patch_size"]) == ("simmim", 0.6, 32)
+    assert (recipe.batch_size, fields["num_train_epochs"], fields["warmup_steps"] * 800) == (16 * 128, 800, 10)
+    assert fields["learning_rate"] == pytest.approx(1e-4 * 2048 / 512)  # main_simmim.py: for 512 images
+    assert (fields["weight_decay"], fields["max_grad_norm"], fields["smallest_area"]) == (0.05, 5.0, 0.67)
+    assert overrides(recipe) == {"layer_scale_init_value": "0.1", "drop_path_rate": "0.1"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All of them
 
 
@@ -258,13 +318,15 @@ def test_no_recipe_is_left_out_of_these_tables():
     tested |= {f"augreg_{level}" for level, *_ in AUGREG}
     tested |= {f"bv_transfer_{data}" for data in ("imagenet", "cifar10", "cifar100", "pets", "flowers")}
     tested |= {f"deit3{kind}_{model}" for kind in ("", "_finetune_384") for model in ("s16", "b16", "l16")}
+    tested |= {"paper_mpp_b16", "simmim_b16"} | {f"mae{kind}_{row[0]}" for kind in ("", "_finetune") for row in MAE}
     assert set(RECIPES) == tested
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
 def test_a_recipe_says_what_it_is_and_what_it_makes_can_be_built(recipe):
     told = recipe.describe()
-    assert f"scripts/finetune.py --recipe {recipe.name} " in told
+    assert f"scripts/{recipe.script}.py --recipe {recipe.name} " in told
+    assert (ROOT / "scripts" / f"{recipe.script}.py").is_file()
     for field in dataclasses.fields(recipe):
         if field.name in ("source", "expected", "price", "differs"):
             assert getattr(recipe, field.name) in told

@@ -8,7 +8,8 @@ from typing import Any
 
 from .errors import Problems
 from .policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasing, auto_augment
-from .recipes import RECIPES, Recipe, find_recipe, fit_batch_size
+from .recipe import Recipe, fit_batch_size
+from .recipes import RECIPES, find_recipe
 
 
 @dataclass
@@ -121,7 +122,9 @@ def add_recipe_defaults(parser: argparse.ArgumentParser, argv: list[str], from_c
         fields.pop("patch_size")
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"The recipe {recipe.name} has fields that do not exist: {', '.join(unknown)}.")
+        raise ValueError(
+            f"--recipe {recipe.name} is for scripts/{recipe.script}.py: there are no fields {', '.join(unknown)} here."
+        )
     per_device = _count(seen.per_device_train_batch_size) or parser.get_default("per_device_train_batch_size")
     given = _count(seen.gradient_accumulation_steps)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

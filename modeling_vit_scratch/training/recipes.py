@@ -12,51 +12,12 @@ the tanh form of GELU.
 """
 
 import difflib
-import math
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """
-    A run.
-
-    Attributes:
-        name: for `--recipe`.
-        source: where the numbers are from.
-        batch_size: images in one step of the optimizer, over all processes and accumulated batches.
-        fields: values of fields of the command line.
-        data: the flags to go with it: what it was published for.
-        expected: the published result, or what was measured here.
-        price: what it costs, where that is known.
-        differs: from the published run.
-    """
-
-    name: str
-    source: str
-    batch_size: int
-    fields: dict[str, Any]
-    data: str
-    expected: str = "not published"
-    price: str = "not published"
-    differs: str = ""
-
-    @property
-    def command(self) -> str:
-        """How to run it."""
-        return f"accelerate launch scripts/finetune.py --recipe {self.name} {self.data}"
-
-    def describe(self) -> str:
-        """What a person wants to know before it runs."""
-        lines = [f"{self.name}: {self.source}", f"    {self.command}"]
-        lines += [f"    expected: {self.expected}", f"    price: {self.price}"]
-        return "\n".join(lines + ([f"    differs from the published run: {self.differs}"] if self.differs else []))
+from .pretraining_recipes import pretraining_recipes
+from .recipe import COSINE, IMAGENET, LINEAR, Recipe, slug
 
 
-IMAGENET = "--dataset_name ILSVRC/imagenet-1k"
-LINEAR = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-5, "power": 1.0}}
-COSINE = {"lr_scheduler_type": "cosine"}
 NO_SIGMOID = "the loss is softmax, not sigmoid cross-entropy"
 
 
@@ -101,7 +62,7 @@ def paper_pretraining(data: str, variant: str) -> Recipe:
     width = {"B": 768, "L": 1024, "H": 1280}[variant.split("+")[-1][0]]
     accuracy, days = _PAPER_ACCURACY.get((data, variant)), _PAPER_PRICE.get((data, variant))
     return Recipe(
-        name=f"paper_{data}_{_slug(variant)}",
+        name=f"paper_{data}_{slug(variant)}",
         source="Dosovitskiy et al., arXiv:2010.11929v2, Table 3",
         batch_size=4096,
         fields={
@@ -181,7 +142,7 @@ def paper_finetuning_large(variant: str, image_size: int, expected: str) -> Reci
     """Table 2: ImageNet at a higher resolution, with Polyak averaging of 0.9999 (section 4.1)."""
     base = paper_finetuning("imagenet")
     return Recipe(
-        name=f"paper_finetune_imagenet_{_slug(variant)}_{image_size}",
+        name=f"paper_finetune_imagenet_{slug(variant)}_{image_size}",
         source="Dosovitskiy et al., arXiv:2010.11929v2, Tables 2 and 4, section 4.1",
         batch_size=base.batch_size,
         fields={**base.fields, "image_size": [image_size], "ema_decay": 0.9999, "ema_warmup": False},
@@ -310,7 +271,7 @@ def deit3(variant: str) -> Recipe:
     """800 epochs of ImageNet: 3-Augment, colour jitter 0.3, Mixup 0.8, CutMix 1, LayerScale, drop path, batch 2048."""
     lamb_rate, drop_path, image_size, accuracy = _DEIT3[variant]
     return Recipe(
-        name=f"deit3_{_slug(variant)}",
+        name=f"deit3_{slug(variant)}",
         source="Touvron et al., arXiv:2204.07118; facebookresearch/deit, README_revenge.md",
         batch_size=2048,
         fields={
@@ -346,7 +307,7 @@ def deit3_finetuning(variant: str) -> Recipe:
     """20 epochs at 384 pixels with AdamW at 1e-5. Its least rate is 1e-5 as well: the cosine is a constant."""
     drop_path, accuracy = _DEIT3_384[variant]
     return Recipe(
-        name=f"deit3_finetune_384_{_slug(variant)}",
+        name=f"deit3_finetune_384_{slug(variant)}",
         source="Touvron et al., arXiv:2204.07118; facebookresearch/deit, README_revenge.md",
         batch_size=512,
         fields={
@@ -409,10 +370,6 @@ def small_photos() -> Recipe:
 # The table
 
 
-def _slug(variant: str) -> str:
-    return variant.lower().replace("/", "").replace("+", "_")
-
-
 def _all() -> dict[str, Recipe]:
     recipes = [
         *(paper_pretraining(data, variant) for data, rows in PAPER_PRETRAINING.items() for variant in rows),
@@ -424,6 +381,7 @@ def _all() -> dict[str, Recipe]:
         *(bv_transfer(data) for data in _BV_TRANSFER),
         *(deit3(variant) for variant in _DEIT3),
         *(deit3_finetuning(variant) for variant in _DEIT3_384),
+        *pretraining_recipes(),
         digits(),
         small_photos(),
     ]
@@ -445,46 +403,3 @@ def find_recipe(name: str) -> Recipe:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"There is no recipe {name!r}.{hint} Recipes: {', '.join(RECIPES)}.")
     return RECIPES[name]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Another batch size
-
-
-def scale_learning_rate(rate: float, from_batch_size: int, to_batch_size: int, optimizer: str) -> float:
-    """
-    The rate for another batch size: in proportion to it for SGD (Goyal et al., arXiv:1706.02677), to its square root
-    for Adam and its kin (Malladi et al., arXiv:2205.10287).
-    """
-    ratio = to_batch_size / from_batch_size
-    return rate * (ratio if optimizer == "sgd" else math.sqrt(ratio))
-
-
-def fit_batch_size(
-    recipe: Recipe, per_device: int, processes: int, accumulation: int | None = None
-) -> tuple[int, dict[str, Any]]:
-    """
-    How a recipe's batch is made on this machine, and what changes if it can't be.
-
-    Args:
-        per_device: images in a batch of one device.
-        processes: how many devices there are.
-        accumulation: batches for one step; None to choose what comes closest to the recipe.
-
-    Returns:
-        The accumulated batches, and for a total other than the recipe's the fields that change: the learning rate, and
-        steps such that as many images are seen.
-    """
-    together = per_device * processes
-    if accumulation is None:
-        accumulation = max(1, round(recipe.batch_size / together))
-    total, fields = together * accumulation, {}
-    if total != recipe.batch_size:
-        fields["learning_rate"] = scale_learning_rate(
-            recipe.fields["learning_rate"], recipe.batch_size, total, recipe.fields.get("optim", "adamw_torch_fused")
-        )
-        if recipe.fields.get("max_steps", -1) > 0:
-            fields["max_steps"] = max(1, round(recipe.fields["max_steps"] * recipe.batch_size / total))
-        if recipe.fields.get("warmup_steps", 0.0) >= 1:
-            fields["warmup_steps"] = float(max(1, round(recipe.fields["warmup_steps"] * recipe.batch_size / total)))
-    return accumulation, fields
