@@ -248,8 +248,8 @@ def test_what_is_expected_of_the_digits_is_on_record():
 
 
 def test_masked_patch_prediction_of_the_paper():
-    # B.1.2: "Adam with a base learning rate of 2e-4, warmup of 10k steps and cosine learning rate decay", "1M steps (ca.
-    # 14 epochs) with batch size 4096 on JFT", "corrupt 50% of patch embeddings", "3-bit, mean color".
+    # B.1.2: "Adam with a base learning rate of 2e-4, warmup of 10k steps and cosine learning rate decay", "1M steps
+    # [...] with batch size 4096 on JFT", "corrupt 50% of patch embeddings", "3-bit, mean color".
     recipe = RECIPES["paper_mpp_b16"]
     fields = recipe.fields
     assert (recipe.batch_size, fields["max_steps"], fields["warmup_steps"]) == (4096, 1_000_000, 10_000)
