@@ -209,7 +209,9 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     monkeypatch.setattr("sys.argv", argv)
     load_script("pretrain").main()
     record = json.loads((out / "results.json").read_text())
-    assert record["pretraining"] == {"objective": "mpp", "mask_ratio": 0.25, "mpp_target": "downsized"}
+    description = "25 % of patch embeddings corrupted, their colours at 4 x 4 pixels predicted (the paper, B.1.2)"
+    facts = {"objective": "mpp", "mask_ratio": 0.25, "mpp_target": "downsized", "description": description}
+    assert record["pretraining"] == facts
     assert (record["metric"], record["n"]) == ("loss", 3)
     assert record["value"] == record["metrics"]["loss"] > 0
     assert 0 <= record["metrics"]["probe_knn_accuracy"] <= 1
@@ -219,7 +221,7 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     card = (out / "README.md").read_text()
     assert "pipeline_tag: image-feature-extraction" in card
     assert "model-index" not in card  # a loss of one's own is no result to compare
-    assert "their colours at 4 x 4 pixels predicted" in card
+    assert description in card
     assert "probe knn accuracy, of frozen features" in card
     assert "None" not in card
     extract = pipeline(
@@ -227,6 +229,6 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     )
     assert np.shape(extract(image(0, 0))) == (1, 25, 32)
     text = capsys.readouterr().out
-    assert "25 % of patch embeddings corrupted" in text
+    assert f"Objective: {description}." in text
     assert f"--model_name_or_path {out}" in text
     assert set(load_file(out / "model.safetensors")) == set(encoder.state_dict())

@@ -114,7 +114,7 @@ def _summary(config: PreTrainedConfig, record: dict[str, Any]) -> str:
     if _is_encoder(record):
         return (
             f"The encoder of a Vision Transformer, pretrained without labels on {_data_name(record)}: "
-            f"{record['training']['mixing']}. It has no classifier: fine-tune it, or use its features."
+            f"{record['pretraining']['description']}. It has no classifier: fine-tune it, or use its features."
         )
     labels = [config.id2label[index] for index in range(config.num_labels)]
     shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")

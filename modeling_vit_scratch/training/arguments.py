@@ -48,7 +48,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Fine-tune this model: a folder or a Hub id of a ViTScratch model. Its classifier is kept if its "
+            "help": "Start from this model: a folder, a file or a Hub id of any ViT. Its classifier is kept if its "
             "labels are those of the data, and replaced by a fresh one if not. Example: outputs/pretrained"
         },
     )

@@ -29,6 +29,11 @@ class PretrainingTrainer(ImageTrainer):
         # The labels only count the images; no objective takes them, so that the Trainer would not find them.
         self.label_names, self.args.prediction_loss_only = ["labels"], True
 
+    def describe_augmentation(self) -> str:
+        """One line on what happens to training images, and one on what is predicted."""
+        description = self.train_dataset.augmentation.description
+        return f"Augmentation: {description}.\nObjective: {self.data_collator.description}."
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints have all that training needs. The finished folder has what fine-tuning and serving need."""
         if output_dir is not None:
@@ -98,7 +103,7 @@ def build_pretraining(
     trainer = build_trainer(
         model, processor, data, arguments, PretrainingTrainer, data_collator=collator, compute_loss_func=mean_loss
     )
-    return trainer, [*told, f"Objective: {collator.description}."]
+    return trainer, told
 
 
 def build_objective(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .arguments import ImageTrainingArguments, ModelArguments
+from .collation import MixingCollator
 from .data import ImageData
 from .pretraining_arguments import PretrainingArguments
 from .trainer import ImageTrainer
@@ -57,6 +58,7 @@ def build_pretraining_record(
     last step among the `metrics`. Without labels, the main result
     is the loss on held-out images, whose masks are those of the first epoch, and the parameters are the encoder's.
     """
+    objective = wishes.facts()
     if wishes.is_supervised:
         record = build_record(trainer, data, model_arguments, scores, wall_time)
     else:
@@ -65,8 +67,9 @@ def build_pretraining_record(
         record = found | _facts(trainer, data, model_arguments, wall_time)
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
+        objective["description"] = trainer.data_collator.description
     record["metrics"] |= _last_probes(trainer)
-    return record | {"pretraining": wishes.facts()}
+    return record | {"pretraining": objective}
 
 
 def _last_probes(trainer: ImageTrainer) -> dict[str, float]:
@@ -173,7 +176,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "gradient_clipping": arguments.max_grad_norm,
         "label_smoothing": arguments.label_smoothing_factor,
         "augmentation": trainer.train_dataset.augmentation.description,
-        "mixing": getattr(trainer.data_collator, "description", None),
+        "mixing": trainer.data_collator.description if isinstance(trainer.data_collator, MixingCollator) else None,
         "recipe": recipe.recipe,
         "layer_decay": recipe.layer_decay,
         "head_learning_rate_multiplier": recipe.head_learning_rate_multiplier,
