@@ -79,7 +79,7 @@ def record_of(run, **model_arguments):
     trainer, scores, _ = run
     data = SimpleNamespace(
         source=SimpleNamespace(name="pets", hub_id=None, license=None, url=None, note=None),
-        label_names=["a", "b", "c"], train=range(9), validation=range(3), split="25 % of each class",
+        label_names=["a", "b", "c"], num_train=9, validation=range(3), split="25 % of each class",
     )  # fmt: skip
     return build_record(trainer, data, ModelArguments(**model_arguments), scores, wall_time=1.25)
 
