@@ -26,6 +26,8 @@ from transformers.utils.hub import cached_file, is_offline_mode
 WEIGHT_NAMES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+# The folder in a checkpoint of accelerate in which each process of FSDP keeps its part of the weights.
+SHARDS = "pytorch_model_fsdp_0"
 SUFFIXES = (".npz", ".safetensors", ".bin", ".pth", ".pt")
 _SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -66,7 +68,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
     """
-    Opens a file of tensors, or the index (`.index.json`) of several.
+    Opens a file of tensors, the index (`.index.json`) of several, or a folder of shards.
 
     Raises:
         CheckpointError: if it is missing, cut short, damaged, or something else.
@@ -74,6 +76,10 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     path = os.fspath(path)
     if path.endswith(".index.json"):
         return _open_index(path)
+    if os.path.isdir(path):
+        from .shards import open_shards  # not every build of torch has what reads them
+
+        return open_shards(path)
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -255,6 +261,8 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
     if os.path.isdir(source):
         folder = os.path.join(source, subfolder)
         weights = next((name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))), None)
+        if is_sharded(folder):
+            weights = SHARDS
         if weights is None:
             found = [
                 name for name in sorted(os.listdir(folder)) if name.endswith(SUFFIXES) and name != "training_args.bin"
@@ -294,6 +302,12 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
         for part in sorted(set(json.loads(Path(weights).read_text(encoding="utf-8"))["weight_map"].values())):
             fetch(part)
     return weights, beside
+
+
+def is_sharded(folder: str) -> bool:
+    """Whether shards are the only weights in a folder."""
+    has_whole = any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHT_NAMES)
+    return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
 
 
 _JSONS = ("config.json", "preprocessor_config.json")

@@ -20,7 +20,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 from .adaptation import adapt, adapted_processor
 from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, find_files, open_tensors
+from .files import SUFFIXES, find_files, is_sharded, open_tensors
 from .formats import FORMATS, NATIVE
 
 
@@ -111,6 +111,8 @@ def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] |
     if os.path.isdir(source):
         folder = os.path.join(source, hub.get("subfolder") or "")
         path = os.path.join(folder, "config.json")
+        if is_sharded(folder):
+            return False, None
         if not os.path.isfile(path):
             names = os.listdir(folder) if os.path.isdir(folder) else []
             is_foreign = any(name.endswith(SUFFIXES) for name in names) and "adapter_config.json" not in names

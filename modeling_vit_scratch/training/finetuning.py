@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
-from .callbacks import Progress, SaveOnInterrupt, SetEpoch
+from .callbacks import Progress, SamplesSeen, SaveOnInterrupt, SetEpoch
 from .collation import ImageCollator, MixingCollator
 from .data import ImageClassificationDataset, ImageData
 from .errors import InputError
@@ -59,6 +59,7 @@ def build_trainer(
         train_set, stream_place = StreamDataset(data.train, train_set, data.shuffle_buffer_size), StreamPlace()
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     average = None if decay is None else WeightAverage(decay, warmup)
+    samples = SamplesSeen()
     trainer = kind(
         model=model,
         args=arguments,
@@ -66,10 +67,10 @@ def build_trainer(
         train_dataset=train_set,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[SetEpoch(train_set), *([] if average is None else [average]), SaveOnInterrupt()],
+        callbacks=[SetEpoch(train_set), samples, *([] if average is None else [average]), SaveOnInterrupt()],
         **settings,
     )
-    trainer.average = average
+    trainer.average, trainer.samples = average, samples
     if stream_place is not None:
         trainer.stream_place = stream_place
         trainer.add_callback(stream_place)

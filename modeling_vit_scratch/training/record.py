@@ -38,7 +38,7 @@ def build_record(
         (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
         `resumed_from`, if there is one), and the facts on `dataset`, `model` and `training` that a card tells.
     """
-    # Not the loss: with several processes the Trainer averages it over the images that fill up the last batch too.
+    # Not the loss: with label smoothing or mixing it is no number to compare.
     names = ("accuracy", "top5_accuracy", "macro_f1")
     metrics = {name: scores[f"eval_{name}"] for name in names if f"eval_{name}" in scores}
     found = {"metric": "accuracy", "value": metrics["accuracy"], "n": int(scores["eval_images"]), "metrics": metrics}
@@ -167,6 +167,8 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "steps": trainer.state.global_step,
+        "samples_seen": sum(trainer.samples.by_process),
+        "samples_seen_by_process": trainer.samples.by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
         "optimizer": arguments.optim.value,
         "learning_rate": arguments.learning_rate,

@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import signal
 import threading
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -18,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
+from .callbacks import SamplesSeen
 from .errors import InputError, TrainingInterrupted, TrainingStopped
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
@@ -32,6 +35,7 @@ class ImageTrainer(Trainer):
     last_keys: list[torch.Tensor] = []
     _step_of_keys = -1
     stream_place: StreamPlace | None = None
+    samples: SamplesSeen | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Kernels only: see `optimization.decay_parameter_names`."""
@@ -65,7 +69,15 @@ class ImageTrainer(Trainer):
     def describe(self) -> list[str]:
         """What to tell before it starts: the recipe, the augmentation, what decays and which rates there are."""
         recipe = self.args.recipe_arguments.told
-        return [*([recipe] if recipe else []), self.describe_augmentation(), describe_groups(self.parameter_groups())]
+        parts = [recipe, self.describe_sharding(), self.describe_augmentation()]
+        return [*filter(None, parts), describe_groups(self.parameter_groups())]
+
+    def describe_sharding(self) -> str | None:
+        """A line where FSDP was asked for and can't be had: accelerate says nothing."""
+        wanted = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+        if not wanted or self.is_fsdp_enabled:
+            return None
+        return "FSDP shards over accelerators only: on a CPU every process keeps the whole model (DDP)."
 
     def describe_augmentation(self) -> str:
         """One line on what happens to training images, one by one and in batches."""
@@ -80,8 +92,18 @@ class ImageTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; during training with the average beside the weights."""
+        """
+        As in Trainer; during training with the average beside the weights. With FSDP the Trainer writes shards alone
+        into its checkpoints, and no model in the end if it is told to shard: here the first get the configuration, with
+        which they can be loaded, and the last is whole.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call=_internal_call)
+        if self.is_fsdp_enabled and self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
         if self.average is not None and self.args.should_save:
             self.average.save(output_dir or self.args.output_dir)
 
@@ -108,6 +130,8 @@ class ImageTrainer(Trainer):
             if self._step_of_keys != self.state.global_step:
                 self._step_of_keys, self.last_keys = self.state.global_step, []
             self.last_keys.append(keys)
+        if self.model.training and self.samples is not None:
+            self.samples.own += len(inputs["pixel_values"])
         if self._normalize is not None:
             inputs["pixel_values"] = self._normalize(inputs["pixel_values"])
         if weights is not None:
@@ -117,6 +141,25 @@ class ImageTrainer(Trainer):
     @cached_property
     def _normalize(self) -> Normalize | None:
         return Normalize.from_processor(self.processing_class)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """
+        As in Trainer. With several processes the last batches are filled up with images that were there before, which
+        the Trainer leaves out of the metrics, but not out of the loss. Here the loss is the mean without them.
+        """
+        number, state = len(inputs["pixel_values"]), self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        own = min(max(state.remainder - self.args.process_index * number, 1), number)  # all processes have to compute
+        inputs = {name: value[:own] if torch.is_tensor(value) else value for name, value in inputs.items()}
+        loss, *predictions = super().prediction_step(model, inputs, *args, **kwargs)
+
+        def filled_up(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor[:1].expand(number - own, *tensor.shape[1:])])
+
+        return loss, *(recursively_apply(filled_up, part) for part in predictions)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Trainer. Raises TrainingStopped for a loss that is no number, before it reaches the weights."""

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes do what one does: training, held-out metrics, streams, and FSDP2 on the network's own layers."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
+from two_processes import SGD
+
+from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
+from modeling_vit_scratch.checkpoint.loading import convert
+
+
+def free_port() -> str:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return str(opened.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def wait(processes: list[subprocess.Popen]) -> list[str]:
+    """What they print. All must end well."""
+    try:
+        told = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(told)
+    return told
+
+
+def parquet_shards(folder: Path) -> str:
+    """Three files of 8, 5 and 4 rows."""
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    for number, count in enumerate((8, 5, 4)):
+        columns = [{**row, "label": CLASSES.index(row["label"])} for row in rows()[:count]]
+        datasets.Dataset.from_list(columns, features=features).to_parquet(folder / f"{number}.parquet")
+    return str(folder / "*.parquet")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict:
+    """What two processes have found, and where."""
+    folder = tmp_path_factory.mktemp("two")
+    # 24 images to train on, which is three batches of eight, and 9 held out, an odd number for two processes.
+    images = str(class_folders(folder / "images", each=11))
+    command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(folder), images]
+    command += [parquet_shards(folder / "shards")]
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        own = environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )  # fmt: skip
+        processes.append(
+            subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    wait(processes)
+    found = [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in range(2)]
+    return {"folder": folder, "images": images, "found": found}
+
+
+def test_two_processes_end_with_the_weights_of_one(two, tmp_path):
+    # Not AdamW: it makes steps of full size of the rounding errors in gradients that are zero, as of keys' biases.
+    common = ["--gradient_accumulation_steps", "2", "--max_steps", "6", "--dataloader_num_workers", "0", *SGD]
+    one = build(tmp_path, *flags(two["images"], "--per_device_train_batch_size", "4", *common))
+    one.train()
+    first, second = (found["plain"] for found in two["found"])
+    assert difference(first["weights"], second["weights"]) == 0.0
+    assert difference(first["weights"], weights(one)) < 1e-6
+    assert one.samples.by_process == [48]
+    assert first["samples"] == second["samples"] == [24, 24]
+    # Each epoch of three updates has every image once, in one process or the other.
+    for epoch in range(2):
+        keys = torch.cat([found["keys"][3 * epoch : 3 * epoch + 3].flatten(0, 1) for found in (first, second)])
+        assert sorted(keys.tolist()) == [[42, epoch, index] for index in range(24)]
+    scores = one.evaluate()
+    for found in (first, second):
+        assert found["scores"]["eval_images"] == scores["eval_images"] == 9
+        assert found["scores"]["eval_accuracy"] == scores["eval_accuracy"]
+        assert found["scores"]["eval_loss"] == pytest.approx(scores["eval_loss"], abs=1e-6)
+
+
+def test_streams_of_two_processes_are_disjoint_complete_and_resumable(two):
+    first, second = (found["streamed"] for found in two["found"])
+    numbers = [[tuple(key) for key in found["keys"][:4].flatten(0, 1).tolist()] for found in (first, second)]
+    assert not set(numbers[0]) & set(numbers[1])
+    assert len(set(numbers[0] + numbers[1])) == 16  # of 17: one would have been a step for one process alone
+    assert {epoch for _, epoch, _ in numbers[0]} == {0}
+    assert first["samples"] == second["samples"] == [12, 12]
+    for found in two["found"]:
+        assert difference(found["streamed"]["weights"], found["resumed"]["weights"]) == 0.0
+        assert torch.equal(found["streamed"]["keys"][4:], found["resumed"]["keys"])
+
+
+def test_fsdp_computes_what_the_whole_model_does(two):
+    for found in (found["fsdp"] for found in two["found"]):
+        differences = {
+            name: value for name, value in found.items() if name.split()[0] in ("loss", "gradients", "weights")
+        }
+        assert len(differences) == 6
+        assert max(differences.values()) < 1e-6, differences
+        assert found["is_watched"] is False
+        assert 0.4 < found["shards"] < 0.6
+        assert found["resumed"] == 0.0
+
+
+def test_a_folder_of_shards_is_loaded_and_converted(two, tmp_path):
+    stored = torch.load(two["folder"] / "stored.pt")
+    model = ViTScratchForImageClassification.from_pretrained(two["folder"])
+    assert difference(dict(model.named_parameters()), stored) == 0.0
+    convert(two["folder"], tmp_path / "whole")
+    again = ViTScratchForImageClassification.from_pretrained(tmp_path / "whole")
+    assert difference(again.state_dict(), model.state_dict()) == 0.0
+
+
+def test_the_index_of_shards_runs_no_code(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir, which no checkpoint needs|nt\.mkdir, which"):
+        open_tensors(tmp_path)
+    assert not (tmp_path / "harm").exists()
