@@ -298,6 +298,15 @@ class ImageTrainingArguments(TrainingArguments):
     probe_steps: int | None = field(
         default=None, metadata={"help": "Also --probe whenever so many steps are done. Example: 1000"}
     )
+    fast_decode: bool = field(
+        default=True,
+        metadata={
+            "help": "Decode JPEG photos for training at 1/2, 1/4 or 1/8 of their sides, where the random part still "
+            "has as many pixels as the input. Pixels then differ from those of full decoding: for 12-megapixel photos "
+            "at 224 by 0.4 of 255 levels on average and 11 at most; for photos of 256 x 341 at 96 by 0.8, and 38 at "
+            "most. False: decode in full. Evaluation always does."
+        },
+    )
 
     def __post_init__(self) -> None:
         # On a machine without accelerator this is what use_cpu means; the Trainer needs to hear it to start a process

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from .decoding import ReducedJpeg
+
 
 PHOTO_SMALLEST_AREA = 0.35
 
@@ -38,7 +40,7 @@ class PhotoAugmentation:
         self.size, self.resample, self.smallest_area = size, resample, smallest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image | ReducedJpeg, generator: np.random.Generator) -> Image.Image:
         height, width = self.size
         box = self._random_box(image.width, image.height, generator)
         image = image.resize((width, height), resample=self.resample, box=box)

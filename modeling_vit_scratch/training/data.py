@@ -26,6 +26,7 @@ from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProc
 from .arguments import DataArguments
 from .augmentation import Augmentation
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from .decoding import ReducedJpeg, open_photo
 from .errors import Problems
 from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
 from .streams import ImageStream, read_stream
@@ -52,12 +53,22 @@ class Examples:
 
     def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
         """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
+        content, name = self._stored(index)
+        return decoder.decode(content, name=name)
+
+    def open_photo(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image | ReducedJpeg:
+        """The same, but JPEG files are not decoded yet: see `decoding`."""
+        content, name = self._stored(index)
+        return open_photo(content, decoder, name)
+
+    def _stored(self, index: int) -> tuple[str | bytes, str]:
+        """Path or bytes, and a name for errors."""
         stored = self.images[index]["image"] or {"bytes": None, "path": None}
         name = stored["path"] or f"image {index}"
         content = stored["bytes"] if stored["bytes"] is not None else stored["path"]
         if content is None:
             raise ImageDecodeError(f"{name} is missing: the row has neither bytes nor a path")
-        return decoder.decode(content, name=name)
+        return content, name
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         augmentation: a random change of the image, which has the model's size afterwards.
         seed: of the augmentation.
         with_keys: whether examples have a "key" without an augmentation too.
+        fast_decode: decode JPEG files for the augmentation at the scale that it needs: see `decoding`. For one that
+            begins with `PhotoAugmentation`.
     """
 
     def __init__(
@@ -114,9 +127,10 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         with_keys: bool = False,
+        fast_decode: bool = False,
     ) -> None:
         self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
-        self.with_keys = with_keys or augmentation is not None
+        self.with_keys, self.fast_decode = with_keys or augmentation is not None, fast_decode
         self.is_ours = isinstance(processor, ViTScratchImageProcessor)
         self.decoder = processor if self.is_ours else ViTScratchImageProcessor(num_channels=num_channels)
         # In shared memory, where worker processes that outlive an epoch see it change.
@@ -136,11 +150,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         key = (self.seed, int(self._epoch), index)
-        image = self.examples.decode(index, self.decoder)
         if self.augmentation is None:
-            pixel_values = self._fit(image)
+            pixel_values = self._fit(self.examples.decode(index, self.decoder))
         else:
-            pixel_values = self._as_it_is(self.augmentation(image, np.random.default_rng(key)))
+            photo = (self.examples.open_photo if self.fast_decode else self.examples.decode)(index, self.decoder)
+            pixel_values = self._as_it_is(self.augmentation(photo, np.random.default_rng(key)))
         example = {"pixel_values": pixel_values, "labels": self.examples.labels[index]}
         return {**example, "key": key} if self.with_keys else example
 

@@ -49,7 +49,14 @@ def build_trainer(
             "preprocess_logits_for_metrics": rank_labels,
         }
     augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
-    train_set = ImageClassificationDataset(data.train, processor, channels, augmentation, seed=arguments.seed)
+    train_set = ImageClassificationDataset(
+        data.train,
+        processor,
+        channels,
+        augmentation,
+        seed=arguments.seed,
+        fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
+    )
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
     )

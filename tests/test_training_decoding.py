@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JPEG photos at reduced scale beside photos decoded in full: every orientation, colour mode, and what is broken."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_images import build, flags
+
+from modeling_vit_scratch import ViTScratchImageProcessor
+from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.training.augmentation import PhotoAugmentation
+from modeling_vit_scratch.training.decoding import ReducedJpeg, open_photo
+
+
+DECODER = ViTScratchImageProcessor()
+
+
+def photo(width=403, height=301):
+    """Smooth, without symmetry, and steep enough to show a shift by a few pixels."""
+    y, x = np.mgrid[:height, :width]
+    red = 255 * x / width
+    green = 255 * y / height
+    return Image.fromarray(np.stack([red, green, 255 - (red + green) / 2], axis=-1).astype(np.uint8))
+
+
+def encoded(image, form="JPEG", orientation=None, **options):
+    buffer = io.BytesIO()
+    if orientation is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][274] = orientation
+    image.save(buffer, form, **({"quality": 95} | options))
+    return buffer.getvalue()
+
+
+def both(content, size, box, decoder=DECODER, resample=2):
+    """Reduced and exact, as arrays of whole numbers, and how many pixels were decoded along x."""
+    reduced = open_photo(content, decoder, "photo")
+    exact = decoder.decode(content)
+    assert (reduced.width, reduced.height) == exact.size
+    ours, theirs = reduced.resize(size, resample, box=box), exact.resize(size, resample, box=box)
+    assert (ours.size, ours.mode) == (theirs.size, theirs.mode)
+    return np.asarray(ours).astype(int), np.asarray(theirs).astype(int), reduced
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9), 0, 77])
+@pytest.mark.parametrize("scale", [8, 4, 2])
+def test_the_same_part_of_the_upright_photo_whatever_its_orientation(orientation, scale):
+    content = encoded(photo(), orientation=orientation)
+    box = (33.3, 21.7, 33.3 + 31 * scale, 21.7 + 24 * scale)  # fits both ways round
+    ours, theirs, reduced = both(content, (30, 23), box)
+    assert reduced._image.size == (-(-403 // scale), -(-301 // scale))
+    # A shift by one decoded pixel, or by the 5 / 8 of one that an end of 403 lacks, is 0.6 * 5 levels at scale 8.
+    assert abs((ours - theirs).mean(axis=(0, 1))).max() < 0.5
+    assert abs(ours - theirs).max() <= 3
+
+
+def test_the_scale_is_the_smallest_with_a_pixel_for_each_pixel_of_the_result():
+    content = encoded(photo(400, 320))
+    widths = {(50, 40): 50, (51, 40): 100, (50, 41): 100, (100, 80): 100, (101, 80): 200, (200, 161): 400}
+    for size, width in widths.items():
+        assert both(content, size, (0, 0, 400, 320))[2]._image.width == width
+    assert both(content, (50, 40), (0, 0, 399, 320))[2]._image.width == 100
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_part_that_is_not_reduced_is_exact(orientation):
+    ours, theirs, _ = both(encoded(photo(), orientation=orientation), (150, 160), (1.5, 2.5, 290.5, 300.25))
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "subsampling": 0}])
+def test_colour_modes(mode, channels, options):
+    decoder = ViTScratchImageProcessor(num_channels=channels)
+    ours, theirs, reduced = both(encoded(photo().convert(mode), **options), (40, 30), (0, 0, 403, 301), decoder)
+    assert reduced._image.width == 51
+    assert abs(ours - theirs).max() <= 3
+
+
+def test_four_channels_of_cmyk_are_kept():
+    decoder = ViTScratchImageProcessor(num_channels=4)
+    ours, theirs, _ = both(encoded(photo().convert("CMYK")), (40, 30), (0, 0, 403, 301), decoder)
+    assert ours.shape == (30, 40, 4)
+    assert abs(ours - theirs).max() <= 3
+
+
+def test_a_photo_with_a_second_picture_in_its_file():
+    content = encoded(photo(), "MPO", save_all=True, append_images=[Image.new("RGB", (403, 301))])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    ours, theirs, reduced = both(content, (40, 30), (0, 0, 403, 301))
+    assert reduced._image.width == 51
+    assert abs(ours - theirs).max() <= 3
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_decoded_in_full(form):
+    content = encoded(photo(), form)
+    assert np.array_equal(np.asarray(open_photo(content, DECODER, "x")), np.asarray(DECODER.decode(content)))
+
+
+def test_random_numbers_do_not_depend_on_how_a_photo_is_decoded(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encoded(photo(), orientation=6))
+    augment, after = PhotoAugmentation((24, 32), 2), []
+    for image in (open_photo(str(tmp_path / "photo.jpg"), DECODER, "x"), DECODER.decode(tmp_path / "photo.jpg")):
+        generator = np.random.default_rng(1)
+        result = np.asarray(augment(image, generator)).astype(int)
+        after.append((result, generator.random()))
+    assert after[0][1] == after[1][1]
+    assert abs(after[0][0] - after[1][0]).max() <= 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 no photo", encoded(photo())[:2000]])
+def test_broken_files_are_named(tmp_path, content):
+    file = str(tmp_path / "broken.jpg")
+    Path(file).write_bytes(content)
+    with pytest.raises(ImageDecodeError, match=r"broken\.jpg"):
+        open_photo(file, DECODER, file).resize((24, 16), 2, box=(0, 0, 403, 301))
+    with pytest.raises(ImageDecodeError, match="image 7"):
+        open_photo(content, DECODER, "image 7").resize((24, 16), 2, box=(0, 0, 403, 301))
+    with pytest.raises(ImageDecodeError, match="does not exist"):
+        open_photo(str(tmp_path / "nowhere.jpg"), DECODER, "nowhere.jpg")
+
+
+def test_training_decodes_reduced_if_wanted_and_evaluation_never(tmp_path):
+    for label in "ab":
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "pets" / label / f"{number}.jpg").write_bytes(encoded(photo(400 + 8 * number)))
+    data = flags(str(tmp_path / "pets"))
+    fast, exact = build(tmp_path / "a", *data), build(tmp_path / "b", *data, "--fast_decode", "False")
+    assert isinstance(fast.train_dataset.examples.open_photo(0, DECODER), ReducedJpeg)
+    ours, theirs = (trainer.train_dataset[0]["pixel_values"].int() for trainer in (fast, exact))
+    assert 0 < (ours - theirs).abs().max() <= 3
+    held_out = fast.eval_dataset
+    whole = held_out.examples.decode(0, DECODER).resize((24, 16), held_out.processor.resample)
+    assert np.array_equal(held_out[0]["pixel_values"].permute(1, 2, 0), np.asarray(whole))
+    digits = build(tmp_path / "c", "--dataset_name", "digits", "--max_train_samples", "20", "--verify_images", "False")
+    assert not digits.train_dataset.fast_decode
+    assert digits.train_dataset[0]["pixel_values"].shape == (1, 16, 24)
