@@ -6,6 +6,7 @@ accepted as it is. "The paper" is Dosovitskiy et al., An Image is Worth 16x16 Wo
 """
 
 import difflib
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -134,7 +135,10 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         stem_width_factor (`float`, defaults to 1): times 64, the width of the stem's first stage.
         layer_scale_init_value (`float`, *optional*): start of the scale on each residual branch (Touvron et al.,
             arXiv:2103.17239). Default: no scale.
-        zero_init_head (`bool`, defaults to `False`): start the classifier at zero, as the paper does to fine-tune.
+        zero_init_head (`bool`, defaults to `False`): start the classifier's kernel at zero, as the paper does to
+            fine-tune.
+        head_bias_init (`float`, defaults to 0): where the classifier's bias starts. For a sigmoid loss over many
+            classes, about the logarithm of one in so many: the paper's code has -10 for ImageNet-21k, and -6.9 for 1k.
 
     Raises:
         ValueError: for values that cannot work together; the message has the value, the limit and a way out.
@@ -179,6 +183,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     layer_scale_init_value: float | int | None = None
     zero_init_head: bool = False
+    head_bias_init: float | int = 0.0
 
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -333,6 +338,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         for field in ("initializer_range", "num_register_tokens"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
+        if not math.isfinite(self.head_bias_init):
+            raise ValueError(f"head_bias_init={self.head_bias_init} must be a finite number, e.g. -6.9.")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be positive, e.g. 1e-6.")
         if self.representation_size is not None and self.representation_size < 1:

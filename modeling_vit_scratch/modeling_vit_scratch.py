@@ -189,11 +189,12 @@ class ViTScratchEmbeddings(nn.Module):
 
 
 def dense(
-    inputs: int, outputs: int, bias: bool = True, kernel_init: Callable | None = None, bias_std: float = 0.0
-) -> nn.Linear:
+    inputs: int, outputs: int, bias: bool = True, kernel_init: Callable | None = None, bias_std: float = 0.0,
+    bias_mean: float = 0.0,
+) -> nn.Linear:  # fmt: skip
     """A linear layer that remembers its initialisation, xavier by default: transformers asks layers, not names."""
     layer = nn.Linear(inputs, outputs, bias)
-    layer.kernel_init, layer.bias_std = kernel_init or init.xavier_uniform_, bias_std
+    layer.kernel_init, layer.bias_std, layer.bias_mean = kernel_init or init.xavier_uniform_, bias_std, bias_mean
     return layer
 
 
@@ -438,7 +439,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             getattr(module, "kernel_init", init.xavier_uniform_)(module.weight)
             if module.bias is not None:
-                init.normal_(module.bias, std=getattr(module, "bias_std", 0.0))
+                init.normal_(module.bias, getattr(module, "bias_mean", 0.0), getattr(module, "bias_std", 0.0))
         elif isinstance(module, nn.Conv2d):
             lecun_normal_(module.weight)
             if module.bias is not None:
@@ -604,10 +605,10 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         super().__init__(config)
         self.num_labels, width = config.num_labels, config.representation_size or config.hidden_size
         self.vit = ViTScratchModel(config)
-        kernel_init = init.zeros_ if config.zero_init_head else None
-        self.classifier = dense(width, self.num_labels, kernel_init=kernel_init) if self.num_labels else nn.Identity()
+        start = {"kernel_init": init.zeros_ if config.zero_init_head else None, "bias_mean": config.head_bias_init}
+        self.classifier = dense(width, self.num_labels, **start) if self.num_labels else nn.Identity()
         has_second = config.use_distillation_head and self.num_labels
-        second = dense(config.hidden_size, self.num_labels, kernel_init=kernel_init) if has_second else None
+        second = dense(config.hidden_size, self.num_labels, **start) if has_second else None
         self.distillation_classifier = second
         self.loss_function = image_classification_loss  # set here: transformers would choose by the name of the class
         self.post_init()

@@ -71,6 +71,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
             # Programs rely on transformers here: an error, or with ignore_mismatched_sizes=True a new classifier.
             if "config" not in kwargs:
                 kwargs.setdefault("zero_init_head", True)
+                kwargs.setdefault("head_bias_init", 0.0)
             differences = set()
         if not differences:
             return load(source, *args, **kwargs)

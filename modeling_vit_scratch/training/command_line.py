@@ -221,6 +221,11 @@ def _check_training_arguments(arguments: ImageTrainingArguments, problems: Probl
         problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
     if arguments.weight_decay < 0:
         problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
+    if arguments.recipe_arguments.loss == "bce" and arguments.label_smoothing_factor:
+        problems.add(
+            "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
+            "classes there. Keep one of them."
+        )
     _check_probe(arguments, problems)
 
 

@@ -14,6 +14,7 @@ from .callbacks import Progress, SamplesSeen, SaveOnInterrupt, SetEpoch
 from .collation import ImageCollator, MixingCollator
 from .data import ImageClassificationDataset, ImageData
 from .errors import InputError
+from .losses import ClassificationLoss, class_weights
 from .metrics import build_compute_metrics, rank_labels
 from .optimization import WeightAverage
 from .policies import Chain, ColorJitter, RandomErasing, auto_augment
@@ -47,7 +48,10 @@ def build_trainer(
         settings |= {
             "compute_metrics": build_compute_metrics(len(data.label_names)),
             "preprocess_logits_for_metrics": rank_labels,
+            "compute_loss_func": build_loss(data, arguments),
         }
+    elif arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
+        raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
     augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
     train_set = ImageClassificationDataset(
         data.train,
@@ -135,6 +139,23 @@ def build_augmentation(
             "--auto_augment, --color_jitter and --random_erasing."
         )
     return Chain(*steps) if len(steps) > 1 else steps[0]
+
+
+def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | None:
+    """What --loss and --class_weights ask for; None for the model's own. Raises InputError if it can't be had."""
+    wishes, num_labels = arguments.recipe_arguments, len(data.label_names)
+    smoothing = 0.0 if wishes.mixup or wishes.cutmix else arguments.label_smoothing_factor  # mixed ones are smooth
+    if wishes.loss == "softmax" and not wishes.class_weights:
+        return None
+    weights = None
+    if wishes.class_weights:
+        if isinstance(data.train, ImageStream):
+            raise InputError("--class_weights need the labels of all training images, which a stream does not tell.")
+        try:
+            weights = class_weights(wishes.class_weights, data.train.labels, num_labels)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return ClassificationLoss(wishes.loss, num_labels, smoothing, weights)
 
 
 def build_collator(num_labels: int, arguments: ImageTrainingArguments) -> ImageCollator:

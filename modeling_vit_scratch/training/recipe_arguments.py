@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import Problems
+from .losses import LOSSES
 from .policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasing, auto_augment
 from .recipe import Recipe, fit_batch_size
 from .recipes import RECIPES, find_recipe
@@ -47,6 +48,22 @@ class RecipeArguments:
     cutmix: float = field(
         default=0.0,
         metadata={"help": "Put a rectangle of one image into another and mix their labels: the alpha. Example: 1.0"},
+    )
+    loss: str = field(
+        default="softmax",
+        metadata={
+            "help": "softmax: cross-entropy. sigmoid: binary cross-entropy summed over the classes, as the paper "
+            "pre-trained; goes with --config_overrides head_bias_init=-6.9. bce: its mean over the classes, where "
+            "every class in a mixed image counts as a whole one, as in DeiT III.",
+            "choices": LOSSES,
+        },
+    )
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Let images of some classes count more: balanced, for the inverse of how many a class has, or a "
+            "number for each label, in their order. The mean over training images is made 1. Example: balanced"
+        },
     )
     layer_decay: float = field(
         default=1.0,

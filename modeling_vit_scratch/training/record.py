@@ -177,6 +177,8 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_decay": arguments.weight_decay,
         "gradient_clipping": arguments.max_grad_norm,
         "label_smoothing": arguments.label_smoothing_factor,
+        "loss": recipe.loss,
+        "class_weights": recipe.class_weights,
         "augmentation": trainer.train_dataset.augmentation.description,
         "mixing": trainer.data_collator.description if isinstance(trainer.data_collator, MixingCollator) else None,
         "recipe": recipe.recipe,

@@ -77,14 +77,14 @@ def _from_checkpoint(
             f"--model_name_or_path {name} lacks {len(missing)} of the network's weights, e.g. {min(missing)}. Give a "
             "model of this library."
         )
-    head = _fit_head(model, label_names, is_fresh=bool(info["missing_keys"]))
+    head = _fit_head(model, label_names, bool(info["missing_keys"]), overrides.get("head_bias_init", 0.0))
     # Where the loader adapted or converted the weights, it knows the processor that fits.
     processor = model.image_processor if arguments.image_processor_name is None else None
     processor = processor or _image_processor(arguments, model.config)
     return model, processor, [f"From {name}: {model.num_parameters():,} parameters. {head}"]
 
 
-def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool) -> str:
+def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float) -> str:
     """Gives the classifier one row for each label, in the data's order; keeps the rows if the labels are the same."""
     config = model.config
     theirs = [config.id2label[index] for index in range(config.num_labels)]
@@ -101,8 +101,9 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
         model.vit.pooler.dense, config.representation_size = None, None
         model.distillation_classifier, config.use_distillation_head = None, False
         head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype) if label_names else nn.Identity()
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
+        for parameter, value in zip(head.parameters(), (0.0, bias)):
+            nn.init.constant_(parameter, value)
+        config.head_bias_init = bias
         model.classifier, model.num_labels = head, len(label_names)
     for field, value in _label_fields(label_names).items():
         setattr(config, field, value)

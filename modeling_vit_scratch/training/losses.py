@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Losses of classification beside the model's own: the paper's sigmoid, DeiT III's binary one, and weights of classes.
+
+Each is a sum over images divided by the images of the whole update, so that neither accumulation nor the number of
+processes changes it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+LOSSES = ("softmax", "sigmoid", "bce")
+
+
+class ClassificationLoss:
+    """
+    For `Trainer(compute_loss_func=)`; in float32.
+
+    Args:
+        kind: "softmax", cross-entropy; "sigmoid", binary cross-entropy summed over classes, with which the paper and
+            AugReg were pre-trained (big_vision, utils.py: sigmoid_xent); "bce", its mean over classes, where every
+            class that has a part in a mixed image is a whole one (Wightman et al., arXiv:2110.00476, and DeiT III).
+        num_labels: K.
+        label_smoothing: of labels that are classes: this share of the probability is spread over all.
+        class_weights: (K,), see `class_weights`. An image counts as much as its class does, a mixed one as its classes
+            do by their shares. Default: all count alike.
+    """
+
+    def __init__(
+        self, kind: str, num_labels: int, label_smoothing: float = 0.0, class_weights: np.ndarray | None = None
+    ) -> None:
+        if kind not in LOSSES:
+            raise ValueError(f"The loss {kind!r} is none of {', '.join(LOSSES)}.")
+        self.kind, self.num_labels, self.label_smoothing = kind, num_labels, label_smoothing
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+
+    def __call__(
+        self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """
+        Args:
+            outputs: with `logits` (B, K).
+            labels: classes (B,), or probabilities of the classes (B, K).
+            num_items_in_batch: the entries of `labels` in all batches of the update; None for this batch alone.
+        """
+        logits, is_classes = outputs["logits"].float(), not torch.is_floating_point(labels)
+        targets = labels.float()
+        if is_classes:
+            targets = F.one_hot(labels.long(), self.num_labels).float()
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
+        weights = torch.ones(self.num_labels) if self.class_weights is None else self.class_weights
+        weights = weights.to(logits.device)
+        if self.kind == "softmax":
+            losses = -(targets * weights * logits.log_softmax(dim=1)).sum(dim=1)  # (B,), as torch weights it
+        else:
+            present = targets if self.kind == "sigmoid" else targets.gt(0).float()
+            entropies = F.binary_cross_entropy_with_logits(logits, present, reduction="none")  # (B, K)
+            losses = (targets @ weights) * (entropies.sum(dim=1) if self.kind == "sigmoid" else entropies.mean(dim=1))
+        if num_items_in_batch is None:
+            return losses.mean()
+        images = num_items_in_batch if is_classes else num_items_in_batch / self.num_labels
+        return losses.sum() / (images.to(losses.device) if torch.is_tensor(images) else images)
+
+
+def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.ndarray:
+    """
+    The weights of `--class_weights`, such that their mean over the training images is 1.
+
+    The sum of weighted losses is then divided by the number of images. Over the whole training set that is
+    `torch.nn.CrossEntropyLoss(weight)`; in a batch it is better. Torch divides by the weights of the batch, so that an
+    image would count more in one batch than in another, and alone as much as any: here it always counts the same.
+
+    Args:
+        wish: "balanced", for the inverse of the number of images that a class has; or K numbers in the order of the
+            labels, of which the ratios count.
+        labels: of the training images.
+        num_labels: K.
+
+    Returns:
+        (K,) float64. Where the training set lacks a class, "balanced" gives it 0.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
+    if wish == ["balanced"]:
+        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    else:
+        way_out = f"Give 'balanced', or {num_labels} positive numbers, one for each label in their order."
+        try:
+            weights = np.array([float(word) for word in wish])
+        except ValueError as error:
+            raise ValueError(f"--class_weights {' '.join(wish)}: these are no numbers. {way_out}") from error
+        if len(weights) != num_labels:
+            raise ValueError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
+        if not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise ValueError(f"--class_weights {' '.join(wish)}: not all are positive. {way_out}")
+    return weights * (counts.sum() / (weights @ counts))
