@@ -51,6 +51,10 @@ def test_table_3(model, data, epochs, rate, schedule, decay, dropout):
     assert (fields["num_train_epochs"], fields["learning_rate"], fields["weight_decay"]) == (epochs, rate, decay)
     assert fields["max_grad_norm"] == (1.0 if data == "imagenet1k" else 0.0)
     assert float(overrides(recipe)["hidden_dropout_prob"]) == dropout
+    # GV, issues 34 and 2
+    assert fields["loss"] == "sigmoid"
+    assert float(overrides(recipe).get("head_bias_init", 0)) == (-10 if data == "imagenet21k" else 0)
+    assert ("head" in recipe.differs) == (data != "imagenet21k")
     if schedule == "linear":  # linear_end=1e-5: vit_jax/utils.py
         assert fields["lr_scheduler_type"] == "polynomial"
         assert fields["lr_scheduler_kwargs"] == {"lr_end": 1e-5, "power": 1.0}
@@ -134,6 +138,7 @@ def test_augreg(level, mixup, randaug):
     assert (recipe.batch_size, fields["num_train_epochs"], fields["warmup_steps"]) == (4096, 300, 10_000)
     assert (fields["learning_rate"], fields["max_grad_norm"], fields["lr_scheduler_type"]) == (1e-3, 1.0, "cosine")
     assert fields["weight_decay"] * fields["learning_rate"] == pytest.approx(1e-4)  # config.wd, relative to the rate
+    assert (fields["loss"], float(overrides(recipe)["head_bias_init"])) == ("sigmoid", -6.9)
     assert fields["mixup"] == mixup
     assert fields["auto_augment"] == (None if randaug is None else "randaug({},{})".format(*randaug))
 
@@ -192,9 +197,8 @@ def test_deit3(model, drop_path, size, batch, result):
     assert fields["smallest_area"] == 0.08  # augment.py
     assert float(overrides(recipe)["drop_path_rate"]) == drop_path
     assert float(overrides(recipe)["layer_scale_init_value"]) == 1e-4  # models_v2.py, init_scale
-    # LAMB is not here: AdamW's rate is that of DeiT's README, 5e-4 * batch / 512.
-    assert fields["learning_rate"] == 5e-4 * batch / 512
-    assert "LAMB" in recipe.differs
+    # --opt fusedlamb --unscale-lr --lr 4e-3 (S) or 3e-3 --bce-loss
+    assert (fields["lamb"], fields["loss"], fields["learning_rate"]) == (True, "bce", 4e-3 if model == "s16" else 3e-3)
     assert result in recipe.expected
 
 

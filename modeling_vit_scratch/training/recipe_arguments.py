@@ -65,6 +65,14 @@ class RecipeArguments:
             "number for each label, in their order. The mean over training images is made 1. Example: balanced"
         },
     )
+    lamb: bool = field(
+        default=False,
+        metadata={
+            "help": "Optimize with LAMB in place of --optim: Adam's step, for each weight with decay as long as the "
+            "weight, times the learning rate. Takes --adam_beta1, --adam_beta2 and --adam_epsilon, and clips gradients "
+            "to a norm of 1 by itself. For large batches, as in DeiT III."
+        },
+    )
     layer_decay: float = field(
         default=1.0,
         metadata={

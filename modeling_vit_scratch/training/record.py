@@ -170,7 +170,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "samples_seen": sum(trainer.samples.by_process),
         "samples_seen_by_process": trainer.samples.by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
-        "optimizer": arguments.optim.value,
+        "optimizer": "lamb" if recipe.lamb else arguments.optim.value,
         "learning_rate": arguments.learning_rate,
         "schedule": arguments.lr_scheduler_type.value,
         "warmup_steps": arguments.get_warmup_steps(trainer.state.max_steps),

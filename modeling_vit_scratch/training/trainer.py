@@ -22,6 +22,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .callbacks import SamplesSeen
 from .errors import InputError, TrainingInterrupted, TrainingStopped
+from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
 from .streaming import StreamDataset, StreamPlace, stream_loader
@@ -55,8 +56,14 @@ class ImageTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(
         self, args: ImageTrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, Any]:
-        """As in Trainer, with groups of its own where layers or the head have rates of their own."""
-        kind, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        """As in Trainer, or LAMB; with groups of its own where layers or the head have rates of their own."""
+        if args.recipe_arguments.lamb:
+            betas = (args.adam_beta1, args.adam_beta2)
+            kind, settings = Lamb, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        else:
+            kind, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        if kind is torch.optim.SGD and "fused=true" in (args.optim_args or "").replace(" ", "").lower():
+            settings["fused"] = True  # which the Trainer drops
         if args.recipe_arguments.layer_decay != 1.0 or args.recipe_arguments.head_learning_rate_multiplier != 1.0:
             if is_optimizer_factory(kind) or "params" in settings or "model" in settings:
                 raise InputError(
