@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several ways to do the same, timed in turns, so that whatever else the machine does hits all of them."""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import features
+
+
+def time_in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """
+    Runs each way once to warm up, and then once in each round, beginning with another one each time.
+
+    Returns:
+        The seconds of each way in each round.
+    """
+    names, seconds = list(ways), {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for start in range(rounds):
+        for name in [*names[start % len(names) :], *names[: start % len(names)]]:
+            begin = time.perf_counter()
+            ways[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]], items: int, ours: str) -> dict[str, dict[str, Any]]:
+    """
+    Args:
+        seconds: of each way in each round.
+        items: how many images a way goes through in a round.
+        ours: the way that the others are compared with.
+
+    Returns:
+        For each way: the median of its milliseconds for an image, and how many times faster ours is: the median of the
+        ratios within a round, and their quartiles.
+    """
+    summary = {}
+    for name, times in seconds.items():
+        ratios = np.divide(times, seconds[ours])
+        summary[name] = {
+            "milliseconds_per_image": 1000 * float(np.median(times)) / items,
+            "images_per_second": items / float(np.median(times)),
+            "times_faster": float(np.median(ratios)),
+            "times_faster_quartiles": np.percentile(ratios, [25, 75]).tolist(),
+            "rounds": len(times),
+        }
+    return summary
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware, load, versions and command: what it takes to find the same numbers again."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [
+        line.partition(":")[2].strip() for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+        if line.startswith("model name")
+    ]  # fmt: skip
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy", "datasets")},
+            "libjpeg-turbo": features.version("libjpeg_turbo"),
+        },
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def format_table(title: str, summary: dict[str, dict[str, Any]]) -> str:
+    """The summary for people."""
+    lines = [title, f"    {'':46} {'ms / image':>10} {'images / s':>10}   ours is faster by (quartiles)"]
+    for name, row in summary.items():
+        low, high = row["times_faster_quartiles"]
+        lines.append(
+            f"    {name:46} {row['milliseconds_per_image']:10.2f} {row['images_per_second']:10.1f}   "
+            f"{row['times_faster']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed does what it says, and the numbers are those of the times. No time is asserted."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_images import load_script
+
+from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
+from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
+from modeling_vit_scratch.training.errors import InputError
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    return make_photos(tmp_path / "photos", (160, 120), 3)
+
+
+def test_photos_are_the_same_for_everybody_and_as_large_as_they_should_be(photos, tmp_path):
+    again = make_photos(tmp_path, (160, 120), 3)
+    for first, second in zip(photos, again):
+        assert first.read_bytes() == second.read_bytes()
+        with Image.open(first) as image:
+            assert (image.size, image.mode, image.format) == ((160, 120), "RGB", "JPEG")
+            assert np.asarray(image).std() > 20
+    assert photos[0].read_bytes() != photos[1].read_bytes()
+
+
+def test_all_ways_make_what_they_are_compared_for(photos):
+    ways = DataBenchmark(photos, image_size=32).ways()
+    batches = {name: way() for name, way in ways.items()}
+    assert all((batch.shape, batch.dtype) == ((3, 3, 32, 32), torch.float32) for batch in batches.values())
+    exact, part, resized, processed = (batch for name, batch in batches.items() if name != OURS)
+    assert torch.allclose(exact, part, atol=1e-6)  # the same part of the same photo, normalised by transformers
+    assert torch.allclose(resized, processed, atol=1e-6)
+    assert not torch.allclose(exact, resized, atol=0.1)
+    levels = DataBenchmark(photos, image_size=32).difference()
+    difference = 127.5 * (batches[OURS] - exact).abs()
+    assert 0 < levels["mean"] == pytest.approx(difference.mean().item(), abs=1e-4)
+    assert levels["maximum"] == pytest.approx(difference.max().item(), abs=1e-4)
+
+
+def test_ways_take_turns():
+    order = []
+    seconds = time_in_turns({name: lambda name=name: order.append(name) for name in "abc"}, rounds=4)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_ratios_are_those_of_the_same_round():
+    # A machine that gets slower by the round: the ratio stays, although the medians are of different rounds.
+    seconds = {"ours": [1.0, 2.0, 4.0, 8.0, 16.0], "theirs": [3.0, 6.0, 12.0, 24.0, 64.0]}
+    summary = summarize(seconds, items=8, ours="ours")
+    assert summary["theirs"]["times_faster"] == 3.0
+    assert summary["theirs"]["times_faster_quartiles"] == [3.0, 3.0]
+    assert summary["ours"]["times_faster"] == 1.0
+    assert summary["theirs"]["milliseconds_per_image"] == 1500.0
+    assert summary["theirs"]["images_per_second"] == pytest.approx(8 / 12)
+    assert "3.00 (3.00 to 3.00)" in format_table("title", summary)
+
+
+def test_the_script_writes_what_it_shows(photos, tmp_path, monkeypatch, capsys):
+    script, out = load_script("benchmark"), tmp_path / "out"
+    more = ["--image_size", "16", "--count", "2", "--rounds", "2", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", "--train_dir", str(photos[0].parent), *more])
+    threads = torch.get_num_threads()
+    script.main()
+    torch.set_num_threads(threads)
+    shown, record = capsys.readouterr().out, json.loads((out / "data.json").read_text())
+    assert "--count 2 --rounds 2" in record["machine"]["command"]
+    assert {"torch", "pillow", "transformers", "libjpeg-turbo"} < set(record["machine"]["versions"])
+    (measured,) = record["sets"].values()
+    assert measured["photos"] == 2
+    for name, row in measured["summary"].items():
+        assert f"{name:46} {row['milliseconds_per_image']:10.2f}" in shown
+        assert len(measured["seconds"][name]) == 2
+    with pytest.raises(InputError, match="no image in it"):
+        find_photos(str(out), 1)
+
+
+def test_mistakes_are_told(monkeypatch, capsys):
+    for flag, value in (("--rounds", "0"), ("--smallest_area", "2")):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "data", flag, value])
+        with pytest.raises(SystemExit):
+            load_script("benchmark").main()
+        assert f"{flag} {value} must be" in capsys.readouterr().err
