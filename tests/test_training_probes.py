@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probes of features, against big_vision's own lines, direct solves, scikit-learn; and that they disturb nothing."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from tiny_images import build, difference, flags, weights
+from tiny_images import build, difference, flags, load_script, weights
 
 from modeling_vit_scratch import (
     ViTScratchConfig,
@@ -317,3 +319,22 @@ def test_probe_flags_are_checked(pets, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             build(tmp_path / "out", *flags(pets, *more))
+
+
+def test_the_script_probes_a_checkpoint(pets, tmp_path, monkeypatch, capsys):
+    config = ViTScratchConfig.from_variant("test/4", num_labels=7, representation_size=12)
+    ViTScratchForImageClassification(config).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    argv = ["probe.py", "model", "--train_dir", pets, "--train_val_split", "0.25", "--dataloader_num_workers", "0"]
+    monkeypatch.setattr("sys.argv", argv)
+    main = load_script("probe").main
+    main()
+    record = json.loads((tmp_path / "outputs" / "probe" / "results.json").read_text())
+    assert list(record["probes"]) == ["knn", "fewshot_1", "fewshot_5", "linear"]
+    assert (record["n"], record["dataset"]["num_training_images"]) == (6, 18)
+    assert len(record["probes"]["fewshot_5"]["accuracies"]) == 3
+    assert record["probes"]["linear"]["accuracy"] > 0.9  # the colours tell the classes
+    printed = capsys.readouterr().out
+    assert f"linear      {100 * record['probes']['linear']['accuracy']:>8.2f} %" in printed
+    with pytest.raises(InputError, match="results of another run"):
+        main()

@@ -298,6 +298,35 @@ def _logistic_regression(values: np.ndarray, labels: np.ndarray, l2: float) -> A
     return make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / l2, max_iter=1000)).fit(values, labels)
 
 
+def run_probes(
+    bank: Features, queries: Features, num_classes: int, seed: int = 0, with_linear: bool = True
+) -> dict[str, dict[str, Any]]:
+    """All three: by name `accuracy` on the queries, and what goes with it. Few-shot has the mean over `accuracies`."""
+    found: dict[str, dict[str, Any]] = {"knn": {"accuracy": knn_accuracy(bank, queries, num_classes)}}
+    for shots, accuracies in few_shot_accuracies(bank, queries, num_classes).items():
+        found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
+    if with_linear:
+        linear = linear_probe(bank, queries, seed=seed)
+        tried = {f"{l2:g}": accuracy for l2, accuracy in linear.held_out_accuracies.items()}
+        found["linear"] = {"accuracy": linear.accuracy, "l2": linear.l2, "held_out_accuracies": tried}
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """What `run_probes` has found, a line each."""
+    lines = [f"{'probe':<12}{'accuracy':>10}"]
+    for name, result in found.items():
+        more = (
+            f"  {len(result['accuracies'])} draws, sd {100 * np.std(result['accuracies'], ddof=1):.2f}"
+            if ("accuracies" in result)
+            else f"  l2 {result['l2']:g}"
+            if "l2" in result
+            else ""
+        )
+        lines.append(f"{name:<12}{100 * result['accuracy']:>8.2f} %{more}")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # During training
 

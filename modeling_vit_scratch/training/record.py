@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .arguments import ImageTrainingArguments, ModelArguments
 from .collation import MixingCollator
@@ -84,8 +85,34 @@ def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArgumen
         "selection": _selection(trainer),
         "seed": trainer.args.seed,
         "dataset": _dataset_facts(data),
-        "model": _model_facts(trainer, model_arguments),
+        "model": _model_facts(trainer.model, model_arguments),
         "training": _training_facts(trainer),
+        **_circumstances(),
+        "wall_time_seconds": round(wall_time, 1),
+        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
+    }
+
+
+def build_probe_record(
+    found: dict[str, Any], data: ImageData, model: PreTrainedModel, model_arguments: ModelArguments, seed: int
+) -> dict[str, Any]:
+    """
+    The record of scripts/probe.py: the `probes` as `probes.run_probes` has found them, `n` (the number of images they
+    were tested on), `seed`, and the facts on data, model and machine that every record has.
+    """
+    return {
+        "probes": found,
+        "n": len(data.validation),
+        "seed": seed,
+        "dataset": _dataset_facts(data),
+        "model": _model_facts(model, model_arguments),
+        **_circumstances(),
+    }
+
+
+def _circumstances() -> dict[str, Any]:
+    """What was run, from which code, on what."""
+    return {
         "command": command_line(),
         "git_commit": git_commit(),
         "versions": {
@@ -93,8 +120,6 @@ def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArgumen
             **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
         },
         "hardware": hardware(),
-        "wall_time_seconds": round(wall_time, 1),
-        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
     }
 
 
@@ -150,11 +175,11 @@ def _dataset_facts(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _model_facts(trainer: ImageTrainer, arguments: ModelArguments) -> dict[str, Any]:
+def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str, Any]:
     start = arguments.model_name_or_path
     is_local = start is not None and Path(start).exists()
     return {
-        "num_parameters": trainer.model.num_parameters(),
+        "num_parameters": model.num_parameters(),
         "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
         "base_model": None if is_local else start,
     }

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .arguments import ModelArguments, config_fields, pixels
 from .errors import InputError
 
@@ -82,6 +82,32 @@ def _from_checkpoint(
     processor = model.image_processor if arguments.image_processor_name is None else None
     processor = processor or _image_processor(arguments, model.config)
     return model, processor, [f"From {name}: {model.num_parameters():,} parameters. {head}"]
+
+
+def load_encoder(arguments: ModelArguments) -> tuple[ViTScratchModel, BaseImageProcessor]:
+    """
+    The encoder of --model_name_or_path, with the representation layer before a classifier if it has one.
+
+    Raises:
+        InputError: if it can't be loaded, or lacks weights.
+    """
+    name, overrides = arguments.model_name_or_path, {}
+    for field in ("image_size", "patch_size"):
+        if (size := pixels(getattr(arguments, field))) is not None:
+            overrides[field] = size
+    overrides |= config_fields(arguments.config_overrides)
+    with _loading("--model_name_or_path", name):
+        model, info = ViTScratchModel.from_pretrained(
+            name,
+            revision=arguments.model_revision,
+            cache_dir=arguments.cache_dir,
+            output_loading_info=True,
+            **overrides,
+        )
+    if info["missing_keys"]:
+        raise InputError(f"{name} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}.")
+    processor = model.image_processor if arguments.image_processor_name is None else None
+    return model, processor or _image_processor(arguments, model.config)
 
 
 def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float) -> str:

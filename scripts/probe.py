@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tells what a model's features are worth on labelled images, without training the model: three probes, one table.
+
+    python scripts/probe.py outputs/pretrained                                  digits of scikit-learn
+    python scripts/probe.py B_16.npz --train_dir photos --image_size 224        your own images
+    accelerate launch scripts/probe.py google/vit-base-patch16-224 --dataset_name food101
+
+knn: 20 nearest neighbours. fewshot: least squares in closed form on 1, 5, 10 and 25 images of every class, as in the
+paper. linear: logistic regression, its regulariser chosen on a part of the training images. All learn from training
+images and are tested on held-out ones. Data flags are those of scripts/finetune.py (--train_dir, --dataset_name,
+--validation_dir, --max_train_samples, ...), which has help on them; --image_size and --per_device_eval_batch_size, too.
+
+The record of the run goes to results.json in --output_dir (default: outputs/probe).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="any checkpoint that the library knows: a file, a folder or a Hub id")
+    parser.add_argument("--skip_linear", action="store_true", help="leave out the linear probe, which takes longest")
+    own, flags = parser.parse_known_args()
+
+    from modeling_vit_scratch.training.command_line import parse_arguments
+    from modeling_vit_scratch.training.errors import InputError
+
+    defaults = ["--model_name_or_path", own.model, "--output_dir", "outputs/probe", "--report_to", "none"]
+    model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
+    folder = Path(training_arguments.output_dir)
+    if (folder / "results.json").exists():
+        problems.add(f"{folder} has the results of another run. Give another --output_dir, or remove it.")
+    if data_arguments.streaming:
+        problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
+
+    from modeling_vit_scratch.training.data import ImageClassificationDataset, read_data
+    from modeling_vit_scratch.training.pixels import Normalize
+    from modeling_vit_scratch.training.probes import extract_features, run_probes, table
+    from modeling_vit_scratch.training.record import build_probe_record, write_record
+    from modeling_vit_scratch.training.starting_point import load_encoder
+
+    seed, is_first = training_arguments.seed, training_arguments.process_index == 0
+    with training_arguments.main_process_first(desc="reading the data"):
+        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
+    encoder, processor = load_encoder(model_arguments)
+    encoder.to(training_arguments.device)
+    if is_first:
+        print(data.describe(), f"{own.model}: {encoder.num_parameters():,} parameters.", sep="\n")
+    try:
+        bank, queries = (
+            extract_features(
+                encoder,
+                ImageClassificationDataset(examples, processor, encoder.config.num_channels),
+                training_arguments.per_device_eval_batch_size,
+                training_arguments.dataloader_num_workers,
+                Normalize.from_processor(processor),
+            )
+            for examples in (data.train, data.validation)
+        )
+        if is_first:
+            found = run_probes(bank, queries, len(data.label_names), seed, with_linear=not own.skip_linear)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_record(build_probe_record(found, data, encoder, model_arguments, seed), folder)
+            print(table(found), f"Record: {folder / 'results.json'}", sep="\n")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))
