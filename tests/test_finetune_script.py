@@ -172,7 +172,7 @@ def test_two_processes_give_the_weights_of_one_and_count_every_image_once(tmp_pa
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-6
     assert two.stdout.count("Held-out accuracy") == 1
-    assert "accelerate launch --num_processes 2" in records[1]["command"]
+    assert "accelerate launch --multi_gpu --num_processes 2" in records[1]["command"]
     assert "unused" not in two.stderr
     assert "pin_memory" not in one.stderr + two.stderr
 

@@ -132,7 +132,7 @@ def test_commands_are_told_without_folders_and_tokens(monkeypatch):
     expected = "python scripts/finetune.py --train_dir=pets --token TOKEN --output_dir out/pets 'a*.tar'"
     assert command_line(argv) == expected
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_line(["finetune.py"]) == "accelerate launch --num_processes 2 scripts/finetune.py"
+    assert command_line(["finetune.py"]) == "accelerate launch --multi_gpu --num_processes 2 scripts/finetune.py"
 
 
 def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):

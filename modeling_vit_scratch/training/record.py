@@ -188,7 +188,8 @@ def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str,
 def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
-    precision = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
+    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "steps": trainer.state.global_step,
@@ -219,7 +220,8 @@ def command_line(argv: list[str] | None = None) -> str:
     """The command of this process as a card may show it: of absolute paths the last part only, and no tokens."""
     script, *flags = sys.argv if argv is None else argv
     processes = os.environ.get("WORLD_SIZE", "1")
-    launch = f"accelerate launch --num_processes {processes}" if processes != "1" else "python"
+    # --multi_gpu: without, accelerate starts one process on a machine that has only a CPU.
+    launch = f"accelerate launch --multi_gpu --num_processes {processes}" if processes != "1" else "python"
     words = [f"'{word}'" if re.search(r"[*?\s]", word) else word for word in map(_without_folder, flags)]
     return " ".join([launch, f"scripts/{Path(script).name}", *words])
 
