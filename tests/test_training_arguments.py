@@ -2,12 +2,15 @@
 """The command line: defaults that fit together, mistakes told together, and every flag of the Trainer."""
 
 import dataclasses
+import errno
 import json
+import signal
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
+from modeling_vit_scratch.training.checkpoints import write_manifest
 from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
 from modeling_vit_scratch.training.parsing import FLAGS_ELSEWHERE
@@ -172,6 +175,7 @@ def test_resuming_finds_the_latest_checkpoint(tmp_path):
     for step in (3, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({}))
+        write_manifest(tmp_path / f"checkpoint-{step}", {})
     latest = str(tmp_path / "checkpoint-12")
     for wish in ("True", "true", latest):
         training, problems = parse("--output_dir", tmp_path, "--resume_from_checkpoint", wish)[2:]
@@ -189,6 +193,8 @@ def test_there_must_be_something_to_resume(tmp_path):
         (InputError("mend me"), 2, "error: mend me"),
         (TrainingStopped("no number"), 1, "error: no number"),
         (TrainingInterrupted("go on so"), 130, "go on so"),
+        (TrainingInterrupted("go on so", signal.SIGTERM), 143, "go on so"),
+        (OSError(errno.ENOSPC, "No space left on device", "results.json"), 1, "results.json could not be written"),
         (KeyboardInterrupt(), 130, "Interrupted."),
     ],
 )

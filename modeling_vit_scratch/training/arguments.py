@@ -263,6 +263,9 @@ class ImageTrainingArguments(TrainingArguments):
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has nothing to remove here."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Report losses that are no numbers as 0. Here, such a loss stops the run."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
     )
@@ -305,6 +308,13 @@ class ImageTrainingArguments(TrainingArguments):
             "has as many pixels as the input. Pixels then differ from those of full decoding: for 12-megapixel photos "
             "at 224 by 0.4 of 255 levels on average and 11 at most; for photos of 256 x 341 at 96 by 0.8, and 38 at "
             "most. False: decode in full. Evaluation always does."
+        },
+    )
+    max_broken_images: int = field(
+        default=0,
+        metadata={
+            "help": "Go on when training images can't be read, up to so many: each is named, and another takes its "
+            "place. The first one more ends the run. Goes with --verify_images False. Example: 100"
         },
     )
 

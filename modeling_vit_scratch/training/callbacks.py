@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens beside the steps: the epoch of the training set, Ctrl-C, the progress bar."""
+"""What happens beside the steps: the epoch of the training set, Ctrl-C and SIGTERM, the progress bar."""
 
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from .arguments import ImageTrainingArguments
 from .data import ImageClassificationDataset
+from .processes import Processes
 
 
 class SetEpoch(TrainerCallback):
@@ -42,45 +44,68 @@ class SamplesSeen(TrainerCallback):
         self.by_process = gather(torch.tensor([self.own], device=args.device)).tolist()
 
 
-class SaveOnInterrupt(TrainerCallback):
+class SaveOnSignal(TrainerCallback):
     """
-    The first Ctrl-C finishes the step and saves a checkpoint from which training can go on exactly; a second one stops
-    at once. With several processes, each would stop at a step of its own: there the first one stops at once.
+    The first Ctrl-C or SIGTERM finishes the step and saves a checkpoint from which training can go on exactly; a second
+    one stops at once. Several processes agree on the step, whichever of them the signal has reached.
+
+    A launcher, `timeout` or a terminal may send one wish twice: what comes within a second of the first is the first.
     """
 
-    def __init__(self) -> None:
-        self.is_requested, self.process = False, os.getpid()
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.process = processes, os.getpid()
+        self.number, self._time, self._agreed = 0, 0.0, 0
+        self._handlers: dict[int, Any] = {}
 
     def on_train_begin(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._request)
+        self.number, self._agreed = 0, 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request)
+
+    def restore(self) -> None:
+        """Signals do again what they did before training."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # a worker process: it still has to read the images of this step
-        self.is_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nCtrl-C: saving a checkpoint after this step. Once more to stop at once.", flush=True)
+            return  # a worker process that has just been forked
+        if self.number:
+            if time.monotonic() - self._time > 1.0:
+                self.number = number
+                raise KeyboardInterrupt
+            return
+        self.number, self._time = number, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            # Not print, which fails if the signal came while something else was printing.
+            os.write(2, f"\n{name}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
+
+    def _agree(self) -> bool:
+        self._agreed = self._agreed or self.processes.largest(self.number)
+        self.number = self._agreed or self.number
+        return self._agreed > 0
 
     def on_step_end(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The last step of an epoch is left to on_epoch_end: a checkpoint from before the evaluation would skip it.
-        if self.is_requested and state.epoch % 1 != 0:
+        if self._agree() and state.epoch % 1 != 0:
             control.should_save = True
 
     def on_epoch_end(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_requested:
+        if self._agree():
             control.should_save = True
 
     def on_save(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.is_requested:
+        if self._agree():
             raise KeyboardInterrupt
 
 

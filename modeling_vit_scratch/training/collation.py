@@ -73,15 +73,19 @@ class ImageCollator:
         """
         Args:
             examples: of "pixel_values" (C, H, W), uint8 or normalised; perhaps "labels"; and "key" (seed, epoch, index)
-                if they are for training.
+                if they are for training; and "broken", if they took the place of images that can't be read: why, by
+                index.
 
         Returns:
-            "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: from which examples it is made.
+            "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: from which examples it is made. If
+            there are any, "broken": pairs of the index of an image that can't be read, and the reason.
         """
-        batch = default_collate([{name: example[name] for name in example if name != "key"} for example in examples])
+        ours = ("key", "broken")
+        batch = default_collate([{name: example[name] for name in example if name not in ours} for example in examples])
         if "key" in examples[0]:
             batch["keys"] = torch.tensor([example["key"] for example in examples], dtype=torch.int64)
-        return batch
+        broken = [pair for example in examples for pair in example.get("broken", {}).items()]
+        return {**batch, "broken": broken} if broken else batch
 
 
 class MixingCollator(ImageCollator):

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,
@@ -24,6 +22,7 @@ from .arguments import (
     config_fields,
     pixels,
 )
+from .checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from .errors import Problems
 from .parsing import Parser, refuse_unknown
 from .recipe_arguments import RecipeArguments, add_recipe_defaults
@@ -219,6 +218,8 @@ def _check_training_arguments(arguments: ImageTrainingArguments, problems: Probl
         problems.add(f"--label_smoothing_factor {arguments.label_smoothing_factor:g} must be at least 0 and below 1.")
     if not 0.0 < arguments.smallest_area <= 1.0:
         problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
+    if arguments.max_broken_images < 0:
+        problems.add(f"--max_broken_images {arguments.max_broken_images} must not be negative.")
     if arguments.weight_decay < 0:
         problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
     if arguments.recipe_arguments.loss == "bce" and arguments.label_smoothing_factor:
@@ -245,16 +246,26 @@ def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> No
     output, wish = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if wish is None or wish.lower() in ("false", "no", "0"):
         arguments.resume_from_checkpoint = None
-        if (output / "config.json").exists() or (output.is_dir() and get_last_checkpoint(str(output))):
+        if (output / "config.json").exists() or find_checkpoints(output):
             problems.add(
                 f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
                 "go on where it stopped with --resume_from_checkpoint True."
             )
     elif wish.lower() in ("true", "yes", "1"):
-        arguments.resume_from_checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if arguments.resume_from_checkpoint is None:
+        latest, damaged = latest_whole(output)
+        arguments.resume_from_checkpoint = None if latest is None else str(latest)
+        if latest is None and damaged:
+            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
+            problems.add(
+                f"--resume_from_checkpoint {wish}: no checkpoint in {output} is whole ({reasons}). Name one to try it "
+                "all the same, or remove the folder to start a new run."
+            )
+        elif latest is None:
             problems.add(
                 f"--resume_from_checkpoint {wish}: there is no checkpoint in {output}. Leave it out to start a new run."
             )
-    elif not Path(wish, "trainer_state.json").is_file():
-        problems.add(f"--resume_from_checkpoint {wish} is not a checkpoint: it has no trainer_state.json.")
+    elif not Path(wish, STATE).is_file():
+        problems.add(f"--resume_from_checkpoint {wish} is not a checkpoint: it has no {STATE}.")
+    elif Path(wish, MANIFEST).is_file() and (reason := damage(wish)):
+        # Without run.json, it is of another program or of an earlier version, and nothing is known of its files.
+        problems.add(f"--resume_from_checkpoint {wish} is damaged: {reason}. Choose another one, or True.")

@@ -5,6 +5,7 @@ From a source to what the Trainer reads: columns, labels, held-out split, a chec
 Everything that can be wrong with data is looked for before training starts, and told in one message.
 """
 
+import itertools
 import math
 import os
 import re
@@ -32,6 +33,10 @@ from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
 from .streams import ImageStream, read_stream
 
 
+# Keeps the random numbers that choose another image apart from those of the augmentation.
+_REPLACEMENT = 0x62726F6B
+
+
 @dataclass(frozen=True)
 class Examples:
     """
@@ -51,6 +56,14 @@ class Examples:
     def select(self, indices: list[int]) -> "Examples":
         return Examples(self.images.select(indices), [self.labels[index] for index in indices])
 
+    def another(self, generator: np.random.Generator) -> int:
+        """The index of any image."""
+        return int(generator.integers(len(self)))
+
+    def name(self, index: int) -> str:
+        """The image's file, or its number where it has none."""
+        return (self.images[index]["image"] or {}).get("path") or f"image {index}"
+
     def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
         """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
         content, name = self._stored(index)
@@ -63,8 +76,7 @@ class Examples:
 
     def _stored(self, index: int) -> tuple[str | bytes, str]:
         """Path or bytes, and a name for errors."""
-        stored = self.images[index]["image"] or {"bytes": None, "path": None}
-        name = stored["path"] or f"image {index}"
+        stored, name = self.images[index]["image"] or {"bytes": None, "path": None}, self.name(index)
         content = stored["bytes"] if stored["bytes"] is not None else stored["path"]
         if content is None:
             raise ImageDecodeError(f"{name} is missing: the row has neither bytes nor a path")
@@ -117,6 +129,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         with_keys: whether examples have a "key" without an augmentation too.
         fast_decode: decode JPEG files for the augmentation at the scale that it needs: see `decoding`. For one that
             begins with `PhotoAugmentation`.
+        max_broken_images: how many images may be replaced by others because they can't be read. The Trainer counts
+            them; an example that took the place of others has "broken", by index why these can't be read.
     """
 
     def __init__(
@@ -128,9 +142,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         seed: int = 0,
         with_keys: bool = False,
         fast_decode: bool = False,
+        max_broken_images: int = 0,
     ) -> None:
         self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
         self.with_keys, self.fast_decode = with_keys or augmentation is not None, fast_decode
+        self.max_broken_images = max_broken_images
         self.is_ours = isinstance(processor, ViTScratchImageProcessor)
         self.decoder = processor if self.is_ours else ViTScratchImageProcessor(num_channels=num_channels)
         # In shared memory, where worker processes that outlive an epoch see it change.
@@ -149,14 +165,39 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        key = (self.seed, int(self._epoch), index)
-        if self.augmentation is None:
-            pixel_values = self._fit(self.examples.decode(index, self.decoder))
-        else:
-            photo = (self.examples.open_photo if self.fast_decode else self.examples.decode)(index, self.decoder)
-            pixel_values = self._as_it_is(self.augmentation(photo, np.random.default_rng(key)))
+        index, pixel_values, broken = self._first_readable(index)
         example = {"pixel_values": pixel_values, "labels": self.examples.labels[index]}
-        return {**example, "key": key} if self.with_keys else example
+        if self.with_keys:
+            example["key"] = (self.seed, int(self._epoch), index)
+        return {**example, "broken": broken} if broken else example
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        return self.examples.name(index)
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        """(C, H, W). Raises ImageDecodeError, with --fast_decode not before the augmentation asks for the pixels."""
+        if self.augmentation is None:
+            return self._fit(self.examples.decode(index, self.decoder))
+        photo = (self.examples.open_photo if self.fast_decode else self.examples.decode)(index, self.decoder)
+        generator = np.random.default_rng((self.seed, int(self._epoch), index))
+        return self._as_it_is(self.augmentation(photo, generator))
+
+    def _first_readable(self, index: int) -> tuple[int, torch.Tensor, dict[int, str]]:
+        """
+        The image, or within the limit of broken ones another in its place: always the same in an epoch, after a
+        resumption too. Returns its index, its pixels, and what could not be read.
+        """
+        broken: dict[int, str] = {}
+        others = np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), index))
+        for attempt in itertools.count(1):
+            try:
+                return index, self._pixels(index), broken
+            except ImageDecodeError as error:
+                broken[index] = str(error)
+                if len(broken) > self.max_broken_images or attempt == 100:
+                    raise
+                index = self.examples.another(others)
 
     def _fit(self, image: Image.Image) -> torch.Tensor:
         """The image as the processor resizes and crops it."""
@@ -439,7 +480,10 @@ def _check_files(splits: dict[str, Examples], problems: Problems) -> None:
     if reasons:
         lines = "".join(f"\n       {reason}" for reason in reasons[:10])
         rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
-        problems.add(f"{len(reasons)} of {len(places)} images can't be read. Repair or remove them:{lines}{rest}")
+        problems.add(
+            f"{len(reasons)} of {len(places)} images can't be read. Repair or remove them, or let others take the "
+            f"place of up to N in training with --verify_images False --max_broken_images N:{lines}{rest}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to mistakes: they are collected, told in one message without a traceback, and give an exit status."""
 
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from ..image_processing_vit_scratch import ImageDecodeError
+
+
+# No room on the disk, none left of a quota, or a limit on the size of a file (ulimit -f).
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
@@ -13,11 +19,25 @@ class InputError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training can't go on, e.g. after a loss that is no number. The message says where, and what to do."""
+    """
+    Training can't go on, e.g. after a loss that is no number. The message says where, and what to do.
+
+    Args:
+        message: for people.
+        is_shared: whether all processes of the run stop with this same message, so that one of them tells it.
+    """
+
+    def __init__(self, message: str, is_shared: bool = False) -> None:
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """The user stopped training. The message says how to go on."""
+    """The user stopped training, by a signal of this number. The message says how to go on."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Problems:
@@ -44,8 +64,8 @@ def run_command_line(main: Callable[[], None]) -> int:
     Runs a script's main.
 
     Returns:
-        The exit status: 0; 2 for a mistake that the user can mend; 1 if training had to stop; 130 after Ctrl-C. Any
-        other exception is a bug, and passes through with its traceback.
+        The exit status: 0; 2 for a mistake that the user can mend; 1 if training had to stop or the disk is full; 130
+        after Ctrl-C, 143 after SIGTERM. Any other exception is a bug, and passes through with its traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -55,16 +75,22 @@ def run_command_line(main: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingStopped, ImageDecodeError) as error:
-        print(f"\nerror: {_without_worker_traceback(error)}", file=sys.stderr)
+        if is_first or not getattr(error, "is_shared", False):
+            print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         if is_first:
             print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interruption, "number", signal.SIGINT)
     return 0
 
 
-def _without_worker_traceback(error: Exception) -> str:
+def without_worker_traceback(error: Exception) -> str:
     """The message itself: torch puts the traceback of a worker process before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message

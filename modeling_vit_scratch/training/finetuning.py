@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
-from .callbacks import Progress, SamplesSeen, SaveOnInterrupt, SetEpoch
+from .callbacks import Progress, SamplesSeen, SetEpoch
 from .collation import ImageCollator, MixingCollator
 from .data import ImageClassificationDataset, ImageData
 from .errors import InputError
@@ -60,6 +60,7 @@ def build_trainer(
         augmentation,
         seed=arguments.seed,
         fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
+        max_broken_images=arguments.max_broken_images,
     )
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
@@ -78,7 +79,7 @@ def build_trainer(
         train_dataset=train_set,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[SetEpoch(train_set), samples, *([] if average is None else [average]), SaveOnInterrupt()],
+        callbacks=[SetEpoch(train_set), samples, *([] if average is None else [average])],
         **settings,
     )
     trainer.average, trainer.samples = average, samples

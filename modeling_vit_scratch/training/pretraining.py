@@ -34,17 +34,16 @@ class PretrainingTrainer(ImageTrainer):
         description = self.train_dataset.augmentation.description
         return f"Augmentation: {description}.\nObjective: {self.data_collator.description}."
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def write_finished_model(self, folder: str) -> None:
         """Checkpoints have all that training needs. The finished folder has what fine-tuning and serving need."""
-        if output_dir is not None:
-            super().save_model(output_dir, _internal_call=_internal_call)
-            return
         weights = self.accelerator.get_state_dict(self.model)  # with sharded weights, every process takes part
         if self.args.should_save:
-            finished_model(self.model, weights).save_pretrained(self.args.output_dir)
-            self.processing_class.save_pretrained(self.args.output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
+            finished_model(self.model, weights).save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    def settings(self) -> dict[str, Any]:
+        """As in ImageTrainer, with the objective: the class of its model and what the collator tells of its masks."""
+        return {**super().settings(), "objective": f"{type(self.model).__name__}, {self.data_collator.description}"}
 
 
 def finished_model(objective: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:

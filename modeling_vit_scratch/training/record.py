@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .arguments import ImageTrainingArguments, ModelArguments
+from .checkpoints import write_text
 from .collation import MixingCollator
 from .data import ImageData
 from .pretraining_arguments import PretrainingArguments
@@ -125,15 +126,16 @@ def _circumstances() -> dict[str, Any]:
 
 def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Writes results.json into the folder."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    Path(folder, "results.json").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(folder, "results.json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def tell_result(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
     """What a user wants to see last: the result, where the model is, and how to use it."""
     image = str(example) if example is not None else "image.png"
+    broken = record["training"]["broken_images"]
+    replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
     return f"""
-Held-out accuracy: {100 * record["value"]:.2f} % on {record["n"]:,} images ({record["selection"]}).
+Held-out accuracy: {100 * record["value"]:.2f} % on {record["n"]:,} images ({record["selection"]}).{replaced}
 The model is in {folder}. To use it:
 
     from transformers import pipeline
@@ -213,6 +215,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_average": recipe.ema_decay,
         "precision": precision,
         "processes": arguments.world_size,
+        "broken_images": len(trainer.broken_images),
     }
 
 

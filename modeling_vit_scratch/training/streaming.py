@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 from .arguments import ImageTrainingArguments
 from .data import ImageClassificationDataset
+from .decoding import ReducedJpeg, open_photo
 from .errors import InputError
 from .streams import ImageStream, Record, RecordOrder
 
@@ -39,12 +41,23 @@ class Records:
     def name(self, number: int) -> str:
         return self.records[number].name
 
+    def another(self, generator: np.random.Generator) -> int:
+        """The number of any record of the batch: others are not at hand."""
+        return int(generator.choice(list(self.records)))
+
     def decode(self, number: int, decoder: ViTScratchImageProcessor) -> Image.Image:
         """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken one."""
-        record = self.records[number]
-        if record.content is None:
-            raise ImageDecodeError(f"{record.name} is missing: the row has neither bytes nor a path")
-        return decoder.decode(record.content, name=record.name)
+        return decoder.decode(self._content(number), name=self.name(number))
+
+    def open_photo(self, number: int, decoder: ViTScratchImageProcessor) -> Image.Image | ReducedJpeg:
+        """The same, but JPEG files are not decoded yet: see `decoding`."""
+        return open_photo(self._content(number), decoder, self.name(number))
+
+    def _content(self, number: int) -> bytes | str:
+        content = self.records[number].content
+        if content is None:
+            raise ImageDecodeError(f"{self.name(number)} is missing: the row has neither bytes nor a path")
+        return content
 
 
 class StreamDataset(Dataset):
@@ -185,12 +198,10 @@ class StreamPlace(TrainerCallback):
             epoch, steps = divmod(steps, math.ceil(len(self.batches) / args.gradient_accumulation_steps))
         self.batches.skip(epoch, steps * args.gradient_accumulation_steps)
 
-    def on_save(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def save(self, folder: Path, batches: int) -> None:
+        """Writes into a checkpoint where the stream was after so many batches, if it can't be computed."""
         if self.batches.is_endless:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            self.batches.save(folder, state.global_step * args.gradient_accumulation_steps)
+            self.batches.save(folder, batches)
 
 
 def check_stream(stream: ImageStream, arguments: ImageTrainingArguments) -> None:

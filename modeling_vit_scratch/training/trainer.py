@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stock Trainer with a few changes: what decays, that every held-out image counts, sick losses, Ctrl-C, cards."""
+"""The Trainer for images: what decays, that every held-out image counts, the average of the weights, cards."""
 
 import json
-import math
 import os
-import signal
-import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,23 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .arguments import ImageTrainingArguments
 from .callbacks import SamplesSeen
-from .errors import InputError, TrainingInterrupted, TrainingStopped
+from .errors import InputError
 from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
+from .safe_trainer import SafeTrainer, prepare_workers
 from .streaming import StreamDataset, StreamPlace, stream_loader
 
 
-class ImageTrainer(Trainer):
+class ImageTrainer(SafeTrainer):
     """See the module. Everything else, distributed training included, is the stock Trainer's."""
 
     average: WeightAverage | None = None
-    # (B, 3) for each batch of the latest step: the seed, epoch and index of its examples. On the device.
-    last_keys: list[torch.Tensor] = []
-    _step_of_keys = -1
     stream_place: StreamPlace | None = None
     samples: SamplesSeen | None = None
 
@@ -98,21 +91,25 @@ class ImageTrainer(Trainer):
         with self.average.applied_to(self.model):
             return super().evaluate(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def write_model(self, folder: str) -> None:
         """
-        As in Trainer; during training with the average beside the weights. With FSDP the Trainer writes shards alone
-        into its checkpoints, and no model in the end if it is told to shard: here the first get the configuration, with
-        which they can be loaded, and the last is whole.
+        As in SafeTrainer; during training with the average beside the weights. With FSDP the Trainer writes shards
+        alone into its checkpoints, and no model in the end if it is told to shard: here the first get the
+        configuration, with which they can be loaded, and the last is whole.
         """
-        if self.is_fsdp_enabled and not _internal_call:
+        if self.is_fsdp_enabled and not self.is_staging:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call=_internal_call)
+        super().write_model(folder)
         if self.is_fsdp_enabled and self.args.should_save:
-            folder = output_dir or self.args.output_dir
             self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
         if self.average is not None and self.args.should_save:
-            self.average.save(output_dir or self.args.output_dir)
+            self.average.save(folder)
+
+    def write_place(self, folder: Path) -> None:
+        """As in SafeTrainer: where a stream was."""
+        if self.stream_place is not None:
+            self.stream_place.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, with a generator of its own: see `_separated`. A stream has a loader of its own, too."""
@@ -130,13 +127,9 @@ class ImageTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As in Trainer; then what is left to do on the device: see `pixels`. Remembers the keys of the step."""
+        """As in SafeTrainer; then what is left to do on the device: see `pixels`."""
         inputs = super()._prepare_inputs(inputs)
-        keys, weights, boxes = (inputs.pop(name, None) for name in ("keys", "mixing_weights", "mixing_boxes"))
-        if keys is not None and self.model.training:
-            if self._step_of_keys != self.state.global_step:
-                self._step_of_keys, self.last_keys = self.state.global_step, []
-            self.last_keys.append(keys)
+        weights, boxes = (inputs.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
         if self.model.training and self.samples is not None:
             self.samples.own += len(inputs["pixel_values"])
         if self._normalize is not None:
@@ -168,50 +161,14 @@ class ImageTrainer(Trainer):
 
         return loss, *(recursively_apply(filled_up, part) for part in predictions)
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in Trainer. Raises TrainingStopped for a loss that is no number, before it reaches the weights."""
-        loss = super().training_step(model, *args, **kwargs)
-        if not math.isfinite(loss.item()):
-            step, last_step = self.state.global_step + 1, self.state.max_steps
-            raise TrainingStopped(
-                f"The loss is {loss.item()} at step {step} of {last_step}. Usual ways out: a lower --learning_rate "
-                f"({self.args.learning_rate:g} now), more --warmup_steps, --bf16 False. {self._how_to_go_on()}"
-            )
-        return loss
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As in Trainer. Raises InputError for a checkpoint of another model, TrainingInterrupted after Ctrl-C."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, str):
-            _check_same_model(self.model.config, resume_from_checkpoint)
-            if self.average is not None:
-                self.average.start_from = resume_from_checkpoint
-            if self.stream_place is not None:
-                self.stream_place.start_from = resume_from_checkpoint
-        on_interrupt = signal.getsignal(signal.SIGINT)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (KeyboardInterrupt, RuntimeError) as interrupt:
-            # Worker processes that were not forked from this one end at Ctrl-C, which torch calls a RuntimeError.
-            requested = any(getattr(callback, "is_requested", False) for callback in self.callback_handler.callbacks)
-            if isinstance(interrupt, RuntimeError) and not requested:
-                raise
-            raise TrainingInterrupted(
-                f"Interrupted at step {self.state.global_step} of {self.state.max_steps}. {self._how_to_go_on()}"
-            ) from interrupt
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, on_interrupt)
-
-    def _how_to_go_on(self) -> str:
-        folder = self.args.output_dir
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if checkpoint is None:
-            return "No checkpoint was saved yet: run the same command to start again."
-        return (
-            f"The latest checkpoint is {checkpoint}: to go on, add --resume_from_checkpoint True to the same command."
-        )
+    def prepare_resumption(self, checkpoint: str) -> None:
+        """As in SafeTrainer. Raises InputError for a checkpoint of another model."""
+        _check_same_model(self.model.config, checkpoint)
+        super().prepare_resumption(checkpoint)
+        if self.average is not None:
+            self.average.start_from = checkpoint
+        if self.stream_place is not None:
+            self.stream_place.start_from = checkpoint
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card is written from the record of the run, and a push must not replace it."""
@@ -223,6 +180,7 @@ def _separated(loader: DataLoader) -> DataLoader:
     from the global generator, dropout would depend on how many workers there are.
     """
     getattr(loader, "base_dataloader", loader).generator = torch.Generator()  # inside of accelerate's, torch's own
+    prepare_workers(loader)
     return loader
 
 

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of a run tell each other, so that all of them do the same thing at the same step."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+class Processes:
+    """
+    The processes of a run as one. Alone, a process agrees with itself and waits for nobody.
+
+    They talk through the host, in a gloo group of their own: asking costs a round trip, and no wait for an accelerator
+    that still computes. Every process has to ask the same questions in the same order.
+    """
+
+    def __init__(self, timeout: int) -> None:
+        self.timeout = timedelta(seconds=timeout)
+        self._group: distributed.ProcessGroup | None = None
+
+    @property
+    def are_several(self) -> bool:
+        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+    def largest(self, value: int) -> int:
+        """The largest of everyone's values."""
+        if not self.are_several:
+            return value
+        values = torch.tensor(value)
+        distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=self._gloo())
+        return int(values)
+
+    def everyones(self, value: Any) -> list[Any]:
+        """Everyone's value, in the order of the processes."""
+        if not self.are_several:
+            return [value]
+        values: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value, group=self._gloo())
+        return values
+
+    def wait(self) -> None:
+        """Returns when all have got here."""
+        if self.are_several:
+            distributed.barrier(group=self._gloo())
+
+    def _gloo(self) -> distributed.ProcessGroup:
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo", timeout=self.timeout)
+        return self._group

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that get killed, filled up or sick: what is on the disk afterwards, what is told, and how they go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_images import ROOT, build, class_folders, difference, flags, weights
+
+from modeling_vit_scratch.training import checkpoints
+from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
+
+
+FINETUNE = ROOT / "scripts" / "finetune.py"
+
+
+def stepwise(folder, *more):
+    """A run that saves at every second step."""
+    return flags(folder, "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "6", *more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+# A user's script that is killed at the n-th thing that happens to a file while it saves: n is its last argument.
+KILLED = """
+import os, signal, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from tiny_images import build
+
+left = int(sys.argv[-1])
+def counted(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (os, "unlink"), (torch, "save")):
+    setattr(module, name, counted(getattr(module, name)))
+build(*sys.argv[2:-1]).train()
+"""
+
+
+@pytest.mark.parametrize("moment", [9, 33, 58])
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(pets, tmp_path, moment):
+    more = stepwise(pets, "--save_total_limit", "1", "--dataloader_num_workers", "0")
+    argv = [sys.executable, "-c", KILLED, str(ROOT / "tests"), str(tmp_path / "out"), *more, str(moment)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for checkpoint in checkpoints.find_checkpoints(tmp_path / "out"):
+        assert checkpoints.damage(checkpoint) is None
+    latest, _ = checkpoints.latest_whole(tmp_path / "out")
+    assert (latest is None) == (moment < 30)  # the first checkpoint is whole after about thirty
+    resume = [] if latest is None else ["--resume_from_checkpoint", "True"]
+    straight, resumed = build(tmp_path / "straight", *more), build(tmp_path / "out", *more, *resume)
+    straight.train()
+    resumed.train(resume_from_checkpoint=None if latest is None else True)
+    assert difference(weights(resumed), weights(straight)) == 0.0
+    assert not (tmp_path / "out" / checkpoints.STAGING).exists()
+    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("model.safetensors", "model.safetensors has 100 of"),
+        ("optimizer.pt", "optimizer.pt has 100 of"),
+        ("trainer_state.json", "it has no trainer_state.json"),
+        ("rng_state.pth", "rng_state.pth is missing"),
+        ("run.json", "it has no run.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_told(pets, tmp_path, capsys, file, told):
+    straight = build(tmp_path / "out", *stepwise(pets))
+    straight.train()
+    damaged = tmp_path / "out" / "checkpoint-6" / file
+    if "100" in told:
+        os.truncate(damaged, 100)
+    else:
+        damaged.unlink()
+    resumed = build(tmp_path / "out", *stepwise(pets), "--resume_from_checkpoint", "True")
+    assert Path(resumed.args.resume_from_checkpoint).name == "checkpoint-4"
+    resumed.train(resume_from_checkpoint=True)
+    assert f"checkpoint-6 is damaged, {told}" in capsys.readouterr().err
+    assert difference(weights(resumed), weights(straight)) == 0.0
+    assert checkpoints.damage(tmp_path / "out" / "checkpoint-6") is None
+
+
+def test_a_resumed_run_with_other_settings_tells_them(pets, tmp_path, capsys):
+    build(tmp_path / "out", *stepwise(pets)).train()
+    other = build(tmp_path / "out", *stepwise(pets), "--max_steps", "8", "--learning_rate", "0.01", "--seed", "7",
+                  "--resume_from_checkpoint", "True")  # fmt: skip
+    capsys.readouterr()
+    other.train(resume_from_checkpoint=True)
+    told = capsys.readouterr().err.splitlines()
+    block = [line.strip() for line in told if line.startswith("    ")]
+    assert block == [
+        "--learning_rate: 0.01 now, 0.001 in the checkpoint's run",
+        "--max_steps: 8 now, 6 in the checkpoint's run",
+        "--seed: 7 now, 42 in the checkpoint's run",
+    ]
+    same = build(tmp_path / "out", *stepwise(pets), "--max_steps", "8", "--learning_rate", "0.01", "--seed", "7",
+                 "--resume_from_checkpoint", "True")  # fmt: skip
+    same.train(resume_from_checkpoint=True)
+    assert "settings" not in capsys.readouterr().err
+
+
+def test_one_of_two_processes_is_killed_and_the_run_goes_on_exactly(tmp_path):
+    class_folders(tmp_path / "pets", each=9)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += [str(FINETUNE), *flags(str(tmp_path / "pets")), "--variant", "test/4", "--use_cpu", "--max_steps", "60"]
+    launch += ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(name, *more):
+        return subprocess.run([*launch, "--output_dir", name, *more], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
+
+    process = subprocess.Popen([*launch, "--output_dir", "out"], cwd=tmp_path, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "checkpoint-6").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(victims[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    resumed, straight = run("out", "--resume_from_checkpoint", "True"), run("straight")
+    assert resumed.returncode == 0, resumed.stderr
+    assert straight.returncode == 0, straight.stderr
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "straight"))
+    assert difference(ours, theirs) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def test_sigterm_saves_ends_with_143_and_goes_on_exactly(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "6"))
+    step = trainer.training_step
+
+    def terminated(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    trainer.training_step = terminated
+    with pytest.raises(TrainingInterrupted, match=r"step 3 of 6.*checkpoint-3: to go on") as stopped:
+        trainer.train()
+    assert stopped.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed, straight = (
+        build(tmp_path / "again", *flags(pets, "--max_steps", "6")),
+        build(tmp_path / "straight", *flags(pets, "--max_steps", "6")),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    straight.train()
+    assert difference(weights(resumed), weights(straight)) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_there(pets, tmp_path, file):
+    # In place of a disk, a limit on the size of a file: the system's own errors, in a process of its own.
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny_images import build
+from transformers import TrainerCallback
+from pathlib import Path
+from modeling_vit_scratch.training.errors import run_command_line
+
+class Fill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            size = Path(args.output_dir, "checkpoint-2", {file!r}).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 4096, size - 4096))
+
+def main():
+    trainer = build(*sys.argv[1:])
+    trainer.add_callback(Fill())
+    trainer.train()
+
+sys.exit(run_command_line(main))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), *stepwise(pets)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith(f"error: At step 4, checkpoint-4 could not be written to {tmp_path / 'out'}: ")
+    assert "checkpoint-2: to go on, add --resume_from_checkpoint True" in error
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert checkpoints.damage(tmp_path / "out" / "checkpoint-2") is None
+
+
+def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(pets, tmp_path, monkeypatch):
+    trainer = build(tmp_path / "out", *stepwise(pets))
+    expected = 3 * sum(weight.nbytes for weight in trainer.model.parameters())  # AdamW has two numbers for each
+    assert trainer.checkpoint_size() == expected
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, expected - 1))
+    with pytest.raises(InputError, match=r"are free in .*--save_strategy no"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sick steps
+
+
+@pytest.mark.parametrize("clip", ["0", "1"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(pets, tmp_path, kind, clip):
+    more = ["--gradient_accumulation_steps", "2", "--max_grad_norm", clip, "--save_steps", "1", "--max_steps", "9"]
+    trainer = build(tmp_path / "out", *flags(pets, *more, "--save_strategy", "steps"))
+    healthy, calls, files = trainer.model.loss_function, [], []
+
+    def sick(*args, **kwargs):
+        loss = healthy(*args, **kwargs)
+        calls.append(weights(trainer))
+        if len(calls) == 3:  # the first batch of the second step
+            files.extend(trainer._names(torch.cat(trainer.last_keys)))
+            if kind == "loss":
+                return loss * float("inf")
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    trainer.model.loss_function = sick
+    told = "The loss is inf" if kind == "loss" else "The gradient's norm is nan"
+    with pytest.raises(TrainingStopped, match=f"{told} at step 2 of 9(?s:.*)checkpoint-1: to go on") as stopped:
+        trainer.train()
+    assert len(files) == len(set(files)) == 8
+    assert all(file in str(stopped.value) and Path(file).is_file() for file in files)
+    assert difference(weights(trainer), calls[2]) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken images
+
+
+def break_some(folder, count):
+    files = sorted(Path(folder).rglob("*.png"))[::5][:count]
+    for file in files:
+        file.write_bytes(b"broken")
+    return files
+
+
+def test_broken_images_are_replaced_alike_for_any_workers_and_after_resumption(pets, tmp_path, capsys):
+    data = [pets, "--validation_dir", str(class_folders(tmp_path / "held out"))]
+    files = break_some(pets, 3)
+    more = ["--train_dir", *data, "--verify_images", "False", "--max_broken_images", "3", "--max_steps", "9"]
+    more += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "4"]
+    runs = {}
+    for workers in ("0", "2"):
+        runs[workers] = build(tmp_path / workers, *more, "--dataloader_num_workers", workers)
+        runs[workers].train()
+        told = [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]
+        assert len(told) == 3
+        assert all(sum(str(file) in line for line in told) == 1 for file in files)
+        assert len(runs[workers].broken_images) == 3
+    resumed = build(tmp_path / "again", *more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-4"))
+    for run in (runs["2"], resumed):
+        assert difference(weights(run), weights(runs["0"])) == 0.0
+    assert resumed.broken_images == runs["0"].broken_images
+    assert not [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]  # known before
+    manifest = json.loads((tmp_path / "0" / "checkpoint-8" / "run.json").read_text())
+    assert len(manifest["broken_images"]) == 3
+
+
+@pytest.mark.parametrize(("limit", "told"), [("0", "--max_broken_images N"), ("1", "more than --max_broken_images 1")])
+def test_one_broken_image_too_many_stops_the_run(pets, tmp_path, limit, told):
+    data = [pets, "--validation_dir", str(class_folders(tmp_path / "held out"))]
+    files = break_some(pets, 2)
+    more = ["--verify_images", "False", "--max_broken_images", limit, "--dataloader_num_workers", "1"]
+    with pytest.raises(TrainingStopped, match=told) as stopped:
+        build(tmp_path / "out", "--train_dir", *data, *more).train()
+    assert sum(str(file) in str(stopped.value) for file in files) == int(limit) + 1
+    assert "Traceback" not in str(stopped.value)
+
+
+def test_a_reader_that_is_killed_is_told_so(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets, "--dataloader_num_workers", "1"))
+    read = trainer.train_dataset._first_readable
+    trainer.train_dataset._first_readable = lambda index: (
+        os.kill(os.getpid(), signal.SIGKILL) if int(trainer.train_dataset._epoch) == 1 else read(index)
+    )
+    with pytest.raises(TrainingStopped, match=r"was killed by the system \(Killed\).*--dataloader_num_workers \(1 now"):
+        trainer.train()
