@@ -109,3 +109,9 @@ def test_one_process_starts_from_the_configuration_in_the_precision_of_the_launc
     wait([subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)])
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (record["training"]["precision"], record["training"]["processes"]) == ("bfloat16", 1)
+
+
+def test_fsdp_on_a_cpu_is_told_to_be_none(pets, tmp_path, monkeypatch):
+    assert build(tmp_path / "a", *flags(pets)).describe_sharding() is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "keeps the whole model (DDP)" in "".join(build(tmp_path / "b", *flags(pets)).describe())
