@@ -48,10 +48,11 @@ def test_hub_files_import_each_other_and_what_every_hub_user_has(path):
 
 
 def test_arrows_point_one_way():
-    # scripts -> training, checkpoint -> the Hub files; training and checkpoint never meet but in scripts.
+    # scripts -> training, checkpoint, visualization -> the Hub files; checkpoint meets the others in scripts only.
     forbidden = {
         "modeling_vit_scratch/training": ("modeling_vit_scratch.checkpoint", "..checkpoint", "scripts"),
         "modeling_vit_scratch/checkpoint": ("modeling_vit_scratch.training", "..training", "scripts"),
+        "modeling_vit_scratch/visualization": ("modeling_vit_scratch.checkpoint", "..checkpoint", "scripts"),
     }
     for folder, names in forbidden.items():
         paths = source(folder)

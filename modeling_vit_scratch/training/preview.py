@@ -4,8 +4,8 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from ..visualization.photos import as_pixels
 from .errors import InputError
 from .streaming import StreamDataset
 from .trainer import ImageTrainer
@@ -38,18 +38,7 @@ def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> 
     train_set.set_epoch(0)
     # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
     columns = [trainer._prepare_inputs(batch)["pixel_values"].cpu() for batch in batches]
-    return np.stack([_as_pixels(column, train_set.processor) for column in columns], axis=1)
-
-
-def _as_pixels(pixel_values: torch.Tensor, processor: object) -> np.ndarray:
-    """Normalised (B, C, H, W) back to (B, H, W, 3), 0 to 255."""
-    values = pixel_values.permute(0, 2, 3, 1).double().numpy()  # (B, H, W, C)
-    if processor.do_normalize:
-        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    if processor.do_rescale:
-        values = values / processor.rescale_factor
-    pixels = values.round().clip(0, 255).astype(np.uint8)
-    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
+    return np.stack([as_pixels(column, train_set.processor) for column in columns], axis=1)
 
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:

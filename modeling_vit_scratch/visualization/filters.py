@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the first layer looks for: the principal components of its filters (Figure 7, left, of the paper)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from .photos import encoder
+
+
+# Figure 7 shows 28: 4 rows of 7.
+NUM_COMPONENTS = 28
+
+
+@dataclass(frozen=True)
+class Filters:
+    """
+    Principal components of the first layer's filters, the strongest first.
+
+    Attributes:
+        components: (n, height, width, C), float64, of length 1; the sign makes the largest entry positive.
+        explained: (n,), each one's part of the filters' variance.
+        num_filters: how many filters there are.
+    """
+
+    components: np.ndarray
+    explained: np.ndarray
+    num_filters: int
+
+
+def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_COMPONENTS) -> Filters:
+    """
+    Principal components of the filters that map a patch to a token: the rows of E in equation 1 as points in the space
+    of patches, less their mean. Of a hybrid, those of the stem's root convolution, standardised as the forward does:
+    the layer that sees pixels.
+
+    Args:
+        model: of this package.
+        num_components: at most so many; there are never more than filters, or than pixels times channels.
+    """
+    embeddings = encoder(model).embeddings.patch_embeddings
+    if embeddings.stem is None:
+        weight = embeddings.projection.weight.detach().double()
+    else:
+        weight = embeddings.stem.root_conv.weight.detach().double()
+        std, mean = torch.std_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (weight - mean) / (std + 1e-5)
+    points = weight.cpu().numpy()  # (D, C, height, width)
+    num_filters, *shape = points.shape
+    points = points.reshape(num_filters, -1)
+    _, strengths, components = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+    signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1))
+    components = (components * signs)[:num_components].reshape(-1, *shape)
+    variance = strengths**2
+    explained = variance[:num_components] / max(variance.sum(), np.finfo(float).tiny)
+    return Filters(components.transpose(0, 2, 3, 1), explained, num_filters)
