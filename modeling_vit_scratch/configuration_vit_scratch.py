@@ -139,6 +139,9 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             fine-tune.
         head_bias_init (`float`, defaults to 0): where the classifier's bias starts. For a sigmoid loss over many
             classes, about the logarithm of one in so many: the paper's code has -10 for ImageNet-21k, and -6.9 for 1k.
+        temperature (`float`, defaults to 1): what the logits are divided by outside of training, so that scores are
+            probabilities that hold (Guo et al., arXiv:1706.04599); the loss never is. `scripts/evaluate.py` fits it.
+        calibrated (`bool`, defaults to `True`): whether they are: `from_pretrained(..., calibrated=False)` is without.
 
     Raises:
         ValueError: for values that cannot work together; the message has the value, the limit and a way out.
@@ -184,6 +187,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_scale_init_value: float | int | None = None
     zero_init_head: bool = False
     head_bias_init: float | int = 0.0
+    temperature: float | int = 1.0
+    calibrated: bool = True
 
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -342,6 +347,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"head_bias_init={self.head_bias_init} must be a finite number, e.g. -6.9.")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be positive, e.g. 1e-6.")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be positive and finite; 1 changes nothing.")
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(
                 f"representation_size={self.representation_size} must be at least 1, or None for no layer."

@@ -624,7 +624,8 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
             labels, num_items_in_batch: as in `image_classification_loss`.
 
         Returns:
-            `logits` (B, K); with labels, `loss`, a float32 scalar.
+            `logits` (B, K), outside of training divided by the temperature; with labels, `loss`, a float32 scalar, of
+            the logits before that.
         """
         outputs = self.vit(pixel_values, attention_mask=attention_mask, pooled_output_only=True, **kwargs)
         logits, loss = self.classifier(outputs.pooler_output), None
@@ -632,6 +633,8 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
             logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
+        if self.config.calibrated and not self.training:
+            logits = logits / self.config.temperature
         more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return ImageClassifierOutput(loss=loss, logits=logits, **more)
 

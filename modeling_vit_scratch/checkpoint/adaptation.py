@@ -216,6 +216,7 @@ def _head_notes(
         return (
             ["Classifier: all zeros in the checkpoint, so the logits say nothing before training."] if is_zero else []
         )
+    config.temperature = 1.0  # it was fitted to the old one
     had = f"the checkpoint's has {labels}" if "classifier.weight" in source else "the checkpoint has none"
     hint = ""
     if config.representation_size is not None:

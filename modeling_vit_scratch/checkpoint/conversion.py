@@ -286,6 +286,9 @@ def save_checkpoint(
     form, state = FORMATS[format], _full_state(model)
     if form is NATIVE:
         raise ValueError("The package's own format is written by the model's save_pretrained.")
+    if config.calibrated and config.temperature != 1.0:  # no other format has a place for it but the classifier
+        heads = ("classifier.", "distillation_classifier.")
+        state = {name: state[name] / config.temperature if name.startswith(heads) else state[name] for name in state}
     dialect = _writing_dialect(form, origin, config, state)
     tensors, leftover = {}, set(state)
     for ours, theirs, rule in expand(form, config, dialect):

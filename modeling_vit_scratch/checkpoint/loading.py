@@ -72,6 +72,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
             if "config" not in kwargs:
                 kwargs.setdefault("zero_init_head", True)
                 kwargs.setdefault("head_bias_init", 0.0)
+                kwargs.setdefault("temperature", 1.0)
             differences = set()
         if not differences:
             return load(source, *args, **kwargs)

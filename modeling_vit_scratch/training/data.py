@@ -247,11 +247,11 @@ def read_data(
     source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
         raise problems.as_error()
-    train = _read_split("training", source.train, arguments, problems, needs_labels)
+    train = read_split("training", source.train, arguments, problems, needs_labels)
     validation = None
     if source.validation is not None:
         has_names = train is None or bool(train.names)
-        validation = _read_split("validation", source.validation, arguments, problems, needs_labels and has_names)
+        validation = read_split("validation", source.validation, arguments, problems, needs_labels and has_names)
     if train is None or (source.validation is not None and validation is None):
         raise problems.as_error()
 
@@ -259,7 +259,7 @@ def read_data(
     if needs_labels:
         _check_classes(train, problems)
     elif len(counts) < 2 or min(counts.values()) < 2:  # labels that nothing can be split or judged by
-        train = _LabelledSplit(train.images, [], [0] * len(train.images), False)
+        train = LabelledSplit(train.images, [], [0] * len(train.images), False)
     names = train.names
     if validation is not None:
         split = "the validation split of the data"
@@ -268,16 +268,16 @@ def read_data(
     else:
         of_each = " of each class" if names else ""
         split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
-        train_examples, validation_examples = _hold_out(train, arguments.train_val_split, seed, problems)
-    train_examples = _sample(train_examples, arguments.max_train_samples, seed)
-    validation_examples = _sample(validation_examples, arguments.max_eval_samples, seed)
+        train_examples, validation_examples = hold_out(train, arguments.train_val_split, seed, problems)
+    train_examples = sample(train_examples, arguments.max_train_samples, seed)
+    validation_examples = sample(validation_examples, arguments.max_eval_samples, seed)
     if len(train_examples) < len(set(train.indices)):
         problems.add(
             f"{len(train_examples)} training images are fewer than the {len(set(train.indices))} classes. Add images"
             + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
         )
     if arguments.verify_images and verify:
-        _check_files({"training": train_examples, "validation": validation_examples}, problems)
+        check_files({"training": train_examples, "validation": validation_examples}, problems)
     if problems.messages:
         raise problems.as_error()
     return ImageData(source, names, train_examples, validation_examples, split)
@@ -297,21 +297,21 @@ def _read_streamed(
         )
     if held_out is not None:
         has_names = source is None or bool(source.train.label_names)
-        validation = _read_split("validation", held_out, arguments, problems, needs_labels and has_names)
+        validation = read_split("validation", held_out, arguments, problems, needs_labels and has_names)
     if source is None or validation is None:
         raise problems.as_error()
     names = source.train.label_names
     if not names:
-        validation = _LabelledSplit(validation.images, [], [0] * len(validation.images), False)
+        validation = LabelledSplit(validation.images, [], [0] * len(validation.images), False)
     elif not validation.is_ordered:  # numbers as labels
         numbered = {str(number): name for number, name in enumerate(names)}
         told = [name if name in names else numbered.get(name, name) for name in validation.names]
         validation = replace(validation, names=told)
-    train = _LabelledSplit(validation.images, names, list(range(len(names))), is_ordered=True)
+    train = LabelledSplit(validation.images, names, list(range(len(names))), is_ordered=True)
     indices = _indices_by_name(train, validation, problems) if names else validation.indices
-    examples = _sample(Examples(validation.images, indices), arguments.max_eval_samples, seed)
+    examples = sample(Examples(validation.images, indices), arguments.max_eval_samples, seed)
     if arguments.verify_images and verify:
-        _check_files({"validation": examples}, problems)
+        check_files({"validation": examples}, problems)
     if problems.messages:
         raise problems.as_error()
     split = "the validation split of the data"
@@ -319,7 +319,7 @@ def _read_streamed(
 
 
 @dataclass(frozen=True)
-class _LabelledSplit:
+class LabelledSplit:
     """A split as read: class indices into its own names. `is_ordered`: the data says in which order the names are."""
 
     images: datasets.Dataset
@@ -328,9 +328,9 @@ class _LabelledSplit:
     is_ordered: bool
 
 
-def _read_split(
+def read_split(
     split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems, needs_labels: bool
-) -> _LabelledSplit | None:
+) -> LabelledSplit | None:
     columns = [column for column in dataset.column_names if column != FOLDER_COLUMN]
     is_image = [column for column in columns if isinstance(dataset.features[column], datasets.Image)]
     is_label = [column for column in columns if isinstance(dataset.features[column], datasets.ClassLabel)]
@@ -345,9 +345,9 @@ def _read_split(
         return None
     images = _image_column(dataset, image_column, split, problems)
     if label_column is None:
-        return None if images is None else _LabelledSplit(images, [], [0] * len(images), False)
+        return None if images is None else LabelledSplit(images, [], [0] * len(images), False)
     labels = _label_column(dataset, label_column, split, problems)
-    return None if images is None or labels is None else _LabelledSplit(images, *labels)
+    return None if images is None or labels is None else LabelledSplit(images, *labels)
 
 
 def _image_column(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
@@ -396,7 +396,7 @@ def _label_column(
 # Checking and splitting
 
 
-def _check_classes(train: _LabelledSplit, problems: Problems) -> None:
+def _check_classes(train: LabelledSplit, problems: Problems) -> None:
     used = sorted(set(train.indices))
     if len(used) == 1:
         problems.add(
@@ -405,7 +405,7 @@ def _check_classes(train: _LabelledSplit, problems: Problems) -> None:
         )
 
 
-def _indices_by_name(train: _LabelledSplit, validation: _LabelledSplit, problems: Problems) -> list[int]:
+def _indices_by_name(train: LabelledSplit, validation: LabelledSplit, problems: Problems) -> list[int]:
     """Class indices of the validation images, in the order of the training split's names."""
     if not train.names or not validation.names:
         return [0] * len(validation.indices)
@@ -428,7 +428,7 @@ def _indices_by_name(train: _LabelledSplit, validation: _LabelledSplit, problems
     return [position.get(validation.names[index], -1) for index in validation.indices]
 
 
-def _hold_out(train: _LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
+def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
     """The same share of every class, at random. Where that can't be done, nothing: the problems will raise."""
     examples, counts = Examples(train.images, train.indices), Counter(train.indices)
     if not 0.0 < fraction < 1.0 or (train.names and len(counts) < 2):
@@ -454,14 +454,14 @@ def _hold_out(train: _LabelledSplit, fraction: float, seed: int, problems: Probl
     return examples.select(sorted(kept.tolist())), examples.select(sorted(held.tolist()))
 
 
-def _sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
+def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
     if maximum is None or not 1 <= maximum < len(examples):
         return examples
     chosen = np.random.default_rng(seed).choice(len(examples), size=maximum, replace=False)
     return examples.select(sorted(chosen.tolist()))
 
 
-def _check_files(splits: dict[str, Examples], problems: Problems) -> None:
+def check_files(splits: dict[str, Examples], problems: Problems) -> None:
     """Decodes every image, in threads: decoding does not hold Python's lock."""
     decoder = ViTScratchImageProcessor()
     places = [(split, index) for split, examples in splits.items() for index in range(len(examples))]

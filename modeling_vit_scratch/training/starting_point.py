@@ -133,6 +133,7 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
         model.classifier, model.num_labels = head, len(label_names)
     for field, value in _label_fields(label_names).items():
         setattr(config, field, value)
+    config.temperature = 1.0  # it was fitted to the weights as they were
     if not label_names:
         return "Its encoder is taken, without a classifier."
     if not keeps:

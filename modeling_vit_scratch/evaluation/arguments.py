@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of evaluation: what to evaluate, on which images, and where the report goes."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ..training.errors import Problems
+from ..training.parsing import Parser, refuse_unknown
+
+
+# Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.
+CROPS = (1, 2, 5, 10)
+
+
+@dataclass
+class EvaluationArguments:
+    """How to evaluate MODEL on DATASET."""
+
+    _argument_group_name = "evaluation"
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where results.json, predictions.csv and the figures go. Default: MODEL/evaluation/ and the name "
+            "of the data; where MODEL is no folder, outputs/evaluation/ and both names."
+        },
+    )
+    split: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the validation split of the data; else the images that training held out, if MODEL was "
+            "trained on these data; else all. Or: validation, train, all; of a data set of the Hub also any other: "
+            "test"
+        },
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "The part that training held out, where the model's results.json does not say. Example: 0.15"
+        },
+    )
+    seed: int = field(
+        default=42, metadata={"help": "Of the images that training held out, of --calibrate and of the intervals."}
+    )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit a temperature to a half of the images, chosen at random, report on the other half, and write "
+            "it into MODEL/config.json. Pipelines apply it from then on, from_pretrained(..., calibrated=False) not."
+        },
+    )
+    calibrated: bool = field(default=True, metadata={"help": "Apply the temperature that MODEL has."})
+    crops: int = field(
+        default=1,
+        metadata={
+            "help": "Views of each image, whose probabilities are averaged. 2: the image and its mirror image. 5: "
+            "corners and centre of the image resized to 8/7 of the input. 10: these and their mirror images.",
+            "choices": list(CROPS),
+        },
+    )
+    match_labels: str = field(
+        default="name",
+        metadata={
+            "help": "How labels of data and model belong together: by name, or by index where a model has no names.",
+            "choices": ["name", "index"],
+        },
+    )
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images in a batch, per device."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images, per device."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "The column of the images. Default: the only one that can be it."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={"help": "The column of the labels. Default: the only one that can be it. Example: fine_label"},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "The configuration of a data set of the Hub, where it has several."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate no more than so many images, chosen at random. For a quick try."}
+    )
+    bootstrap_resamples: int = field(
+        default=1000, metadata={"help": "How often images are drawn anew for the 95 % intervals. 0: no intervals."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of MODEL on the Hub."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where to keep what is downloaded. Default: the cache of Hugging Face."}
+    )
+    model: str = field(init=False, default="")
+    dataset: str = field(init=False, default="")
+
+
+def parse_arguments(argv: list[str] | None = None) -> EvaluationArguments:
+    """
+    Parses the command line.
+
+    Raises:
+        InputError: with everything that is wrong with it.
+    """
+    parser = Parser(
+        EvaluationArguments,
+        usage="%(prog)s MODEL DATASET [...]",
+        description="Evaluates a model on labelled images: accuracies, F1, NLL, Brier score and ECE with 95 % "
+        "intervals, scores of each class, confusion matrix and reliability diagram.",
+        epilog="Several GPUs: accelerate launch scripts/evaluate.py MODEL DATASET.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="the folder of a model, its id on the Hub, or a checkpoint")
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="digits, elpv, a folder with a folder for each class, a .parquet, .csv, .jsonl or .tar file or a quoted "
+        "pattern of such, or a data set of the Hub",
+    )
+    namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    refuse_unknown(unknown, parser, parser.problems)
+    values = {**vars(namespace), **parser.instead_of_invalid}
+    arguments = EvaluationArguments(**{one.name: values[one.name] for one in fields(EvaluationArguments) if one.init})
+    arguments.model, arguments.dataset = values["model"], values["dataset"]
+    _check(arguments, parser.problems)
+    if parser.problems.messages:
+        raise parser.problems.as_error()
+    return arguments
+
+
+def _check(arguments: EvaluationArguments, problems: Problems) -> None:
+    for name, least in (
+        ("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("bootstrap_resamples", 0), ("seed", 0),
+    ):  # fmt: skip
+        if getattr(arguments, name) < least:
+            problems.add(f"--{name} {getattr(arguments, name)} must be at least {least}.")
+    if arguments.max_eval_samples is not None and arguments.max_eval_samples < 1:
+        problems.add(f"--max_eval_samples {arguments.max_eval_samples} must be at least 1.")
+    if arguments.train_val_split is not None and not 0.0 < arguments.train_val_split < 1.0:
+        problems.add(f"--train_val_split {arguments.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
+    if arguments.calibrate and not Path(arguments.model, "config.json").is_file():
+        problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
+    if arguments.calibrate and arguments.crops != 1:
+        problems.add("--calibrate is for the image as pipelines see it. Leave out --crops.")
+    folder = _output_dir(arguments)
+    arguments.output_dir = str(folder)
+    if Path(folder, "results.json").exists():
+        problems.add(f"--output_dir {folder} already has a report in it. Choose another, or remove the folder.")
+
+
+def _output_dir(arguments: EvaluationArguments) -> Path:
+    if arguments.output_dir:
+        return Path(arguments.output_dir)
+    model, path = Path(arguments.model), Path(arguments.dataset)
+    data = (path.parent.name if "*" in path.name else path.stem or path.name) or "data"
+    return model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)

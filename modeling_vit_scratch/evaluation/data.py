@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images a model is evaluated on: never on those that it was trained on unless that is asked for."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..training.arguments import SOURCE_DEFAULTS, DataArguments
+from ..training.data import Examples, LabelledSplit, check_files, hold_out, read_split, sample
+from ..training.errors import InputError, Problems
+from ..training.sources import Source, listed, read_source
+from .arguments import EvaluationArguments
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Images with labels that are indices into the model's, and in words which images of the data these are."""
+
+    source: Source
+    examples: Examples
+    which: str
+
+
+def read_evaluation_data(arguments: EvaluationArguments, label_names: list[str], verify: bool = True) -> EvaluationData:
+    """
+    Reads, chooses and checks the images.
+
+    Args:
+        arguments: the command line's.
+        label_names: the model's, in the order of its logits.
+        verify: whether to decode every image: one process of several is enough.
+
+    Raises:
+        InputError: with everything that is wrong with the data.
+    """
+    problems, record = Problems(), training_record(arguments.model)
+    wishes = _data_arguments(arguments)
+    try:
+        source = _read(arguments, wishes, problems)
+        if source is None:
+            raise problems.as_error()
+        split, which = _choose(arguments, wishes, source, record, problems)
+        if split is None or problems.messages:
+            raise problems.as_error()
+        examples = Examples(split.images, _match(split, label_names, arguments.match_labels, problems))
+        examples = sample(examples, arguments.max_eval_samples, arguments.seed)
+        if verify and not problems.messages:
+            check_files({"evaluated": examples}, problems)
+        if problems.messages:
+            raise problems.as_error()
+    except InputError as error:
+        raise InputError(re.sub(r"--(train_dir|dataset_name)\b", "DATASET", str(error))) from error
+    if len(examples) < len(split.indices):
+        which += f"; {len(examples):,} of them, chosen with seed {arguments.seed}"
+    return EvaluationData(source, examples, which)
+
+
+def training_record(model: str) -> dict[str, Any] | None:
+    """The results.json that training left in the model's folder."""
+    file = Path(model, "results.json")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}. Repair it, or remove it.") from error
+
+
+def _data_arguments(arguments: EvaluationArguments) -> DataArguments:
+    place = Path(arguments.dataset).expanduser()
+    is_own = place.exists() or "*" in arguments.dataset or place.is_absolute()
+    is_own = is_own and arguments.dataset not in SOURCE_DEFAULTS
+    return DataArguments(
+        dataset_name=None if is_own else arguments.dataset,
+        train_dir=arguments.dataset if is_own else None,
+        dataset_config_name=arguments.dataset_config_name,
+        image_column_name=arguments.image_column_name,
+        label_column_name=arguments.label_column_name,
+    )
+
+
+def _read(arguments: EvaluationArguments, wishes: DataArguments, problems: Problems) -> Source | None:
+    is_named = arguments.split not in ("auto", "train", "validation", "all")
+    if not is_named:
+        return read_source(wishes, arguments.cache_dir, problems)
+    if wishes.train_dir is not None or arguments.dataset in SOURCE_DEFAULTS:
+        problems.add(
+            f"--split {arguments.split}: only data sets of the Hub have other splits than auto, train, validation, all."
+        )
+        return None
+    name = arguments.dataset
+    try:
+        split = datasets.load_dataset(
+            name, arguments.dataset_config_name, split=arguments.split, cache_dir=arguments.cache_dir
+        )
+    except Exception as error:  # the library raises a dozen types here, all of them about the name or the connection
+        problems.add(f"DATASET {name}, --split {arguments.split}, can't be read: {str(error).strip()}")
+        return None
+    return Source(name=name, train=split, hub_id=name, license=split.info.license or None)
+
+
+def _choose(
+    arguments: EvaluationArguments,
+    wishes: DataArguments,
+    source: Source,
+    record: dict[str, Any] | None,
+    problems: Problems,
+) -> tuple[LabelledSplit | None, str]:
+    """The images, and in words which they are."""
+    wish = arguments.split
+    if source.validation is not None and wish in ("auto", "validation"):
+        return read_split("validation", source.validation, wishes, problems, True), "the validation split of the data"
+    split = read_split("training", source.train, wishes, problems, True)
+    if split is None:
+        return None, ""
+    if wish not in ("auto", "train", "validation"):
+        return split, "all images" if wish == "all" else f"the {wish} split of the data"
+    if source.validation is not None:  # and --split train
+        return split, "the training split of the data"
+    facts = (record or {}).get("dataset", {})
+    is_same = facts.get("name") == source.name
+    trained, held = facts.get("num_training_images"), facts.get("num_held_out_images")
+    found = re.match(r"([\d.]+) %.* with seed (\d+)", str(facts.get("held_out")))
+    total, fraction, seed = len(split.indices), arguments.train_val_split, arguments.seed
+    if fraction is None and is_same and found and total == (trained or 0) + (held or 0):
+        fraction, seed = float(found[1]) / 100, int(found[2])
+    if fraction is None and wish == "auto":
+        if is_same and total == trained:
+            problems.add(
+                f"These {total:,} images are the ones that MODEL was trained on: its results.json has their name and "
+                "number. Give images that it has not seen, or --split train if you want this."
+            )
+        return split, "all images"
+    if fraction is None:
+        problems.add(
+            f"--split {wish}: MODEL has no record of a training on these {total:,} images. Give --train_val_split and "
+            "--seed of its training, or --split all."
+        )
+        return None, ""
+    kept, held_out = hold_out(replace(split), fraction, seed, problems)
+    if is_same and found and arguments.train_val_split is None and len(held_out) != held:
+        problems.add(f"{len(held_out)} images would be held out, but training held out {held}. Give --train_val_split.")
+    chosen, role = (kept, "trained on; held out were") if wish == "train" else (held_out, "held out from training:")
+    which = f"{role} {100 * fraction:.3g} % of each class, chosen with seed {seed}"
+    return replace(split, images=chosen.images, indices=chosen.labels), which
+
+
+def _match(split: LabelledSplit, label_names: list[str], how: str, problems: Problems) -> list[int]:
+    """The indices of the model's labels."""
+    if how == "index":
+        if len(split.names) > len(label_names):
+            problems.add(f"The data have {len(split.names)} labels, the model has {len(label_names)}.")
+        return split.indices
+    used = sorted(set(split.indices))
+    unknown = [split.names[index] for index in used if split.names[index] not in label_names]
+    if unknown:
+        problems.add(
+            f"The model does not know {len(unknown)} labels of the data: {listed(unknown)}. It knows: "
+            f"{listed(label_names)}. Rename them, or give --match_labels index if the order is the same."
+        )
+        return split.indices
+    position = {name: index for index, name in enumerate(label_names)}
+    return [position[split.names[index]] for index in split.indices]
+
+
+def halves(labels: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two halves of the images at random, sorted: to fit a temperature to, and to report on."""
+    if len(labels) < 4:
+        raise InputError(f"--calibrate needs two halves of the images, and there are {len(labels)} images.")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.sort(order[: len(labels) // 2]), np.sort(order[len(labels) // 2 :])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a report, as PNG: confusion matrix, reliability diagram, scores of each class."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+# Blue and orange of Okabe and Ito, which colour-blind people can tell apart.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
+_WHITE_TO_BLUE = LinearSegmentedColormap.from_list("white_to_blue", ["#ffffff", "#56B4E9", "#003f63"])
+_NUMBERS_UP_TO = 20  # classes of which each cell is labelled
+_NAMES_UP_TO = 60  # classes of which each row is labelled
+
+
+def draw_report(report: "Report", folder: Path) -> list[Path]:
+    """Writes the figures into the folder, and returns the files."""
+    drawings = {"confusion_matrix.png": _confusion, "reliability.png": _reliability, "per_class.png": _per_class}
+    files = []
+    for name, draw in drawings.items():
+        figure = draw(report)
+        figure.savefig(folder / name, dpi=150)
+        files.append(folder / name)
+    return files
+
+
+def _short(names: list[str], length: int = 24) -> list[str]:
+    return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
+
+
+def _title(report: "Report") -> str:
+    record = report.record
+    return f"{record['model']['name']} on {record['dataset']['name']}, n = {record['n']:,}"
+
+
+def _confusion(report: "Report") -> Figure:
+    counts, names = report.confusion, _short(report.label_names)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    size = min(max(4.5, 0.45 * len(names) + 2), 11)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap=_WHITE_TO_BLUE, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="true", title=_title(report))
+    if len(names) <= _NAMES_UP_TO:
+        font = 9 if len(names) <= _NUMBERS_UP_TO else 6
+        is_long = max(map(len, names)) > 3
+        axes.set_xticks(range(len(names)), names, fontsize=font, rotation=90 if is_long else 0)
+        axes.set_yticks(range(len(names)), names, fontsize=font)
+    else:
+        axes.set(xlabel="predicted class number", ylabel="true class number")
+    if len(names) <= _NUMBERS_UP_TO:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("share of the true class")
+    return figure
+
+
+def _reliability(report: "Report") -> Figure:
+    diagram = report.reliability
+    figure = Figure(figsize=(4.8, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    left, width, filled = diagram.edges[:-1], np.diff(diagram.edges), diagram.counts > 0
+    upper.bar(
+        left[filled], diagram.accuracy[filled], width[filled], align="edge", color=_BLUE, edgecolor="white",
+        label="accuracy in the bin",
+    )  # fmt: skip
+    upper.plot(
+        diagram.confidence[filled], diagram.accuracy[filled], "o", color=_ORANGE, markersize=4, clip_on=False,
+        label="at its mean confidence",
+    )  # fmt: skip
+    upper.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
+    ece, temperature = next(one.value for one in report.scores if one.metric == "ece"), report.record["temperature"]
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    upper.set_title(f"{_title(report)}\nECE {100 * ece:.2f} %, temperature {temperature:.3g}", fontsize=10)
+    upper.legend(loc="upper left", fontsize=8, frameon=False)
+    lower.bar(left, diagram.counts, width, align="edge", color=_GREY, edgecolor="white")
+    lower.set(xlabel="confidence", ylabel="images")
+    _plain(upper, lower)
+    return figure
+
+
+def _per_class(report: "Report") -> Figure:
+    table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row["f1"])
+    rest = len(table) - 40
+    shown = table[:40]
+    figure = Figure(figsize=(6.4, max(2.6, 0.26 * len(shown) + 1.4)), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(shown))
+    axes.barh(rows, [row["f1"] for row in shown], color="#56B4E9", label="F1")
+    axes.plot([row["precision"] for row in shown], rows, "D", color=_BLUE, markersize=5, label="precision")
+    axes.plot([row["recall"] for row in shown], rows, "o", color=_ORANGE, markersize=5, label="recall")
+    axes.set_yticks(rows, [f"{name} ({row['n']})" for name, row in zip(_short([r["label"] for r in shown]), shown)])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.02), xlabel="score")
+    more = f"; the {len(shown)} classes with the lowest F1" if rest > 0 else ""
+    axes.set_title(f"{_title(report)}{more}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    _plain(axes)
+    return figure
+
+
+def _plain(*all_axes: Axes) -> None:
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)

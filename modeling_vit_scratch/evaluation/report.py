@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a command line to a report: results.json, predictions.csv, figures, and a table for the screen."""
+
+import csv
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..training.errors import InputError
+from ..training.record import command_line, git_commit, hardware
+from .arguments import EvaluationArguments
+from .calibration import fit_temperature, store_temperature
+from .data import EvaluationData, halves
+from .metrics import Reliability, Score, confidences, confusion, per_class, probabilities, reliability, score
+from .predictions import Predictions
+
+
+_TITLES = {
+    "accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "nll": "NLL (nats)",
+    "brier": "Brier score (0 to 2)", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
+}  # fmt: skip
+_PERCENT = ("accuracy", "top5_accuracy", "macro_f1", "ece", "adaptive_ece")
+
+
+def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, BaseImageProcessor]:
+    """
+    The model and its image processor.
+
+    Raises:
+        InputError: if it can't be loaded, or has no classifier.
+    """
+    name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+    try:
+        model, info = ViTScratchForImageClassification.from_pretrained(name, output_loading_info=True, **hub)
+        processor = model.image_processor
+        if processor is None:
+            processor = _own_processor(name, hub, model)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"MODEL {name} can't be loaded: {str(error).strip()}") from error
+    if info["missing_keys"] or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
+        raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
+    if model.config.problem_type not in (None, "single_label_classification"):
+        raise InputError(f"MODEL {name} is for {model.config.problem_type}; this evaluates one label for each image.")
+    model.config.calibrated = arguments.calibrated
+    return model, processor
+
+
+def _own_processor(name: str, hub: dict[str, Any], model: ViTScratchForImageClassification) -> BaseImageProcessor:
+    try:
+        return ViTScratchImageProcessor.from_pretrained(name, **hub)
+    except OSError:  # no preprocessor_config.json
+        if not Path(name).is_dir():
+            return AutoImageProcessor.from_pretrained(name, **hub)
+    height, width = model.config.image_hw
+    return ViTScratchImageProcessor(num_channels=model.config.num_channels, size={"height": height, "width": width})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is written: `record` as results.json, the rest for figures and predictions.csv."""
+
+    record: dict[str, Any]
+    scores: list[Score]
+    reliability: Reliability
+    confusion: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    label_names: list[str]
+
+
+def build_report(
+    arguments: EvaluationArguments,
+    model: ViTScratchForImageClassification,
+    data: EvaluationData,
+    predictions: Predictions,
+    accelerator: Accelerator,
+) -> Report:
+    """Every score of the predictions; with --calibrate of the half that the temperature was not fitted to."""
+    config, labels, rows = model.config, predictions.labels, np.arange(len(predictions.labels))
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    temperature, which = config.temperature if config.calibrated else 1.0, data.which
+    seed, resamples, calibration = arguments.seed, arguments.bootstrap_resamples, None
+    if arguments.calibrate:
+        fitted, rows = halves(labels.tolist(), seed)
+        temperature = fit_temperature(predictions.logits[fitted, 0], labels[fitted])
+        before = score(probabilities(predictions.logits[rows]), labels[rows], resamples, seed)
+        calibration = {"fitted_to": len(fitted), "without_temperature": [one.facts() for one in before]}
+        which += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
+    labels = labels[rows]
+    values = probabilities(predictions.logits[rows], temperature)
+    scores, table = score(values, labels, resamples, seed), per_class(values, labels, names)
+    matrix, diagram = confusion(values, labels), reliability(*confidences(values, labels))
+    is_local = Path(arguments.model).exists()
+    record = {
+        "metric": "accuracy",
+        "value": scores[0].value,
+        "n": len(labels),
+        "results": [one.facts() for one in scores],
+        "confidence_level": 0.95,
+        "bootstrap_resamples": resamples,
+        "seed": seed,
+        "model": {
+            "name": Path(arguments.model).resolve().name if is_local else arguments.model,
+            "num_parameters": model.num_parameters(),
+        },
+        "dataset": {
+            "name": data.source.name, "hub_id": data.source.hub_id, "license": data.source.license,
+            "url": data.source.url, "note": data.source.note, "images": which,
+        },
+        "temperature": temperature,
+        "calibration": calibration,
+        "views": arguments.crops,
+        "per_class": table,
+        "confusion_matrix": {"labels": names, "rows_true_columns_predicted": matrix.tolist()},
+        "reliability": {
+            "edges": diagram.edges.tolist(), "n": diagram.counts.tolist(),
+            "confidence": _or_none(diagram.confidence), "accuracy": _or_none(diagram.accuracy),
+        },
+        "throughput": {
+            "images_per_second": predictions.images_per_second,
+            "batch_size": arguments.per_device_eval_batch_size,
+            "processes": accelerator.num_processes,
+            "note": "reading, preparing and computing, without the first batch",
+        },
+        "command": command_line(),
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "pillow")},
+            **{name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
+        },
+        "hardware": hardware(),
+    }  # fmt: skip
+    return Report(record, scores, diagram, matrix, values, labels, rows, names)
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
+    """Writes everything into --output_dir, with --calibrate the temperature into the model. Returns the files."""
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "results.json", folder / "predictions.csv"]
+    files[0].write_text(json.dumps(report.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(files[1], "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", "prediction", "score"])
+        for row, values, label in zip(report.rows.tolist(), report.probabilities, report.labels):
+            best = int(values.argmax())
+            path = data.examples.images[row]["image"]["path"]
+            name = Path(path).name if path else row
+            table.writerow([name, report.label_names[label], report.label_names[best], f"{values[best]:.8f}"])
+    if arguments.calibrate:
+        store_temperature(arguments.model, report.record["temperature"])
+    try:
+        from .figures import draw_report
+    except ImportError:
+        print('No figures: they are drawn with matplotlib, pip install -e ".[plot]"')
+        return files
+    return files + draw_report(report, folder)
+
+
+def tell_report(report: Report, arguments: EvaluationArguments, files: list[Path]) -> str:
+    """The table for the screen, and where the rest is."""
+    record = report.record
+    lines = [f"{record['model']['name']} on {record['dataset']['name']}: {record['n']:,} images."]
+    lines += [f"Images: {record['dataset']['images']}.", ""]
+    has_interval = report.scores[0].interval is not None
+    lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if has_interval else ""))
+    for one in report.scores:
+        show = (lambda x: f"{100 * x:.2f} %") if one.metric in _PERCENT else (lambda x: f"{x:.4f}")
+        line = f"{_TITLES[one.metric]:<28}{show(one.value):>9}"
+        if one.interval is not None:
+            line += f"   {show(one.interval[0])} to {show(one.interval[1])}"
+        lines.append(line)
+    worst = sorted((row for row in record["per_class"] if row["n"]), key=lambda row: row["f1"])[:5]
+    lines += ["", "Lowest F1: " + ", ".join(f"{row['label']} {row['f1']:.3f} (n {row['n']})" for row in worst)]
+    rate = record["throughput"]["images_per_second"]
+    if rate:
+        lines.append(f"{rate:,.0f} images per second on {record['hardware']}.")
+    if record["temperature"] != 1.0:
+        lines.append(f"Temperature: {record['temperature']:.4f}.")
+    if record["calibration"]:
+        before = {one["metric"]: one["value"] for one in record["calibration"]["without_temperature"]}
+        lines.append(
+            f"Without it: NLL {before['nll']:.4f}, ECE {100 * before['ece']:.2f} %. It was fitted to "
+            f"{record['calibration']['fitted_to']:,} other images, and is in {arguments.model}/config.json."
+        )
+    return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Evaluates a model on labelled images: accuracies with intervals, calibration, every class, figures.
+
+    python scripts/evaluate.py outputs/digits digits
+    python scripts/evaluate.py outputs/pets photos/test --crops 10
+    accelerate launch scripts/evaluate.py outputs/pets photos/test --calibrate
+
+Writes results.json, predictions.csv and figures into MODEL/evaluation/DATASET. `--help` explains every flag.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+# Python puts this folder first on its path, where the name of this file would hide the library `evaluate`, also from
+# the other scripts here: to `import evaluate`, this file gives way to the library.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+if __name__ == "evaluate" and getattr(sys.modules.get(__name__), "__file__", None) == __file__:
+    del sys.modules[__name__]
+    import evaluate  # noqa: F401
+
+# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main() -> None:
+    from modeling_vit_scratch.evaluation.arguments import parse_arguments
+
+    arguments = parse_arguments()
+
+    # After the command line, so that --help and mistakes in it are quick.
+    import torch
+    from accelerate import Accelerator
+
+    from modeling_vit_scratch.evaluation.data import read_evaluation_data
+    from modeling_vit_scratch.evaluation.predictions import predict
+    from modeling_vit_scratch.evaluation.report import build_report, load_model, tell_report, write_report
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():
+        model, processor = load_model(arguments)
+        names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
+        data = read_evaluation_data(arguments, names, verify=accelerator.is_main_process)
+    predictions = predict(
+        model,
+        processor,
+        data.examples,
+        accelerator,
+        arguments.per_device_eval_batch_size,
+        arguments.dataloader_num_workers,
+        arguments.crops,
+    )
+    if accelerator.is_main_process:
+        report = build_report(arguments, model, data, predictions, accelerator)
+        print(tell_report(report, arguments, write_report(report, data, arguments)))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))
