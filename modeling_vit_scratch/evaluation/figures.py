@@ -32,7 +32,7 @@ def draw_report(report: "Report", folder: Path) -> list[Path]:
     return files
 
 
-def _short(names: list[str], length: int = 24) -> list[str]:
+def _short(names: list[str], length: int = 32) -> list[str]:
     return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
 
 
@@ -102,7 +102,7 @@ def _per_class(report: "Report") -> Figure:
     axes.plot([row["recall"] for row in shown], rows, "o", color=_ORANGE, markersize=5, label="recall")
     axes.set_yticks(rows, [f"{name} ({row['n']})" for name, row in zip(_short([r["label"] for r in shown]), shown)])
     axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set(xlim=(0, 1.02), xlabel="score")
     more = f"; the {len(shown)} classes with the lowest F1" if rest > 0 else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
