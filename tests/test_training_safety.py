@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that get killed, filled up or sick: what is on the disk afterwards, what is told, and how they go on."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, weights
 
 from modeling_vit_scratch.training import checkpoints
-from modeling_vit_scratch.training.errors import TrainingInterrupted
+from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
 
 
 FINETUNE = ROOT / "scripts" / "finetune.py"
@@ -168,3 +171,140 @@ def test_sigterm_saves_ends_with_143_and_goes_on_exactly(pets, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     straight.train()
     assert difference(weights(resumed), weights(straight)) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_there(pets, tmp_path, file):
+    # In place of a disk, a limit on the size of a file: the system's own errors, in a process of its own.
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from tiny_images import build
+from transformers import TrainerCallback
+from pathlib import Path
+from modeling_vit_scratch.training.errors import run_command_line
+
+class Fill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            size = Path(args.output_dir, "checkpoint-2", {file!r}).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 4096, size - 4096))
+
+def main():
+    trainer = build(*sys.argv[1:])
+    trainer.add_callback(Fill())
+    trainer.train()
+
+sys.exit(run_command_line(main))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), *stepwise(pets)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith(f"error: At step 4, checkpoint-4 could not be written to {tmp_path / 'out'}: ")
+    assert "checkpoint-2: to go on, add --resume_from_checkpoint True" in error
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert checkpoints.damage(tmp_path / "out" / "checkpoint-2") is None
+
+
+def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(pets, tmp_path, monkeypatch):
+    trainer = build(tmp_path / "out", *stepwise(pets))
+    expected = 3 * sum(weight.nbytes for weight in trainer.model.parameters())  # AdamW has two numbers for each
+    assert trainer.checkpoint_size() == expected
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, expected - 1))
+    with pytest.raises(InputError, match=r"are free in .*--save_strategy no"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sick steps
+
+
+@pytest.mark.parametrize("clip", ["0", "1"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(pets, tmp_path, kind, clip):
+    more = ["--gradient_accumulation_steps", "2", "--max_grad_norm", clip, "--save_steps", "1", "--max_steps", "9"]
+    trainer = build(tmp_path / "out", *flags(pets, *more, "--save_strategy", "steps"))
+    healthy, calls, files = trainer.model.loss_function, [], []
+
+    def sick(*args, **kwargs):
+        loss = healthy(*args, **kwargs)
+        calls.append(weights(trainer))
+        if len(calls) == 3:  # the first batch of the second step
+            files.extend(trainer._names(torch.cat(trainer.last_keys)))
+            if kind == "loss":
+                return loss * float("inf")
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    trainer.model.loss_function = sick
+    told = "The loss is inf" if kind == "loss" else "The gradient's norm is nan"
+    with pytest.raises(TrainingStopped, match=f"{told} at step 2 of 9(?s:.*)checkpoint-1: to go on") as stopped:
+        trainer.train()
+    assert len(files) == len(set(files)) == 8
+    assert all(file in str(stopped.value) and Path(file).is_file() for file in files)
+    assert difference(weights(trainer), calls[2]) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken images
+
+
+def break_some(folder, count):
+    files = sorted(Path(folder).rglob("*.png"))[::5][:count]
+    for file in files:
+        file.write_bytes(b"broken")
+    return files
+
+
+def test_broken_images_are_replaced_alike_for_any_workers_and_after_resumption(pets, tmp_path, capsys):
+    data = [pets, "--validation_dir", str(class_folders(tmp_path / "held out"))]
+    files = break_some(pets, 3)
+    more = ["--train_dir", *data, "--verify_images", "False", "--max_broken_images", "3", "--max_steps", "9"]
+    more += ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "9"]
+    runs = {}
+    for workers in ("0", "2"):
+        runs[workers] = build(tmp_path / workers, *more, "--dataloader_num_workers", workers)
+        runs[workers].train()
+        told = [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]
+        assert len(told) == 3
+        assert all(sum(str(file) in line for line in told) == 1 for file in files)
+        assert len(runs[workers].broken_images) == 3
+    resumed = build(tmp_path / "again", *more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-4"))
+    for run in (runs["2"], resumed):
+        assert difference(weights(run), weights(runs["0"])) == 0.0
+    assert resumed.broken_images == runs["0"].broken_images
+    assert not [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]  # known before
+    manifest = json.loads((tmp_path / "0" / "checkpoint-8" / "run.json").read_text())
+    assert len(manifest["broken_images"]) == 3
+
+
+@pytest.mark.parametrize(("limit", "told"), [("0", "--max_broken_images N"), ("1", "more than --max_broken_images 1")])
+def test_one_broken_image_too_many_stops_the_run(pets, tmp_path, limit, told):
+    data = [pets, "--validation_dir", str(class_folders(tmp_path / "held out"))]
+    files = break_some(pets, 2)
+    more = ["--verify_images", "False", "--max_broken_images", limit, "--dataloader_num_workers", "1"]
+    with pytest.raises(TrainingStopped, match=told) as stopped:
+        build(tmp_path / "out", "--train_dir", *data, *more).train()
+    assert sum(str(file) in str(stopped.value) for file in files) == int(limit) + 1
+    assert "Traceback" not in str(stopped.value)
+
+
+def test_a_reader_that_is_killed_is_told_so(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets, "--dataloader_num_workers", "1"))
+    read = trainer.train_dataset._first_readable
+    trainer.train_dataset._first_readable = lambda index: (
+        os.kill(os.getpid(), signal.SIGKILL) if int(trainer.train_dataset._epoch) == 1 else read(index)
+    )
+    with pytest.raises(
+        TrainingStopped, match=r"reads images (was killed by the system|ended).*--dataloader_num_workers \(1 now"
+    ):
+        trainer.train()
