@@ -122,7 +122,7 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on_exactly(tmp_path):
     class_folders(tmp_path / "pets", each=9)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += [str(FINETUNE), *flags(str(tmp_path / "pets")), "--variant", "test/4", "--use_cpu", "--max_steps", "60"]
+    launch += [str(FINETUNE), *flags(str(tmp_path / "pets")), "--variant", "test/4", "--use_cpu", "--max_steps", "24"]
     launch += ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -282,9 +282,9 @@ def test_broken_images_are_replaced_alike_for_any_workers_and_after_resumption(p
     for run in (runs["2"], resumed):
         assert difference(weights(run), weights(runs["0"])) == 0.0
     assert resumed.broken_images == runs["0"].broken_images
-    assert not [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]  # known before
-    manifest = json.loads((tmp_path / "0" / "checkpoint-8" / "run.json").read_text())
-    assert len(manifest["broken_images"]) == 3
+    known = json.loads((tmp_path / "0" / "checkpoint-4" / "run.json").read_text())["broken_images"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]
+    assert len(told) == 3 - len(known)  # what the checkpoint knows is not told again
 
 
 @pytest.mark.parametrize(("limit", "told"), [("0", "--max_broken_images N"), ("1", "more than --max_broken_images 1")])
