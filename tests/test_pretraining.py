@@ -158,6 +158,7 @@ def test_the_held_out_loss_is_the_same_whenever_it_is_asked_for(pets, tmp_path):
         (("--objective", "mpp", "--cutmix", 1), "--cutmix 1 needs labels"),
         (("--objective", "mpp", "--label_smoothing_factor", 0.1), "needs labels"),
         (("--objective", "mpp", "--mpp_target", "color"), "none of mean_color"),
+        (("--objective", "mae", "--head_learning_rate_multiplier", 2), "has no classifier"),
     ],
 )
 def test_refused(argv, part):

@@ -107,6 +107,10 @@ class PretrainingArguments:
                 problems.add(
                     f"--{name} {value:g} needs labels, and --objective {self.objective} has none. Leave it out."
                 )
+        if wishes.head_learning_rate_multiplier != 1.0:
+            problems.add(
+                f"--head_learning_rate_multiplier: --objective {self.objective} has no classifier. Leave it out."
+            )
 
 
 def _defaults(source: str, seen: argparse.Namespace) -> dict[str, Any]:
