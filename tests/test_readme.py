@@ -28,6 +28,9 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SHORTER = {
     "accelerate launch scripts/finetune.py --model_name_or_path B_16.npz": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
+    "accelerate launch scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
+    "accelerate launch scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
+    "torchrun --nproc_per_node 2 scripts/finetune.py": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32",
 }
 
@@ -71,7 +74,7 @@ def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_pytho
 
 def test_every_command_is_known_here():
     known = ("make demo", "make test", 'pip install -e ".[samples]"', "python scripts/convert.py B_16.npz", *SHORTER)
-    known = (*known, "python scripts/convert.py outputs/vit-b16")
+    known = (*known, "python scripts/convert.py outputs/vit-b16", "python scripts/probe.py outputs/pretrained")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
 
@@ -106,13 +109,22 @@ def test_the_samples_extra_brings_the_solar_cells():
 
 
 @pytest.mark.parametrize("start", SHORTER)
-def test_fine_tuning_commands_run(start, workplace):
+def test_training_commands_run(start, workplace):
     command = next(command for command in COMMANDS if command.startswith(start))
     words = shlex.split(f"{command} {SHORTER[start]}")
-    stdout = run([sys.executable, "-m", "accelerate.commands.launch", *words[2:]], workplace)
-    assert "Held-out accuracy" in stdout
+    launcher = {
+        "accelerate": ["accelerate.commands.launch", *words[2:]],
+        "torchrun": ["torch.distributed.run", *words[1:]],
+    }
+    stdout = run([sys.executable, "-m", *launcher[words[0]]], workplace)
+    assert f"Held-out {'loss' if 'mae' in words else 'accuracy'}" in stdout
     folder = workplace / words[words.index("--output_dir") + 1]
     assert (folder / "model.safetensors").exists()
+
+
+def test_the_probe_command_runs(workplace):
+    words = shlex.split(next(command for command in COMMANDS if "scripts/probe.py" in command))
+    assert "knn" in run([sys.executable, *words[1:]], workplace)
 
 
 def test_conversion_commands_run_and_the_file_comes_back(workplace):
