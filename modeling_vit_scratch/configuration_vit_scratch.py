@@ -228,7 +228,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict.pop("id2label", None)
         if labels is not None or "id2label" not in config_dict:
             config_dict.pop("label2id", None)
-        if "pooling" in fields and "use_cls_token" not in fields:
+        if fields.get("pooling") == "cls":  # a stored class token stays where the mean is taken: weights know it
             config_dict.pop("use_cls_token", None)
         return super().from_dict({**config_dict, **fields}, **kwargs)
 

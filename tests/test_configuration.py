@@ -137,7 +137,11 @@ def test_overrides_at_load_are_checked_with_the_rest(tmp_path):
     loaded = ViTScratchConfig.from_pretrained(tmp_path, num_hidden_layers=3, pooling="mean")
     assert loaded.stage_names == ["stem", "stage1", "stage2", "stage3"]
     assert loaded.out_features == ["stage3"]
-    assert loaded.use_cls_token is False
+    # The mean of patches can be taken of weights that have a class token; the class token can't of weights without.
+    assert loaded.use_cls_token is True
+    ViTScratchConfig.from_variant("test/4", pooling="mean").save_pretrained(tmp_path / "mean")
+    assert ViTScratchConfig.from_pretrained(tmp_path / "mean").use_cls_token is False
+    assert ViTScratchConfig.from_pretrained(tmp_path / "mean", pooling="cls").use_cls_token is True
     with pytest.raises(ValueError, match="must divide hidden_size=32"):
         ViTScratchConfig.from_pretrained(tmp_path, num_attention_heads=7)
 

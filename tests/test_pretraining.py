@@ -79,6 +79,18 @@ def test_fine_tuning_goes_on_from_the_folder(objective, pets, tmp_path):
     tuned.train()
 
 
+def test_the_mean_of_patches_can_be_fine_tuned_after_a_class_token(pets, tmp_path):
+    # As MAE and SimMIM are: their class token has learnt nothing.
+    trainer = build_pretrainer(tmp_path / "pre", *flags(pets, "--objective", "mae", "--max_steps", "1"))
+    trainer.train()
+    trainer.save_model()
+    mean = ("--model_name_or_path", str(tmp_path / "pre"), "--config_overrides", "pooling=mean")
+    tuned = build(tmp_path / "tuned", *flags(pets, *mean))
+    assert (tuned.model.config.pooling, tuned.model.config.use_cls_token) == ("mean", True)
+    trained = trainer.model.vit.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in tuned.model.vit.state_dict().items())
+
+
 def test_the_folder_is_the_model_that_people_load(pets, tmp_path):
     classes = {"mpp": ViTScratchModel, "mae": ViTScratchModel, "simmim": ViTScratchForMaskedImageModeling}
     for objective, kind in classes.items():
