@@ -84,6 +84,19 @@ def test_scores_are_those_of_the_pipeline(trained, tmp_path, monkeypatch):
     assert str(tmp_path) not in (out / "results.json").read_text()
 
 
+def test_a_temperature_that_does_not_help_is_told_and_not_stored(trained, tmp_path, monkeypatch, capsys):
+    model = copy_of(trained, tmp_path)
+    monkeypatch.setattr("modeling_vit_scratch.evaluation.report.fit_temperature", lambda logits, labels: 0.1)
+    flags = ("--output_dir", tmp_path / "out", "--calibrate", "--bootstrap_resamples", "0")
+    assert evaluate_script(monkeypatch, model, trained / "test", *flags) == 0
+    report = report_of(tmp_path / "out")
+    assert (report["temperature"], report["calibration"]["is_stored"]) == (1.0, False)
+    assert report["calibration"]["fitted_temperature"] == 0.1
+    assert report["results"] == report["calibration"]["without_temperature"]
+    assert ViTScratchConfig.from_pretrained(model).temperature == 1.0
+    assert "was not stored" in capsys.readouterr().out
+
+
 def sorted_half(count, seed=42):
     """The half of the images that --calibrate reports on."""
     from modeling_vit_scratch.evaluation.data import halves

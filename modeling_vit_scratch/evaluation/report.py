@@ -93,9 +93,21 @@ def build_report(
     seed, resamples, calibration = arguments.seed, arguments.bootstrap_resamples, None
     if arguments.calibrate:
         fitted, rows = halves(labels.tolist(), seed)
-        temperature = fit_temperature(predictions.logits[fitted, 0], labels[fitted])
-        before = score(probabilities(predictions.logits[rows]), labels[rows], resamples, seed)
-        calibration = {"fitted_to": len(fitted), "without_temperature": [one.facts() for one in before]}
+        candidate = fit_temperature(predictions.logits[fitted, 0], labels[fitted])
+        before, after = (
+            score(probabilities(predictions.logits[rows], value), labels[rows], resamples, seed)
+            for value in (1.0, candidate)
+        )
+        # Fitted to few images it may well make others worse: then it is told, and not stored.
+        helps = _nll(after) < _nll(before)
+        temperature = candidate if helps else temperature
+        calibration = {
+            "fitted_to": len(fitted),
+            "fitted_temperature": candidate,
+            "is_stored": helps,
+            "without_temperature": [one.facts() for one in before],
+            "with_fitted_temperature": [one.facts() for one in after],
+        }
         which += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
     labels = labels[rows]
     values = probabilities(predictions.logits[rows], temperature)
@@ -145,12 +157,16 @@ def build_report(
     return Report(record, scores, diagram, matrix, values, labels, rows, names)
 
 
+def _nll(scores: list[Score]) -> float:
+    return next(one.value for one in scores if one.metric == "nll")
+
+
 def _or_none(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
 def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
-    """Writes everything into --output_dir, with --calibrate the temperature into the model. Returns the files."""
+    """Writes everything into --output_dir, and a temperature that helps into the model. Returns the files."""
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "results.json", folder / "predictions.csv"]
@@ -163,7 +179,7 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
             path = data.examples.images[row]["image"]["path"]
             name = Path(path).name if path else row
             table.writerow([name, report.label_names[label], report.label_names[best], f"{values[best]:.8f}"])
-    if arguments.calibrate:
+    if arguments.calibrate and report.record["calibration"]["is_stored"]:
         store_temperature(arguments.model, report.record["temperature"])
     try:
         from .figures import draw_report
@@ -194,9 +210,19 @@ def tell_report(report: Report, arguments: EvaluationArguments, files: list[Path
     if record["temperature"] != 1.0:
         lines.append(f"Temperature: {record['temperature']:.4f}.")
     if record["calibration"]:
-        before = {one["metric"]: one["value"] for one in record["calibration"]["without_temperature"]}
-        lines.append(
-            f"Without it: NLL {before['nll']:.4f}, ECE {100 * before['ece']:.2f} %. It was fitted to "
-            f"{record['calibration']['fitted_to']:,} other images, and is in {arguments.model}/config.json."
-        )
+        lines.append(_tell_calibration(record["calibration"], arguments.model))
     return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])
+
+
+def _tell_calibration(calibration: dict[str, Any], model: str) -> str:
+    without, fitted = (
+        {one["metric"]: one["value"] for one in calibration[name]}
+        for name in ("without_temperature", "with_fitted_temperature")
+    )
+    told = (
+        f"Temperature {calibration['fitted_temperature']:.4f}, fitted to {calibration['fitted_to']:,} other images: "
+        f"NLL {without['nll']:.4f} to {fitted['nll']:.4f}, ECE {without['ece']:.2%} to {fitted['ece']:.2%}."
+    )
+    if calibration["is_stored"]:
+        return f"{told} It is in {model}/config.json."
+    return f"{told} It does not help, and was not stored. More images may give a better one."
