@@ -1,23 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Draws what a training run would see: images as they are, and as augmentation and mixing make them, epoch by epoch.
+Draws what is inside a model, the figures of the paper among them, and what a training run would see.
 
+    python scripts/visualize.py filters outputs/digits
+    python scripts/visualize.py rollout outputs/digits photo.jpg --output rollout.png --save_arrays rollout.npz
+    python scripts/visualize.py distance google/vit-base-patch16-224 photos/
     python scripts/visualize.py augmentation --train_dir photos --auto_augment ta_wide --mixup 0.2
-    python scripts/visualize.py augmentation --recipe deit3_s16 --train_dir photos --image_size 224
 
-Takes the flags of scripts/finetune.py, and writes augmentation.png into --output_dir (default: outputs/preview).
+Each figure explains itself: python scripts/visualize.py rollout --help
 """
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from modeling_vit_scratch.training.errors import InputError, run_command_line
+from modeling_vit_scratch.visualization.commands import FIGURES, LIMITS, Subject
+from modeling_vit_scratch.visualization.figures import check_drawing
+from modeling_vit_scratch.visualization.photos import find_photos, open_model
+
+
+AUGMENTATION = """
+What training sees: images as they are, and as augmentation and mixing make them, epoch by epoch.
+
+Takes the flags of scripts/finetune.py, whose --help lists them, --recipe too, and writes augmentation.png into
+--output_dir (default: outputs/preview).
+"""
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["augmentation"], help="what to draw; then flags of scripts/finetune.py")
-    _, flags = parser.parse_known_args()
+    flags = sys.argv[1:]
+    arguments, rest = build_parser().parse_known_args(flags)
+    if arguments.figure == "augmentation":
+        draw_augmentation(rest)
+        return
+    if rest:
+        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    size, file, arrays = arguments.image_size, arguments.output, arguments.save_arrays
+    file = file or Path("outputs", "figures", f"{arguments.figure}.png")
+    check_drawing(file)
+    if arrays is not None and arrays.suffix != ".npz":
+        raise InputError(f"--save_arrays {arrays}: arrays are written as .npz.")
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise InputError(f"--image_size {' '.join(map(str, size))}: give one number, or height and width, in pixels.")
+    wishes = {name: getattr(arguments, name) for name in ("label", "batch_size") if hasattr(arguments, name)}
+    if wishes.get("batch_size", 1) < 1:
+        raise InputError(f"--batch_size {arguments.batch_size} must be at least 1.")
+    photos = find_photos(getattr(arguments, "photos", []))
+    if len(photos) > LIMITS.get(arguments.figure, 0) > 0:
+        print(f"Of {len(photos)} photos, the first {LIMITS[arguments.figure]} are taken.")
+    image_size = None if size is None else (size[0], size[-1])
+    model, processor = open_model(arguments.model, arguments.revision, image_size)
+    name = Path(arguments.model).name or arguments.model
+    picture = FIGURES[arguments.figure](Subject(model, processor, name, photos, **wishes))
 
+    if arrays is not None:
+        arrays.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(arrays, **picture.arrays)
+        print(f"Arrays in {arrays}: {', '.join(f'{k} {v.shape}' for k, v in picture.arrays.items())}")
+    replaced = ", in place of an older one" if file.exists() else ""
+    picture.save(file)
+    print(f"Drawn in {file}{replaced}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A subcommand for each figure; its help is the docstring of what makes it."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **form)
+    commands = parser.add_subparsers(dest="figure", metavar="figure", required=True)
+    for name, figure in FIGURES.items():
+        text = inspect.getdoc(figure)
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text, **form)
+        command.add_argument("model", help="what from_pretrained reads: a folder, a Hub id, a .npz or other checkpoint")
+        if name in LIMITS:
+            command.add_argument(
+                "photos", nargs="+", metavar="photo",
+                help=f"images, URLs, or folders with images in any depth; the first {LIMITS[name]} of them taken",
+            )  # fmt: skip
+        if name in ("gradcam", "sheet"):
+            command.add_argument("--label", help="class to explain, by name or index (default: the predicted one)")
+        if name in ("distance", "sheet"):
+            command.add_argument("--batch_size", type=int, default=8, help="photos measured at a time (default: 8)")
+        command.add_argument(
+            "--image_size", type=int, nargs="+", metavar="PIXELS",
+            help="height and width, or one number for both, if not the model's own; positions are resampled",
+        )  # fmt: skip
+        command.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: main)")
+        command.add_argument(
+            "--output", type=Path, help=f".png, .pdf or .svg to write (default: outputs/figures/{name}.png)"
+        )
+        command.add_argument("--save_arrays", type=Path, metavar="FILE.npz", help="also write the numbers drawn")
+    text = AUGMENTATION.strip()
+    commands.add_parser("augmentation", help=text.splitlines()[0], description=text, **form)
+    return parser
+
+
+def draw_augmentation(flags: list[str]) -> None:
+    """The images of a training run, by the run's own code."""
     from modeling_vit_scratch.training.command_line import parse_arguments
 
     defaults = ["--output_dir", "outputs/preview", "--verify_images", "False", "--report_to", "none"]
@@ -38,6 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
-
     sys.exit(run_command_line(main))

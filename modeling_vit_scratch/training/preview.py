@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..visualization.figures import check_drawing, new_figure
 from ..visualization.photos import as_pixels
 from .errors import InputError
 from .streaming import StreamDataset
@@ -43,12 +44,9 @@ def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> 
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
     """Writes the grid as a PNG. Raises InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('Pictures are drawn with matplotlib: pip install -e ".[plot]"') from error
+    check_drawing(file)
     rows, columns = grid.shape[:2]
-    figure = Figure(figsize=(1.5 * columns, 1.5 * rows + 0.6), layout="constrained")
+    figure = new_figure((1.5 * columns, 1.5 * rows + 0.6))
     figure.suptitle(title, fontsize=8, wrap=True)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The figures of scripts/visualize.py: for each a function from a model and photos to arrays and their drawing. Its
+docstring is what `--help` says.
+"""
+
+import difflib
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from ..training.errors import InputError
+from . import figures
+from .attention import attention_distances, head_maps, patch_distances, rollout_maps
+from .filters import patch_filters
+from .gradcam import grad_cam
+from .photos import as_pixels, batches, encoder, read_photo
+from .positions import position_similarity
+
+
+# What the paper averages the attention distance over (Figure 11); and what fits on a page.
+MAX_PHOTOS_MEASURED, MAX_PHOTOS_SHOWN, MAX_PHOTOS_IN_SHEET = 128, 8, 3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a figure is of: a model, its image processor, its name, the files of photos, and the command's wishes."""
+
+    model: ViTScratchPreTrainedModel
+    processor: Any
+    name: str
+    photos: list[str]
+    label: str | None = None
+    batch_size: int = 8
+
+    def read(self, limit: int) -> Iterator[Tensor]:
+        """`pixel_values` (1, C, H, W) of the first photos, one after the other."""
+        if not self.photos:
+            raise InputError("This figure is of photos: give images or folders of images after the model.")
+        return (read_photo(file, self.model, self.processor) for file in self.photos[:limit])
+
+    def represents(self) -> str:
+        """Which tokens stand for the image, in words."""
+        return "the class token" if encoder(self.model).config.pooling == "cls" else "the mean of the patches"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Arrays, and how they are drawn: `draw(figure, width)` in inches, on a page of `size`."""
+
+    arrays: dict[str, np.ndarray]
+    size: tuple[float, float]
+    draw: Callable[[Any, float], None]
+
+    def save(self, file: Path) -> None:
+        """Raises InputError as `figures.save_figure`."""
+        figures.save_figure(lambda figure: self.draw(figure, self.size[0]), self.size, file)
+
+
+def filters(subject: Subject) -> Picture:
+    """
+    What the first layer looks for (Figure 7, left, of the paper).
+
+    The patch embedding multiplies each patch with as many filters as tokens are wide. Their first 28 principal
+    components are shown, the strongest first: a trained model has plain colours, edges and waves, of low frequency
+    before high, as one would choose to describe a small patch; a model that has learned nothing shows noise. Of a
+    hybrid, the filters are those of the ResNet's first convolution.
+    """
+    found = patch_filters(subject.model)
+    height, width = found.components.shape[1:3]
+    count, explained = len(found.components), found.explained.sum()
+    caption = (
+        f"{subject.name}: the first {count} components of {found.num_filters} filters of {height} × {width} pixels, "
+        f"{explained:.0%} of their variance. Each is scaled to the full range of colours."
+    )
+    arrays = {"components": found.components, "explained": found.explained}
+    size = (6.0, 6.0 * -(-count // 7) / 7 * height / width + 0.9)
+    return Picture(arrays, size, partial(_draw, figures.draw_filters, found, caption))
+
+
+def positions(subject: Subject) -> Picture:
+    """
+    What the model knows of places (Figure 7, centre, and D.4 of the paper).
+
+    Each tile belongs to the patch at its place, and shows how alike its position embedding is to that of every patch:
+    the cosine, 1 at the patch itself. Trained models have neighbours alike and, with learned 1-D embeddings too, a
+    pattern of rows and columns: the grid that nobody told them of. Fresh ones show single points.
+    """
+    base = encoder(subject.model)
+    similarity = position_similarity(subject.model)
+    rows, columns = similarity.shape[:2]
+    shown = [min(rows, figures.MAX_TILES), min(columns, figures.MAX_TILES)]
+    part = "" if shown == [rows, columns] else f", {shown[0]} × {shown[1]} of them shown"
+    caption = (
+        f"{subject.name}: {base.config.position_embedding} embeddings of {rows} × {columns} patches{part}. A tile "
+        "compares its patch's embedding with those of all patches."
+    )
+    # Of rows and columns that are not equally many, each tile has the shape of the whole.
+    aspect = shown[0] * rows / (shown[1] * columns)
+    wide = min(5.2, 7.5 / aspect)
+    size = (max(wide + 1.2, 4.2), wide * aspect + 1.3)
+    return Picture({"similarity": similarity}, size, partial(_draw, figures.draw_positions, similarity, caption))
+
+
+def distance(subject: Subject) -> Picture:
+    """
+    How far each head looks (Figure 7, right, and D.7 of the paper).
+
+    A dot is a head of a layer: the distance in pixels between a patch and what it attends to, weighted by attention,
+    averaged over patches and photos. In trained models some heads of the first layers look at neighbours, as a
+    convolution would, and others at the whole image; in the last layers nearly all look far. A head on the dashed line
+    looks as far as one that attends to all patches alike. The paper takes 128 photos; give a folder.
+    """
+    base, rows, uniforms, sizes = encoder(subject.model), [], [], set()
+    photos, number = subject.read(MAX_PHOTOS_MEASURED), min(len(subject.photos), MAX_PHOTOS_MEASURED)
+    with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
+        for batch in batches(photos, subject.batch_size):
+            rows.append(attention_distances(subject.model, batch))
+            grid = base.embeddings.patch_embeddings.grid(batch)
+            uniforms += [patch_distances(grid, base.config.patch_hw).mean()] * len(batch)
+            sizes.add(tuple(batch.shape[2:]))
+            progress.update(len(batch))
+    per_photo, uniform = np.concatenate(rows).astype(np.float64), float(np.mean(uniforms))  # (photos, L, A)
+    mean = per_photo.mean(axis=0)
+    first, *others = sorted(sizes)
+    seen = f"{first[0]} × {first[1]}" + (f" to {others[-1][0]} × {others[-1][1]}" if others else "")
+    caption = (
+        f"{subject.name}: a dot for each of {mean.shape[1]} heads, mean over {number} photo{'s' * (number > 1)} of "
+        f"{seen} pixels. Attention between patches only, the rest left out and rows divided by their sum."
+    )
+    arrays = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
+    return Picture(arrays, (6.0, 4.4), partial(_draw, figures.draw_distances, mean, uniform, caption))
+
+
+def rollout(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
+    """
+    What the model looks at, through all layers (Figures 6 and 14, and D.8 of the paper).
+
+    Attention rollout (Abnar & Zuidema, 2020): the attention of a layer, averaged over heads, mixes tokens, and the
+    residual connection keeps them; multiplied over the layers that says how much of each patch is in what represents
+    the image. A photo is lit where the map is large. It shows where information can have come from, not what speaks for
+    a class: see gradcam. A map that is the same for every photo is that of a model that has learned little.
+    """
+    shown, maps = [], []
+    for pixel_values in subject.read(limit):
+        shown.append(as_pixels(pixel_values, subject.processor)[0])
+        maps.append(rollout_maps(subject.model, pixel_values)[0])
+    caption = (
+        f"{subject.name}: how much of each patch is in {subject.represents()}, by attention of all layers. Right: a "
+        "patch of 2 counts twice the mean."
+    )
+    draw = partial(_draw, figures.draw_rollout, shown, maps, caption)
+    return Picture(_named(rollout=maps), _page(shown), draw)
+
+
+def heads(subject: Subject) -> Picture:
+    """
+    What every head of every layer looks at, in one photo.
+
+    A map for each head: the attention of the class token to the patches or, in a model that pools by the mean, the mean
+    attention of all patches. Each is scaled by its own largest weight, so that maps show places, not amounts. Look for
+    heads with a fixed pattern, heads that follow objects, and heads that are alike.
+    """
+    (pixel_values,) = list(subject.read(1))
+    maps, photo = head_maps(subject.model, pixel_values)[0], as_pixels(pixel_values, subject.processor)[0]
+    layers, count, rows, columns = maps.shape
+    looks = "the class token" if encoder(subject.model).config.pooling == "cls" else "all patches, on average,"
+    caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
+    tile = min(0.9, 13 / max(layers * rows / columns, count))
+    wide = count * tile
+    beside = wide * figures.photo_part(count)
+    high = max(layers * tile * rows / columns, beside * photo.shape[0] / photo.shape[1])
+    size = (max(wide + beside + 1.0, 4.5), max(high + 1.3, 2.5))
+    return Picture({"attention": maps, "photo": photo}, size, partial(_draw, figures.draw_heads, photo, maps, caption))
+
+
+def gradcam(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
+    """
+    Which patches speak for a class.
+
+    Grad-CAM (Selvaraju et al., 2017), on the tokens of the last layer before its attention: channels weighted by the
+    gradient of the class's logit, summed, negative values cut. By default the class is the one that the model
+    predicts; --label names another, to see what would speak for it. It is a rough map, in patches.
+    """
+    classes = _class_index(subject.model, subject.label)
+    shown, maps, labels = [], [], []
+    for pixel_values in subject.read(limit):
+        found, (label,), (logits,) = grad_cam(subject.model, pixel_values, None if classes is None else [classes])
+        shown.append(as_pixels(pixel_values, subject.processor)[0])
+        maps.append(found[0])
+        labels.append(_label_text(subject.model, int(label), logits))
+    chosen = "the predicted class" if classes is None else f"the class {subject.model.config.id2label[classes]!r}"
+    caption = (
+        f"{subject.name}: which patches speak for {chosen}, with the score of each photo. Last layer, before its "
+        "attention. Right: a patch of 2 counts twice the mean."
+    )
+    draw = partial(_draw, figures.draw_gradcam, shown, maps, labels, caption)
+    return Picture(_named(gradcam=maps), _page(shown), draw)
+
+
+def sheet(subject: Subject) -> Picture:
+    """
+    All figures of a model on one page.
+
+    Filters, position similarity and attention distance above; attention rollout and Grad-CAM of the first three photos
+    and every head for the first one below. What a model can't show is said in its place. The other figures explain
+    what is to be seen: see their --help.
+    """
+    makers = {"filters": filters, "positions": positions, "distance": distance}
+    makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
+    subject.read(1)  # says so at once if there is no photo
+    pictures: dict[str, Picture | str] = {}
+    for name, make in {**makers, "heads": heads}.items():
+        try:
+            pictures[name] = make(subject)
+        except InputError as error:
+            if name not in ("positions", "gradcam") or (name == "gradcam" and subject.label is not None):
+                raise
+            pictures[name] = str(error)
+    found = {name: picture.arrays for name, picture in pictures.items() if isinstance(picture, Picture)}
+    arrays = {f"{name}_{key}": array for name, parts in found.items() for key, array in parts.items()}
+    return Picture(arrays, (17.0, 11.5), partial(_draw_sheet, subject.name, pictures))
+
+
+FIGURES: dict[str, Callable[..., Picture]] = {
+    figure.__name__: figure for figure in (filters, positions, distance, rollout, heads, gradcam, sheet)
+}
+# Figures of photos, and how many they take.
+LIMITS = {"distance": MAX_PHOTOS_MEASURED, "rollout": MAX_PHOTOS_SHOWN, "heads": 1, "gradcam": MAX_PHOTOS_SHOWN}
+LIMITS["sheet"] = MAX_PHOTOS_MEASURED
+
+
+def _draw(draw: Callable, *arguments: Any) -> None:
+    *arrays, figure, width = arguments
+    draw(figure, *arrays, width)
+
+
+def _draw_sheet(name: str, pictures: dict[str, Picture | str], figure: Any, width: float) -> None:
+    figure.suptitle(f"{name}: what is inside", fontsize=14, weight="bold")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35], hspace=0.03)
+    parts = [*above.subfigures(1, 3, wspace=0.03), *below.subfigures(1, 3, wspace=0.03)]
+    for part, (kind, picture) in zip(parts, pictures.items()):
+        if isinstance(picture, Picture):
+            picture.draw(part, width / 3 - 0.3)
+        else:
+            figures.draw_message(part, figures.TITLES[kind], picture, width / 3)
+
+
+def _named(**lists: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """One array for each photo: photos may differ in size."""
+    return {f"{name}_{index}": array for name, arrays in lists.items() for index, array in enumerate(arrays)}
+
+
+def _page(photos: list[np.ndarray]) -> tuple[float, float]:
+    heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
+    return 7.0, max(sum(heights) + 1.0, 2.2)
+
+
+def _class_index(model: ViTScratchPreTrainedModel, label: str | None) -> int | None:
+    if label is None:
+        return None
+    names = {name: int(index) for name, index in model.config.label2id.items()}
+    if label in names:
+        return names[label]
+    if label.isdecimal():
+        return int(label)
+    near = difflib.get_close_matches(label, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    some = ", ".join(list(names)[:10]) + (", …" if len(names) > 10 else "")
+    raise InputError(f"--label {label}: the model has no such class.{hint} Its {len(names)} classes: {some}.")
+
+
+def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray) -> str:
+    """The label, cut to fit under its photo, and its score."""
+    name, values = textwrap.shorten(model.config.id2label[label], 22, placeholder=" …"), torch.from_numpy(logits)
+    if model.config.problem_type == "regression":
+        return f"{name}: {logits[label]:.3g}"
+    is_multiple = model.config.problem_type == "multi_label_classification"
+    score = (values.sigmoid() if is_multiple else values.softmax(dim=0))[label]
+    return f"{name} {score:.0%}"
