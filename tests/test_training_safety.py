@@ -173,6 +173,33 @@ def test_sigterm_saves_ends_with_143_and_goes_on_exactly(pets, tmp_path):
     assert difference(weights(resumed), weights(straight)) == 0.0
 
 
+def test_the_end_of_the_launcher_counts_as_sigterm(pets, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` does
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "6"))
+    step = trainer.training_step
+
+    def orphaned(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        return step(*args, **kwargs)
+
+    trainer.training_step = orphaned
+    with pytest.raises(TrainingInterrupted, match=r"step 3 of 6.*checkpoint-3: to go on") as stopped:
+        trainer.train()
+    assert stopped.value.number == signal.SIGTERM
+    assert "The launcher has ended: saving a checkpoint" in capfd.readouterr().err
+
+
+def test_resuming_a_run_that_was_complete_takes_no_further_step(pets, tmp_path):
+    # Five batches: the sixth step, the last, is in the middle of the second epoch.
+    complete = build(tmp_path / "out", *stepwise(pets, "--ema_decay", "0.9"))
+    complete.train()
+    again = build(tmp_path / "again", *stepwise(pets, "--ema_decay", "0.9"))
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert again.state.global_step == 6
+    assert difference(weights(again), weights(complete)) == 0.0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Full disks
 

@@ -50,12 +50,16 @@ class SaveOnSignal(TrainerCallback):
     one stops at once. Several processes agree on the step, whichever of them the signal has reached.
 
     A launcher, `timeout` or a terminal may send one wish twice: what comes within a second of the first is the first.
+    `accelerate launch` of one process passes nothing on: it ends, and its run would train on with nobody to stop it. So
+    the end of the launcher counts as SIGTERM.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.process = processes, os.getpid()
         self.number, self._time, self._agreed = 0, 0.0, 0
         self._handlers: dict[int, Any] = {}
+        is_launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+        self._launcher = os.getppid() if is_launched else None
 
     def on_train_begin(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,12 +83,17 @@ class SaveOnSignal(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.number, self._time = number, time.monotonic()
+        self._announce("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+
+    def _announce(self, what: str) -> None:
         if os.environ.get("RANK", "0") == "0":
-            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             # Not print, which fails if the signal came while something else was printing.
-            os.write(2, f"\n{name}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
+            os.write(2, f"\n{what}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
 
     def _agree(self) -> bool:
+        if not self.number and self._launcher not in (None, os.getppid()):
+            self.number, self._time = signal.SIGTERM, time.monotonic()
+            self._announce("The launcher has ended")
         self._agreed = self._agreed or self.processes.largest(self.number)
         self.number = self._agreed or self.number
         return self._agreed > 0

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import sort_checkpoints
 
 
 MANIFEST = "run.json"
@@ -108,12 +107,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
-    """Removes the oldest checkpoints until there are no more than `limit`; those to keep always stay."""
+    """Removes the checkpoints of the lowest steps until there are no more than `limit`; those to keep always stay."""
     if not limit or limit < 1:
         return
-    others = [path for path in sort_checkpoints(str(output_dir), use_mtime=True) if path not in keep]
-    for checkpoint in others[: max(0, len(others) + len(keep) - limit)]:
-        discard(Path(checkpoint))
+    others = [checkpoint for checkpoint in find_checkpoints(output_dir) if str(checkpoint) not in keep]
+    for checkpoint in others[max(0, limit - len(keep)) :]:
+        discard(checkpoint)
 
 
 def discard(checkpoint: Path) -> None:

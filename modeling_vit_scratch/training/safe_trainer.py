@@ -330,6 +330,13 @@ class SafeTrainer(Trainer):
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which takes one step too many where it resumes from the last one in the middle of an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """As in Trainer; remembers of which images the batches of a step are."""
         try:
