@@ -35,8 +35,9 @@ def test_all_ways_make_what_they_are_compared_for(photos):
     ways = DataBenchmark(photos, image_size=32).ways()
     batches = {name: way() for name, way in ways.items()}
     assert all((batch.shape, batch.dtype) == ((3, 3, 32, 32), torch.float32) for batch in batches.values())
-    exact, part, resized, processed = (batch for name, batch in batches.items() if name != OURS)
+    exact, part, resized, again, processed = (batch for name, batch in batches.items() if name != OURS)
     assert torch.allclose(exact, part, atol=1e-6)  # the same part of the same photo, normalised by transformers
+    assert torch.equal(resized, again)
     assert torch.allclose(resized, processed, atol=1e-6)
     assert not torch.allclose(exact, resized, atol=0.1)
     levels = DataBenchmark(photos, image_size=32).difference()

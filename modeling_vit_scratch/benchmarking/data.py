@@ -51,13 +51,12 @@ class DataBenchmark:
         def augmented_by_pillow(photo: Image.Image, index: int) -> Image.Image:
             return self._augmentation(photo, np.random.default_rng((0, 0, index)))
 
-        def stock_batch(change: Callable[[Image.Image, int], Image.Image] | None) -> torch.Tensor:
-            photos = (Image.open(file).convert("RGB") for file in self.files)
-            if change is None:
-                arrays = [stock(photo, return_tensors="pt") for photo in photos]
-            else:
-                changed = (change(photo, index) for index, photo in enumerate(photos))
-                arrays = [stock(photo, do_resize=False, return_tensors="pt") for photo in changed]
+        def as_it_is(photo: Image.Image, index: int) -> Image.Image:
+            return photo
+
+        def stock_batch(change: Callable[[Image.Image, int], Image.Image], do_resize: bool = False) -> torch.Tensor:
+            photos = (change(Image.open(file).convert("RGB"), index) for index, file in enumerate(self.files))
+            arrays = [stock(photo, do_resize=do_resize, return_tensors="pt") for photo in photos]
             return torch.cat([array["pixel_values"] for array in arrays])
 
         return {
@@ -65,7 +64,9 @@ class DataBenchmark:
             "ours with --fast_decode False": self._our_way(fast_decode=False),
             "Pillow: part, flip; transformers: normalise": lambda: stock_batch(augmented_by_pillow),
             "Pillow: resize; transformers: normalise": lambda: stock_batch(whole_resized_by_pillow),
-            "transformers: resize, normalise": lambda: stock_batch(None),
+            # The processor as it is called without a thought: it resizes what has its size already.
+            "Pillow: resize; transformers: all": lambda: stock_batch(whole_resized_by_pillow, do_resize=True),
+            "transformers: all": lambda: stock_batch(as_it_is, do_resize=True),
         }
 
     def difference(self) -> dict[str, float]:

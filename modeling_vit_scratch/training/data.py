@@ -76,7 +76,8 @@ class Examples:
 
     def _stored(self, index: int) -> tuple[str | bytes, str]:
         """Path or bytes, and a name for errors."""
-        stored, name = self.images[index]["image"] or {"bytes": None, "path": None}, self.name(index)
+        stored = self.images[index]["image"] or {"bytes": None, "path": None}
+        name = stored["path"] or f"image {index}"
         content = stored["bytes"] if stored["bytes"] is not None else stored["path"]
         if content is None:
             raise ImageDecodeError(f"{name} is missing: the row has neither bytes nor a path")
@@ -189,7 +190,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         resumption too. Returns its index, its pixels, and what could not be read.
         """
         broken: dict[int, str] = {}
-        others = np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), index))
+        wanted, others = index, None
         for attempt in itertools.count(1):
             try:
                 return index, self._pixels(index), broken
@@ -197,6 +198,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                 broken[index] = str(error)
                 if len(broken) > self.max_broken_images or attempt == 100:
                     raise
+                others = others or np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), wanted))
                 index = self.examples.another(others)
 
     def _fit(self, image: Image.Image) -> torch.Tensor:
