@@ -159,6 +159,10 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
 
 
 def test_what_a_user_sees_last():
-    text = tell_result({"value": 0.98518, "n": 270, "selection": "the last step"}, "outputs/digits", "examples/3_7.png")
+    record = {"value": 0.98518, "n": 270, "selection": "the last step", "training": {"broken_images": 0}}
+    text = tell_result(record, "outputs/digits", "examples/3_7.png")
     for part in ("98.52 % on 270 images", "outputs/digits", 'classify("examples/3_7.png")', "trust_remote_code=True"):
         assert part in text
+    assert "could not be read" not in text
+    record["training"]["broken_images"] = 2
+    assert "2 training images could not be read" in tell_result(record, "outputs/digits")
