@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a model's folder is published, and what stays here and why. Whatever is not known to be wanted stays."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError, safe_open
+
+from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
+from .privacy import find_leaks
+
+
+CODE = tuple(
+    Path(module.__file__) for module in (configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch)
+)
+# Weights of earlier versions and of other libraries, which a loader may take for those of this one; and a pickle of the
+# stock Trainer, which has its token in clear. A commit removes them.
+OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|training_args\.bin")
+
+_MODEL_FILES = {
+    "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
+}  # fmt: skip
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
+# Where figures and records of evaluations are, beside the folder itself.
+_FIGURE_FOLDERS = {"figures", "evaluation"}
+_REASONS = (
+    (re.compile(r"(.*/)?[._].*"), "hidden or temporary"),
+    (re.compile(r"checkpoint-\d+/.*"), "a checkpoint to resume from, with the optimizer's state"),
+    (re.compile(r"(.*/)?training_args\.bin"), "a pickle that may hold tokens and local paths in clear"),
+    (re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz)"), "a pickle or array, not weights as safetensors"),
+    (re.compile(r"(runs|logs|wandb|mlruns)/.*|.*\.log|(.*/)?events\.out\..*"), "a log"),
+    (re.compile(r"trainer_state\.json|(stream_\d+|run)\.json|average\.safetensors"), "the state of a training run"),
+)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file of the repository: its path there, and a file of this machine or its content."""
+
+    path: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def text(self) -> str:
+        """What there is to read: of weights the header, of images nothing."""
+        suffix = PurePosixPath(self.path).suffix
+        if suffix in _FIGURES - {".svg"}:
+            return ""
+        if suffix == ".safetensors":
+            try:
+                with safe_open(self.content, framework="pt") as file:
+                    return json.dumps(file.metadata() or {})
+            except SafetensorError:  # a damaged file: whoever loads it sees that
+                return ""
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return content.decode("utf-8", errors="replace")
+
+
+def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, str]]:
+    """
+    What is published of a folder.
+
+    Args:
+        folder: of a model.
+        code: with the three code files of this version, whatever the folder has under these names.
+
+    Returns:
+        The uploads, and the paths that are left out with the reasons. A folder that is left out has a slash at its end.
+    """
+    uploads, left_out = [], {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path = file.relative_to(folder).as_posix()
+        if path in {module.name for module in CODE}:
+            continue
+        if _is_wanted(PurePosixPath(path)):
+            uploads.append(Upload(path, file))
+        else:
+            reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(path)), "no part of a model")
+            top = path.split("/")[0]
+            left_out[f"{top}/" if "/" in path and top not in _FIGURE_FOLDERS else path] = reason
+    if code:
+        uploads += [Upload(module.name, module.read_bytes()) for module in CODE]
+    return sorted(uploads, key=lambda upload: upload.path), left_out
+
+
+def _is_wanted(path: PurePosixPath) -> bool:
+    if any(part.startswith((".", "_")) for part in path.parts):
+        return False
+    if len(path.parts) == 1:
+        return path.name in _MODEL_FILES or _WEIGHTS.fullmatch(path.name) is not None or path.suffix in _FIGURES
+    return path.parts[0] in _FIGURE_FOLDERS and (path.suffix in _FIGURES or path.name == "results.json")
+
+
+def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:
+    """One line for each upload with something that must not be published. The code files are this library's own."""
+    lines = []
+    for upload in uploads:
+        found = [] if upload.path.endswith(".py") else find_leaks(upload.text(), token)
+        if found:
+            lines.append(
+                f"{upload.path} has {' and '.join(found[:3])}{' and more' if len(found) > 3 else ''}. "
+                "Take it out of the file before you publish it."
+            )
+    return lines

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Publishes the folder of a model on the Hub, in one commit, after a look at what it would be.
+
+    python scripts/publish.py outputs/pets me/vit-pets            shows files, sizes and card; uploads nothing
+    python scripts/publish.py outputs/pets me/vit-pets --yes      uploads
+    python scripts/publish.py outputs/pets me/vit-pets --yes --private --revision v2
+
+What goes: weights (safetensors), configuration, processor, the three code files, card, figures, the record. What stays:
+checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="of a finished model, e.g. outputs/pets")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="where to; made if it is not there")
+    parser.add_argument("--yes", action="store_true", help="upload; without it, only show what would be uploaded")
+    parser.add_argument("--private", action="store_true", help="make a new repository that only you can read")
+    parser.add_argument("--revision", help="commit to this branch, made from main if there is none of that name")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
+    parser.add_argument("--commit_message", default="Upload model", help="title of the commit (default: %(default)s)")
+    parser.add_argument("--license", help="the licence of the model, for its card. Example: apache-2.0")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+
+    # After the command line, so that --help is quick.
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
+    from modeling_vit_scratch.publishing.contents import collect, leaks_in
+    from modeling_vit_scratch.publishing.hub import commit, look_up, prepare
+    from modeling_vit_scratch.training.errors import InputError, Problems
+
+    folder, repo_id, problems = arguments.folder, arguments.repo_id, Problems()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder. Give that of a finished model, e.g. outputs/digits.")
+    if repo_id.count("/") != 1:
+        raise InputError(f"{repo_id}: give USER/NAME, e.g. me/{folder.resolve().name}.")
+    if arguments.create_pr and arguments.revision:
+        raise InputError("--create_pr opens its pull request against main: leave out --revision.")
+
+    # What there is, and what is wrong with it.
+    for line in (faults := check_model(folder)):
+        problems.add(line)
+    architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    card, lines = prepare_card(folder, architecture, repo_id, arguments.license)
+    uploads, left_out = collect(folder)
+    uploads = [card if upload.path == "README.md" and card else upload for upload in uploads]
+    for line in [*lines, *leaks_in(uploads, get_token())]:
+        problems.add(line)
+
+    print(f"{repo_id}, from {folder}:")
+    for upload in uploads:
+        print(f"  {upload.size:>14,} bytes  {upload.path}")
+    print(f"  {sum(upload.size for upload in uploads):>14,} bytes in {len(uploads)} files")
+    for path, reason in left_out.items():
+        print(f"  left out: {path} ({reason})")
+    if code := changed_code(folder):
+        print(f"  of this version, not of the folder: {', '.join(code)}")
+    if card is not None:
+        head = card.text().splitlines()[:40]
+        print("README.md begins:", *(f"  | {line}" for line in head), sep="\n")
+    if problems.messages:
+        raise problems.as_error()
+
+    if not arguments.yes:
+        try:
+            remote = look_up(repo_id, arguments.revision)
+            print("It is new, or not visible to you." if not remote.exists else "It exists: this would be an update.")
+            for path in remote.outdated(uploads):
+                print(f"  would be removed there: {path}")
+        except InputError as error:
+            print(f"The Hub was not asked or does not agree: {error}")
+        print("Nothing was uploaded. To upload, add --yes.")
+        return
+
+    disable_progress_bars()
+    remote = prepare(repo_id, arguments.private or None, arguments.revision)
+    url = commit(remote, uploads, arguments.commit_message, arguments.create_pr)
+    print(f"Published: {url}")
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/publish.py against a loopback Hub: what goes and what stays, and one clear message for what goes wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from loopback_hub import LoopbackHub, Repository
+from PIL import Image
+from tiny_images import load_script
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.publishing import hub as publishing_hub
+from modeling_vit_scratch.publishing.contents import CODE, collect
+from modeling_vit_scratch.publishing.privacy import find_leaks, shareable, without_leaks
+from modeling_vit_scratch.training.errors import InputError, run_command_line
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-classification
+---
+
+# pets
+
+```python
+classify = pipeline("image-classification", model="outputs/pets", trust_remote_code=True)
+```
+"""
+CODE_NAMES = {module.name for module in CODE}
+PUBLISHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "results.json", *CODE_NAMES}
+TOKEN = "hf_" + "aB3" * 11
+
+
+def connect(monkeypatch, hub: LoopbackHub, cache: Path) -> None:
+    """This process as one that was started with the loopback Hub in its environment."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    monkeypatch.setattr(publishing_hub, "WAIT", 0.0)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with LoopbackHub() as server:
+        connect(monkeypatch, server, tmp_path / "hub-cache")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "pets"
+    torch.manual_seed(0)
+    config = ViTScratchConfig.from_variant("test/4", id2label={0: "cat", 1: "dog", 2: "owl"})
+    ViTScratchForImageClassification(config).save_pretrained(folder)
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "results.json").write_text(json.dumps({"command": "python scripts/finetune.py --train_dir pets"}))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "pets"))
+
+
+def publish(*argv: object) -> None:
+    load_script("publish").main([str(word) for word in argv])
+
+
+def error(*argv: object) -> str:
+    with pytest.raises(InputError) as caught:
+        publish(*argv)
+    return str(caught.value)
+
+
+def test_without_yes_everything_is_shown_and_nothing_changes(folder, hub, capsys):
+    for path in (
+        "checkpoint-5/optimizer.pt",
+        "training_args.bin",
+        "runs/a/events.out.tfevents.1",
+        "trainer_state.json",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"x")
+    (folder / CODE[0].name).write_text("# another version")
+    publish(folder, "owner/pets")
+    shown = capsys.readouterr().out
+    assert hub.repositories == {}
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes  model.safetensors" in shown
+    for part in (
+        "left out: checkpoint-5/ (a checkpoint", "left out: training_args.bin (a pickle", "left out: runs/ (a log)",
+        "left out: trainer_state.json (the state", f"not of the folder: {CODE[0].name}", "| license: apache-2.0",
+        "Nothing was uploaded", "--yes",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert (folder / CODE[0].name).read_text() == "# another version"
+
+
+def test_the_dry_run_needs_no_hub(folder, capsys):
+    publish(folder, "owner/pets")  # HF_HUB_OFFLINE is set by conftest
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().out
+
+
+def test_one_commit_has_all_and_only_what_belongs_to_the_model(folder, hub, capsys):
+    (folder / "figures").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "figures" / "confusion_matrix.png")
+    (folder / "training_args.bin").write_bytes(TOKEN.encode())
+    (folder / CODE[0].name).unlink()
+    publish(folder, "owner/pets", "--yes", "--commit_message", "First")
+    repository = hub.repositories["owner/pets"]
+    assert repository.titles() == ["First", "initial commit"]
+    files = repository.files()
+    assert set(files) == PUBLISHED | {".gitattributes", "figures/confusion_matrix.png"}
+    for module in CODE:
+        assert files[module.name] == module.read_bytes()
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b'model="owner/pets"' in files["README.md"]
+    assert not repository.private
+    assert f"{hub.url}/owner/pets/commit/{repository.resolve('main')}" in capsys.readouterr().out
+
+
+def test_an_update_removes_outdated_weights_and_keeps_what_people_added(folder, hub):
+    repository = hub.repositories["owner/pets"] = Repository("owner", private=True)
+    config = (folder / "config.json").read_bytes()
+    old = {"config.json": config, "pytorch_model.bin": b"old", "training_args.bin": b"old", "notes.txt": b"mine"}
+    repository.add("main", old, "old")
+    publish(folder, "owner/pets", "--yes")
+    assert set(repository.files()) == PUBLISHED | {"notes.txt"}
+    assert repository.titles() == ["Upload model", "old", "initial commit"]
+
+
+def test_private_branch_and_pull_request(folder, hub):
+    publish(folder, "owner/pets", "--yes", "--private", "--revision", "v2")
+    repository = hub.repositories["owner/pets"]
+    assert repository.private
+    assert set(repository.files()) == {".gitattributes"}
+    assert set(repository.files("v2")) >= PUBLISHED
+    publish(folder, "owner/pets", "--yes", "--create_pr")
+    assert repository.pull_requests == ["refs/pr/1"]
+    assert set(repository.files()) == {".gitattributes"}
+    assert set(repository.files("refs/pr/1")) >= PUBLISHED
+    assert "leave out --revision" in error(folder, "owner/pets", "--create_pr", "--revision", "v2")
+
+
+@pytest.mark.parametrize("loss", ["PUT", "commit", "answer"])
+def test_a_lost_connection_is_tried_again_and_nothing_is_published_twice(folder, hub, loss):
+    if loss == "PUT":
+        hub.losses["PUT", "/lfs/"] = 2
+    elif loss == "commit":
+        hub.losses["POST", "/commit/main"] = 1
+    else:
+        hub.lost_answers["POST", "/commit/main"] = 1
+    publish(folder, "owner/pets", "--yes")
+    repository = hub.repositories["owner/pets"]
+    assert repository.titles() == ["Upload model", "initial commit"]
+    assert set(repository.files()) == PUBLISHED | {".gitattributes"}
+    assert sum([*hub.losses.values(), *hub.lost_answers.values()]) == 0
+
+
+@pytest.mark.parametrize("where", [("PUT", "/lfs/"), ("POST", "/commit/")])
+def test_a_connection_that_stays_lost_publishes_nothing(folder, hub, where):
+    hub.losses[where] = 1000
+    message = error(folder, "owner/pets", "--yes")
+    assert "connection to the Hub was lost" in message
+    assert "Run the same command again" in message
+    assert hub.repositories["owner/pets"].titles() == ["initial commit"]
+    hub.losses.clear()
+    publish(folder, "owner/pets", "--yes")
+    assert hub.repositories["owner/pets"].titles() == ["Upload model", "initial commit"]
+
+
+def test_what_the_hub_refuses_is_one_message(folder, hub, monkeypatch, capsys):
+    hub.repositories["owner/bert"] = Repository("owner", private=False)
+    hub.repositories["owner/bert"].add("main", {"config.json": b'{"model_type": "bert"}'}, "bert")
+    hub.repositories["owner/public"] = Repository("owner", private=False)
+    hub.repositories["other/theirs"] = Repository("other", private=False)
+    hub.repositories["other/hidden"] = Repository("other", private=True)
+    before = {name: repository.titles() for name, repository in hub.repositories.items()}
+    cases = {
+        "owner/bert": "holds something else (bert)",
+        "owner/public --private": "everybody can read it",
+        "other/theirs": "may not write to other/theirs",
+        "other/hidden": "may not write to other/hidden",
+        "other/new": "may not write to other/new",
+        "own--er/..": "is no name for a repository",
+        "pets": "give USER/NAME",
+    }
+    for words, expected in cases.items():
+        assert expected in error(folder, *words.split(), "--yes"), words
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    assert "may not write" in error(folder, "reader/pets", "--yes")
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    assert "does not accept the token" in error(folder, "owner/pets", "--yes")
+    monkeypatch.delenv("HF_TOKEN")
+    assert "There is no token" in error(folder, "owner/pets", "--yes")
+    assert {name: repository.titles() for name, repository in hub.repositories.items()} == before
+    assert run_command_line(lambda: publish(folder, "owner/pets", "--yes")) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_somebody_elses_commit_meanwhile_is_not_overwritten(folder, hub, monkeypatch):
+    remote = publishing_hub.prepare("owner/pets")
+    hub.repositories["owner/pets"].add("main", {"README.md": b"mine"}, "meanwhile")
+    uploads, _ = collect(folder)
+    with pytest.raises(InputError, match="changed by somebody else"):
+        publishing_hub.commit(remote, uploads, "late")
+    assert hub.repositories["owner/pets"].files() == {"README.md": b"mine"}
+
+
+def test_folders_that_are_not_ready_are_refused_with_all_reasons(folder, hub):
+    (folder / "README.md").write_text(CARD.replace("license: apache-2.0\n", "").replace("image-classi", "text-classi"))
+    (folder / "results.json").write_text(json.dumps({"command": f"--train_dir {Path.home()}/pets --token {TOKEN}"}))
+    message = error(folder, "owner/pets", "--yes")
+    for part in ("3 problems", "names no licence", "results.json has a token (hf_aB3...) and the local path"):
+        assert part in message
+    assert TOKEN not in message
+    (folder / "README.md").write_text("---\nmodel-index: 7\n---\n")
+    assert "metadata of README.md can't be read" in error(folder, "owner/pets", "--yes")
+    (folder / "README.md").unlink()
+    assert "no README.md" in error(folder, "owner/pets", "--yes")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "is a pickle" in error(folder, "owner/pets", "--yes")
+    assert "is no folder" in error(folder / "nothing", "owner/pets")
+    assert hub.requests == []
+
+
+def test_a_licence_can_be_given(folder, hub):
+    (folder / "README.md").write_text(CARD.replace("license: apache-2.0\n", ""))
+    publish(folder, "owner/pets", "--yes", "--license", "cc-by-4.0")
+    assert b"license: cc-by-4.0" in hub.repositories["owner/pets"].files()["README.md"]
+    assert "no name of the Hub's" in error(folder, "owner/pets", "--yes", "--license", "See our site!")
+    assert "add license_name" in error(folder, "owner/pets", "--yes", "--license", "other")
+
+
+def test_models_that_do_not_answer_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "classifier.bias": torch.full((3,), torch.nan)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "is no number" in error(folder, "owner/pets")
+    weights.pop("classifier.bias")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "classifier.bias" in error(folder, "owner/pets")
+    (folder / "model.safetensors").write_bytes(b"broken")
+    assert "can't be loaded" in error(folder, "owner/pets")
+
+
+def test_leaks_are_found_and_taken_out():
+    home = str(Path.home())
+    leaky = f'{{"a": "{home}/data/pets", "b": "{TOKEN}", "c": "C:\\\\Users\\\\me\\\\pets"}}'
+    assert len(find_leaks(leaky)) == 3
+    assert json.loads(without_leaks(leaky)) == {"a": "pets", "b": "TOKEN", "c": "pets"}
+    assert find_leaks("secret-of-mine", token="secret-of-mine") == ["a token (secret...)"]
+    harmless = "https://example.org/home/x and/or /usr/bin/env S/16 hf_hub_download outputs/pets ~/x a/home/b"
+    assert find_leaks(harmless) == []
+    assert without_leaks(harmless) == harmless
+    settings = {
+        "hub_token": "x",
+        "output_dir": f"{home}/runs/pets",
+        "nested": [{"api_key": "x", "rate": 0.1}],
+        "n": None,
+    }
+    assert shareable(settings) == {"output_dir": "pets", "nested": [{"rate": 0.1}], "n": None}
