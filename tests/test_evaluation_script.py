@@ -84,6 +84,15 @@ def test_scores_are_those_of_the_pipeline(trained, tmp_path, monkeypatch):
     assert str(tmp_path) not in (out / "results.json").read_text()
 
 
+def test_help_explains_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_script(monkeypatch, "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "95 % intervals. 0: no intervals." in text
+    assert "--calibrate" in text
+
+
 def test_a_temperature_that_does_not_help_is_told_and_not_stored(trained, tmp_path, monkeypatch, capsys):
     model = copy_of(trained, tmp_path)
     monkeypatch.setattr("modeling_vit_scratch.evaluation.report.fit_temperature", lambda logits, labels: 0.1)

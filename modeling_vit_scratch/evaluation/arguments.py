@@ -82,7 +82,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Evaluate no more than so many images, chosen at random. For a quick try."}
     )
     bootstrap_resamples: int = field(
-        default=1000, metadata={"help": "How often images are drawn anew for the 95 % intervals. 0: no intervals."}
+        default=1000, metadata={"help": "How often images are drawn anew for the 95 %% intervals. 0: no intervals."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of MODEL on the Hub."})
     cache_dir: str | None = field(
