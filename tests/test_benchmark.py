@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is timed does what it says, and the numbers are those of the times. No time is asserted."""
 
+import copy
 import json
 import sys
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_images import load_script
+from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
+from modeling_vit_scratch.benchmarking.models import ModelBenchmark, _memory_in_this_process
+from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.training.errors import InputError
 
@@ -80,8 +85,9 @@ def test_the_script_writes_what_it_shows(photos, tmp_path, monkeypatch, capsys):
     for name, row in measured["summary"].items():
         assert f"{name:46} {row['milliseconds_per_image']:10.2f}" in shown
         assert len(measured["seconds"][name]) == 2
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image in it"):
-        find_photos(str(out), 1)
+        find_photos(str(empty), 1)
 
 
 def test_mistakes_are_told(monkeypatch, capsys):
@@ -90,3 +96,69 @@ def test_mistakes_are_told(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             load_script("benchmark").main()
         assert f"{flag} {value} must be" in capsys.readouterr().err
+
+
+def test_peers_have_our_weights_or_a_reason(tmp_path):
+    config = ViTScratchConfig.from_variant("Mi/8", image_size=16, num_labels=5, zero_init_head=False)
+    ours = ViTScratchForImageClassification(config).eval()
+    models, missing = build_peers(ours, str(tmp_path))
+    assert "transformers" in models
+    assert sorted([*models, *missing]) == ["timm", "torchvision", "transformers", "vit-pytorch"]
+    assert all(missing.values())
+    theirs = models["transformers"]
+    assert type(theirs).__module__.startswith("transformers.models.vit.")
+    with torch.no_grad():
+        theirs.classifier.weight[0] *= 1.01
+    with pytest.raises(RuntimeError, match="transformers does not compute what ours does: logits differ by"):
+        check_equal("transformers", ours, theirs)
+
+
+def test_everybody_takes_the_same_steps_and_all_of_a_network_is_counted():
+    benchmark = ModelBenchmark("training", "Mi/8", 32, num_labels=5)
+    models, _ = benchmark.models()
+    models = {name: model for name, model in models.items() if name in (OURS, "transformers")}
+    before = copy.deepcopy(models[OURS].state_dict())
+    losses = {name: [way().item() for _ in range(3)] for name, way in benchmark.ways(models, 4).items()}
+    assert losses[OURS] == pytest.approx(losses["transformers"], rel=1e-4)
+    assert losses[OURS][2] < losses[OURS][0]
+    assert all(torch.equal(before[name], weight) for name, weight in models[OURS].state_dict().items())
+    ours = models[OURS].eval()
+    ours.set_attn_implementation("eager")  # the counter does not know the fused one of CPUs
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ours(random_batch(ours, 2, "cpu")[0], output_hidden_states=True)  # with all tokens of the last layer
+    assert counter.get_total_flops() == 2 * ModelBenchmark("inference", "Mi/8", 32, num_labels=5).operations()
+    assert benchmark.operations() == 3 * counter.get_total_flops() / 2
+    half = ModelBenchmark("inference", "Mi/8", 32, "bfloat16", num_labels=5)
+    assert {way().dtype for way in half.ways(half.models()[0], 2).values()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
+def test_memory_holds_what_the_backward_pass_needs():
+    threads = torch.get_num_threads()
+    found = _memory_in_this_process(ModelBenchmark("training", "Mi/8", 64), OURS, 64, threads)
+    tokens, layers, width = 64 * 65, 6, 96
+    inputs_of_products = tokens * layers * (width + 3 * width + width + width + 2 * width + 2 * width)
+    assert 4 * inputs_of_products < found < 40 * inputs_of_products
+
+
+def test_the_script_compares_models_and_draws(tmp_path, monkeypatch, capsys):
+    script, out = load_script("benchmark"), tmp_path / "out"
+    more = ["--variant", "Mi/8", "--image_size", "16", "--rounds", "2", "--batch_size", "1", "3", "--no_memory"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "inference", *more, "--output_dir", str(out)])
+    script.main()
+    shown, record = capsys.readouterr().out, json.loads((out / "inference.json").read_text())
+    assert list(record["batches"]) == ["1", "3"]
+    for batch in record["batches"].values():
+        for name, row in batch["summary"].items():
+            assert f"{name:46} {row['milliseconds_per_image']:10.2f}" in shown
+            share = (
+                row["images_per_second"] * record["operations_per_image"] / max(record["peak_operations_per_second"])
+            )
+            assert row["share_of_peak"] == pytest.approx(share)
+    for name, reason in record["missing"].items():
+        assert f"not measured: {name} ({reason})" in shown
+    with Image.open(out / "inference.png") as picture:
+        assert picture.size[0] > 800
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "training", "--variant", "S/17", "--output_dir", str(out)])
+    with pytest.raises(InputError, match="S/17"):
+        script.main()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several ways to do the same, timed in turns, so that whatever else the machine does hits all of them."""
 
+import json
 import os
 import platform
 import shlex
@@ -8,12 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import features
+
+
+# Packages that are compared with, where they are installed.
+_PEERS = ("timm", "torchvision", "vit-pytorch")
 
 
 def time_in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -75,6 +81,7 @@ def describe_machine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy", "datasets")},
+            **{name: version(name) for name in _PEERS if find_spec(name.replace("-", "_")) is not None},
             "libjpeg-turbo": features.version("libjpeg_turbo"),
         },
         "command": shlex.join(["python", *sys.argv]),
@@ -83,11 +90,31 @@ def describe_machine() -> dict[str, Any]:
 
 def format_table(title: str, summary: dict[str, dict[str, Any]]) -> str:
     """The summary for people."""
-    lines = [title, f"    {'':46} {'ms / image':>10} {'images / s':>10}   ours is faster by (quartiles)"]
+    head = f"    {'':46} {'ms / image':>10} {'images / s':>10}   ours is faster by (quartiles)"
+    has_share = any("share_of_peak" in row for row in summary.values())
+    has_memory = any("memory_bytes" in row for row in summary.values())
+    lines = [title, head + ("  of the peak" if has_share else "") + ("  memory" if has_memory else "")]
     for name, row in summary.items():
         low, high = row["times_faster_quartiles"]
-        lines.append(
-            f"    {name:46} {row['milliseconds_per_image']:10.2f} {row['images_per_second']:10.1f}   "
-            f"{row['times_faster']:.2f} ({low:.2f} to {high:.2f})"
-        )
+        faster = f"{row['times_faster']:.2f} ({low:.2f} to {high:.2f})"
+        line = f"    {name:46} {row['milliseconds_per_image']:10.2f} {row['images_per_second']:10.1f}   {faster:28}"
+        if has_share:
+            line += f"  {100 * row['share_of_peak']:9.1f} %"
+        if has_memory:
+            line += f"  {row['memory_bytes'] / 1e6:,.0f} MB"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def write_benchmark(record: dict[str, Any], folder: Path, task: str) -> None:
+    """Writes the numbers as TASK.json, and a picture of them where matplotlib is; tells where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{task}.json"
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"All numbers: {file}")
+    try:
+        from .figures import draw_benchmark
+    except ImportError:
+        print('No picture: it is drawn with matplotlib, pip install -e ".[plot]"')
+        return
+    print(f"Picture: {draw_benchmark(record, folder / f'{task}.png')}")

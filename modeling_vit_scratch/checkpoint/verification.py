@@ -24,25 +24,36 @@ def largest_difference(checkpoint: Checkpoint, model: nn.Module) -> tuple[float,
         The largest difference of the logits (without a classifier: of the hidden states) and the largest of their
         values; or the reason why there is nothing to compare with.
     """
-    package = {TIMM.name: "timm", TRANSFORMERS.name: "transformers", TORCHVISION.name: "torchvision"}.get(
-        checkpoint.format
-    )
-    if package is None:
-        return f"the implementation for the {checkpoint.format} format is no installable package"
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed"
-    build = {"timm": _timm_model, "transformers": _transformers_model, "torchvision": _torchvision_model}[package]
-    theirs = build(checkpoint).float().eval()
+    theirs = reference_model(checkpoint)
+    if isinstance(theirs, str):
+        return theirs
+    theirs = theirs.float().eval()
     height, width = checkpoint.config.image_hw
     images = torch.randn(2, checkpoint.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, got = _output(theirs, images), _output(model.float().eval(), images)
+        expected, got = model_output(theirs, images), model_output(model.float().eval(), images)
         if expected.dim() == 2 and got.dim() == 3:  # timm's features are those of the class token
             got = got[:, 0]
     return (expected - got).abs().max().item(), expected.abs().max().item()
 
 
-def _output(model: nn.Module, images: Tensor) -> Tensor:
+def reference_model(checkpoint: Checkpoint) -> nn.Module | str:
+    """
+    The implementation that a checkpoint was made for, with its weights; or the reason why it can't be had.
+
+    Args:
+        checkpoint: what `load_checkpoint` gave.
+    """
+    builders = {TIMM.name: _timm_model, TRANSFORMERS.name: _transformers_model, TORCHVISION.name: _torchvision_model}
+    if checkpoint.format not in builders:
+        return f"the implementation for the {checkpoint.format} format is no installable package"
+    if importlib.util.find_spec(checkpoint.format) is None:
+        return f"{checkpoint.format} is not installed"
+    return builders[checkpoint.format](checkpoint)
+
+
+def model_output(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of anybody's classifier; of an encoder, the hidden states."""
     output = model(images)
     if torch.is_tensor(output):
         return output
