@@ -404,7 +404,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTScratchEmbeddings", "ViTScratchLayer"]
+    _no_split_modules = ["ViTScratchPatchEmbeddings", "ViTScratchEmbeddings", "ViTScratchLayer"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTScratchLayer, "attentions": ViTScratchAttention}

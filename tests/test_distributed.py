@@ -11,12 +11,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
 from two_processes import SGD
 
-from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
 from modeling_vit_scratch.checkpoint.loading import convert
+from modeling_vit_scratch.checkpoint.shards import open_shards
 
 
 def free_port() -> str:
@@ -117,6 +119,33 @@ def test_fsdp_computes_what_the_whole_model_does(two):
         assert found["is_watched"] is False
         assert 0.4 < found["shards"] < 0.6
         assert found["resumed"] == 0.0
+
+
+def test_sharded_weights_have_the_average_of_whole_ones(two):
+    folder = two["folder"]
+    for found in (found["averages"] for found in two["found"]):
+        whole, sharded, again = (found[name] for name in ("whole", "sharded", "again"))
+        assert difference(sharded["weights"], whole["weights"]) < 1e-7
+        assert difference(sharded["weights"], again["weights"]) == 0.0
+        # The average was evaluated on the way, and training went on from the weights.
+        assert len(whole["losses"]) == 3
+        assert sharded["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+        assert sharded["losses"] == again["losses"]
+    stored = load_file(folder / "whole" / "checkpoint-4" / "average.safetensors")
+    shards = open_shards(folder / "sharded" / "checkpoint-4" / "average_fsdp_0")
+    assert difference(dict(shards), stored) < 1e-7
+
+
+def test_what_was_trained_in_shards_is_saved_whole(two):
+    folder, found = two["folder"], two["found"][0]["averages"]
+    kinds = {"sharded": ViTScratchForImageClassification, "simmim": ViTScratchForMaskedImageModeling}
+    for name, kind in kinds.items():
+        model = kind.from_pretrained(folder / name)
+        assert difference(dict(model.named_parameters()), found[name]["weights"]) == 0.0
+        assert model.config.architectures == [kind.__name__]
+    files = [{file.name for file in (folder / name).iterdir() if file.is_file()} for name in ("whole", "sharded")]
+    assert files[0] == files[1]
+    assert "modeling_vit_scratch.py" in files[0]
 
 
 def test_a_folder_of_shards_is_loaded_and_converted(two, tmp_path):

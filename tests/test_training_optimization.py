@@ -271,12 +271,6 @@ def test_half_precision_weights_have_a_full_precision_average():
         assert model.weight.dtype == torch.bfloat16
 
 
-def test_sharded_weights_are_refused():
-    model = SimpleNamespace(named_parameters=lambda: [("weight", SimpleNamespace(device_mesh="two processes"))])
-    with pytest.raises(InputError, match="sharded"):
-        begin(WeightAverage(0.9), model)
-
-
 def test_a_checkpoint_without_an_average_and_a_decay_out_of_range_are_refused(tmp_path):
     average = WeightAverage(0.9)
     average.start_from = str(tmp_path)

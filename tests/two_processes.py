@@ -2,12 +2,16 @@
 """What each of two processes does for test_distributed.py: `python two_processes.py FOLDER IMAGES SHARDS`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tiny_images import build, difference, flags, weights
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from tiny_images import build, build_pretrainer, difference, flags, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +20,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.modeling_vit_scratch import is_watched
+from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
 SGD = ["--optim", "sgd", "--learning_rate", "0.05"]
@@ -30,7 +35,7 @@ def new_model() -> ViTScratchForImageClassification:
 def shard(model: nn.Module) -> nn.Module:
     """As accelerate does it with FSDP2: what _no_split_modules names, then the rest."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # the inner ones first
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -104,6 +109,44 @@ def train(folder: Path, *flags: str, resume: Path | None = None) -> dict:
     }
 
 
+@contextmanager
+def sharding(trainer: ImageTrainer) -> Iterator[ImageTrainer]:
+    """The trainer, as accelerate makes it with FSDP2 on accelerators; on a CPU it would take DDP."""
+    plugin = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "SHARDED_STATE_DICT"}
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **plugin)
+    trainer.is_fsdp_enabled = True
+    states = (AcceleratorState._shared_state, PartialState._shared_state)
+    try:
+        for state in states:
+            state["distributed_type"] = DistributedType.FSDP
+        yield trainer
+    finally:
+        for state in states:
+            state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def average(trainer: ImageTrainer, resume: Path | None = None) -> dict:
+    """What a run with --ema_decay ends with, and what its evaluations on the way have found."""
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_model()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    return {"weights": whole(trainer.model.named_parameters()), "losses": losses}
+
+
+def averages(folder: Path, images: str, *common: str) -> dict:
+    """Runs with an average of weights that are whole, sharded, and sharded and resumed; SimMIM, sharded."""
+    common = ["--train_dir", images, "--train_val_split", "0.25", *common, "--ema_decay", "0.9"]
+    common += [f"--{what}_{name}" for what in ("eval", "save") for name in ("strategy=steps", "steps=2")]
+    found = {"whole": average(build(folder / "whole", *common, *SGD))}
+    with sharding(build(folder / "sharded", *common, *SGD)) as trainer:
+        found["sharded"] = average(trainer)
+    with sharding(build(folder / "again", *common, *SGD)) as trainer:
+        found["again"] = average(trainer, folder / "sharded" / "checkpoint-4")
+    with sharding(build_pretrainer(folder / "simmim", *common, "--objective", "simmim", "--max_steps", "2")) as trainer:
+        found["simmim"] = average(trainer)
+    return found
+
+
 def main() -> None:
     folder, images, shards = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     dist.init_process_group("gloo")
@@ -115,6 +158,7 @@ def main() -> None:
     streamed += ["--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "no"]
     found["streamed"] = train(folder / "streamed", *streamed)
     found["resumed"] = train(folder / "resumed", *streamed, resume=folder / "streamed" / "checkpoint-4")
+    found["averages"] = averages(folder, images, *common)
     torch.save(found, folder / f"found_{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

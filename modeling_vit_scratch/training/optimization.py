@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import InputError
@@ -129,7 +132,10 @@ class WeightAverage(TrainerCallback):
     checkpoint has both: the weights, with which training goes on, and the average in average.safetensors, so that a
     resumed run ends with the bits of one that was not stopped. In float32, on the device of the weights.
 
-    The Trainer calls `save` and sets `start_from`; it evaluates inside of `applied_to`.
+    With FSDP2 every process averages its own shards, and a checkpoint has them as it has those of the weights: in a
+    folder of torch.distributed.checkpoint, average_fsdp_0, which any number of processes can go on from.
+
+    The Trainer calls `save`, in every process, and sets `start_from`; it evaluates inside of `applied_to`.
 
     Args:
         decay: above 0 and below 1.
@@ -137,7 +143,7 @@ class WeightAverage(TrainerCallback):
             ExponentialMovingAverage. Without, a run of fewer than 1 / (1 - decay) steps ends close to where it began.
     """
 
-    FILE = "average.safetensors"
+    FILE, SHARDS = "average.safetensors", "average_fsdp_0"
 
     def __init__(self, decay: float, warmup: bool = True) -> None:
         if not 0.0 < decay < 1.0:
@@ -154,8 +160,6 @@ class WeightAverage(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if any(hasattr(weight, "device_mesh") for weight in _weights(model).values()):
-            raise InputError("--ema_decay can't average weights that are sharded over processes (FSDP). Leave it out.")
         self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
         if self.start_from is not None:
             self._load(self.start_from)
@@ -165,8 +169,9 @@ class WeightAverage(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        weights = [weight.detach().float() for weight in _weights(model).values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - self.decay_at(state.global_step))
+        average, weights = (list(map(_own, tensors.values())) for tensors in (self.average, _weights(model)))
+        weights = [weight.detach().float() for weight in weights]
+        torch._foreach_lerp_(average, weights, 1.0 - self.decay_at(state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -190,29 +195,57 @@ class WeightAverage(TrainerCallback):
         finally:
             _fill(model, own)
 
-    def save(self, folder: str) -> None:
-        """Writes the average into a checkpoint. After training there is nothing to write: the model is the average."""
-        if self.is_active:
+    def save(self, folder: str, is_writer: bool = True) -> None:
+        """
+        Writes the average into a checkpoint: the one process that is the writer, or for shards all of them. After
+        training there is nothing to write: the model is the average.
+        """
+        if not self.is_active:
+            return
+        if self.is_sharded:
+            writer = checkpoint.FileSystemWriter(Path(folder, self.SHARDS))
+            checkpoint.save({"model": self.average}, storage_writer=writer)
+        elif is_writer:
             save_file({name: weight.contiguous() for name, weight in self.average.items()}, Path(folder, self.FILE))
 
-    def _load(self, checkpoint: str) -> None:
-        file = Path(checkpoint, self.FILE)
-        if not file.is_file():
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has only a part of the average."""
+        return any(isinstance(weight, DTensor) for weight in self.average.values())
+
+    def _load(self, folder: str) -> None:
+        place = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
+        if not place.exists():
             raise InputError(
-                f"The checkpoint {checkpoint} has no average of the weights ({self.FILE}): its run had no --ema_decay. "
+                f"The checkpoint {folder} has no average of the weights ({place.name}): its run had no --ema_decay. "
                 "Go on without it, too, or start a new run."
             )
-        stored = load_file(file)
+        if self.is_sharded:
+            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(place))
+            return
+        stored = load_file(place)
         for name, weight in self.average.items():
             weight.copy_(stored[name])
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters, also frozen ones: the average is a whole model. This network has no buffers that change."""
+    """
+    All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
+
+    FSDP2 may leave whole weights behind an evaluation, which it would go on with: what is changed here are the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return dict(model.named_parameters())
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has, which shares its memory; without FSDP all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     for name, weight in _weights(model).items():
-        weight.copy_(values[name])
+        _own(weight).copy_(_own(values[name]))

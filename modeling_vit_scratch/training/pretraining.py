@@ -56,7 +56,9 @@ def finished_model(objective: PreTrainedModel, weights: dict[str, Tensor]) -> Pr
         weights: its state dict.
     """
     if isinstance(objective, ViTScratchForMaskedImageModeling):
-        return objective
+        finished = ViTScratchForMaskedImageModeling(objective.config)  # not the same one, which may be sharded
+        finished.load_state_dict(weights)
+        return finished
     encoder = ViTScratchModel(objective.config, add_pooling_layer=False)
     encoder.load_state_dict({name: weights[f"vit.{name}"] for name in encoder.state_dict()})
     return encoder

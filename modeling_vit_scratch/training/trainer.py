@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.trainer_optimizer import is_optimizer_factory
 
@@ -103,8 +104,17 @@ class ImageTrainer(SafeTrainer):
         if self.is_fsdp_enabled and self.args.should_save:
             self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
-        if self.average is not None and self.args.should_save:
-            self.average.save(folder)
+        if self.average is not None:
+            self.average.save(folder, is_writer=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As in Trainer, with the code of the model: FSDP2 gives it a class of torch's, whose files it would copy."""
+        sharded = type(self.model)
+        self.model.__class__ = next(kind for kind in sharded.__mro__ if not issubclass(kind, FSDPModule))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = sharded
 
     def write_place(self, folder: Path) -> None:
         """As in SafeTrainer: where a stream was."""
