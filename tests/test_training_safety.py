@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, weights
 
-from modeling_vit_scratch.training import checkpoints
+from modeling_vit_scratch.training import callbacks, checkpoints
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
+from modeling_vit_scratch.training.processes import launcher
 
 
 FINETUNE = ROOT / "scripts" / "finetune.py"
@@ -173,21 +174,62 @@ def test_sigterm_saves_ends_with_143_and_goes_on_exactly(pets, tmp_path):
     assert difference(weights(resumed), weights(straight)) == 0.0
 
 
-def test_the_end_of_the_launcher_counts_as_sigterm(pets, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` does
-    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "6"))
-    step = trainer.training_step
+@pytest.fixture
+def orphan(pets, tmp_path, monkeypatch):
+    """Builds a trainer whose parent ends at its third step."""
 
-    def orphaned(*args, **kwargs):
-        if trainer.state.global_step == 2:
-            monkeypatch.setattr(os, "getppid", lambda: 1)
-        return step(*args, **kwargs)
+    def build_orphan():
+        trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "4", "--dataloader_num_workers", "0"))
+        step = trainer.training_step
 
-    trainer.training_step = orphaned
-    with pytest.raises(TrainingInterrupted, match=r"step 3 of 6.*checkpoint-3: to go on") as stopped:
-        trainer.train()
+        def orphaned(*args, **kwargs):
+            if trainer.state.global_step == 2:
+                monkeypatch.setattr(os, "getppid", lambda: 1)
+            return step(*args, **kwargs)
+
+        trainer.training_step = orphaned
+        return trainer
+
+    return build_orphan
+
+
+def test_the_end_of_the_launcher_counts_as_sigterm(orphan, monkeypatch, capfd):
+    monkeypatch.setattr(callbacks, "launcher", os.getppid)
+    with pytest.raises(TrainingInterrupted, match=r"step 3 of 4.*checkpoint-3: to go on") as stopped:
+        orphan().train()
     assert stopped.value.number == signal.SIGTERM
     assert "The launcher has ended: saving a checkpoint" in capfd.readouterr().err
+
+
+def test_the_end_of_a_shell_is_nobodys_business(orphan, monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):  # exported by hand, or left by another launcher
+        monkeypatch.setenv(name, "no")
+    trainer = orphan()
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_launchers_are_known_by_what_they_run(tmp_path):
+    # In place of the real ones, which take seconds to start: what starts a child, tells its id, and waits.
+    code = "import subprocess; print(subprocess.Popen(['sleep', '30']).pid, flush=True); input()"
+    (tmp_path / "torch" / "distributed").mkdir(parents=True)
+    for package in ("torch", "torch/distributed"):
+        (tmp_path / package / "__init__.py").touch()
+    for name in ("accelerate", "torchrun", "train.py", "torch/distributed/run.py"):
+        (tmp_path / name).write_text(code)
+    python, is_launcher = sys.executable, {}
+    for command in (
+        [python, "accelerate", "launch", "train.py"], [python, str(tmp_path / "torchrun"), "train.py"],
+        [python, "-u", "-m", "torch.distributed.run", "train.py"], [python, "train.py", "accelerate"],
+        ["sh", "-c", 'sleep 30 & echo "$!"; read line', "accelerate", "launch"],
+    ):  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=tmp_path, **pipes) as parent:
+            child = int(parent.stdout.readline())
+            is_launcher[" ".join(command[-2:])] = launcher(child) == parent.pid
+            os.kill(child, signal.SIGKILL)
+            parent.communicate("\n")
+    assert list(is_launcher.values()) == [True, True, True, False, False], is_launcher
 
 
 def test_resuming_a_run_that_was_complete_takes_no_further_step(pets, tmp_path):

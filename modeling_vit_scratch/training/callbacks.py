@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from .arguments import ImageTrainingArguments
 from .data import ImageClassificationDataset
-from .processes import Processes
+from .processes import Processes, launcher
 
 
 class SetEpoch(TrainerCallback):
@@ -51,15 +51,14 @@ class SaveOnSignal(TrainerCallback):
 
     A launcher, `timeout` or a terminal may send one wish twice: what comes within a second of the first is the first.
     `accelerate launch` of one process passes nothing on: it ends, and its run would train on with nobody to stop it. So
-    the end of the launcher counts as SIGTERM.
+    the end of the launcher counts as SIGTERM, but not that of a shell.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.process = processes, os.getpid()
         self.number, self._time, self._agreed = 0, 0.0, 0
         self._handlers: dict[int, Any] = {}
-        is_launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = launcher()
 
     def on_train_begin(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,11 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other, so that all of them do the same thing at the same step."""
+"""Who started a run, and what its processes tell each other to do the same thing at the same step."""
 
+import itertools
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import distributed
+
+
+# What Python runs where a launcher runs: a script or a module.
+LAUNCHERS = (
+    "accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
+    "torchrun", "torch.distributed.run", "torch.distributed.launch",
+)  # fmt: skip
+
+
+def launcher(child: int | None = None) -> int | None:
+    """
+    The id of the process that has started this one (or that child), if it is accelerate's or torch's launcher.
+
+    A shell is none, whatever variables it exports, and may end: under nohup, setsid or tmux its runs go on.
+    """
+    try:
+        parent = psutil.Process(child).parent()
+        words = [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        return None
+    program = next(itertools.dropwhile(lambda word: word.startswith("-"), words[1:]), "")  # python -u -m program
+    return parent.pid if Path(program).name in LAUNCHERS else None
 
 
 class Processes:
