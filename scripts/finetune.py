@@ -44,11 +44,13 @@ def main() -> None:
     if is_first:
         record = build_record(trainer, data, model_arguments, scores, outcome.metrics["train_runtime"])
         write_record(record, training_arguments.output_dir)
-        write_card(training_arguments.output_dir, model.config, record, training_arguments.hub_model_id)
+        write_card(training_arguments.output_dir, model.config, record, trainer.hub_model_id)
     trainer.save_model()
     if is_first:
         example = export_examples(data, data_arguments.export_examples)
         print(tell_result(record, training_arguments.output_dir, example))
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -47,10 +47,12 @@ def main() -> None:
             trainer, data, model_arguments, wishes, scores, outcome.metrics["train_runtime"]
         )
         write_record(record, training_arguments.output_dir)
-        write_card(training_arguments.output_dir, trainer.model.config, record, training_arguments.hub_model_id)
+        write_card(training_arguments.output_dir, trainer.model.config, record, trainer.hub_model_id)
     trainer.save_model()
     if is_first:
         print(tell_pretraining(record, training_arguments.output_dir))
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

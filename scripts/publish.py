@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
     from modeling_vit_scratch.publishing.contents import collect, leaks_in
-    from modeling_vit_scratch.publishing.hub import commit, look_up, prepare
+    from modeling_vit_scratch.publishing.hub import ConnectionLost, check_permission, commit, look_up, prepare
     from modeling_vit_scratch.training.errors import InputError, Problems
 
     folder, repo_id, problems = arguments.folder, arguments.repo_id, Problems()
@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.yes:
         try:
             remote = look_up(repo_id, arguments.revision)
+            if remote.exists and not arguments.create_pr:
+                check_permission(repo_id)
             print("It is new, or not visible to you." if not remote.exists else "It exists: this would be an update.")
             for path in remote.outdated(uploads):
                 print(f"  would be removed there: {path}")
@@ -87,8 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     disable_progress_bars()
-    remote = prepare(repo_id, arguments.private or None, arguments.revision)
-    url = commit(remote, uploads, arguments.commit_message, arguments.create_pr)
+    try:
+        remote = prepare(repo_id, arguments.private or None, arguments.revision, arguments.create_pr)
+        url = commit(remote, uploads, arguments.commit_message, arguments.create_pr)
+    except ConnectionLost as error:
+        raise ConnectionLost(f"{error} Run the same command again later.") from error
     print(f"Published: {url}")
 
 

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -107,8 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.where))
         if self._is_lost(self.hub.losses):
             self.rfile.read(1)  # in the middle of what is sent
-            self.connection.close()
-            self.close_connection = True
+            self._hang_up()
             return
         self.body = self._read()
         try:
@@ -116,8 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             status, content, headers = refused.status, b"", refused.headers
         if self._is_lost(self.hub.lost_answers):
-            self.connection.close()
-            self.close_connection = True
+            self._hang_up()
             return
         if not isinstance(content, bytes):
             content, headers = json.dumps(content).encode(), {"Content-Type": "application/json", **headers}
@@ -128,6 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _hang_up(self) -> None:
+        # Not close, which a process that was forked meanwhile, e.g. one that reads images, would delay.
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def _is_lost(self, losses: dict[tuple[str, str], int]) -> bool:
         for (method, part), times in losses.items():
@@ -212,6 +216,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path.endswith(".safetensors"):
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         return entry
+
+    def _may_write(self, name: str):
+        self._find(name, write=True)
+        return 200, {}, {}
 
     def _tree(self, name: str, revision: str, path: str | None = None):
         repository, commit = self._find(name, revision)
@@ -343,6 +351,7 @@ _ROUTES = (
     ("POST", rf"{_API}/branch/(?P<branch>.+)", _Handler._branch),
     ("POST", rf"{_API}/paths-info/{_REVISION}", _Handler._paths),
     ("GET", rf"{_API}/tree/{_REVISION}(/(?P<path>.+))?", _Handler._tree),
+    ("GET", rf"{_API}/auth-check/write", _Handler._may_write),
     ("GET", rf"{_API}/refs", _Handler._refs),
     ("GET", rf"{_API}/commits/{_REVISION}", _Handler._log),
     ("GET", rf"{_API}(/revision/{_REVISION})?", _Handler._info),

@@ -11,7 +11,7 @@ from PIL import Image
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
-from .contents import CODE, Upload
+from .contents import CODE, Upload, shown_figures
 
 
 _KINDS = {
@@ -106,6 +106,8 @@ def prepare_card(
     task = "image-classification" if is_classifier else "image-feature-extraction"
     if architecture is not None and data.pipeline_tag != task:
         lines.append(f"pipeline_tag in README.md is {data.pipeline_tag}; this model is for {task}.")
+    absent = sorted(path for path in shown_figures(folder) if not (folder / path).is_file())
+    lines += [f"README.md shows {path}, which is not in {folder}." for path in absent]
     card.text = _LOCATION.sub(lambda found: f"{found[1]}{found[2]}{repo_id}{found[2]}", card.text)
     return Upload("README.md", str(card).encode()), lines
 

@@ -2,9 +2,11 @@
 """What of a model's folder is published, and what stays here and why. Whatever is not known to be wanted stays."""
 
 import json
+import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,19 +20,26 @@ CODE = tuple(
 # Weights of earlier versions and of other libraries, which a loader may take for those of this one; and a pickle of the
 # stock Trainer, which has its token in clear. A commit removes them.
 OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|training_args\.bin")
+# Where checkpoints to resume from are, here or in a repository.
+CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 
 _MODEL_FILES = {
     "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
+# What a card shows, in Markdown or HTML.
+_SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
+# Of these, text() has nothing to read. In a checkpoint they are large.
+_BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp"}
 # Where figures and records of evaluations are, beside the folder itself.
 _FIGURE_FOLDERS = {"figures", "evaluation"}
 _REASONS = (
     (re.compile(r"(.*/)?[._].*"), "hidden or temporary"),
-    (re.compile(r"checkpoint-\d+/.*"), "a checkpoint to resume from, with the optimizer's state"),
+    (re.compile(rf"{CHECKPOINT.pattern}.*"), "a checkpoint to resume from, with the optimizer's state"),
     (re.compile(r"(.*/)?training_args\.bin"), "a pickle that may hold tokens and local paths in clear"),
     (re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz)"), "a pickle or array, not weights as safetensors"),
+    (re.compile(r"(.*/)?predictions\.csv"), "names the files that were evaluated"),
     (re.compile(r"(runs|logs|wandb|mlruns)/.*|.*\.log|(.*/)?events\.out\..*"), "a log"),
     (re.compile(r"trainer_state\.json|(stream_\d+|run)\.json|average\.safetensors"), "the state of a training run"),
 )
@@ -49,9 +58,9 @@ class Upload:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def text(self) -> str:
-        """What there is to read: of weights the header, of images nothing."""
+        """What there is to read: of weights the header, of images and optimizers nothing."""
         suffix = PurePosixPath(self.path).suffix
-        if suffix in _FIGURES - {".svg"}:
+        if suffix in _BINARY:
             return ""
         if suffix == ".safetensors":
             try:
@@ -74,25 +83,43 @@ def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, st
     Returns:
         The uploads, and the paths that are left out with the reasons. A folder that is left out has a slash at its end.
     """
-    uploads, left_out = [], {}
+    uploads, left_out, shown = [], {}, shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path = file.relative_to(folder).as_posix()
         if path in {module.name for module in CODE}:
             continue
-        if _is_wanted(PurePosixPath(path)):
+        if _is_wanted(PurePosixPath(path), shown):
             uploads.append(Upload(path, file))
         else:
             reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(path)), "no part of a model")
-            top = path.split("/")[0]
-            left_out[f"{top}/" if "/" in path and top not in _FIGURE_FOLDERS else path] = reason
+            left_out[path] = reason
+    has_uploads = {upload.path.split("/")[0] for upload in uploads}
+    left_out = {_folder_or_file(path, has_uploads): reason for path, reason in left_out.items()}
     if code:
         uploads += [Upload(module.name, module.read_bytes()) for module in CODE]
     return sorted(uploads, key=lambda upload: upload.path), left_out
 
 
-def _is_wanted(path: PurePosixPath) -> bool:
+def shown_figures(folder: Path) -> set[str]:
+    """The pictures of this folder that its card shows, as paths in it, whether they are there or not."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    links = {unquote(markdown or html).split("#")[0].split("?")[0] for markdown, html in _SHOWN.findall(text)}
+    paths = {posixpath.normpath(link) for link in links if not re.match(r"[a-z][a-z0-9+.-]*:|/", link, re.IGNORECASE)}
+    return {path for path in paths if not path.startswith("..")}
+
+
+def _folder_or_file(path: str, has_uploads: set[str]) -> str:
+    """One line for a folder of which nothing is published."""
+    top, slash, _ = path.partition("/")
+    return path if not slash or top in has_uploads else f"{top}/"
+
+
+def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
     if any(part.startswith((".", "_")) for part in path.parts):
         return False
+    if path.suffix.lower() in _FIGURES and path.as_posix() in shown:
+        return True
     if len(path.parts) == 1:
         return path.name in _MODEL_FILES or _WEIGHTS.fullmatch(path.name) is not None or path.suffix in _FIGURES
     return path.parts[0] in _FIGURE_FOLDERS and (path.suffix in _FIGURES or path.name == "results.json")

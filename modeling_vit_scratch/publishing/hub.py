@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -19,10 +19,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..training.errors import InputError
-from .contents import OUTDATED, Upload
+from .contents import CHECKPOINT, OUTDATED, Upload
 
 
 # How often a commit is tried when the connection is lost, and the seconds before it is tried again.
@@ -56,10 +57,31 @@ class Remote:
     head: str | None = None
     files: tuple[str, ...] = ()
 
+    @property
+    def has_model(self) -> bool:
+        return "config.json" in self.files
+
     def outdated(self, uploads: list[Upload]) -> list[str]:
-        """Weights and pickles of an earlier version, which the next commit removes."""
+        """Weights and pickles of an earlier version, which a commit of a new model removes."""
         new = {upload.path for upload in uploads}
+        if "config.json" not in new:  # no model
+            return []
         return [path for path in self.files if OUTDATED.fullmatch(path) and path not in new]
+
+
+def check_wish(name: str) -> None:
+    """
+    What can be said of a wish to publish without asking the Hub.
+
+    Raises:
+        InputError: if `name` is none of a repository, if there is no token, or if the Hub must not be asked.
+    """
+    with _explained(name):
+        validate_repo_id(name)
+        if get_token() is None:
+            raise LocalTokenNotFoundError
+        if is_offline_mode():
+            raise OfflineModeIsEnabled
 
 
 def look_up(repo_id: str, revision: str | None = None) -> Remote:
@@ -81,7 +103,8 @@ def look_up(repo_id: str, revision: str | None = None) -> Remote:
             config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text("utf-8"))
             kind = config.get("model_type") if isinstance(config, dict) else None
         else:
-            kind = None if set(files) <= {".gitattributes", "README.md", "LICENSE"} else "no config.json"
+            others = {path for path in files if not CHECKPOINT.match(path)}
+            kind = None if others <= {".gitattributes", "README.md", "LICENSE"} else "no config.json"
         if kind not in (None, ViTScratchConfig.model_type):
             raise InputError(
                 f"{repo_id} exists and holds something else ({kind}). Nothing was changed. Choose another name."
@@ -97,7 +120,13 @@ def look_up(repo_id: str, revision: str | None = None) -> Remote:
     return remote
 
 
-def prepare(name: str, private: bool | None = None, revision: str | None = None) -> Remote:
+def check_permission(repo_id: str) -> None:
+    """Changes nothing. Raises InputError if the token of this machine may not write to a repository that is there."""
+    with _explained(repo_id):
+        HfApi().auth_check(repo_id, write=True)
+
+
+def prepare(name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Remote:
     """
     A repository to commit to: the one there is, or a new one; with the branch.
 
@@ -105,12 +134,14 @@ def prepare(name: str, private: bool | None = None, revision: str | None = None)
         name: USER/NAME, or NAME for one of one's own.
         private: whether a new repository is private; None for the user's or organization's default.
         revision: a branch, made from main if there is none of that name.
+        create_pr: for a pull request, which needs no right to write to a repository that is there.
 
     Raises:
         InputError: without a token, with one that may not write there, if the name is taken by something else, or if
             it is public and should be private.
         ConnectionLost: if the Hub can't be reached.
     """
+    check_wish(name)
     api = HfApi()
     with _explained(name):
         user = api.whoami()["name"]
@@ -125,6 +156,8 @@ def prepare(name: str, private: bool | None = None, revision: str | None = None)
             f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose another "
             "name, or leave out the wish for a private one."
         )
+    elif not create_pr:
+        check_permission(repo_id)
     if remote.head is None:
         with _explained(repo_id):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -183,8 +216,8 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
                 raise ConnectionLost(f"{error} Look among the pull requests before you try again.") from error
             if number == ATTEMPTS:
                 raise ConnectionLost(
-                    f"{error} Tried {ATTEMPTS} times. Files show up in {remote.repo_id} with the commit, all of them "
-                    "or none. Run the same command again later."
+                    f"{error} Tried {ATTEMPTS} times. Nothing of it is to be seen in {remote.repo_id}: files show up "
+                    "with the commit, all of them or none."
                 ) from error
         time.sleep(WAIT * number)
         with contextlib.suppress(ConnectionLost):
@@ -233,6 +266,8 @@ def _from_status(name: str, error: HfHubHTTPError) -> InputError:
     status = error.response.status_code
     said = (error.server_message or "").strip().rstrip(".")
     said = f" ({said})" if said else ""
+    if status == 401 and get_token() is None:
+        return _explain(name, LocalTokenNotFoundError())
     if status == 401:
         return InputError(f"The Hub does not accept the token of this machine{said}. {_LOG_IN}")
     if status == 403:

@@ -32,7 +32,7 @@ FROM_CHECKPOINT_LEARNING_RATE = 1e-4
 
 # Flags of TrainingArguments that would do harm or nothing here: name -> the value that means "not given", and why.
 REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
-    "hub_token": (None, "it would be written in clear into training_args.bin. Set HF_TOKEN or run `hf auth login`."),
+    "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
     "do_train": (True, "this script always trains."),
     "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
     "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
@@ -270,6 +270,43 @@ class ImageTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
     )
     do_train: bool = field(default=True, metadata={"help": "Always."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish the model on the Hub: during training as --hub_strategy says, and in the end with card "
+            "and record. Needs a token with the role write: HF_TOKEN or `hf auth login`. A push that fails during "
+            "training does not stop it."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "The repository to publish in, made if it is not there: NAME or USER/NAME. Default: the name of "
+            "--output_dir. Example: me/vit-pets"
+        },
+    )
+    hub_strategy: str = field(
+        default="every_save",
+        metadata={
+            "help": "What to push and when. end: the model, when training has ended. every_save: also at every "
+            "checkpoint. checkpoint: also the latest checkpoint, as last-checkpoint/, to resume from on another "
+            "machine. all_checkpoints: also all of them."
+        },
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Make a new repository that only you can read. Default: as you or the organization have set it.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    hub_always_push: bool = field(
+        default=False, metadata={"help": "Push every checkpoint, also if the upload of the one before is under way."}
+    )
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "Push to this branch, made from main if there is none of that name."}
+    )
     recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
     resume_from_checkpoint: str | None = field(
         default=None,

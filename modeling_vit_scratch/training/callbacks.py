@@ -57,13 +57,14 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self, processes: Processes) -> None:
         self.processes, self.process = processes, os.getpid()
         self.number, self._time, self._agreed = 0, 0.0, 0
+        self.is_urgent = False  # whether there was a second one
         self._handlers: dict[int, Any] = {}
         self._launcher = launcher()
 
     def on_train_begin(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.number, self._agreed = 0, 0
+        self.number, self._agreed, self.is_urgent = 0, 0, False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._request)
@@ -78,7 +79,7 @@ class SaveOnSignal(TrainerCallback):
             return  # a worker process that has just been forked
         if self.number:
             if time.monotonic() - self._time > 1.0:
-                self.number = number
+                self.number, self.is_urgent = number, True
                 raise KeyboardInterrupt
             return
         self.number, self._time = number, time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..publishing.hub import check_wish
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,
     FROM_SCRATCH_LEARNING_RATE,
@@ -23,7 +24,7 @@ from .arguments import (
     pixels,
 )
 from .checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
-from .errors import Problems
+from .errors import InputError, Problems
 from .parsing import Parser, refuse_unknown
 from .recipe_arguments import RecipeArguments, add_recipe_defaults
 
@@ -228,6 +229,21 @@ def _check_training_arguments(arguments: ImageTrainingArguments, problems: Probl
             "classes there. Keep one of them."
         )
     _check_probe(arguments, problems)
+    _check_hub(arguments, problems)
+
+
+def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
+    """What can be known of a push without asking the Hub, which the trainer does before it trains."""
+    wishes = ("hub_model_id", "hub_private_repo", "hub_revision")
+    given = [f"--{name}" for name in wishes if getattr(arguments, name) is not None]
+    if given and not arguments.push_to_hub:
+        problems.add(f"{' '.join(given)}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
+    if arguments.push_to_hub and arguments.process_index == 0:
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        try:
+            check_wish(name)
+        except InputError as error:
+            problems.add(f"--push_to_hub to {name}: {error}")
 
 
 def _check_probe(arguments: ImageTrainingArguments, problems: Problems) -> None:

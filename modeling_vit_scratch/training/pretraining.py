@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a command line to a trainer that pretrains, and from what it trained to the folder that is fine-tuned."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -40,6 +43,18 @@ class PretrainingTrainer(ImageTrainer):
         if self.args.should_save:
             finished_model(self.model, weights).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+            self.write_arguments(Path(folder))
+
+    def copy_model(self, checkpoint: Path, folder: Path) -> None:
+        """As in PushingTrainer: the finished model, as far as it is learned."""
+        file = checkpoint / "model.safetensors"
+        if isinstance(self.model, ViTScratchForMaskedImageModeling) or not file.is_file():
+            super().copy_model(checkpoint, folder)
+            return
+        with torch.random.fork_rng(devices=[]):  # for the weights that it has before it gets these
+            finished_model(self.model, load_file(file)).save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        self.write_arguments(folder)
 
     def settings(self) -> dict[str, Any]:
         """As in ImageTrainer, with the objective: the class of its model and what the collator tells of its masks."""

@@ -156,7 +156,7 @@ The model is in {folder}. To go on from it:
 
 
 def _selection(trainer: ImageTrainer) -> str:
-    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         name = trainer.args.metric_for_best_model.removeprefix("eval_")
         return f"the checkpoint with the best {name} on these same images (step {trainer.state.best_global_step})"
     return "the last step"

@@ -234,7 +234,7 @@ class SafeTrainer(Trainer):
         if self.args.local_process_index == 0 and staged.is_dir():
             self._publish(staged, checkpoint)  # on the disk of another machine
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(checkpoint))
+            self._push_from_checkpoint(str(checkpoint))
         if self.args.should_save:
             keep = {str(checkpoint), self.state.best_model_checkpoint or str(checkpoint)}
             checkpoints.rotate(folder, self.args.save_total_limit, keep)
@@ -244,13 +244,8 @@ class SafeTrainer(Trainer):
         checkpoints.write_manifest(staged, {"settings": self.settings(), "broken_images": self.broken_images})
         checkpoints.publish(staged, checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in Trainer, but not before the checkpoint has its name: the upload takes longer than that."""
-        if not self.is_staging:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; every file of the model is whole or not there."""
+        """As in Trainer; every file of the model is whole or not there. Never pushes: `push_to_hub` does."""
         folder = Path(output_dir or self.args.output_dir)
         if self.is_staging:  # as part of a checkpoint
             self.write_model(str(folder))
@@ -263,8 +258,6 @@ class SafeTrainer(Trainer):
                 checkpoints.publish_files(staged, folder)
                 shutil.rmtree(folder / checkpoints.STAGING)
         self.processes.wait()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def write_model(self, folder: str) -> None:
         """Writes the model's files, with which training can go on."""

@@ -21,11 +21,12 @@ from .errors import InputError
 from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
-from .safe_trainer import SafeTrainer, prepare_workers
+from .pushing import PushingTrainer
+from .safe_trainer import prepare_workers
 from .streaming import StreamDataset, StreamPlace, stream_loader
 
 
-class ImageTrainer(SafeTrainer):
+class ImageTrainer(PushingTrainer):
     """See the module. Everything else, distributed training included, is the stock Trainer's."""
 
     average: WeightAverage | None = None
@@ -70,7 +71,7 @@ class ImageTrainer(SafeTrainer):
     def describe(self) -> list[str]:
         """What to tell before it starts: the recipe, the augmentation, what decays and which rates there are."""
         recipe = self.args.recipe_arguments.told
-        parts = [recipe, self.describe_sharding(), self.describe_augmentation()]
+        parts = [self.describe_pushes(), recipe, self.describe_sharding(), self.describe_augmentation()]
         return [*filter(None, parts), describe_groups(self.parameter_groups())]
 
     def describe_sharding(self) -> str | None:
@@ -181,7 +182,7 @@ class ImageTrainer(SafeTrainer):
             self.stream_place.start_from = checkpoint
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the card is written from the record of the run, and a push must not replace it."""
+        """Nothing: the card is written from the record of the run."""
 
 
 def _separated(loader: DataLoader) -> DataLoader:

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run to a loopback Hub to a stranger who has not got the package, and back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub, Repository
+from PIL import Image
+from test_publishing import CODE_NAMES, connect
+from test_remote_code import HIDDEN
+from tiny_images import build, flags, load_script
+
+from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.training.pushing import whole_checkpoint
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with LoopbackHub() as server:
+        connect(monkeypatch, server, tmp_path / "hub-cache")
+        yield server
+
+
+def run(monkeypatch, script: str, *argv: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *argv, "--report_to", "none", "--disable_tqdm", "True"])
+    load_script(script).main()
+
+
+STRANGER = """
+import json, os, numpy, torch
+from pathlib import Path
+from PIL import Image
+from transformers import (AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling, Trainer, TrainingArguments, pipeline)
+name, first, out = "owner/pets", sys.argv[1], {}
+trust = {"trust_remote_code": True}
+pixels = numpy.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=numpy.uint8)
+photo = Image.fromarray(pixels)
+photo.save("photo.png")
+
+config = AutoConfig.from_pretrained(name, **trust)
+processor = AutoImageProcessor.from_pretrained(name, **trust)
+batch = processor(photo, return_tensors="pt")
+with torch.no_grad():
+    model = AutoModelForImageClassification.from_pretrained(name, **trust).eval()
+    out["logits"] = model(**batch).logits.tolist()
+    out["pooled"] = AutoModel.from_pretrained(name, **trust).eval()(**batch).pooler_output.shape
+    painter = AutoModelForMaskedImageModeling.from_pretrained(name, **trust).eval()
+    out["painted"] = painter(**batch).reconstruction.shape
+    out["map"] = AutoBackbone.from_pretrained(name, **trust).eval()(**batch).feature_maps[0].shape
+    pinned = AutoModelForImageClassification.from_pretrained(name, revision=first, code_revision=first, **trust).eval()
+    out["pinned"] = pinned(**batch).logits.tolist()
+
+classify = pipeline("image-classification", model=name, **trust)
+url = os.environ["HF_ENDPOINT"] + "/owner/pets/resolve/main/photo.png"
+out["answers"] = {
+    "image": classify(photo, top_k=3),
+    "batch": classify([photo] * 3, batch_size=2, top_k=2),
+    "file": classify("photo.png", top_k=1),
+    "url": classify(url, top_k=1),
+    "generator": list(classify((photo for _ in range(3)), batch_size=2, top_k=1)),
+}
+extract = pipeline("image-feature-extraction", model=name, pool=True, return_tensors=True, **trust)
+out["features"] = [extract(given).shape for given in (photo, "photo.png", url)]
+out["feature_batch"] = len(extract([photo] * 3, batch_size=2))
+
+examples = [{"pixel_values": batch["pixel_values"][0], "labels": i % 3} for i in range(4)]
+model = AutoModelForImageClassification.from_pretrained(name, **trust)
+arguments = TrainingArguments("tuned", max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,
+    learning_rate=0.01, save_strategy="no", push_to_hub=True, hub_model_id="owner/tuned")
+trainer = Trainer(model, arguments, train_dataset=examples, processing_class=processor)
+trainer.train()
+trainer.push_to_hub()
+with torch.no_grad():
+    tuned = AutoModelForImageClassification.from_pretrained("owner/tuned", **trust).eval()
+    out["tuned"] = bool((tuned(**batch).logits == trainer.model.eval()(**batch).logits).all())
+out["package"] = "modeling_vit_scratch" in sys.modules
+print(json.dumps(out))
+"""
+
+
+def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, capfd):
+    output, data = tmp_path / "pets-model", [*flags(pets), "--variant", "test/4", "--per_device_train_batch_size", "4"]
+    run(
+        monkeypatch, "finetune", *data, "--output_dir", str(output), "--num_train_epochs", "1",
+        "--save_strategy", "epoch", "--push_to_hub", "--hub_model_id", "pets", "--hub_private_repo", "True",
+    )  # fmt: skip
+    repository = hub.repositories["owner/pets"]
+    assert repository.private
+    # During training the weights; when it has ended the rest.
+    assert repository.titles() == ["End of training", "Training in progress, step 5", "initial commit"]
+    files = repository.files()
+    belonging = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "results.json"}
+    assert set(files) == belonging | CODE_NAMES | {"training_args.json", ".gitattributes"}
+    everything = b"".join(files.values())
+    for secret in (str(tmp_path), "hf_owner"):
+        assert secret.encode() not in everything
+    assert json.loads(files["training_args.json"])["output_dir"] == "pets-model"
+    assert not list(output.rglob("training_args.bin"))
+    assert not list(output.glob("_*"))
+    assert f"Pushed to {hub.url}/owner/pets/commit/{repository.resolve('main')}" in capfd.readouterr().err
+    card = ModelCard(files["README.md"].decode())
+    assert 'model="owner/pets"' in card.text
+    card.validate()
+
+    # A later version of the weights, and a picture to classify by its URL.
+    first = repository.resolve("main")
+    model = ViTScratchForImageClassification.from_pretrained(output).eval()
+    before = model.classifier.bias.clone()
+    with torch.no_grad():
+        model.classifier.bias += torch.tensor([0.0, 1.0, 2.0])
+    model.save_pretrained(output)
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.save(output / "photo.png")
+    load_script("publish").main([str(output), "owner/pets", "--yes", "--license", "apache-2.0"])
+    repository.private = False  # pipelines ask for pictures without a token
+
+    code = HIDDEN + STRANGER
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "fresh"),
+                   "OMP_NUM_THREADS": "1", **hub.environment()}  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", code, first], cwd=tmp_path / "elsewhere", env=environment, capture_output=True,
+        text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    out = json.loads(result.stdout.splitlines()[-1])
+    assert not out["package"]
+    inputs = ViTScratchImageProcessor.from_pretrained(output)(photo, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        np.testing.assert_array_equal(np.float32(out["logits"]), logits)
+        model.classifier.bias.copy_(before)
+        np.testing.assert_array_equal(np.float32(out["pinned"]), model(**inputs).logits)
+    assert out["pooled"] == [1, 32]
+    assert out["painted"] == [1, 3, 16, 24]
+    assert out["map"] == [1, 32, 4, 6]
+    assert out["features"] == [[1, 32]] * 3
+    assert out["feature_batch"] == 3
+    best = logits.softmax(-1)[0].topk(3)
+    labels = [model.config.id2label[index] for index in best.indices.tolist()]
+    answers = out["answers"]
+    assert [item["label"] for item in answers["image"]] == labels
+    np.testing.assert_allclose([item["score"] for item in answers["image"]], best.values, rtol=1e-5)
+    assert [[item["label"] for item in answer] for answer in answers["batch"]] == [labels[:2]] * 3
+    for (best_one,) in (answers["file"], answers["url"], *answers["generator"]):
+        assert best_one["label"] == labels[0]
+        assert best_one["score"] == pytest.approx(float(best.values[0]), rel=1e-5)
+    assert len(answers["generator"]) == 3
+    assert out["tuned"]
+    assert set(hub.repositories["owner/tuned"].files()) >= CODE_NAMES | {"model.safetensors", "config.json"}
+
+
+def test_checkpoints_can_be_pushed_to_resume_elsewhere(hub, pets, tmp_path):
+    output = tmp_path / "run"
+    arguments = flags(pets, "--num_train_epochs", "2", "--save_total_limit", "1", "--push_to_hub")
+    arguments[arguments.index("--save_strategy") + 1] = "epoch"
+    trainer = build(
+        output, *arguments, "--hub_strategy", "checkpoint", "--hub_always_push", "True", "--hub_revision", "v1"
+    )
+    assert trainer.hub_model_id == "owner/run"
+    trainer.train()
+    repository = hub.repositories["owner/run"]
+    assert repository.titles("v1")[:2] == ["Training in progress, step 10", "Training in progress, step 5"]
+    assert repository.titles() == ["initial commit"]
+    files = repository.files("v1")
+    local = {path.name: path.read_bytes() for path in (output / "checkpoint-10").iterdir()}
+    pushed = {
+        path.removeprefix("last-checkpoint/"): files[path] for path in files if path.startswith("last-checkpoint/")
+    }
+    assert set(pushed) == set(local)
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.json"} <= set(pushed)
+    for name, content in pushed.items():
+        assert len(content) == len(local[name]), name
+        assert str(tmp_path).encode() not in content, name
+    assert files["model.safetensors"] == local["model.safetensors"]
+    assert not list(output.glob("_upload-*"))
+
+
+def test_paths_in_a_pushed_checkpoint_are_shortened_in_place(tmp_path):
+    state = {"best_model_checkpoint": f"{tmp_path}/checkpoint-5", "global_step": 5}
+    text = json.dumps(state, indent=2)
+    (tmp_path / "trainer_state.json").write_text(text)
+    (tmp_path / "training_args.bin").write_bytes(b"secret")
+    (upload,) = whole_checkpoint(tmp_path, "last-checkpoint")
+    assert upload.path == "last-checkpoint/trainer_state.json"
+    assert len(upload.content) == len(text)
+    assert json.loads(upload.content) == {"best_model_checkpoint": "checkpoint-5", "global_step": 5}
+
+
+def test_a_push_that_fails_during_training_does_not_stop_it(hub, pets, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = flags(pets, "--max_steps", "2", "--push_to_hub")
+    arguments[arguments.index("--save_strategy") + 1] = "epoch"
+    trainer = build(output, *arguments)
+    hub.losses["POST", "/commit/"] = 1000
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "warning: not pushed (Training in progress, step 2): The connection" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"The model is saved in .*scripts/publish\.py .*run owner/run --yes"):
+        trainer.push_to_hub()
+    assert (output / "model.safetensors").exists()
+    assert hub.repositories["owner/run"].titles() == ["initial commit"]
+
+
+def test_what_stands_in_the_way_of_a_push_is_told_before_training(hub, pets, tmp_path, monkeypatch):
+    wishes = flags(pets, "--push_to_hub", "--hub_model_id")
+    hub.repositories["owner/bert"] = Repository("owner", private=False)
+    hub.repositories["owner/bert"].add("main", {"config.json": b'{"model_type": "bert"}'}, "bert")
+    for name, expected in {"owner/bert": "holds something else", "other/new": "may not write to other/new"}.items():
+        with pytest.raises(InputError, match=f"--push_to_hub to {name}: .*{expected}"):
+            build(tmp_path / "run", *wishes, name)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="no token"):
+        build(tmp_path / "run", *wishes, "owner/new")
+    for wrong, expected in {
+        ("--hub_model_id", "owner/x"): "nothing is pushed without --push_to_hub",
+        ("--push_to_hub", "--hub_model_id", "a/b/c"): "is no name for a repository",
+        ("--push_to_hub", "--hub_token", "hf_owner"): "--hub_token: whoever sees",
+    }.items():
+        with pytest.raises(InputError, match=expected):
+            run(
+                monkeypatch,
+                "finetune",
+                *flags(pets),
+                "--variant",
+                "test/4",
+                "--output_dir",
+                str(tmp_path / "x"),
+                *wrong,
+            )
