@@ -32,7 +32,9 @@ def main() -> None:
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
         data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
-    model, processor, origin = build_model(model_arguments, data.label_names, data.source.num_channels, seed)
+    model, processor, origin = build_model(
+        model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
+    )
     trainer = build_trainer(model, processor, data, training_arguments)
     if is_first:
         print(data.describe(), *origin, *trainer.describe(), sep="\n")

@@ -38,7 +38,7 @@ def main() -> None:
     if data_arguments.streaming:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
-    from modeling_vit_scratch.training.data import ImageClassificationDataset, read_data
+    from modeling_vit_scratch.training.data import ImageClassificationDataset, check_for_probes, read_data
     from modeling_vit_scratch.training.pixels import Normalize
     from modeling_vit_scratch.training.probes import extract_features, run_probes, table
     from modeling_vit_scratch.training.record import build_probe_record, write_record
@@ -47,6 +47,7 @@ def main() -> None:
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
         data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
+    check_for_probes(data)
     encoder, processor = load_encoder(model_arguments)
     encoder.to(training_arguments.device)
     if is_first:

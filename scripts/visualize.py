@@ -112,7 +112,9 @@ def draw_augmentation(flags: list[str]) -> None:
 
     seed = training_arguments.seed
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=False)
-    model, processor, _ = build_model(model_arguments, data.label_names, data.source.num_channels, seed)
+    model, processor, _ = build_model(
+        model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
+    )
     trainer = build_trainer(model, processor, data, training_arguments)
     file = Path(training_arguments.output_dir, "augmentation.png")
     draw_grid(augmentation_grid(trainer), trainer.describe_augmentation(), file)

@@ -102,7 +102,11 @@ def build(output_dir: Path, *flags: str) -> ImageTrainer:
     model_arguments, data_arguments, training_arguments, problems = parse_arguments(argv)
     data = read_data(data_arguments, training_arguments.seed, problems)
     model, processor, _ = build_model(
-        model_arguments, data.label_names, data.source.num_channels, training_arguments.seed
+        model_arguments,
+        data.label_names,
+        data.source.num_channels,
+        training_arguments.seed,
+        is_multi_label=data.is_multi_label,
     )
     return build_trainer(model, processor, data, training_arguments)
 

@@ -26,9 +26,15 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "wall_time_seconds": (),
 }
-_METRIC_NAMES = {"accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1"}
+_METRIC_NAMES = {
+    "accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "mean_average_precision": "Mean average precision",
+    "micro_f1": "Micro F1", "macro_f1": "Macro F1", "samples_f1": "Samples F1", "exact_match": "Exact match",
+}  # fmt: skip
 # The names that the Hub knows metrics by.
-_METRIC_TYPES = {"accuracy": "accuracy", "top5_accuracy": "top5_accuracy", "macro_f1": "f1"}
+_METRIC_TYPES = {
+    "accuracy": "accuracy", "top5_accuracy": "top5_accuracy", "mean_average_precision": "mean_average_precision",
+    "micro_f1": "f1", "macro_f1": "f1", "samples_f1": "f1", "exact_match": "exact_match",
+}  # fmt: skip
 
 
 def write_card(
@@ -120,6 +126,11 @@ def _summary(config: PreTrainedConfig, record: dict[str, Any]) -> str:
     shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
     start = record["model"]["started_from"]
     how = "trained from scratch" if start == "scratch" else f"fine-tuned from {start}"
+    if config.problem_type == "multi_label_classification":
+        return (
+            f"A Vision Transformer that says which of {len(labels)} labels an image has, any number of them: {shown}. "
+            f"It was {how} on {_data_name(record)}. The scores are probabilities, each for itself: they don't sum to 1."
+        )
     return (
         f"A Vision Transformer that sorts images into {len(labels)} classes: {shown}. It was {how} on "
         f"{_data_name(record)}. It always answers with one of its classes, also for images that show something else."

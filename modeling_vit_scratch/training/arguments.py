@@ -126,8 +126,9 @@ class DataArguments:
     train_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Your own images: a folder with one folder for each class; or a .parquet, .csv, .jsonl or .tar "
-            "(WebDataset) file; or a quoted pattern for several files. Example: photos/train, or: 'shards/*.tar'"
+            "help": "Your own images: a folder with one folder for each class, or with a metadata.jsonl, .csv or "
+            ".parquet; or a .parquet, .csv, .jsonl or .tar (WebDataset) file; or a quoted pattern for several files. A "
+            "column of lists gives each image any number of labels. Example: photos/train, or: 'shards/*.tar'"
         },
     )
     validation_dir: str | None = field(
@@ -169,6 +170,14 @@ class DataArguments:
     label_column_name: str | None = field(
         default=None,
         metadata={"help": "The column of the labels. Default: the only one that can be it. Example: fine_label"},
+    )
+    label_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands between the labels of an image, where images have any number of them and a table has "
+            'them as text; an empty text is no label. Lists need no flag: ["cat", "dog"] in Parquet or JSON lines. '
+            "Example: '|'"
+        },
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on no more than so many images, chosen at random. For a quick try."}
@@ -237,7 +246,10 @@ class ImageTrainingArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = field(
         default="accuracy",
-        metadata={"help": "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss."},
+        metadata={
+            "help": "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss; of several labels an "
+            "image mean_average_precision, which is the default there, micro_f1, macro_f1, samples_f1 or exact_match."
+        },
     )
     bf16: bool | None = field(
         default=None,

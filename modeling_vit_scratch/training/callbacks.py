@@ -134,7 +134,8 @@ class Progress(ProgressCallback):
         part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
         if part is None or not state.is_world_process_zero or self.training_bar is None:
             return
-        names = ("loss", "accuracy", "top5_accuracy", "macro_f1", "grad_norm", "learning_rate")
+        names = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
+        names = (*names, "grad_norm", "learning_rate")
         values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

@@ -130,7 +130,8 @@ class MixingCollator(ImageCollator):
         batch = super().__call__(examples)
         if "keys" not in batch:
             return batch
-        targets = F.one_hot(batch["labels"], self.num_labels).float()
+        targets = batch["labels"]  # (B, K) where images have several
+        targets = targets if targets.ndim == 2 else F.one_hot(targets, self.num_labels).float()
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
         seed, epoch, _ = examples[0]["key"]

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which column of a table holds the images, and which the labels."""
 
+from typing import Any
+
+import datasets
+
 from .errors import Problems
 
 
@@ -20,6 +24,11 @@ IMAGE_COLUMNS = (
     "image_path",
 )
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls")
+
+
+def is_class_label(feature: Any) -> bool:
+    """Whether it says what it is: `ClassLabel`, or a list of such, where images have several."""
+    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
 
 
 def find_column(

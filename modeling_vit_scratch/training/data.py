@@ -26,9 +26,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
 from .arguments import DataArguments
 from .augmentation import Augmentation
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
 from .decoding import ReducedJpeg, open_photo
-from .errors import Problems
+from .errors import InputError, Problems
+from .multi_label import is_label_list, multi_hot, read_label_lists, stratify
 from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
 from .streams import ImageStream, read_stream
 
@@ -40,21 +41,23 @@ _REPLACEMENT = 0x62726F6B
 @dataclass(frozen=True)
 class Examples:
     """
-    Images as stored, and a class index for each.
+    Images as stored, and a class index for each; or where an image may have several labels, 0 and 1 for every label.
 
     Attributes:
         images: one column, "image", of undecoded `datasets.Image`.
-        labels: indices into the label names.
+        labels: indices into the label names; or (N, K), uint8.
     """
 
     images: datasets.Dataset
-    labels: list[int]
+    labels: list[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: list[int]) -> "Examples":
-        return Examples(self.images.select(indices), [self.labels[index] for index in indices])
+        is_array = isinstance(self.labels, np.ndarray)
+        labels = self.labels[indices] if is_array else [self.labels[index] for index in indices]
+        return Examples(self.images.select(indices), labels)
 
     def another(self, generator: np.random.Generator) -> int:
         """The index of any image."""
@@ -88,7 +91,7 @@ class Examples:
 class ImageData:
     """
     What training needs to know of the data. `label_names` are in the order of the class indices, [] without any;
-    `shuffle_buffer_size` is for a stream.
+    `shuffle_buffer_size` is for a stream; `is_multi_label` where an image has any number of labels, and not one.
     """
 
     source: Source
@@ -97,6 +100,7 @@ class ImageData:
     validation: Examples
     split: str
     shuffle_buffer_size: int = 1
+    is_multi_label: bool = False
 
     @property
     def num_train(self) -> int | None:
@@ -105,7 +109,8 @@ class ImageData:
 
     def describe(self) -> str:
         """One line for people."""
-        labels = f"{len(self.label_names)} labels: {listed(self.label_names)}" if self.label_names else "no labels"
+        kind = "labels, any number of them for an image" if self.is_multi_label else "labels"
+        labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}" if self.label_names else "no labels"
         number = "streamed" if self.num_train is None else f"{self.num_train:,}"
         return (
             f"{self.source.name}: {number} training and {len(self.validation):,} held-out images "
@@ -113,10 +118,17 @@ class ImageData:
         )
 
 
+def check_for_probes(data: ImageData) -> None:
+    """Raises InputError unless each image has one label, which is what probes judge features by."""
+    if len(data.label_names) < 2 or data.is_multi_label:
+        has = "any number of them" if data.is_multi_label else "none"
+        raise InputError(f"Probes judge features by one label for each image, and these images have {has}.")
+
+
 class ImageClassificationDataset(torch.utils.data.Dataset):
     """
-    Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, and for training "key", the (seed, epoch, index)
-    that everything random about the example is a function of.
+    Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, or "labels" of 0. and 1., (K,), where an image may
+    have several; and for training "key", the (seed, epoch, index) that everything random is a function of.
 
     The pixels are uint8, of the size that the model takes, and are normalised on the device: see `pixels`. The only
     exception is a processor of another library, which gives what it gives, normalised.
@@ -167,7 +179,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index, pixel_values, broken = self._first_readable(index)
-        example = {"pixel_values": pixel_values, "labels": self.examples.labels[index]}
+        labels = self.examples.labels[index]
+        labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
+        example = {"pixel_values": pixel_values, "labels": labels}
         if self.with_keys:
             example["key"] = (self.seed, int(self._epoch), index)
         return {**example, "broken": broken} if broken else example
@@ -257,7 +271,9 @@ def read_data(
     if train is None or (source.validation is not None and validation is None):
         raise problems.as_error()
 
-    counts = Counter(train.indices)
+    if train.is_multi_label and not needs_labels:  # nothing there can judge by several labels
+        train = LabelledSplit(train.images, [], [0] * len(train.images), False)
+    counts = Counter(train.used())
     if needs_labels:
         _check_classes(train, problems)
     elif len(counts) < 2 or min(counts.values()) < 2:  # labels that nothing can be split or judged by
@@ -265,24 +281,24 @@ def read_data(
     names = train.names
     if validation is not None:
         split = "the validation split of the data"
-        validation_examples = Examples(validation.images, _indices_by_name(train, validation, problems))
-        train_examples = Examples(train.images, train.indices)
+        validation_examples = _held_out_examples(train, validation, problems)
+        train_examples = train.examples()
     else:
-        of_each = " of each class" if names else ""
+        of_each = f" of each {'label' if train.is_multi_label else 'class'}" if names else ""
         split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
         train_examples, validation_examples = hold_out(train, arguments.train_val_split, seed, problems)
     train_examples = sample(train_examples, arguments.max_train_samples, seed)
     validation_examples = sample(validation_examples, arguments.max_eval_samples, seed)
-    if len(train_examples) < len(set(train.indices)):
+    if len(train_examples) < len(counts) and not train.is_multi_label:
         problems.add(
-            f"{len(train_examples)} training images are fewer than the {len(set(train.indices))} classes. Add images"
+            f"{len(train_examples)} training images are fewer than the {len(counts)} classes. Add images"
             + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
         )
     if arguments.verify_images and verify:
         check_files({"training": train_examples, "validation": validation_examples}, problems)
     if problems.messages:
         raise problems.as_error()
-    return ImageData(source, names, train_examples, validation_examples, split)
+    return ImageData(source, names, train_examples, validation_examples, split, is_multi_label=train.is_multi_label)
 
 
 def _read_streamed(
@@ -309,25 +325,46 @@ def _read_streamed(
         numbered = {str(number): name for number, name in enumerate(names)}
         told = [name if name in names else numbered.get(name, name) for name in validation.names]
         validation = replace(validation, names=told)
-    train = LabelledSplit(validation.images, names, list(range(len(names))), is_ordered=True)
-    indices = _indices_by_name(train, validation, problems) if names else validation.indices
-    examples = sample(Examples(validation.images, indices), arguments.max_eval_samples, seed)
+    is_multi_label = bool(names) and source.train.is_multi_label
+    indices = [[index] if is_multi_label else index for index in range(len(names))]
+    train = LabelledSplit(validation.images, names, indices, is_ordered=True, is_multi_label=is_multi_label)
+    examples = _held_out_examples(train, validation, problems) if names else validation.examples()
+    examples = sample(examples, arguments.max_eval_samples, seed)
     if arguments.verify_images and verify:
         check_files({"validation": examples}, problems)
     if problems.messages:
         raise problems.as_error()
     split = "the validation split of the data"
-    return ImageData(source, names, source.train, examples, split, arguments.shuffle_buffer_size)
+    return ImageData(source, names, source.train, examples, split, arguments.shuffle_buffer_size, is_multi_label)
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """A split as read: class indices into its own names. `is_ordered`: the data says in which order the names are."""
+    """
+    A split as read: class indices into its own names, or a list of them for each image. `is_ordered`: the data says in
+    which order the names are.
+    """
 
     images: datasets.Dataset
     names: list[str]
-    indices: list[int]
+    indices: list[int] | list[list[int]]
     is_ordered: bool
+    is_multi_label: bool = False
+
+    def used(self) -> list[int]:
+        """The labels of all images, one after the other."""
+        return list(itertools.chain.from_iterable(self.indices)) if self.is_multi_label else self.indices
+
+    def examples(self, position: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
+        """With the indices of these names, or those that `position` gives them among `num_labels` others."""
+        indices = self.indices
+        if position is not None and self.is_multi_label:
+            indices = [[position[index] for index in row] for row in indices]
+        elif position is not None:
+            indices = [position[index] for index in indices]
+        if self.is_multi_label:
+            indices = multi_hot(indices, len(self.names) if num_labels is None else num_labels)
+        return Examples(self.images, indices)
 
 
 def read_split(
@@ -335,7 +372,7 @@ def read_split(
 ) -> LabelledSplit | None:
     columns = [column for column in dataset.column_names if column != FOLDER_COLUMN]
     is_image = [column for column in columns if isinstance(dataset.features[column], datasets.Image)]
-    is_label = [column for column in columns if isinstance(dataset.features[column], datasets.ClassLabel)]
+    is_label = [column for column in columns if is_class_label(dataset.features[column])]
     image_column = find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, split, problems)
     # Where labels are of no use, a column that can't be told is none, not a mistake.
     noted = problems if needs_labels or arguments.label_column_name else Problems()
@@ -348,8 +385,13 @@ def read_split(
     images = _image_column(dataset, image_column, split, problems)
     if label_column is None:
         return None if images is None else LabelledSplit(images, [], [0] * len(images), False)
-    labels = _label_column(dataset, label_column, split, problems)
-    return None if images is None or labels is None else LabelledSplit(images, *labels)
+    separator = arguments.label_separator
+    is_multi_label = separator is not None or is_label_list(dataset.features[label_column])
+    if is_multi_label:
+        labels = read_label_lists(dataset, label_column, separator, split, problems)
+    else:
+        labels = _label_column(dataset, label_column, split, problems)
+    return None if images is None or labels is None else LabelledSplit(images, *labels, is_multi_label)
 
 
 def _image_column(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
@@ -386,7 +428,7 @@ def _label_column(
     if not all(isinstance(value, str | int) for value in values):
         problems.add(
             f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
-            "image."
+            "image, or a list of them."
         )
         return None
     distinct = sorted(set(values))
@@ -399,20 +441,27 @@ def _label_column(
 
 
 def _check_classes(train: LabelledSplit, problems: Problems) -> None:
-    used = sorted(set(train.indices))
-    if len(used) == 1:
+    used = sorted(set(train.used()))
+    if train.is_multi_label:
+        if not used:
+            problems.add(f"None of the {len(train.indices)} training images has a label.")
+    elif len(used) == 1:
         problems.add(
             f"All {len(train.indices)} training images are of one class, {train.names[used[0]]!r}. Two classes are the "
             "least there is to learn."
         )
 
 
-def _indices_by_name(train: LabelledSplit, validation: LabelledSplit, problems: Problems) -> list[int]:
-    """Class indices of the validation images, in the order of the training split's names."""
-    if not train.names or not validation.names:
-        return [0] * len(validation.indices)
-    trained = {train.names[index] for index in train.indices}
-    counts = Counter(validation.names[index] for index in validation.indices)
+def _held_out_examples(train: LabelledSplit, validation: LabelledSplit, problems: Problems) -> Examples:
+    """The validation images, with class indices in the order of the training split's names."""
+    if not train.names or not (validation.names or validation.is_multi_label):
+        return Examples(validation.images, [0] * len(validation.indices))
+    if train.is_multi_label != validation.is_multi_label:
+        several, one = ("training", "validation") if train.is_multi_label else ("validation", "training")
+        problems.add(f"The {several} split has a list of labels for each image, the {one} split one label. Align them.")
+        return Examples(validation.images, [0] * len(validation.indices))
+    trained = {train.names[index] for index in train.used()}
+    counts = Counter(validation.names[index] for index in validation.used())
     unknown = sorted(name for name in counts if name not in trained)
     if unknown:
         named = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
@@ -426,15 +475,27 @@ def _indices_by_name(train: LabelledSplit, validation: LabelledSplit, problems: 
             f"The splits have their classes in different orders: training {listed(ours)}; validation {listed(theirs)}. "
             "Save both with the same ClassLabel, or store names in place of numbers."
         )
-    position = {name: index for index, name in enumerate(train.names)}
-    return [position.get(validation.names[index], -1) for index in validation.indices]
+    ours = {name: index for index, name in enumerate(train.names)}
+    position = {index: ours.get(name, -1) for index, name in enumerate(validation.names)}
+    return validation.examples(position, len(train.names))
 
 
 def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
-    """The same share of every class, at random. Where that can't be done, nothing: the problems will raise."""
-    examples, counts = Examples(train.images, train.indices), Counter(train.indices)
-    if not 0.0 < fraction < 1.0 or (train.names and len(counts) < 2):
+    """
+    The same share of every class, at random; of labels of which images have several, as nearly as can be. Where that
+    can't be done, nothing: the problems will raise.
+    """
+    examples, counts = train.examples(), Counter(train.used())
+    if not 0.0 < fraction < 1.0 or (train.names and len(counts) < 2 and not train.is_multi_label):
         return examples, examples.select([])
+    if train.is_multi_label:
+        kept, held = stratify(examples.labels, fraction, seed)
+        if not kept or not held:
+            problems.add(
+                f"--train_val_split {fraction:g} of {len(examples)} images leaves none to "
+                f"{'hold out' if kept else 'train on'}. Add images, or choose another."
+            )
+        return examples.select(kept), examples.select(held)
     single = [train.names[index] for index, count in sorted(counts.items()) if count < 2 and train.names]
     if single:
         problems.add(
@@ -506,7 +567,9 @@ def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> P
     indices = np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(int)).tolist()
     files = []
     for index in indices:
-        label = re.sub(r"[^\w.-]+", "-", data.label_names[data.validation.labels[index]])
+        labels = data.validation.labels[index]
+        labels = np.flatnonzero(labels).tolist() if isinstance(labels, np.ndarray) else [labels]
+        label = re.sub(r"[^\w.+-]+", "-", "+".join(data.label_names[one] for one in labels) or "none")[:100]
         files.append(Path(folder, f"{index}_{label}.png"))
         data.validation.decode(index, decoder).save(files[-1])
     return files[0]

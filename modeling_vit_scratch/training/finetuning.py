@@ -12,9 +12,9 @@ from .arguments import ImageTrainingArguments
 from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
 from .callbacks import Progress, SamplesSeen, SetEpoch
 from .collation import ImageCollator, MixingCollator
-from .data import ImageClassificationDataset, ImageData
+from .data import ImageClassificationDataset, ImageData, check_for_probes
 from .errors import InputError
-from .losses import ClassificationLoss, class_weights
+from .losses import ClassificationLoss, MultiLabelLoss, class_weights, positive_weights
 from .metrics import build_compute_metrics, rank_labels
 from .optimization import WeightAverage
 from .policies import Chain, ColorJitter, RandomErasing, auto_augment
@@ -44,12 +44,14 @@ def build_trainer(
     collator = settings.pop("data_collator", None)
     has_masks = collator is not None
     if not has_masks:
-        collator = build_collator(len(data.label_names), arguments)
+        collator = build_collator(data, arguments)
         settings |= {
-            "compute_metrics": build_compute_metrics(len(data.label_names)),
-            "preprocess_logits_for_metrics": rank_labels,
+            "compute_metrics": build_compute_metrics(len(data.label_names), data.is_multi_label),
+            "preprocess_logits_for_metrics": None if data.is_multi_label else rank_labels,
             "compute_loss_func": build_loss(data, arguments),
         }
+        if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
+            arguments.metric_for_best_model = "mean_average_precision"
     elif arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
     augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
@@ -106,8 +108,7 @@ def build_probe(trainer: ImageTrainer, data: ImageData) -> Probe:
         InputError: for images without labels.
     """
     arguments, processor, held_out = trainer.args, trainer.processing_class, data.validation
-    if len(data.label_names) < 2:
-        raise InputError("--probe judges features by labels, and these images have none. Leave it out.")
+    check_for_probes(data)
     maximum, seed = arguments.probe_images, arguments.seed
     if isinstance(data.train, ImageStream):
         chosen = balanced_subset(held_out.labels, 2 * maximum, seed)
@@ -142,29 +143,37 @@ def build_augmentation(
     return Chain(*steps) if len(steps) > 1 else steps[0]
 
 
-def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | None:
+def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
     """What --loss and --class_weights ask for; None for the model's own. Raises InputError if it can't be had."""
     wishes, num_labels = arguments.recipe_arguments, len(data.label_names)
     smoothing = 0.0 if wishes.mixup or wishes.cutmix else arguments.label_smoothing_factor  # mixed ones are smooth
-    if wishes.loss == "softmax" and not wishes.class_weights:
+    if data.is_multi_label:
+        smoothing = arguments.label_smoothing_factor
+    if wishes.loss == "softmax" and not wishes.class_weights and not (data.is_multi_label and smoothing):
         return None
     weights = None
     if wishes.class_weights:
         if isinstance(data.train, ImageStream):
             raise InputError("--class_weights need the labels of all training images, which a stream does not tell.")
         try:
-            weights = class_weights(wishes.class_weights, data.train.labels, num_labels)
+            if data.is_multi_label:
+                weights = positive_weights(wishes.class_weights, data.train.labels)
+            else:
+                weights = class_weights(wishes.class_weights, data.train.labels, num_labels)
         except ValueError as error:
             raise InputError(str(error)) from error
+    if data.is_multi_label:
+        return MultiLabelLoss(wishes.loss, smoothing, weights)
     return ClassificationLoss(wishes.loss, num_labels, smoothing, weights)
 
 
-def build_collator(num_labels: int, arguments: ImageTrainingArguments) -> ImageCollator:
+def build_collator(data: ImageData, arguments: ImageTrainingArguments) -> ImageCollator:
     """What makes batches, and mixes them where that is wanted."""
     wishes = arguments.recipe_arguments
     if not wishes.mixup and not wishes.cutmix:
         return ImageCollator()
-    return MixingCollator(num_labels, wishes.mixup, wishes.cutmix, arguments.label_smoothing_factor)
+    smoothing = 0.0 if data.is_multi_label else arguments.label_smoothing_factor  # the loss smooths several labels
+    return MixingCollator(len(data.label_names), wishes.mixup, wishes.cutmix, smoothing)
 
 
 def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple[int, int]:

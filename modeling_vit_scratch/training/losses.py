@@ -65,6 +65,60 @@ class ClassificationLoss:
         return losses.sum() / (images.to(losses.device) if torch.is_tensor(images) else images)
 
 
+class MultiLabelLoss:
+    """
+    Binary cross-entropy of every label for itself, for `Trainer(compute_loss_func=)`; in float32.
+
+    Args:
+        kind: "sigmoid" for the sum over the labels of an image, anything else for the mean.
+        label_smoothing: this share of the probability is spread over "has it" and "has it not".
+        positive_weights: (K,), how much more it counts that an image has the label than that it has not: see
+            `positive_weights`. Default: as much.
+    """
+
+    def __init__(self, kind: str, label_smoothing: float = 0.0, positive_weights: np.ndarray | None = None) -> None:
+        self.kind, self.label_smoothing = kind, label_smoothing
+        self.positive_weights = None if positive_weights is None else torch.tensor(positive_weights).float()
+
+    def __call__(
+        self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """
+        Args:
+            outputs: with `logits` (B, K).
+            labels: (B, K), 0 to 1.
+            num_items_in_batch: the entries of `labels` in all batches of the update; None for this batch alone.
+        """
+        logits, weights = outputs["logits"].float(), self.positive_weights
+        targets = labels.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
+        weights = None if weights is None else weights.to(logits.device)
+        total = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        total = total / (count.to(total.device) if torch.is_tensor(count) else count)
+        return total * labels.shape[1] if self.kind == "sigmoid" else total
+
+
+def positive_weights(wish: list[str], labels: np.ndarray) -> np.ndarray:
+    """
+    The weights of `--class_weights` where images have several labels: torch's `pos_weight`.
+
+    Args:
+        wish: "balanced", for the images without a label over those with it; or K positive numbers.
+        labels: of the training images, (N, K), 0 and 1.
+
+    Returns:
+        (K,) float64; "balanced" gives a label that no training image has, or all have, 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if wish != ["balanced"]:
+        return _given_weights(wish, labels.shape[1])
+    counts = labels.sum(axis=0, dtype=np.float64)
+    others, both = len(labels) - counts, (counts > 0) & (counts < len(labels))
+    return np.divide(others, counts, out=np.ones_like(counts), where=both)
+
+
 def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.ndarray:
     """
     The weights of `--class_weights`, such that their mean over the training images is 1.
@@ -89,13 +143,18 @@ def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.nda
     if wish == ["balanced"]:
         weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
     else:
-        way_out = f"Give 'balanced', or {num_labels} positive numbers, one for each label in their order."
-        try:
-            weights = np.array([float(word) for word in wish])
-        except ValueError as error:
-            raise ValueError(f"--class_weights {' '.join(wish)}: these are no numbers. {way_out}") from error
-        if len(weights) != num_labels:
-            raise ValueError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
-        if not (np.isfinite(weights).all() and (weights > 0).all()):
-            raise ValueError(f"--class_weights {' '.join(wish)}: not all are positive. {way_out}")
+        weights = _given_weights(wish, num_labels)
     return weights * (counts.sum() / (weights @ counts))
+
+
+def _given_weights(wish: list[str], num_labels: int) -> np.ndarray:
+    way_out = f"Give 'balanced', or {num_labels} positive numbers, one for each label in their order."
+    try:
+        weights = np.array([float(word) for word in wish])
+    except ValueError as error:
+        raise ValueError(f"--class_weights {' '.join(wish)}: these are no numbers. {way_out}") from error
+    if len(weights) != num_labels:
+        raise ValueError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(f"--class_weights {' '.join(wish)}: not all are positive. {way_out}")
+    return weights

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From predictions to numbers, with `evaluate` and scikit-learn, offline."""
 
+import warnings
 from collections.abc import Callable
 
 import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 from transformers import EvalPrediction
 
 
@@ -45,14 +46,67 @@ class ImageClassificationMetric(evaluate.Metric):
         return scores
 
 
+class MultiLabelMetric(evaluate.Metric):
+    """
+    Mean average precision, micro, macro and samples F1 and exact match, for images with any number of labels. Offline.
+
+    `compute(predictions=, references=)` takes logits (N, K), of which an answer is one above 0, a probability above
+    0.5, and 0 and 1 (N, K). The numbers are those of scripts/evaluate.py: see `multi_label_scores`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean average precision, micro, macro and samples F1 and exact match.",
+            citation="",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.List(datasets.Value("float32")),
+                    "references": datasets.List(datasets.Value("float32")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
+        logits, labels = np.asarray(predictions), np.asarray(references) > 0.5
+        return multi_label_scores(logits, labels, logits >= 0)
+
+
+def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    """
+    scikit-learn's scores, each over what it is defined for: average precision over the labels that some image has, F1
+    over the labels (macro) or images (samples) for which there is a label or an answer. 0 where there is none at all.
+
+    Args:
+        values: (N, K), higher for what is likelier.
+        labels, answers: (N, K), 0 and 1.
+    """
+    present = labels.any(axis=0)
+    scores = {"mean_average_precision": 0.0}
+    if present.any():
+        mean = average_precision_score(labels[:, present], values[:, present], average="macro")
+        scores["mean_average_precision"] = float(mean)
+    for average in ("micro", "macro", "samples"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty mean
+            value = f1_score(labels, answers, average=average, zero_division=np.nan)
+        scores[f"{average}_f1"] = float(np.nan_to_num(value))
+    return scores | {"exact_match": float((labels == answers).all(axis=1).mean())}
+
+
 def rank_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """For `Trainer(preprocess_logits_for_metrics=)`: logits (B, K) to the best classes (B, at most 5), best first."""
     return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
-def build_compute_metrics(num_labels: int) -> Callable[..., dict[str, float]]:
-    """For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`. Also counts the images, as `images`."""
-    metric, images = ImageClassificationMetric(num_labels), 0
+def build_compute_metrics(num_labels: int, is_multi_label: bool = False) -> Callable[..., dict[str, float]]:
+    """
+    For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`. Also counts the images, as `images`. The
+    predictions are ranked classes, of several labels logits.
+    """
+    metric, images = MultiLabelMetric() if is_multi_label else ImageClassificationMetric(num_labels), 0
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         nonlocal images

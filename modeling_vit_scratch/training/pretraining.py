@@ -104,7 +104,12 @@ def build_pretraining(
     channels = data.source.num_channels
     if wishes.is_supervised:
         model, processor, told = build_model(
-            model_arguments, data.label_names, channels, arguments.seed, has_representation=True
+            model_arguments,
+            data.label_names,
+            channels,
+            arguments.seed,
+            has_representation=True,
+            is_multi_label=data.is_multi_label,
         )
         return build_trainer(model, processor, data, arguments), told
     classifier, processor, told = build_model(model_arguments, [], channels, arguments.seed)

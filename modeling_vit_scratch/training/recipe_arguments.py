@@ -54,7 +54,8 @@ class RecipeArguments:
         metadata={
             "help": "softmax: cross-entropy. sigmoid: binary cross-entropy summed over the classes, as the paper "
             "pre-trained; goes with --config_overrides head_bias_init=-6.9. bce: its mean over the classes, where "
-            "every class in a mixed image counts as a whole one, as in DeiT III.",
+            "every class in a mixed image counts as a whole one, as in DeiT III. Where images have any number of "
+            "labels, it is binary in any case: sigmoid for the sum over the labels, otherwise their mean.",
             "choices": LOSSES,
         },
     )
@@ -62,7 +63,8 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "Let images of some classes count more: balanced, for the inverse of how many a class has, or a "
-            "number for each label, in their order. The mean over training images is made 1. Example: balanced"
+            "number for each label, in their order. The mean over training images is made 1. Where images have any "
+            "number of labels: how much more having a label counts than not having it. Example: balanced"
         },
     )
     lamb: bool = field(

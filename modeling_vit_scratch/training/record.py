@@ -22,6 +22,13 @@ from .pretraining_arguments import PretrainingArguments
 from .trainer import ImageTrainer
 
 
+# What held-out images are judged by, the first that there is before the others.
+METRIC_TITLES = {
+    "accuracy": "accuracy", "mean_average_precision": "mean average precision", "top5_accuracy": "top-5 accuracy",
+    "micro_f1": "micro F1", "macro_f1": "macro F1", "samples_f1": "samples F1", "exact_match": "exact match",
+}  # fmt: skip
+
+
 def build_record(
     trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float], wall_time: float
 ) -> dict[str, Any]:
@@ -41,9 +48,9 @@ def build_record(
         `resumed_from`, if there is one), and the facts on `dataset`, `model` and `training` that a card tells.
     """
     # Not the loss: with label smoothing or mixing it is no number to compare.
-    names = ("accuracy", "top5_accuracy", "macro_f1")
-    metrics = {name: scores[f"eval_{name}"] for name in names if f"eval_{name}" in scores}
-    found = {"metric": "accuracy", "value": metrics["accuracy"], "n": int(scores["eval_images"]), "metrics": metrics}
+    metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
+    main = next(iter(metrics))
+    found = {"metric": main, "value": metrics[main], "n": int(scores["eval_images"]), "metrics": metrics}
     return found | _facts(trainer, data, model_arguments, wall_time)
 
 
@@ -134,8 +141,9 @@ def tell_result(record: dict[str, Any], folder: str | os.PathLike[str], example:
     image = str(example) if example is not None else "image.png"
     broken = record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
+    result = f"{METRIC_TITLES[record['metric']]}: {100 * record['value']:.2f} % on {record['n']:,} images"
     return f"""
-Held-out accuracy: {100 * record["value"]:.2f} % on {record["n"]:,} images ({record["selection"]}).{replaced}
+Held-out {result} ({record["selection"]}).{replaced}
 The model is in {folder}. To use it:
 
     from transformers import pipeline
@@ -146,9 +154,10 @@ The model is in {folder}. To use it:
 
 def tell_pretraining(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
     """What a user wants to see last: the result, where the model is, and how to go on."""
-    value = f"{100 * record['value']:.2f} %" if record["metric"] == "accuracy" else f"{record['value']:.4f}"
+    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
+    title = METRIC_TITLES.get(record["metric"], record["metric"])
     return f"""
-Held-out {record["metric"]}: {value} on {record["n"]:,} images ({record["selection"]}).
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).
 The model is in {folder}. To go on from it:
 
     accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS
@@ -171,6 +180,7 @@ def _dataset_facts(data: ImageData) -> dict[str, Any]:
         "url": source.url,
         "note": source.note,
         "num_labels": len(data.label_names),
+        "is_multi_label": data.is_multi_label,
         "num_training_images": data.num_train,
         "num_held_out_images": len(data.validation),
         "held_out": data.split,
@@ -190,6 +200,7 @@ def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str,
 def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
+    is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
     # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
     precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     return {
@@ -205,7 +216,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_decay": arguments.weight_decay,
         "gradient_clipping": arguments.max_grad_norm,
         "label_smoothing": arguments.label_smoothing_factor,
-        "loss": recipe.loss,
+        "loss": "bce" if is_multi_label and recipe.loss == "softmax" else recipe.loss,
         "class_weights": recipe.class_weights,
         "augmentation": trainer.train_dataset.augmentation.description,
         "mixing": trainer.data_collator.description if isinstance(trainer.data_collator, MixingCollator) else None,

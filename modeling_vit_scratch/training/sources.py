@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .arguments import DataArguments
+from .columns import LABEL_COLUMNS
 from .errors import Problems
 
 
@@ -166,7 +167,7 @@ def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problem
 def place_name(place: str) -> str:
     """The last part of a path that says something: no card should show where on a disk the images were."""
     parts = [part for part in Path(place).absolute().parts if "*" not in part]
-    while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES:
+    while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES | {"metadata"}:
         parts.pop()
     return Path(parts[-1]).stem or "images"
 
@@ -175,6 +176,8 @@ def read_place(
     flag: str, place: str, cache_dir: str | None, problems: Problems, needs_labels: bool
 ) -> datasets.Dataset | None:
     path = Path(place).expanduser()
+    if path.is_dir() and needs_labels and (metadata := _metadata_file(path)) is not None:
+        path, place = metadata, str(metadata)
     if path.is_dir():
         if not needs_labels and not _has_class_folders(path):
             return _read_unlabelled(flag, path, problems)
@@ -209,7 +212,7 @@ def own_files(flag: str, place: str, problems: Problems) -> tuple[str, list[Path
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
-    if reader in ("parquet", "webdataset"):
+    if reader == "webdataset" or (reader == "parquet" and files[0].stem != "metadata"):
         names = [str(file) for file in files]
         return datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
     tables = []
@@ -217,6 +220,25 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
         table = datasets.load_dataset(reader, data_files=str(file), split="train", cache_dir=cache_dir)
         tables.append(table.add_column(FOLDER_COLUMN, [str(file.parent)] * len(table)))
     return datasets.concatenate_datasets(tables)
+
+
+def _metadata_file(folder: Path) -> Path | None:
+    """
+    The table that says what is in a folder of images, as `imagefolder` of `datasets` has it: with a column "file_name",
+    and here with one of labels too, unless the images lie in class folders.
+    """
+    for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
+        if not file.is_file():
+            continue
+        if not _has_class_folders(folder) or sum(entry.is_dir() for entry in folder.iterdir()) < 2:
+            return file
+        try:
+            columns = _read_files(FILE_READERS[file.suffix], [file], None).column_names
+        except Exception:  # a broken file raises whatever its parser raises; whoever reads it for good tells
+            return file
+        if any(column.lower() in LABEL_COLUMNS for column in columns):
+            return file
+    return None
 
 
 def _has_class_folders(folder: Path) -> bool:

@@ -18,7 +18,12 @@ from .errors import InputError
 
 
 def build_model(
-    arguments: ModelArguments, label_names: list[str], num_channels: int, seed: int, has_representation: bool = False
+    arguments: ModelArguments,
+    label_names: list[str],
+    num_channels: int,
+    seed: int,
+    has_representation: bool = False,
+    is_multi_label: bool = False,
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
     The network and its image processor.
@@ -30,6 +35,7 @@ def build_model(
         seed: of fresh weights.
         has_representation: whether a fresh network gets the tanh layer that the paper pretrains with (3.1), as wide as
             the encoder, where the command line does not say.
+        is_multi_label: whether an image has any number of labels, and not one.
 
     Returns:
         Model, image processor, and what to tell the user: a line on where the weights and the classifier come from.
@@ -42,8 +48,8 @@ def build_model(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     overrides |= config_fields(arguments.config_overrides)
     if arguments.model_name_or_path is not None:
-        return _from_checkpoint(arguments, label_names, overrides)
-    labels = _label_fields(label_names)
+        return _from_checkpoint(arguments, label_names, overrides, is_multi_label)
+    labels = _label_fields(label_names, is_multi_label)
     if arguments.config_name is not None:
         origin = arguments.config_name
         with _loading("--config_name", origin):
@@ -60,7 +66,7 @@ def build_model(
 
 
 def _from_checkpoint(
-    arguments: ModelArguments, label_names: list[str], overrides: dict[str, Any]
+    arguments: ModelArguments, label_names: list[str], overrides: dict[str, Any], is_multi_label: bool
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     name = arguments.model_name_or_path
     with _loading("--model_name_or_path", name):
@@ -77,7 +83,8 @@ def _from_checkpoint(
             f"--model_name_or_path {name} lacks {len(missing)} of the network's weights, e.g. {min(missing)}. Give a "
             "model of this library."
         )
-    head = _fit_head(model, label_names, bool(info["missing_keys"]), overrides.get("head_bias_init", 0.0))
+    bias = overrides.get("head_bias_init", 0.0)
+    head = _fit_head(model, label_names, bool(info["missing_keys"]), bias, is_multi_label)
     # Where the loader adapted or converted the weights, it knows the processor that fits.
     processor = model.image_processor if arguments.image_processor_name is None else None
     processor = processor or _image_processor(arguments, model.config)
@@ -110,11 +117,17 @@ def load_encoder(arguments: ModelArguments) -> tuple[ViTScratchModel, BaseImageP
     return model, processor or _image_processor(arguments, model.config)
 
 
-def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float) -> str:
-    """Gives the classifier one row for each label, in the data's order; keeps the rows if the labels are the same."""
+def _fit_head(
+    model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
+) -> str:
+    """
+    Gives the classifier one row for each label, in the data's order; keeps the rows if the labels are the same, and
+    both or neither of an image's labels exclude each other.
+    """
     config = model.config
     theirs = [config.id2label[index] for index in range(config.num_labels)]
-    keeps = not is_fresh and len(set(theirs)) == len(theirs) and set(theirs) == set(label_names)
+    same_problem = is_multi_label == (config.problem_type == "multi_label_classification")
+    keeps = not is_fresh and len(set(theirs)) == len(theirs) and set(theirs) == set(label_names) and same_problem
     had_representation = not keeps and config.representation_size is not None
     if keeps:
         order = [theirs.index(name) for name in label_names]
@@ -131,13 +144,15 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
             nn.init.constant_(parameter, value)
         config.head_bias_init = bias
         model.classifier, model.num_labels = head, len(label_names)
-    for field, value in _label_fields(label_names).items():
+    for field, value in _label_fields(label_names, is_multi_label).items():
         setattr(config, field, value)
     config.temperature = 1.0  # it was fitted to the weights as they were
     if not label_names:
         return "Its encoder is taken, without a classifier."
     if not keeps:
         was = "it had none" if is_fresh or not theirs else f"it had {len(theirs)} other labels"
+        if not is_fresh and set(theirs) == set(label_names) and not same_problem:
+            was = f"the old one was for {'one label' if is_multi_label else 'several labels'} of an image"
         gone = " The representation layer of its pre-training is gone with the old one." if had_representation else ""
         return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}.{gone}"
     if theirs != label_names:
@@ -145,12 +160,13 @@ def _fit_head(model: ViTScratchForImageClassification, label_names: list[str], i
     return f"Its classifier is kept: the {len(theirs)} labels are the same."
 
 
-def _label_fields(label_names: list[str]) -> dict[str, Any]:
+def _label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any]:
+    problem = "multi_label_classification" if is_multi_label else "single_label_classification"
     return {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
         # Never left to be guessed from the type of the labels.
-        "problem_type": "single_label_classification" if label_names else None,
+        "problem_type": problem if label_names else None,
     }
 
 

@@ -20,8 +20,9 @@ import pyarrow
 import pyarrow.parquet
 
 from .arguments import DataArguments
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
 from .errors import InputError, Problems, TrainingStopped
+from .multi_label import is_label_list, multi_hot
 from .sources import VALIDATION_SPLITS, Source, own_files, place_name
 
 
@@ -40,7 +41,7 @@ class Record(NamedTuple):
     number: int
     content: bytes | str | None
     name: str
-    label: int
+    label: int | np.ndarray  # the index of a class; or (K,), 0 and 1, where an image may have several labels
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,16 @@ class ImageStream:
     Attributes:
         image_column, label_column: of the rows.
         label_names: in the order of the class indices; [] where labels are of no use: all are then 0.
+        is_multi_label: whether each row has a list of labels.
+        label_separator: what stands between the labels, if they are text.
     """
 
     shards: list[Shard]
     image_column: str
     label_column: str | None
     label_names: list[str]
+    is_multi_label: bool = False
+    label_separator: str | None = None
 
     @property
     def count(self) -> int | None:
@@ -99,7 +104,10 @@ class ImageStream:
             if values is None:
                 return
             content, name = self._content(values[self.image_column], source, row)
-            label = self._label(values[self.label_column], name) if self.label_names else 0
+            label = 0
+            if self.label_names:
+                read = self._labels if self.is_multi_label else self._label
+                label = read(values[self.label_column], name)
             yield Record(epoch, shard * ROWS_PER_SHARD + row, content, name, label)
             row += 1
 
@@ -118,6 +126,13 @@ class ImageStream:
         if isinstance(value, str):
             return str(Path(shard.folder, value)), str(Path(shard.folder, value))
         return value, name
+
+    def _labels(self, value: Any, name: str) -> np.ndarray:
+        if self.label_separator is not None and isinstance(value, str | None):
+            value = [word.strip() for word in (value or "").split(self.label_separator) if word.strip()]
+        if not isinstance(value, list):
+            raise InputError(f"{name}: column {self.label_column!r} has {value!r}, which is no list of labels.")
+        return multi_hot([[self._label(label, name) for label in value]], len(self.label_names))[0]
 
     def _label(self, value: Any, name: str) -> int:
         known = len(self.label_names)
@@ -347,7 +362,7 @@ def _build(
         return None
     features, columns = features or {}, list(first)
     is_image = [column for column in columns if isinstance(features.get(column), datasets.Image)]
-    is_label = [column for column in columns if isinstance(features.get(column), datasets.ClassLabel)]
+    is_label = [column for column in columns if is_class_label(features.get(column))]
     image = find_column("image", arguments.image_column_name, is_image, IMAGE_COLUMNS, columns, "training", problems)
     # Where labels are of no use, one that can't be told is none, not a mistake.
     noted = problems if needs_labels or arguments.label_column_name or arguments.label_names_file else Problems()
@@ -355,7 +370,8 @@ def _build(
     names = label and _label_names(features.get(label), label, arguments.label_names_file, noted)
     if image is None or (names is None and noted is problems):
         return None
-    stream = ImageStream(shards, image, label, names or [])
+    is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
+    stream = ImageStream(shards, image, label, names or [], is_multi_label, arguments.label_separator)
     try:
         for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
             pass
@@ -366,6 +382,7 @@ def _build(
 
 
 def _label_names(feature: Any, column: str, file: str | None, problems: Problems) -> list[str] | None:
+    feature = getattr(feature, "feature", feature)  # of a list
     known = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     if file is None:
         if known is None:
