@@ -42,7 +42,9 @@ def main() -> None:
     with accelerator.main_process_first():
         model, processor = load_model(arguments)
         names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
-        data = read_evaluation_data(arguments, names, verify=accelerator.is_main_process)
+        is_multi_label = model.config.problem_type == "multi_label_classification"
+        data = read_evaluation_data(arguments, names, is_multi_label, verify=accelerator.is_main_process)
+    data = data.without_broken()
     predictions = predict(
         model,
         processor,
@@ -54,7 +56,7 @@ def main() -> None:
     )
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
-        print(tell_report(report, arguments, write_report(report, data, arguments)))
+        print(tell_report(report, data, arguments, write_report(report, data, arguments)))
     accelerator.end_training()
 
 

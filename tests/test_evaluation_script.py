@@ -110,7 +110,7 @@ def sorted_half(count, seed=42):
     """The half of the images that --calibrate reports on."""
     from modeling_vit_scratch.evaluation.data import halves
 
-    fitted, rest = halves([0] * count, seed)
+    fitted, rest = halves(count, seed)
     assert sorted([*fitted, *rest]) == list(range(count))
     return rest.tolist()
 

@@ -22,8 +22,8 @@ class EvaluationArguments:
     output_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where results.json, predictions.csv and the figures go. Default: MODEL/evaluation/ and the name "
-            "of the data; where MODEL is no folder, outputs/evaluation/ and both names."
+            "help": "Where results.json, predictions.csv and .npz and the figures go. Default: MODEL/evaluation/ and "
+            "the name of the data; where MODEL is no folder, outputs/evaluation/ and both names."
         },
     )
     split: str = field(
@@ -51,6 +51,13 @@ class EvaluationArguments:
         },
     )
     calibrated: bool = field(default=True, metadata={"help": "Apply the temperature that MODEL has."})
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where images have any number of labels: the least probability of an answer, for F1, precision, "
+            "recall and exact match. Default: 0.5"
+        },
+    )
     crops: int = field(
         default=1,
         metadata={
@@ -66,6 +73,21 @@ class EvaluationArguments:
             "choices": ["name", "index"],
         },
     )
+    label_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file that says what labels of the data are called in the model: in each line of a text one of "
+            "the data, a tab or a space, and the model's name or number of it; or .csv; or .json. ImageNet's "
+            "LOC_synset_mapping.txt and imagenet_class_index.json are such. Example: wordnet_names.txt"
+        },
+    )
+    max_broken_images: int = field(
+        default=0, metadata={"help": "Leave out images that can't be read, up to so many: they are named and counted."}
+    )
+    save_logits: bool = field(
+        default=True,
+        metadata={"help": "Also write predictions.npz: the logits and labels of every image, to compute with."},
+    )
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images in a batch, per device."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images, per device."})
     image_column_name: str | None = field(
@@ -74,6 +96,10 @@ class EvaluationArguments:
     label_column_name: str | None = field(
         default=None,
         metadata={"help": "The column of the labels. Default: the only one that can be it. Example: fine_label"},
+    )
+    label_separator: str | None = field(
+        default=None,
+        metadata={"help": "What stands between the labels of an image, where a table has them as text. Example: '|'"},
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "The configuration of a data set of the Hub, where it has several."}
@@ -103,15 +129,16 @@ def parse_arguments(argv: list[str] | None = None) -> EvaluationArguments:
         EvaluationArguments,
         usage="%(prog)s MODEL DATASET [...]",
         description="Evaluates a model on labelled images: accuracies, F1, NLL, Brier score and ECE with 95 % "
-        "intervals, scores of each class, confusion matrix and reliability diagram.",
+        "intervals, scores of each class, confusion matrix and reliability diagram; of models that give an image any "
+        "number of labels mean average precision, F1, and curves of precision and recall.",
         epilog="Several GPUs: accelerate launch scripts/evaluate.py MODEL DATASET.",
     )
     parser.add_argument("model", metavar="MODEL", help="the folder of a model, its id on the Hub, or a checkpoint")
     parser.add_argument(
         "dataset",
         metavar="DATASET",
-        help="digits, elpv, a folder with a folder for each class, a .parquet, .csv, .jsonl or .tar file or a quoted "
-        "pattern of such, or a data set of the Hub",
+        help="digits, elpv, a folder with a folder for each class or with a metadata.jsonl, a .parquet, .csv, .jsonl "
+        "or .tar file or a quoted pattern of such, or a data set of the Hub",
     )
     namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
     refuse_unknown(unknown, parser, parser.problems)
@@ -127,6 +154,7 @@ def parse_arguments(argv: list[str] | None = None) -> EvaluationArguments:
 def _check(arguments: EvaluationArguments, problems: Problems) -> None:
     for name, least in (
         ("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("bootstrap_resamples", 0), ("seed", 0),
+        ("max_broken_images", 0),
     ):  # fmt: skip
         if getattr(arguments, name) < least:
             problems.add(f"--{name} {getattr(arguments, name)} must be at least {least}.")
@@ -134,6 +162,10 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         problems.add(f"--max_eval_samples {arguments.max_eval_samples} must be at least 1.")
     if arguments.train_val_split is not None and not 0.0 < arguments.train_val_split < 1.0:
         problems.add(f"--train_val_split {arguments.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
+    if arguments.threshold is not None and not 0.0 < arguments.threshold < 1.0:
+        problems.add(f"--threshold {arguments.threshold:g} must lie between 0 and 1, e.g. 0.5.")
+    if arguments.label_map and arguments.match_labels == "index":
+        problems.add("--label_map gives labels other names, which --match_labels index does not look at. Keep one.")
     if arguments.calibrate and not Path(arguments.model, "config.json").is_file():
         problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
     if arguments.calibrate and arguments.crops != 1:
@@ -148,5 +180,6 @@ def _output_dir(arguments: EvaluationArguments) -> Path:
     if arguments.output_dir:
         return Path(arguments.output_dir)
     model, path = Path(arguments.model), Path(arguments.dataset)
-    data = (path.parent.name if "*" in path.name else path.stem or path.name) or "data"
+    is_general = "*" in path.name or path.stem == "metadata"
+    data = (path.absolute().parent.name if is_general else path.stem or path.name) or "data"
     return model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)

@@ -3,42 +3,59 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from accelerate.utils import broadcast_object_list
 
 from ..training.arguments import SOURCE_DEFAULTS, DataArguments
-from ..training.data import Examples, LabelledSplit, check_files, hold_out, read_split, sample
+from ..training.data import Examples, LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
 from ..training.errors import InputError, Problems
 from ..training.sources import Source, listed, read_source
 from .arguments import EvaluationArguments
+from .label_map import read_label_map
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Images with labels that are indices into the model's, and in words which images of the data these are."""
+    """
+    Images with labels that are indices into the model's, in words which images of the data these are, and the files of
+    those that can't be read, by their index.
+    """
 
     source: Source
     examples: Examples
     which: str
+    broken: dict[int, str] = field(default_factory=dict)
+
+    def without_broken(self) -> "EvaluationData":
+        """The images that can be read. With several processes, what the first has found."""
+        found = [self.broken]
+        broadcast_object_list(found)
+        broken = found[0]
+        readable = [index for index in range(len(self.examples)) if index not in broken]
+        return replace(self, examples=self.examples.select(readable), broken=broken) if broken else self
 
 
-def read_evaluation_data(arguments: EvaluationArguments, label_names: list[str], verify: bool = True) -> EvaluationData:
+def read_evaluation_data(
+    arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool = True
+) -> EvaluationData:
     """
     Reads, chooses and checks the images.
 
     Args:
         arguments: the command line's.
         label_names: the model's, in the order of its logits.
+        is_multi_label: whether the model gives an image any number of labels.
         verify: whether to decode every image: one process of several is enough.
 
     Raises:
         InputError: with everything that is wrong with the data.
     """
-    problems, record = Problems(), training_record(arguments.model)
+    problems, record, broken = Problems(), training_record(arguments.model), {}
     wishes = _data_arguments(arguments)
     try:
         source = _read(arguments, wishes, problems)
@@ -47,17 +64,23 @@ def read_evaluation_data(arguments: EvaluationArguments, label_names: list[str],
         split, which = _choose(arguments, wishes, source, record, problems)
         if split is None or problems.messages:
             raise problems.as_error()
-        examples = Examples(split.images, _match(split, label_names, arguments.match_labels, problems))
+        examples = _match(split, label_names, is_multi_label, arguments, problems)
         examples = sample(examples, arguments.max_eval_samples, arguments.seed)
         if verify and not problems.messages:
-            check_files({"evaluated": examples}, problems)
+            reasons = find_broken({"": examples})
+            broken = {index: Path(examples.name(index)).name for _, index in reasons}
+            if len(broken) > arguments.max_broken_images or len(broken) == len(examples):
+                problems.add(
+                    f"{len(broken)} of {len(examples)} images can't be read. Repair or remove them, or leave them out "
+                    f"with --max_broken_images {len(broken)}:{listed_below(list(reasons.values()))}"
+                )
         if problems.messages:
             raise problems.as_error()
     except InputError as error:
         raise InputError(re.sub(r"--(train_dir|dataset_name)\b", "DATASET", str(error))) from error
     if len(examples) < len(split.indices):
         which += f"; {len(examples):,} of them, chosen with seed {arguments.seed}"
-    return EvaluationData(source, examples, which)
+    return EvaluationData(source, examples, which, broken)
 
 
 def training_record(model: str) -> dict[str, Any] | None:
@@ -79,6 +102,7 @@ def _data_arguments(arguments: EvaluationArguments) -> DataArguments:
         dataset_config_name=arguments.dataset_config_name,
         image_column_name=arguments.image_column_name,
         label_column_name=arguments.label_column_name,
+        label_separator=arguments.label_separator,
     )
 
 
@@ -144,31 +168,54 @@ def _choose(
     if is_same and found and arguments.train_val_split is None and len(held_out) != held:
         problems.add(f"{len(held_out)} images would be held out, but training held out {held}. Give --train_val_split.")
     chosen, role = (kept, "trained on; held out were") if wish == "train" else (held_out, "held out from training:")
-    which = f"{role} {100 * fraction:.3g} % of each class, chosen with seed {seed}"
-    return replace(split, images=chosen.images, indices=chosen.labels), which
+    of_each = "label" if split.is_multi_label else "class"
+    which = f"{role} {100 * fraction:.3g} % of each {of_each}, chosen with seed {seed}"
+    labels = chosen.labels
+    indices = [np.flatnonzero(row).tolist() for row in labels] if split.is_multi_label else labels
+    return replace(split, images=chosen.images, indices=indices), which
 
 
-def _match(split: LabelledSplit, label_names: list[str], how: str, problems: Problems) -> list[int]:
-    """The indices of the model's labels."""
-    if how == "index":
-        if len(split.names) > len(label_names):
-            problems.add(f"The data have {len(split.names)} labels, the model has {len(label_names)}.")
-        return split.indices
-    used = sorted(set(split.indices))
-    unknown = [split.names[index] for index in used if split.names[index] not in label_names]
+def _match(
+    split: LabelledSplit,
+    label_names: list[str],
+    is_multi_label: bool,
+    arguments: EvaluationArguments,
+    problems: Problems,
+) -> Examples:
+    """With the indices of the model's labels."""
+    if split.is_multi_label and not is_multi_label:
+        problems.add(
+            "The data have a list of labels for each image, and MODEL gives each image one. Evaluate it on images with "
+            "one label, or fine-tune it on such lists."
+        )
+        return split.examples()
+    if is_multi_label and not split.is_multi_label:
+        split = replace(split, indices=[[index] for index in split.indices], is_multi_label=True)
+    if arguments.match_labels == "index":
+        if len(split.names) != len(label_names):
+            problems.add(
+                f"--match_labels index is for the same labels in the same order, and the data have "
+                f"{len(split.names)}, the model {len(label_names)}. Give --label_map."
+            )
+            return split.examples()
+        return split.examples(dict(enumerate(range(len(label_names)))), len(label_names))
+    renamed = read_label_map(arguments.label_map, label_names, problems) if arguments.label_map else {}
+    names = [renamed.get(name, name) for name in split.names]
+    unknown = [names[index] for index in sorted(set(split.used())) if names[index] not in label_names]
     if unknown:
         problems.add(
             f"The model does not know {len(unknown)} labels of the data: {listed(unknown)}. It knows: "
-            f"{listed(label_names)}. Rename them, or give --match_labels index if the order is the same."
+            f"{listed(label_names)}. Say which is which with --label_map FILE, or give --match_labels index if the "
+            "order is the same."
         )
-        return split.indices
-    position = {name: index for index, name in enumerate(label_names)}
-    return [position[split.names[index]] for index in split.indices]
+        return split.examples()
+    ours = {name: index for index, name in enumerate(label_names)}
+    return split.examples({index: ours.get(name, -1) for index, name in enumerate(names)}, len(label_names))
 
 
-def halves(labels: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two halves of the images at random, sorted: to fit a temperature to, and to report on."""
-    if len(labels) < 4:
-        raise InputError(f"--calibrate needs two halves of the images, and there are {len(labels)} images.")
-    order = np.random.default_rng(seed).permutation(len(labels))
-    return np.sort(order[: len(labels) // 2]), np.sort(order[len(labels) // 2 :])
+    if count < 4:
+        raise InputError(f"--calibrate needs two halves of the images, and there are {count} images.")
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[: count // 2]), np.sort(order[count // 2 :])

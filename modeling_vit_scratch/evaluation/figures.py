@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, as PNG: confusion matrix, reliability diagram, scores of each class."""
+"""
+The figures of a report, as PNG: confusion matrix, or of any number of labels curves of precision and recall;
+reliability diagram; scores of each class.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
 
 if TYPE_CHECKING:
@@ -17,13 +21,18 @@ if TYPE_CHECKING:
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
 _WHITE_TO_BLUE = LinearSegmentedColormap.from_list("white_to_blue", ["#ffffff", "#56B4E9", "#003f63"])
+# Okabe and Ito's, without black and the yellow that is hard to see on white.
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _NUMBERS_UP_TO = 20  # classes of which each cell is labelled
 _NAMES_UP_TO = 60  # classes of which each row is labelled
 
 
 def draw_report(report: "Report", folder: Path) -> list[Path]:
     """Writes the figures into the folder, and returns the files."""
-    drawings = {"confusion_matrix.png": _confusion, "reliability.png": _reliability, "per_class.png": _per_class}
+    first = {"confusion_matrix.png": _confusion}
+    if report.threshold is not None:
+        first = {"precision_recall.png": _precision_recall}
+    drawings = {**first, "reliability.png": _reliability, "per_class.png": _per_class}
     files = []
     for name, draw in drawings.items():
         figure = draw(report)
@@ -68,43 +77,87 @@ def _confusion(report: "Report") -> Figure:
 
 def _reliability(report: "Report") -> Figure:
     diagram = report.reliability
+    of_labels = report.threshold is not None
+    share, confidence = ("share with the label", "probability of a label") if of_labels else ("accuracy", "confidence")
     figure = Figure(figsize=(4.8, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width, filled = diagram.edges[:-1], np.diff(diagram.edges), diagram.counts > 0
     upper.bar(
         left[filled], diagram.accuracy[filled], width[filled], align="edge", color=_BLUE, edgecolor="white",
-        label="accuracy in the bin",
+        label=f"{share} in the bin",
     )  # fmt: skip
     upper.plot(
         diagram.confidence[filled], diagram.accuracy[filled], "o", color=_ORANGE, markersize=4, clip_on=False,
-        label="at its mean confidence",
+        label=f"at its mean {'probability' if of_labels else 'confidence'}",
     )  # fmt: skip
     upper.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
     ece, temperature = next(one.value for one in report.scores if one.metric == "ece"), report.record["temperature"]
-    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    upper.set(ylabel=share, xlim=(0, 1), ylim=(0, 1.02))
     upper.set_title(f"{_title(report)}\nECE {100 * ece:.2f} %, temperature {temperature:.3g}", fontsize=10)
     upper.legend(loc="upper left", fontsize=8, frameon=False)
     lower.bar(left, diagram.counts, width, align="edge", color=_GREY, edgecolor="white")
-    lower.set(xlabel="confidence", ylabel="images")
+    lower.set(xlabel=confidence, ylabel="images")
+    if of_labels:  # mostly labels that an image has not
+        lower.set_yscale("symlog", linthresh=10)
+        lower.set_ylabel("images x labels")
     _plain(upper, lower)
     return figure
 
 
+def _precision_recall(report: "Report") -> Figure:
+    """One curve for all labels together, and of few labels each its own; a point is the threshold of the answers."""
+    values, labels, names = report.probabilities, report.labels, _short(report.label_names)
+    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    present = [column for column in range(len(names)) if labels[:, column].any()]
+    curves = [(names[column], labels[:, column], values[:, column]) for column in present]
+    if len(curves) > len(_COLOURS):
+        for _, y, p in curves:
+            precision, recall, _ = precision_recall_curve(y, p, drop_intermediate=True)
+            axes.step(recall, precision, where="post", color=_GREY, linewidth=0.5, alpha=0.25)
+        axes.plot([], [], color=_GREY, linewidth=0.5, label=f"each of {len(curves)} labels")
+        curves = []
+    colours, together = [*_COLOURS[: len(curves)], "black"], ("all labels together", labels.ravel(), values.ravel())
+    for colour, (name, y, p) in zip(colours, [*curves, together]):
+        if not y.any():
+            continue
+        precision, recall, _ = precision_recall_curve(y, p, drop_intermediate=True)
+        width = 2.0 if colour == "black" else 1.2
+        told = f"{name}: {average_precision_score(y, p):.3f}"
+        axes.step(recall, precision, where="post", color=colour, linewidth=width, label=told)
+        answers = p >= report.threshold
+        if answers.any():
+            found = (answers & (y == 1)).sum()
+            axes.plot(found / y.sum(), found / answers.sum(), "o", color=colour, markersize=6, clip_on=False)
+    mean = next(one.value for one in report.scores if one.metric == "mean_average_precision")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_title(f"{_title(report)}\nmean average precision {100 * mean:.2f} % of {len(present)} labels", fontsize=10)
+    figure.legend(
+        loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
+        title=f"average precision; points:\nanswers from {report.threshold:g} on",
+    )  # fmt: skip
+    _plain(axes)
+    return figure
+
+
 def _per_class(report: "Report") -> Figure:
-    table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row["f1"])
+    main, title, kind = "f1", "F1", "classes"
+    if report.threshold is not None:
+        main, title, kind = "average_precision", "average precision", "labels"
+    table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row[main])
     rest = len(table) - 40
     shown = table[:40]
     figure = Figure(figsize=(6.4, max(2.6, 0.26 * len(shown) + 1.4)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(shown))
-    axes.barh(rows, [row["f1"] for row in shown], color="#56B4E9", label="F1")
+    axes.barh(rows, [row[main] for row in shown], color="#56B4E9", label=title)
     axes.plot([row["precision"] for row in shown], rows, "D", color=_BLUE, markersize=5, label="precision")
     axes.plot([row["recall"] for row in shown], rows, "o", color=_ORANGE, markersize=5, label="recall")
     axes.set_yticks(rows, [f"{name} ({row['n']})" for name, row in zip(_short([r["label"] for r in shown]), shown)])
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set(xlim=(0, 1.02), xlabel="score")
-    more = f"; the {len(shown)} classes with the lowest F1" if rest > 0 else ""
+    axes.set(xlim=(0, 1.02), xlabel="score" if report.threshold is None else f"score (threshold {report.threshold:g})")
+    more = f"\nthe {len(shown)} {kind} with the lowest {title}" if rest > 0 else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     _plain(axes)

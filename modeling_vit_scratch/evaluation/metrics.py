@@ -2,24 +2,35 @@
 """
 From probabilities to scores, in float64: what is right, how sure it was, and how far a score may be off by chance.
 
-N images, K labels. A problem is of one label for each image (softmax) or of several (sigmoid, "multi-label").
+N images, K labels. A problem is of one label for each image (softmax) or of several (sigmoid, see `multi_label`).
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logsumexp
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 
 NUM_BINS = 15  # Guo et al., arXiv:1706.04599
 TOP_K = 5
 # A probability below this counts as this in a logarithm: the smallest normal float64.
 _TINY = np.finfo(np.float64).tiny
+
+DEFINITIONS = {
+    "accuracy": "sklearn.metrics.accuracy_score of the likeliest class",
+    "top5_accuracy": "sklearn.metrics.top_k_accuracy_score(k=5)",
+    "nll": "sklearn.metrics.log_loss, in nats",
+    "brier": "sklearn.metrics.brier_score_loss(scale_by_half=False): the sum over the classes of (p - y)^2, 0 to 2",
+    "macro_f1": "sklearn.metrics.f1_score(average='macro'): over the classes that occur in labels or answers",
+    "ece": "Guo et al., arXiv:1706.04599: the probability of the likeliest class against whether it is right, in 15 "
+    "equal bins",
+    "adaptive_ece": "Nixon et al., arXiv:1904.01685: the same in 15 bins of equal numbers of images",
+}
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0, is_multi_label: bool = False) -> np.ndarray:
@@ -106,29 +117,32 @@ def reliability(
 
 def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Confidence and whether it was right: of the likeliest class, (N,); with labels (N, K), of each answer "this label"
-    or "not this label", (N * K,).
+    What a reliability diagram compares: the probability of the likeliest class and whether it is right, (N,); with
+    labels (N, K) the probability of each of them and whether the image has it, (N * K,).
     """
     if labels.ndim == 1:
         return values.max(axis=1), values.argmax(axis=1) == labels
-    answer = values >= 0.5
-    return np.where(answer, values, 1.0 - values).ravel(), (answer == labels).ravel()
+    return values.ravel(), labels.ravel()
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric, its value, and its 95 % percentile bootstrap interval over images."""
+    """
+    A metric, its value, and its 95 % percentile bootstrap interval over images; `more` is for results.json alone.
+    """
 
     metric: str
     value: float
     n: int
     interval: tuple[float, float] | None
     wilson_interval: tuple[float, float] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """As results.json has it."""
         facts = {"metric": self.metric, "value": self.value, "n": self.n, "interval": self.interval}
-        return facts if self.wilson_interval is None else facts | {"wilson_interval": self.wilson_interval}
+        facts |= {} if self.wilson_interval is None else {"wilson_interval": self.wilson_interval}
+        return facts | self.more
 
 
 def score(
@@ -141,48 +155,43 @@ def score(
 
     Args:
         values: probabilities (N, K).
-        labels: classes (N,), or 0 and 1 (N, K).
+        labels: classes (N,).
         resamples: 0 for no intervals.
         seed: of the resamples.
         bins: of ECE.
     """
-    of_one = labels.ndim == 1
-    nll, brier = negative_log_likelihoods(values, labels), brier_scores(values, labels)
     confidence, correct = confidences(values, labels)
-    means: dict[str, np.ndarray] = {"nll": nll, "brier": brier}
-    if of_one:
-        best = values.argmax(axis=1)
-        means = {"accuracy": correct.astype(np.float64), **_top_k(values, labels), **means}
-        others = {"macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1])}
-        per_image = (confidence, correct)
-    else:
-        answer = (values >= 0.5).astype(int)
-        means = {"exact_match": (answer == labels).all(axis=1).astype(np.float64), **means}
-        others = {
-            "mean_average_precision": lambda rows: mean_average_precision(values[rows], labels[rows]),
-            "macro_f1": lambda rows: f1_score(labels[rows], answer[rows], average="macro", zero_division=0),
-            "micro_f1": lambda rows: f1_score(labels[rows], answer[rows], average="micro", zero_division=0),
-        }
-        per_image = (confidence.reshape(labels.shape), correct.reshape(labels.shape))
+    best = values.argmax(axis=1)
+    means = {
+        "accuracy": correct.astype(np.float64),
+        **_top_k(values, labels),
+        "nll": negative_log_likelihoods(values, labels),
+        "brier": brier_scores(values, labels),
+    }
+    others = {"macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1])}
     for name, equal_mass in (("ece", False), ("adaptive_ece", True)):
 
         def error(rows: np.ndarray, equal_mass: bool = equal_mass) -> float:
-            drawn = [part[rows].ravel() for part in per_image]
-            return reliability(*drawn, bins, equal_mass).expected_error
+            return reliability(confidence[rows], correct[rows], bins, equal_mass).expected_error
 
         others[name] = error
     n, scores = len(labels), []
     for name, of_image in means.items():
-        interval = _interval(of_image, np.mean, resamples, seed, vectorized=True)
-        wilson = None
-        if name in ("accuracy", "top5_accuracy", "exact_match"):
-            bounds = binomtest(int(of_image.sum()), n).proportion_ci(method="wilson")
-            wilson = (float(bounds.low), float(bounds.high))
-        scores.append(Score(name, float(of_image.mean()), n, interval, wilson))
+        interval = bootstrap_interval(of_image, np.mean, resamples, seed, vectorized=True)
+        wilson_interval = wilson(of_image) if name in ("accuracy", "top5_accuracy") else None
+        more = {"definition": DEFINITIONS[name]}
+        scores.append(Score(name, float(of_image.mean()), n, interval, wilson_interval, more))
     for name, statistic in others.items():
-        interval = _interval(np.arange(n), statistic, resamples, seed, vectorized=False)
-        scores.append(Score(name, float(statistic(np.arange(n))), n, interval))
+        interval = bootstrap_interval(np.arange(n), statistic, resamples, seed, vectorized=False)
+        more = {"definition": DEFINITIONS[name]}
+        scores.append(Score(name, float(statistic(np.arange(n))), n, interval, more=more))
     return scores
+
+
+def wilson(of_image: np.ndarray) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, from what is 0 or 1 of each image."""
+    bounds = binomtest(int(of_image.sum()), len(of_image)).proportion_ci(method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def _top_k(values: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -193,9 +202,10 @@ def _top_k(values: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"top5_accuracy": (best == labels[:, None]).any(axis=1).astype(np.float64)}
 
 
-def _interval(
+def bootstrap_interval(
     data: np.ndarray, statistic: Callable[..., Any], resamples: int, seed: int, vectorized: bool
 ) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a statistic, by scipy; None without resamples or of one image."""
     if resamples < 1 or len(data) < 2:
         return None
     batch = max(1, 10_000_000 // len(data)) if vectorized else None
@@ -215,28 +225,13 @@ def _macro_f1(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> f
     return float((2 * found[total > 0] / total[total > 0]).mean())
 
 
-def mean_average_precision(values: np.ndarray, labels: np.ndarray) -> float:
-    """The mean of scikit-learn's average precision over the labels that some image has; NaN if none has."""
-    present = labels.any(axis=0)
-    if not present.any():
-        return float("nan")
-    return float(average_precision_score(labels[:, present], values[:, present], average="macro"))
-
-
 def per_class(values: np.ndarray, labels: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and number of images of each label; with labels (N, K) also the average precision."""
-    predictions = values.argmax(axis=1) if labels.ndim == 1 else (values >= 0.5).astype(int)
-    parts = precision_recall_fscore_support(labels, predictions, labels=range(len(names)), zero_division=0)
-    rows = [
+    """Precision, recall, F1 and number of images of each class."""
+    parts = precision_recall_fscore_support(labels, values.argmax(axis=1), labels=range(len(names)), zero_division=0)
+    return [
         {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
         for name, p, r, f, n in zip(names, *parts)
     ]
-    if labels.ndim == 2:
-        for column, row in enumerate(rows):
-            has_any = labels[:, column].any()
-            average = average_precision_score(labels[:, column], values[:, column]) if has_any else None
-            row["average_precision"] = None if average is None else float(average)
-    return rows
 
 
 def confusion(values: np.ndarray, labels: np.ndarray) -> np.ndarray:

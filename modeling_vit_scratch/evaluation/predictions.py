@@ -28,7 +28,7 @@ class Predictions:
     """
     Attributes:
         logits: (N, V, K), float32: of V views of each image, not divided by any temperature.
-        labels: (N,).
+        labels: (N,), or (N, K) of 0 and 1.
         images_per_second: of reading, preparing and computing, without the first batch; None if there was but one.
     """
 

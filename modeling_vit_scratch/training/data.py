@@ -443,8 +443,11 @@ def _label_column(
 def _check_classes(train: LabelledSplit, problems: Problems) -> None:
     used = sorted(set(train.used()))
     if train.is_multi_label:
-        if not used:
-            problems.add(f"None of the {len(train.indices)} training images has a label.")
+        if len(train.names) < 2:
+            problems.add(
+                f"The {len(train.indices)} training images have lists of labels with {len(train.names)} different "
+                "labels; at least two are needed. For an image to have one label or not, make two classes of it."
+            )
     elif len(used) == 1:
         problems.add(
             f"All {len(train.indices)} training images are of one class, {train.names[used[0]]!r}. Two classes are the "
@@ -525,7 +528,27 @@ def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
 
 
 def check_files(splits: dict[str, Examples], problems: Problems) -> None:
-    """Decodes every image, in threads: decoding does not hold Python's lock."""
+    """Adds the images that can't be read to the problems."""
+    reasons = list(find_broken(splits).values())
+    if reasons:
+        problems.add(
+            f"{len(reasons)} of {sum(map(len, splits.values()))} images can't be read. Repair or remove them, or let "
+            "others take the place of up to N in training with --verify_images False --max_broken_images N:"
+            + listed_below(reasons)
+        )
+
+
+def listed_below(reasons: list[str]) -> str:
+    """The first of them, each on a line, and how many more there are."""
+    rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+    return "".join(f"\n       {reason}" for reason in reasons[:10]) + rest
+
+
+def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
+    """
+    Decodes every image, in threads: decoding does not hold Python's lock. Returns why some can't be read, by split and
+    index.
+    """
     decoder = ViTScratchImageProcessor()
     places = [(split, index) for split, examples in splits.items() for index in range(len(examples))]
 
@@ -539,14 +562,7 @@ def check_files(splits: dict[str, Examples], problems: Problems) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(tqdm(pool.map(broken, places), total=len(places), desc="checking images", unit="", leave=False))
-    reasons = [reason for reason in reasons if reason is not None]
-    if reasons:
-        lines = "".join(f"\n       {reason}" for reason in reasons[:10])
-        rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
-        problems.add(
-            f"{len(reasons)} of {len(places)} images can't be read. Repair or remove them, or let others take the "
-            f"place of up to N in training with --verify_images False --max_broken_images N:{lines}{rest}"
-        )
+    return {place: reason for place, reason in zip(places, reasons) if reason is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
