@@ -1,65 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Classifies images with a saved model: a table of file, label and score. Needs only transformers and what it needs.
+Labels, scores and embeddings of images: of a few on the screen, of any number in a file.
 
-    python scripts/predict.py outputs/digits examples/*.png
-    python scripts/predict.py outputs/digits photo.jpg --top_k 3
+    python scripts/predict.py outputs/pets photo.jpg other.png --top_k 3
+    python scripts/predict.py outputs/pets photos --output labels.parquet
+    accelerate launch scripts/predict.py outputs/pets 'shards/*.tar' --output labels.csv --embeddings
 
-A file that can't be read is named, and the rest go on; the exit status is then 1.
+A run that was stopped, or killed at any moment, goes on with the same command, and its file has the same bytes. Broken
+images are listed with their reasons in OUTPUT.errors.csv. `--help` explains every flag.
 """
 
-import argparse
-import importlib.util
+import os
 import sys
 
-from transformers import Pipeline, pipeline
-from transformers.utils import logging
+
+# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="the folder of a model, or its id on the Hub")
-    parser.add_argument("images", nargs="+", metavar="image", help="image files or URLs")
-    parser.add_argument("--top_k", type=int, default=1, help="labels to print for each image, best first (default: 1)")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: main)")
-    arguments = parser.parse_args()
-    if arguments.top_k < 1:
-        parser.error(f"--top_k {arguments.top_k} must be at least 1")
+    from modeling_vit_scratch.prediction.arguments import parse_arguments
+
+    arguments = parse_arguments()
+
+    # After the command line, so that --help and mistakes in it are quick.
+    import torch
+    from accelerate import Accelerator
+    from transformers.utils import logging
+
+    from modeling_vit_scratch.prediction.finishing import finish, open_job, tell, wait_for_all
+    from modeling_vit_scratch.prediction.inputs import Rows
+    from modeling_vit_scratch.prediction.model import load_predictor
+    from modeling_vit_scratch.prediction.running import print_table, run_job
 
     logging.disable_progress_bar()
-    try:
-        classify = pipeline(
-            "image-classification", model=arguments.model, revision=arguments.revision, trust_remote_code=True
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {arguments.model} can't be loaded: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 2
-    kind = type(classify.model)
-    origin = (
-        f"its code comes from {arguments.model}" if kind.__module__.startswith("transformers_modules") else "installed"
-    )
-    here = "is" if importlib.util.find_spec("modeling_vit_scratch") else "is not"
-    print(f"{kind.__name__}: {origin}; the package modeling_vit_scratch {here} installed here.")
-    return print_table(classify, arguments.images, arguments.top_k)
-
-
-def print_table(classify: Pipeline, images: list[str], top_k: int) -> int:
-    """One row for each of the best labels of each image. Returns the exit status."""
-    width = max(len("file"), *map(len, images))
-    label_width = max(len("label"), *map(len, classify.model.config.id2label.values()))
-    print(f"{'file':<{width}}  {'label':<{label_width}}  score")
-    status = 0
-    for image in images:
-        try:
-            predictions = classify(image, top_k=top_k)
-        except Exception as error:  # whatever a decoder or a connection raises, the other images can be read
-            print(f"error: {image}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-            status = 1
-            continue
-        for prediction in predictions:
-            print(f"{image:<{width}}  {prediction['label']:<{label_width}}  {prediction['score']:.4f}")
-    return status
+    rows = Rows(arguments)
+    if arguments.output is None:
+        predictor = load_predictor(arguments, torch.accelerator.current_accelerator() or "cpu")
+        return int(print_table(predictor, rows, arguments) > arguments.broken_limit)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():
+        predictor = load_predictor(arguments, accelerator.device)
+    job, gaps, processes = open_job(predictor, rows, arguments, accelerator)
+    run_job(job, gaps, predictor, rows, arguments, accelerator)
+    wait_for_all(processes)
+    broken = 0
+    if accelerator.is_main_process:
+        predicted, broken = finish(job, predictor)
+        print(tell(job, predicted, broken))
+    wait_for_all(processes)
+    accelerator.end_training()
+    return int(broken > arguments.broken_limit)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))

@@ -59,17 +59,18 @@ class Problems:
         return InputError("\n".join([f"{len(lines)} problems:", *lines]))
 
 
-def run_command_line(main: Callable[[], None]) -> int:
+def run_command_line(main: Callable[[], int | None]) -> int:
     """
     Runs a script's main.
 
     Returns:
-        The exit status: 0; 2 for a mistake that the user can mend; 1 if training had to stop or the disk is full; 130
-        after Ctrl-C, 143 after SIGTERM. Any other exception is a bug, and passes through with its traceback.
+        The exit status: what main returns, or 0; 2 for a mistake that the user can mend; 1 if training had to stop or
+        the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug, and passes
+        through with its traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        main()
+        status = main()
     except InputError as error:
         if is_first:  # every process reads the same command line and the same data
             print(f"error: {error}", file=sys.stderr)
@@ -87,7 +88,7 @@ def run_command_line(main: Callable[[], None]) -> int:
         if is_first:
             print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
         return 128 + getattr(interruption, "number", signal.SIGINT)
-    return 0
+    return status or 0
 
 
 def without_worker_traceback(error: Exception) -> str:

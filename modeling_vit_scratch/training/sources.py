@@ -245,7 +245,7 @@ def _has_class_folders(folder: Path) -> bool:
     """Whether it has folders, none of them a split, and no images beside them."""
     folders = {entry.name.lower() for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     return bool(folders - SPLIT_NAMES) and not any(
-        entry.suffix.lower() in _image_endings() for entry in folder.iterdir()
+        entry.suffix.lower() in image_endings() for entry in folder.iterdir()
     )
 
 
@@ -260,7 +260,7 @@ def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Da
 
 
 def _images_below(folder: Path) -> list[Path]:
-    endings = _image_endings()
+    endings = image_endings()
     return sorted(
         file
         for file in folder.rglob("*")
@@ -270,7 +270,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
     """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
-    endings = _image_endings()
+    endings = image_endings()
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes or {name.lower() for name in classes} <= SPLIT_NAMES:
         problems.add(_not_class_folders(flag, folder, classes))
@@ -305,7 +305,7 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     )
 
 
-def _image_endings() -> set[str]:
+def image_endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 

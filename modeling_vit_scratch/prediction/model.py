@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as prediction needs it: scores and embeddings of pixels, and what it is told apart from others by."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
+from ..training.errors import InputError
+from ..training.pixels import Normalize
+from .arguments import PredictionArguments
+
+
+class Prediction(NamedTuple):
+    """
+    Attributes:
+        labels, scores: (B, k), best first; of equal scores the label with the lower index.
+        embeddings: (B, D) float32, the pooled output; or None.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    embeddings: np.ndarray | None
+
+
+class Predictor:
+    """
+    Args:
+        model: a classifier; or where no labels are wanted, an encoder.
+        processor: the model's.
+        top_k: labels of each image.
+        has_embeddings: whether to keep the pooled output.
+        device, dtype: where and in what the network computes.
+    """
+
+    def __init__(
+        self,
+        model: ViTScratchForImageClassification | ViTScratchModel,
+        processor: ViTScratchImageProcessor,
+        top_k: int,
+        has_embeddings: bool,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.processor = model.to(device, dtype).eval(), processor
+        self.config: ViTScratchConfig = model.config
+        self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
+        self._normalize, self._pooled = Normalize.from_processor(processor), None
+        encoder = model.vit if isinstance(model, ViTScratchForImageClassification) else model
+        encoder.register_forward_hook(self._keep)
+
+    def _keep(self, encoder: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._pooled = output.pooler_output
+
+    @property
+    def label_names(self) -> list[str]:
+        return [str(self.config.id2label[index]) for index in range(self.config.num_labels)] if self.top_k else []
+
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        return self.config.representation_size or self.config.hidden_size
+
+    @torch.inference_mode()
+    def __call__(self, pixels: torch.Tensor) -> Prediction:
+        """
+        Args:
+            pixels: (B, C, H, W), uint8.
+        """
+        pixel_values = self._normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
+        output, pooled = self.model(pixel_values), None
+        if self.has_embeddings:
+            pooled = self._pooled.float().cpu().numpy()
+        self._pooled = None
+        if not self.top_k:
+            return Prediction(np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled)
+        scores, labels = to_scores(output.logits.float(), self.config).sort(dim=-1, descending=True, stable=True)
+        return Prediction(labels[:, : self.top_k].cpu().numpy(), scores[:, : self.top_k].cpu().numpy(), pooled)
+
+
+def to_scores(logits: torch.Tensor, config: ViTScratchConfig) -> torch.Tensor:
+    """
+    What a pipeline of transformers makes of logits (B, K): probabilities that sum to 1; for several labels of an image,
+    or for a single one, one probability for each; for a regression the numbers themselves.
+    """
+    if config.problem_type == "regression":
+        return logits
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return logits.sigmoid()
+    return logits.softmax(-1)
+
+
+def load_predictor(arguments: PredictionArguments, device: torch.device | str = "cpu") -> Predictor:
+    """
+    What the command line asks for.
+
+    Raises:
+        InputError: if MODEL can't be loaded, has no classifier, or fewer labels than --top_k.
+    """
+    name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+    kind = ViTScratchForImageClassification if arguments.top_k else ViTScratchModel
+    try:
+        model, info = kind.from_pretrained(name, output_loading_info=True, **hub)
+        processor = model.image_processor or _own_processor(name, hub, model.config)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
+        raise InputError(f"MODEL {name} can't be loaded: {str(error).strip() or type(error).__name__}") from error
+    config = model.config
+    if arguments.top_k and (info["missing_keys"] or not config.num_labels):
+        raise InputError(
+            f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py, or ask for --top_k 0 "
+            "--embeddings."
+        )
+    if info["missing_keys"]:
+        raise InputError(f"MODEL {name} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}.")
+    if arguments.top_k > config.num_labels and arguments.top_k:
+        raise InputError(f"--top_k {arguments.top_k}: MODEL {name} has {config.num_labels} labels.")
+    config.calibrated = arguments.calibrated
+    dtype = getattr(torch, arguments.dtype)
+    return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, dtype)
+
+
+def _own_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:
+    try:
+        return ViTScratchImageProcessor.from_pretrained(name, **hub)
+    except OSError:  # no preprocessor_config.json
+        if Path(name, "preprocessor_config.json").exists():
+            raise
+    height, width = config.image_hw
+    return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})
+
+
+def fingerprint(predictor: Predictor) -> str:
+    """SHA-256 of everything that the model's numbers and labels follow from: weights, configuration, processor."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(predictor.model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for settings in (predictor.config.to_dict(), predictor.processor.to_dict()):
+        kept = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From items to batches of pixels: the main process hands out items, worker processes read and decode them."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
+from ..training.decoding import ReducedJpeg, open_photo
+from ..training.errors import InputError
+from ..training.safe_trainer import prepare_workers
+from .inputs import Item, Rows
+
+
+# The encoded image of a shard or a table may have so many bytes.
+MAX_BYTES = 1 << 30
+_FIT_SETTINGS = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size")
+
+
+class Batch(NamedTuple):
+    """
+    Attributes:
+        number: which batch of the run it is: its first image is number * batch size.
+        names: (B,) of the images.
+        pixels: (B, C, H, W), uint8; zeros for what can't be read.
+        faults: (B,) why an image can't be read, or None.
+    """
+
+    number: int
+    names: list[str]
+    pixels: torch.Tensor
+    faults: list[str | None]
+
+
+def pixel_size(processor: ViTScratchImageProcessor) -> tuple[int, int]:
+    """
+    Height and width of every image that the processor makes.
+
+    Raises:
+        InputError: if they depend on the image.
+    """
+    size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
+    if size is None or not (size.height and size.width):
+        raise InputError(
+            "The image processor of MODEL makes images of different sizes, which fit into no batch. Give it a size "
+            "with height and width, or do_center_crop, in its preprocessor_config.json."
+        )
+    return size.height, size.width
+
+
+class WholePhoto:
+    """A JPEG photo that is not decoded yet, with as much of a PIL image as `resize_and_crop` asks for."""
+
+    def __init__(self, photo: ReducedJpeg) -> None:
+        self._photo = photo
+        self.width, self.height = self.size = photo.width, photo.height
+
+    def resize(self, size: tuple[int, int], resample: int) -> Image.Image:
+        """As `PIL.Image.Image.resize`."""
+        return self._photo.resize(size, resample, box=(0, 0, *self.size))
+
+
+class ItemDataset(Dataset):
+    """
+    Batches of items to batches of pixels, as the processor resizes and crops them, not yet normalised.
+
+    Args:
+        processor: the model's.
+        fast_decode: decode JPEG files at the scale that the size needs: see `training.decoding`.
+    """
+
+    def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
+        self.processor, self.fast_decode = processor, fast_decode and processor.do_resize
+        channels = processor.num_channels if processor.do_convert_rgb else len(np.atleast_1d(processor.image_mean))
+        self.shape = (channels, *pixel_size(processor))
+
+    def __getitems__(self, numbered: tuple[int, list[tuple[Item, Any]]]) -> Batch:
+        number, items = numbered
+        pixels, faults = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
+        for row, (item, content) in enumerate(items):
+            fault = item.fault
+            if fault is None:
+                try:
+                    pixels[row] = self._read(item, content)
+                except ValueError as error:  # ImageDecodeError, or what can't become what the processor makes
+                    fault = _reason(error, item.name)
+            faults.append(fault)
+        return Batch(number, [item.name for item, _ in items], pixels, faults)
+
+    def _read(self, item: Item, content: Any) -> torch.Tensor:
+        if isinstance(content, ValueError):
+            raise content
+        name, source = item.name, item.place if item.start is None else content
+        if item.size is not None:
+            source = _read_member(item)
+        if source is None:
+            raise ImageDecodeError(f"{name} cannot be read as an image: the row has neither bytes nor a path")
+        photo = open_photo(source, self.processor, name) if self.fast_decode else None
+        image = WholePhoto(photo) if isinstance(photo, ReducedJpeg) else photo
+        image = self.processor.decode(source, name=name) if image is None else image
+        settings = {setting: getattr(self.processor, setting) for setting in _FIT_SETTINGS}
+        bands = resize_and_crop(image, name, settings)
+        if len(bands) != self.shape[0]:
+            raise ValueError(f"it has {len(bands)} channels, and the model takes {self.shape[0]}")
+        return torch.from_numpy(np.stack(bands))
+
+
+def _read_member(item: Item) -> bytes:
+    if item.size > MAX_BYTES:
+        raise ValueError(f"it has {item.size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a shard")
+    try:
+        with open(item.place, "rb") as file:
+            file.seek(item.start)
+            content = file.read(item.size)
+    except OSError as error:
+        raise ValueError(f"its shard can't be read: {error.strerror}") from error
+    if len(content) < item.size:
+        raise ValueError(f"the shard ends after {len(content):,} of its {item.size:,} bytes")
+    return content
+
+
+def _reason(error: ValueError, name: str) -> str:
+    """The message without the name, which has a column of its own, in one line."""
+    lines = str(error).removeprefix(name).removeprefix(" cannot be read as an image").lstrip(": ").splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+class Batches:
+    """The batches of a process, as torch's batch sampler: their numbers and items, with what rows of tables hold."""
+
+    def __init__(self, items: Iterable[tuple[int, list[Item]]], rows: Rows) -> None:
+        self._items, self._rows = items, rows
+
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
+        for number, items in self._items:
+            yield number, [(item, self._content(item)) for item in items]
+
+    def _content(self, item: Item) -> Any:
+        if item.start is None or item.size is not None or item.fault is not None:
+            return None
+        try:
+            content = self._rows.read(item)
+        except ValueError as error:
+            return ValueError(str(error))
+        if isinstance(content, bytes) and len(content) > MAX_BYTES:
+            return ValueError(f"it has {len(content):,} bytes, and {MAX_BYTES:,} are the limit for an image in a table")
+        return content
+
+
+def build_loader(batches: Batches, dataset: ItemDataset, num_workers: int, pin_memory: bool) -> Iterable[Batch]:
+    """Batches in their order, read ahead by the worker processes."""
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
+    )
+    if num_workers:
+        prepare_workers(loader)
+    return loader
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

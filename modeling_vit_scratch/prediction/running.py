@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run itself: batches through the model, rows to the disk every so often, and an end at any moment."""
+
+import itertools
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..training.errors import TrainingInterrupted, TrainingStopped
+from .arguments import PredictionArguments
+from .inputs import Rows, list_inputs
+from .job import BLOCK, Job
+from .model import Prediction, Predictor
+from .reading import Batch, Batches, ItemDataset, build_loader
+from .tables import part_rows, printable
+
+
+# What a kill can cost: rows are written after so many images or seconds, whichever comes first.
+SECONDS = 30.0
+
+
+class StopOnSignal:
+    """
+    The first Ctrl-C or SIGTERM ends the run after the batch, a second one at once. What comes within a second of the
+    first is the same wish, sent twice; the end of the launcher counts as SIGTERM, as in `training.callbacks`.
+    """
+
+    def __init__(self) -> None:
+        self._number, self._time, self._process = 0, 0.0, os.getpid()
+        is_launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+        self._launcher = os.getppid() if is_launched else None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker process that has just been forked
+        if self._number and time.monotonic() - self._time > 1.0:
+            raise TrainingInterrupted("Stopped at once.", number)
+        if not self._number:
+            self._number, self._time = number, time.monotonic()
+
+    @property
+    def number(self) -> int:
+        """Of the signal that asks to stop; 0 if there is none."""
+        if not self._number and self._launcher not in (None, os.getppid()):
+            self._number = signal.SIGTERM
+        return self._number
+
+
+class Writer:
+    """Collects what follows one another, and writes it as a part of the job."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._rows, self._first, self._end, self._since = job, [], 0, 0, time.monotonic()
+
+    @property
+    def waiting(self) -> int:
+        """Batches that are not on the disk yet."""
+        return self._end - self._first
+
+    def add(self, batch: Batch, prediction: Prediction) -> None:
+        if batch.number != self._end:
+            self.flush()
+            self._first = batch.number
+        self._rows.append((batch.names, batch.faults, *prediction))
+        self._end = batch.number + 1
+        is_full = self.waiting * self._job.batch_size >= BLOCK
+        if is_full or time.monotonic() - self._since >= SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            names, faults, labels, scores, embeddings = zip(*self._rows)
+            vectors = None if embeddings[0] is None else np.concatenate(embeddings)
+            rows = part_rows(
+                list(itertools.chain(*names)), list(itertools.chain(*faults)), np.concatenate(labels),
+                np.concatenate(scores), vectors,
+            )  # fmt: skip
+            self._job.write_part(self._first, self._end, rows)
+        self._rows, self._first, self._since = [], self._end, time.monotonic()
+
+
+def run_job(
+    job: Job,
+    gaps: list[tuple[int, int]],
+    predictor: Predictor,
+    rows: Rows,
+    arguments: PredictionArguments,
+    accelerator: Accelerator,
+) -> None:
+    """
+    Predicts this process's share of what is missing, and writes it into the job.
+
+    Args:
+        job: open.
+        gaps: what is missing, the same for all processes.
+        predictor, rows, arguments, accelerator: of this process.
+
+    Raises:
+        TrainingInterrupted: after Ctrl-C or SIGTERM, when what is done is on the disk.
+        TrainingStopped: if a process that reads images was lost.
+    """
+    share = job.share(gaps, accelerator.process_index, accelerator.num_processes)
+    writer, bar, is_alone = Writer(job), _bar(job, accelerator), accelerator.num_processes == 1
+    with StopOnSignal() as stop, bar:
+        loader = _loader(predictor, Batches(share, rows), arguments, accelerator.device.type == "cuda")
+        try:
+            for batch in loader:
+                writer.add(batch, predictor(batch.pixels))
+                _advance(bar, job, writer)
+                if stop.number:
+                    break
+            else:
+                bar.update(job.count - bar.n if is_alone else 0)
+        except RuntimeError as error:
+            writer.flush()
+            raise _explained(error, arguments) from error
+        writer.flush()
+    # With several processes the others may have stopped before their end.
+    if stop.number and not (is_alone and not job.missing()):
+        raise TrainingInterrupted(
+            f"Interrupted with {_done(job):,} of {job.count:,} images predicted, which are in {job.folder}. To go on, "
+            "run the same command again.",
+            stop.number,
+        )
+
+
+def _loader(
+    predictor: Predictor, batches: Batches, arguments: PredictionArguments, pin_memory: bool
+) -> Iterator[Batch]:
+    # A large photo is no news while a bar is on the screen; one that is too large is an error.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    dataset = ItemDataset(predictor.processor, arguments.fast_decode)
+    return build_loader(batches, dataset, arguments.dataloader_num_workers, pin_memory)
+
+
+def _explained(error: RuntimeError, arguments: PredictionArguments) -> Exception:
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingStopped(
+            "The memory of the device is full. Take a lower --per_device_eval_batch_size "
+            f"({arguments.per_device_eval_batch_size} now), and --overwrite."
+        )
+    killed = re.search(r"killed by signal: (\w+)", str(error))
+    if "DataLoader worker" not in str(error):
+        return error
+    reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
+    return TrainingStopped(
+        f"A process that reads images {reason}. Usually the memory was full, or in a container the shared memory "
+        f"(docker run --shm-size). Go on with the same command and a lower --dataloader_num_workers "
+        f"({arguments.dataloader_num_workers} now)."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+def _done(job: Job) -> int:
+    """Images whose rows are on the disk."""
+    missing = sum(min(end * job.batch_size, job.count) - first * job.batch_size for first, end in job.missing())
+    return job.count - missing
+
+
+def _bar(job: Job, accelerator: Accelerator) -> tqdm:
+    done = _done(job)
+    is_shown = accelerator.is_main_process
+    return tqdm(total=job.count, initial=done, desc="predicting", unit=" images", disable=not is_shown, smoothing=0.05)
+
+
+def _advance(bar: tqdm, job: Job, writer: Writer) -> None:
+    """What all processes have written, and what this one has not written yet; looked up once a second."""
+    if bar.disable or time.monotonic() - getattr(bar, "looked", 0.0) < 1.0:
+        return
+    bar.looked = time.monotonic()
+    bar.update(min(job.count, _done(job) + writer.waiting * job.batch_size) - bar.n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a file
+
+
+def print_table(predictor: Predictor, rows: Rows, arguments: PredictionArguments) -> int:
+    """
+    One row for each label of each image, as they come; broken images on the standard error. Returns how many of these
+    there are.
+    """
+    items, size = list_inputs(arguments, rows), arguments.per_device_eval_batch_size
+    first = list(itertools.islice(items, size))
+    width = max([len("image"), *(len(item.name) for item in first)])
+    label_width = max(len("label"), *map(len, predictor.label_names))
+    print(f"{'image':<{width}}  {'label':<{label_width}}  score")
+    chunks = itertools.chain([first], iter(lambda: list(itertools.islice(items, size)), []))
+    broken = 0
+    for batch in _loader(predictor, Batches(enumerate(chunks), rows), arguments, pin_memory=False):
+        prediction = predictor(batch.pixels)
+        for name, fault, labels, scores in zip(batch.names, batch.faults, prediction.labels, prediction.scores):
+            if fault is not None:
+                broken += 1
+                tell_broken(name, fault)
+                continue
+            for label, score in zip(labels, scores):
+                print(f"{printable(name):<{width}}  {predictor.label_names[label]:<{label_width}}  {score:.4f}")
+    return broken
+
+
+def tell_broken(name: str, fault: str) -> None:
+    """One line on the standard error."""
+    print(f"error: {printable(name)}: {printable(fault)}", file=sys.stderr)
