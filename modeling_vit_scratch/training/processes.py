@@ -2,7 +2,6 @@
 """Who started a run, and what its processes tell each other to do the same thing at the same step."""
 
 import itertools
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
