@@ -20,7 +20,7 @@ demo: $(VENV)/installed $(SERVE)
 		scripts/finetune.py --output_dir $(DEMO)/digits --export_examples $(DEMO)/examples
 	@echo
 	@echo "The folder in a fresh process that has not got the package:"
-	$(SERVE)/bin/python scripts/predict.py $(DEMO)/digits $(DEMO)/examples/*.png
+	$(SERVE)/bin/python scripts/classify.py $(DEMO)/digits $(DEMO)/examples/*.png
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2

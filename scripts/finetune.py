@@ -24,7 +24,8 @@ def main() -> None:
 
     # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.checkpoint.cards import write_card
-    from modeling_vit_scratch.training.data import export_examples, read_data
+    from modeling_vit_scratch.training.data import read_data
+    from modeling_vit_scratch.training.files import export_examples
     from modeling_vit_scratch.training.finetuning import build_trainer
     from modeling_vit_scratch.training.record import build_record, tell_result, write_record
     from modeling_vit_scratch.training.starting_point import build_model

@@ -24,11 +24,11 @@ from modeling_vit_scratch.evaluation.metrics import (
     brier_scores,
     confidences,
     negative_log_likelihoods,
-    per_class,
     probabilities,
     reliability,
     score,
 )
+from modeling_vit_scratch.evaluation.multi_label import per_label, score_labels
 from modeling_vit_scratch.training.errors import InputError
 
 
@@ -85,7 +85,7 @@ def test_one_label_against_scikit_learn(one_label):
 def test_several_labels_against_scikit_learn(many_labels):
     logits, labels = many_labels
     values = probabilities(logits, is_multi_label=True)
-    ours, answer = values_of(score(values, labels, resamples=0)), logits >= 0
+    ours, answer = values_of(score_labels(values, labels, resamples=0)), logits >= 0
     theirs = {
         "mean_average_precision": average_precision_score(labels[:, :4], logits[:, :4], average="macro"),
         "macro_f1": f1_score(labels, answer, average="macro", zero_division=0),
@@ -95,7 +95,11 @@ def test_several_labels_against_scikit_learn(many_labels):
         "brier": ((values - labels) ** 2).mean(),
     }
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-12)
-    assert per_class(values, labels, list("abcde"))[4]["average_precision"] is None
+    rows = per_label(values, labels, list("abcde"), threshold=0.5)
+    assert [row["average_precision"] for row in rows[:4]] == pytest.approx(
+        average_precision_score(labels[:, :4], logits[:, :4], average=None), abs=1e-12
+    )
+    assert rows[4]["average_precision"] is None
 
 
 def test_bins_of_equal_numbers_by_hand():

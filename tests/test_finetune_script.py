@@ -19,7 +19,7 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.training.errors import run_command_line
 
 
-FINETUNE, PREDICT = ROOT / "scripts" / "finetune.py", ROOT / "scripts" / "predict.py"
+FINETUNE, CLASSIFY = ROOT / "scripts" / "finetune.py", ROOT / "scripts" / "classify.py"
 
 
 def environment(with_package=True):
@@ -77,18 +77,18 @@ def test_record_and_card_agree_and_tell_nothing_of_this_machine(finished):
         assert str(finished) not in (finished / "out" / "pets" / file).read_text()
 
 
-def run_predict(folder, *words, **options):
-    argv = [sys.executable, str(PREDICT), *map(str, words)]
+def run_classify(folder, *words, **options):
+    argv = [sys.executable, str(CLASSIFY), *map(str, words)]
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120, **options)
 
 
-def test_predict_serves_the_folder_without_the_package_and_goes_on_after_a_broken_file(finished):
+def test_classify_serves_the_folder_without_the_package_and_goes_on_after_a_broken_file(finished):
     examples = sorted((finished / "examples").iterdir())
     assert len(examples) == 4
     (finished / "broken.png").write_bytes(b"broken")
     argv = ["out/pets", "broken.png", *examples, "missing.png", "--top_k", "2"]
     # -I would hide the environment's own packages too; an empty PYTHONPATH and another folder hide this repository.
-    done = run_predict(finished, *argv, env=environment(with_package=False))
+    done = run_classify(finished, *argv, env=environment(with_package=False))
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if "broken.png" in line]
     assert [line for line in done.stderr.splitlines() if "missing.png" in line]
@@ -104,7 +104,7 @@ def test_predict_serves_the_folder_without_the_package_and_goes_on_after_a_broke
 
 
 def test_predict_names_a_model_that_is_not_there(finished):
-    done = run_predict(finished, "nothing", "x.png", env=environment())
+    done = run_classify(finished, "nothing", "x.png", env=environment())
     assert done.returncode == 2
     assert "nothing can't be loaded" in done.stderr
     assert "Traceback" not in done.stderr

@@ -17,8 +17,9 @@ from transformers import ViTImageProcessorPil
 from modeling_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.data import Examples, ImageClassificationDataset, export_examples
+from modeling_vit_scratch.training.data import Examples, ImageClassificationDataset
 from modeling_vit_scratch.training.errors import InputError, Problems
+from modeling_vit_scratch.training.files import export_examples
 from modeling_vit_scratch.training.pixels import Normalize
 
 
@@ -258,7 +259,7 @@ def test_columns_are_found_if_there_is_one_way_and_listed_if_not(tmp_path):
     ("labels", "part"),
     [
         ([0.5, 1.0] * 4, "one name or whole number"),
-        ([[0], [1]] * 4, "one name or whole number"),
+        ([[0.5], [1.0]] * 4, "one name or whole number"),
         ([None, "a", "b", "a"] * 2, "2 images of the training split have no label"),
     ],
 )

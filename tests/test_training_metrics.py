@@ -80,6 +80,7 @@ def record_of(run, **model_arguments):
     data = SimpleNamespace(
         source=SimpleNamespace(name="pets", hub_id=None, license=None, url=None, note=None),
         label_names=["a", "b", "c"], num_train=9, validation=range(3), split="25 % of each class",
+        is_multi_label=False,
     )  # fmt: skip
     return build_record(trainer, data, ModelArguments(**model_arguments), scores, wall_time=1.25)
 
@@ -95,6 +96,7 @@ def test_a_record_says_what_was_found_and_how(run, monkeypatch):
     assert record["selection"] == "the checkpoint with the best accuracy on these same images (step 1)"
     assert (record["seed"], record["wall_time_seconds"]) == (42, 1.2)
     assert record["dataset"]["num_training_images"] == 9
+    assert record["dataset"]["is_multi_label"] is False
     assert record["training"]["batch_size"] == 4
     assert record["training"]["warmup_steps"] == trainer.args.get_warmup_steps(1)
     assert record["model"] == {
@@ -159,9 +161,15 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
 
 
 def test_what_a_user_sees_last():
-    record = {"value": 0.98518, "n": 270, "selection": "the last step", "training": {"broken_images": 0}}
+    record = {"metric": "accuracy", "value": 0.98518, "n": 270, "selection": "the last step"}
+    record["training"] = {"broken_images": 0}
     text = tell_result(record, "outputs/digits", "examples/3_7.png")
-    for part in ("98.52 % on 270 images", "outputs/digits", 'classify("examples/3_7.png")', "trust_remote_code=True"):
+    for part in (
+        "accuracy: 98.52 % on 270 images",
+        "outputs/digits",
+        'classify("examples/3_7.png")',
+        "trust_remote_code=True",
+    ):
         assert part in text
     assert "could not be read" not in text
     record["training"]["broken_images"] = 2

@@ -7,10 +7,7 @@ Everything that can be wrong with data is looked for before training starts, and
 
 import itertools
 import math
-import os
-import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
@@ -29,6 +25,7 @@ from .augmentation import Augmentation
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
 from .decoding import ReducedJpeg, open_photo
 from .errors import InputError, Problems
+from .files import check_files
 from .multi_label import is_label_list, multi_hot, read_label_lists, stratify
 from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
 from .streams import ImageStream, read_stream
@@ -525,67 +522,3 @@ def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
         return examples
     chosen = np.random.default_rng(seed).choice(len(examples), size=maximum, replace=False)
     return examples.select(sorted(chosen.tolist()))
-
-
-def check_files(splits: dict[str, Examples], problems: Problems) -> None:
-    """Adds the images that can't be read to the problems."""
-    reasons = list(find_broken(splits).values())
-    if reasons:
-        problems.add(
-            f"{len(reasons)} of {sum(map(len, splits.values()))} images can't be read. Repair or remove them, or let "
-            "others take the place of up to N in training with --verify_images False --max_broken_images N:"
-            + listed_below(reasons)
-        )
-
-
-def listed_below(reasons: list[str]) -> str:
-    """The first of them, each on a line, and how many more there are."""
-    rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
-    return "".join(f"\n       {reason}" for reason in reasons[:10]) + rest
-
-
-def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
-    """
-    Decodes every image, in threads: decoding does not hold Python's lock. Returns why some can't be read, by split and
-    index.
-    """
-    decoder = ViTScratchImageProcessor()
-    places = [(split, index) for split, examples in splits.items() for index in range(len(examples))]
-
-    def broken(place: tuple[str, int]) -> str | None:
-        split, index = place
-        try:
-            splits[split].decode(index, decoder)
-        except (ImageDecodeError, ValueError) as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(tqdm(pool.map(broken, places), total=len(places), desc="checking images", unit="", leave=False))
-    return {place: reason for place, reason in zip(places, reasons) if reason is not None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples to try a model on
-
-
-def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
-    """
-    Writes held-out images, spread over the whole split, as INDEX_LABEL.png.
-
-    Returns:
-        The first file; None if no folder is wanted.
-    """
-    if folder is None:
-        return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    decoder, count = ViTScratchImageProcessor(num_channels=data.source.num_channels), len(data.validation)
-    indices = np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(int)).tolist()
-    files = []
-    for index in indices:
-        labels = data.validation.labels[index]
-        labels = np.flatnonzero(labels).tolist() if isinstance(labels, np.ndarray) else [labels]
-        label = re.sub(r"[^\w.+-]+", "-", "+".join(data.label_names[one] for one in labels) or "none")[:100]
-        files.append(Path(folder, f"{index}_{label}.png"))
-        data.validation.decode(index, decoder).save(files[-1])
-    return files[0]

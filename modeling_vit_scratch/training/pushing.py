@@ -83,6 +83,8 @@ class PushingTrainer(SafeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As in Trainer, with the arguments as JSON, without secrets and local paths, in place of a pickle of them."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return  # the Trainer calls this in every process
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         self.write_arguments(folder)
