@@ -47,6 +47,14 @@ def test_hub_files_import_each_other_and_what_every_hub_user_has(path):
     assert absolute - HUB_PACKAGES - set(sys.stdlib_module_names) == set()
 
 
+def test_the_page_imports_what_a_space_has():
+    # A Space has these files beside its app.py, and the packages of its requirements.txt, not this one.
+    paths = source("modeling_vit_scratch/page")
+    siblings = {f".{path.stem}" for path in paths} | {"."}
+    absolute = {name.split(".")[0] for path in paths for name in imports(path) - siblings}
+    assert absolute - {"gradio", "torch", "transformers", "numpy", "PIL"} - set(sys.stdlib_module_names) == set()
+
+
 def test_arrows_point_one_way():
     # scripts -> training, checkpoint, visualization -> the Hub files; checkpoint meets the others in scripts only.
     # training -> publishing, which knows of training what a mistake is, and nothing else.

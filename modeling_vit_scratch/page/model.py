@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A classifier as the page needs it: a photo's scores, and what can be shown of how they came about."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from .attention import attention_maps, position_similarity
+
+
+class PhotoError(ValueError):
+    """A photo that can't be read or that the model can't take. The message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """
+    What the page shows of a photo.
+
+    Attributes:
+        name: of the file.
+        scores: (label, score), best first.
+        photo: (H, W, 3) uint8, the part of the photo that the model sees, in the photo's own resolution.
+        pixels: (h, w, 3) uint8, as the model sees it.
+        patch: height and width of a patch in `pixels`, None if the model has none.
+        rollout: (L, rows, columns), through the layers up to each; None if the model has no attention maps.
+        heads: (L, A, rows, columns); None with `rollout`.
+    """
+
+    name: str
+    scores: list[tuple[str, float]]
+    photo: np.ndarray
+    pixels: np.ndarray
+    patch: tuple[int, int] | None
+    rollout: np.ndarray | None
+    heads: np.ndarray | None
+
+
+class Viewer:
+    """
+    Args:
+        model: any image classifier of transformers.
+        processor: its image processor.
+        name: what people call it.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str) -> None:
+        self.model, self.processor, self.name, self.config = model.eval(), processor, name, model.config
+        with contextlib.suppress(ValueError, AttributeError):  # of models without attention
+            model.set_attn_implementation("eager")  # the one that every model of transformers gives weights of
+        self.pipeline = pipeline("image-classification", model=model, image_processor=processor)
+        self.device = next(model.parameters()).device
+        self.is_probability = self.config.problem_type != "regression"
+
+    def read(self, file: str, name: str) -> Image.Image:
+        """
+        A photo, upright, in the mode that the model takes.
+
+        Raises:
+            PhotoError: if it can't be read.
+        """
+        try:
+            if hasattr(self.processor, "decode"):  # this project's: transparency, 16 bits, gray models
+                image = self.processor.decode(file, name=name)
+            else:
+                with Image.open(file) as opened:
+                    image = ImageOps.exif_transpose(opened).convert("RGB")
+            if isinstance(image, Image.Image):
+                return image
+            reason = f"the model takes {self.config.num_channels} channels"
+        except Exception as error:  # whatever Pillow, its plugins and damaged files raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(file), name)
+            if reason.startswith(name):
+                raise PhotoError(reason) from error
+        raise PhotoError(f"{name} cannot be read as an image: {reason}")
+
+    @torch.inference_mode()
+    def classify(self, images: list[Image.Image]) -> list[list[tuple[str, float]]]:
+        """The scores of each image, those of transformers' pipeline: (label, score), best first."""
+        outputs = self.model(self._pixel_values(images).to(self.device, self.model.dtype))
+        return self._scores(outputs.logits)
+
+    @torch.inference_mode()
+    def look(self, image: Image.Image, name: str) -> Look:
+        """
+        All that is shown of one photo.
+
+        Raises:
+            PhotoError: if the model can't take it.
+        """
+        pixel_values = self._pixel_values([image])
+        outputs = self.model(pixel_values.to(self.device, self.model.dtype), output_attentions=True)
+        patch, maps = self._patch(pixel_values), None
+        if patch is not None:
+            grid = (pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1])
+            maps = attention_maps(outputs.get("attentions"), grid, self._pools_mean())
+        rollout, heads = (None, None) if maps is None else (part.numpy() for part in maps)
+        pixels = self._as_pixels(pixel_values[0])
+        photo = seen_part(image, self.processor, pixels.shape[:2])
+        photo = pixels if photo is None else np.asarray(photo.convert("RGB"))
+        return Look(name, self._scores(outputs.logits)[0], photo, pixels, patch, rollout, heads)
+
+    def positions(self, look: Look) -> np.ndarray | None:
+        """Similarity of the position embeddings, (rows, columns, rows, columns), on the grid of a look."""
+        if look.patch is None:
+            return None
+        grid = (look.pixels.shape[0] // look.patch[0], look.pixels.shape[1] // look.patch[1])
+        similarity = position_similarity(self.model, grid)
+        return None if similarity is None else similarity.numpy()
+
+    def facts(self) -> list[str]:
+        """The model in a few words each."""
+        config, size = self.config, self.config.num_labels
+        facts = [f"{sum(parameter.numel() for parameter in self.model.parameters()):,} parameters"]
+        image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+        facts += [f"{' × '.join(map(str, _pair(image)))} pixels"] if image else []
+        facts += [f"patches of {' × '.join(map(str, _pair(patch)))}"] if patch else []
+        layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+        if isinstance(layers, int) and isinstance(heads, int):
+            facts.append(f"{layers} layers of {heads} heads")
+        return [*facts, f"{size} {'class' if size == 1 else 'classes'}"]
+
+    def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def _scores(self, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
+        count = self.config.num_labels
+        rows = (self.pipeline.postprocess({"logits": row[None].cpu()}, top_k=count) for row in logits)
+        return [[(entry["label"], entry["score"]) for entry in row] for row in rows]
+
+    def _patch(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
+        size = getattr(self.config, "patch_size", None)
+        height, width = pixel_values.shape[2:]
+        if not size or height % _pair(size)[0] or width % _pair(size)[1]:
+            return None
+        return _pair(size)
+
+    def _pools_mean(self) -> bool:
+        return getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
+
+    def _as_pixels(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """Normalised (C, H, W) -> (H, W, 3), uint8."""
+        values, processor = pixel_values.permute(1, 2, 0).double().numpy(), self.processor
+        if getattr(processor, "do_normalize", False):
+            values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+        if getattr(processor, "do_rescale", True):
+            values = values / getattr(processor, "rescale_factor", 1 / 255)
+        pixels = values.round().clip(0, 255).astype(np.uint8)
+        return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+
+
+def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Image.Image | None:
+    """
+    The part of an image that its model sees.
+
+    Args:
+        image: as it was read.
+        processor: that made pixels of it.
+        size: height and width of these pixels.
+
+    Returns:
+        The image, cut if the processor cuts; None if it adds a border or has rules of its own.
+    """
+    crop_pct, crops = getattr(processor, "crop_pct", None), bool(getattr(processor, "do_center_crop", False))
+    if crop_pct is None and not crops:
+        return image
+    wanted = getattr(processor, "size", None) or {}
+    wanted = {key: value for key, value in dict(wanted).items() if value}
+    if crop_pct is not None:  # the shorter side to size / crop_pct
+        scale = max(int(size[0] / crop_pct) / image.height, int(size[1] / crop_pct) / image.width)
+        scales = (scale, scale)
+    elif not getattr(processor, "do_resize", True):
+        scales = (1.0, 1.0)
+    elif set(wanted) == {"shortest_edge"}:
+        scale = wanted["shortest_edge"] / min(image.size)
+        scales = (scale, scale)
+    elif set(wanted) == {"height", "width"}:
+        scales = (wanted["height"] / image.height, wanted["width"] / image.width)
+    else:
+        return None
+    height, width = size[0] / scales[0], size[1] / scales[1]
+    if height > image.height + 1 or width > image.width + 1:
+        return None
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (max(left, 0), max(top, 0), min(left + width, image.width), min(top + height, image.height))
+    return image.crop(tuple(round(edge) for edge in box))
+
+
+def load(source: str, trust_remote_code: bool = False, revision: str = "main") -> Viewer:
+    """
+    A classifier from a folder or the Hub, by the Auto classes.
+
+    Args:
+        source: folder or Hub id.
+        trust_remote_code: whether to run code that comes with the model.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        OSError, ValueError, KeyError: if it can't be loaded, or has no trained classifier.
+    """
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it has no trained classifier (no {min(info['missing_keys'])}). Fine-tune it first.")
+    processor = AutoImageProcessor.from_pretrained(source, **options)
+    return Viewer(model, processor, Path(source).name if Path(source).exists() else source)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[-1]))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A page in the browser on which people try a model: photos in, classes and what the model looks at out.
+
+    python scripts/app.py outputs/pets
+    python scripts/app.py google/vit-base-patch16-224 --server_port 7861
+    python scripts/app.py microsoft/resnet-50 --share
+
+Needs gradio: pip install -e ".[app]". For a page on the Hub: python scripts/publish.py --space --help
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="an image classifier: a folder, a Hub id, a .npz or other checkpoint of a ViT")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: main)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model of others")
+    parser.add_argument(
+        "--server_name", default="127.0.0.1", help="0.0.0.0 for the whole network (default: this machine)"
+    )
+    parser.add_argument("--server_port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--share", action="store_true", help="also a public link, through Gradio's servers, for a week")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+
+    # After the command line, so that --help is quick.
+    from modeling_vit_scratch.training.errors import InputError
+
+    try:
+        from modeling_vit_scratch.page.layout import build, launch
+    except ModuleNotFoundError as error:
+        raise InputError(f'{error}. The page needs gradio: pip install -e ".[app]"') from error
+    viewer = open_viewer(arguments.model, arguments.revision, arguments.trust_remote_code)
+    launch(build(viewer), server_name=arguments.server_name, server_port=arguments.server_port, share=arguments.share)
+
+
+def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
+    """What the Auto classes load; if they can't, what `from_pretrained` of this package reads beside that."""
+    from modeling_vit_scratch.page.model import Viewer, load
+    from modeling_vit_scratch.training.errors import InputError
+    from modeling_vit_scratch.visualization.photos import open_model
+
+    try:
+        return load(source, trust_remote_code, revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip()
+    try:
+        model, processor = open_model(source, revision)
+    except InputError as error:
+        raise InputError(f"The model {source} can't be loaded: {reason}") from error
+    if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
+        raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
+    return Viewer(model, processor, Path(source).name or source)
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))

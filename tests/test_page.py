@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of scripts/app.py, without a browser: its numbers against others' arithmetic, its messages, any model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_images import load_script
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
+from modeling_vit_scratch.page.model import PhotoError, Viewer, load, seen_part
+from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.visualization.attention import head_maps, rollout_maps
+from modeling_vit_scratch.visualization.positions import position_similarity
+
+
+LABELS = {0: "brown bear", 1: "cat", 2: "<b>zebra</b>"}
+
+
+def tiny(**fields) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
+    labels = {} if "num_labels" in fields else {"id2label": LABELS}
+    model = ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4", **labels, **fields))
+    return model, ViTScratchImageProcessor(size={"height": 16, "width": 24})
+
+
+def photo(size: tuple[int, int] = (60, 40)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("page") / "pets"
+    model, processor = tiny(temperature=2.0)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pooling": "mean", "use_cls_token": False}, {"num_register_tokens": 3, "position_embedding": "sincos_2d"}],
+    ids=["class token", "mean", "registers"],
+)
+def test_maps_are_those_of_visualization(fields):
+    model, processor = tiny(**fields)
+    look = Viewer(model, processor, "pets").look(photo(), "photo.png")
+    pixel_values = processor(photo(), return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(look.rollout[-1], rollout_maps(model, pixel_values)[0], atol=1e-7)
+    np.testing.assert_allclose(look.heads, head_maps(model, pixel_values)[0], atol=1e-6)
+    similarity = Viewer(model, processor, "pets").positions(look)
+    np.testing.assert_allclose(similarity, position_similarity(model), atol=1e-12)
+    assert look.photo.shape == (40, 60, 3)
+    assert look.pixels.shape == (16, 24, 3)
+
+
+def test_scores_are_those_of_the_pipeline(folder):
+    viewer = load(str(folder))
+    expected = pipeline("image-classification", model=str(folder), device="cpu")(photo(), top_k=3)
+    for scores in (viewer.look(photo(), "photo.png").scores, *viewer.classify([photo(), photo()])):
+        assert [label for label, _ in scores] == [entry["label"] for entry in expected]
+        np.testing.assert_allclose([score for _, score in scores], [entry["score"] for entry in expected], rtol=1e-5)
+
+
+def test_models_of_others():
+    small = {"num_labels": 3, "image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "intermediate_size": 64}
+    processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+    model = ViTForImageClassification(ViTConfig(**small)).eval()
+    look = Viewer(model, processor, "vit").look(photo(), "photo.png")
+    with torch.no_grad():
+        theirs = model(**processor(photo(), return_tensors="pt"), output_attentions=True).attentions
+    for heads, weights in zip(look.heads, theirs):
+        np.testing.assert_allclose(heads, weights[0, :, 0, 1:].reshape(4, 4, 4), atol=1e-6)
+    assert Viewer(model, processor, "vit").positions(look).shape == (4, 4, 4, 4)
+
+    small.pop("intermediate_size")
+    registers = Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(num_register_tokens=4, **small))
+    assert Viewer(registers, processor, "dino").look(photo(), "photo.png").heads.shape == (2, 4, 4, 4)
+
+    config = ConvNextConfig(num_labels=3, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    look = Viewer(ConvNextForImageClassification(config), processor, "convnext").look(photo(), "photo.png")
+    assert look.heads is None
+    assert look.rollout is None
+    assert len(look.scores) == 3
+
+
+def test_broken_photos_are_named(tmp_path, folder):
+    viewer = load(str(folder))
+    broken = tmp_path / "x.jpg"
+    broken.write_bytes(b"no picture")
+    for processor in (viewer.processor, ViTImageProcessorPil()):
+        viewer.processor = processor
+        with pytest.raises(PhotoError, match=r"^summer \(1\)\.jpg cannot be read as an image: ") as caught:
+            viewer.read(str(broken), "summer (1).jpg")
+        assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 32, "width": 32}},
+        {"size": {"height": 32, "width": 32}, "crop_pct": 0.8},
+        {"size": {"height": 24, "width": 40}, "crop_pct": 0.9},
+        {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
+        {"size": {"height": 40, "width": 40}, "do_center_crop": True, "crop_size": {"height": 20, "width": 32}},
+    ],
+)
+@pytest.mark.parametrize("size", [(300, 200), (200, 300)])
+def test_the_seen_part_is_what_the_processor_leaves(settings, size):
+    # On a photo whose columns count up in red, and rows in green, each pixel says where it comes from.
+    ramp = np.zeros((size[1], size[0], 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1])[:, None]
+    image, processor = Image.fromarray(ramp), ViTScratchImageProcessor(do_normalize=False, do_rescale=False, **settings)
+    left = processor(image, return_tensors="np")["pixel_values"][0]
+    seen = np.asarray(seen_part(image, processor, left.shape[1:]), np.float32)
+    for channel, pixels in ((0, left.shape[2]), (1, left.shape[1])):
+        first, last = left[channel].min(), left[channel].max()
+        step = (last - first) / (pixels - 1)  # from one of the processor's pixels to the next
+        assert abs(first - step / 2 - seen[..., channel].min()) <= step
+        assert abs(last + step / 2 - seen[..., channel].max()) <= step
+
+
+def test_the_seen_part_of_a_small_photo_that_gets_a_border_is_not_known():
+    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    assert seen_part(photo(), ViTScratchImageProcessor(size={"shortest_edge": 20}, **crop), (32, 32)) is None
+
+
+def test_the_script_opens_what_people_have_and_says_what_it_can_not(tmp_path, folder):
+    app = load_script("app")
+    assert app.open_viewer(str(folder), "main", False).name == "pets"
+    model, _ = tiny(hidden_act="gelu_pytorch_tanh")
+    save_checkpoint(model, tmp_path / "pets.npz", format="npz")
+    assert app.open_viewer(str(tmp_path / "pets.npz"), "main", False).look(photo(), "photo.png").heads is not None
+    model, _ = tiny(num_labels=0)
+    model.save_pretrained(tmp_path / "features")
+    for source in (tmp_path / "features", tmp_path / "nothing"):
+        with pytest.raises(InputError, match=f"The model {source} "):
+            app.open_viewer(str(source), "main", False)
