@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoImageProcessor
-from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.errors import InputError
 from ..training.record import command_line, git_commit, hardware
 from ..training.sources import listed
+from ..training.stored_model import load_stored_model
 from .arguments import EvaluationArguments
 from .calibration import fit_temperature, store_temperature
 from .data import EvaluationData, halves
@@ -38,7 +37,7 @@ _NO_PERCENT = ("nll", "brier")
 MULTI_LABEL = "multi_label_classification"
 
 
-def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, BaseImageProcessor]:
+def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
     """
     The model and its image processor.
 
@@ -46,14 +45,8 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
         InputError: if it can't be loaded, or has no classifier.
     """
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
-    try:
-        model, info = ViTScratchForImageClassification.from_pretrained(name, output_loading_info=True, **hub)
-        processor = model.image_processor
-        if processor is None:
-            processor = _own_processor(name, hub, model)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"MODEL {name} can't be loaded: {str(error).strip()}") from error
-    if info["missing_keys"] or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
+    model, processor, missing = load_stored_model(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
+    if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
         raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
     if model.config.problem_type == "regression" or model.num_labels < 2:
         raise InputError(
@@ -67,16 +60,6 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
         )
     model.config.calibrated = arguments.calibrated
     return model, processor
-
-
-def _own_processor(name: str, hub: dict[str, Any], model: ViTScratchForImageClassification) -> BaseImageProcessor:
-    try:
-        return ViTScratchImageProcessor.from_pretrained(name, **hub)
-    except OSError:  # no preprocessor_config.json
-        if not Path(name).is_dir():
-            return AutoImageProcessor.from_pretrained(name, **hub)
-    height, width = model.config.image_hw
-    return ViTScratchImageProcessor(num_channels=model.config.num_channels, size={"height": height, "width": width})
 
 
 @dataclass(frozen=True)

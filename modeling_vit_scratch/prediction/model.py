@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from ..training.errors import InputError
 from ..training.pixels import Normalize
+from ..training.stored_model import load_stored_model
 from .arguments import PredictionArguments
 
 
@@ -105,34 +105,20 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
     """
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     kind = ViTScratchForImageClassification if arguments.top_k else ViTScratchModel
-    try:
-        model, info = kind.from_pretrained(name, output_loading_info=True, **hub)
-        processor = model.image_processor or _own_processor(name, hub, model.config)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
-        raise InputError(f"MODEL {name} can't be loaded: {str(error).strip() or type(error).__name__}") from error
+    model, processor, missing = load_stored_model(kind, f"MODEL {name}", name, hub)
     config = model.config
-    if arguments.top_k and (info["missing_keys"] or not config.num_labels):
+    if arguments.top_k and (missing or not config.num_labels):
         raise InputError(
             f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py, or ask for --top_k 0 "
             "--embeddings."
         )
-    if info["missing_keys"]:
-        raise InputError(f"MODEL {name} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}.")
+    if missing:
+        raise InputError(f"MODEL {name} lacks weights: {', '.join(sorted(missing)[:5])}.")
     if arguments.top_k > config.num_labels and arguments.top_k:
         raise InputError(f"--top_k {arguments.top_k}: MODEL {name} has {config.num_labels} labels.")
     config.calibrated = arguments.calibrated
     dtype = getattr(torch, arguments.dtype)
     return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, dtype)
-
-
-def _own_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:
-    try:
-        return ViTScratchImageProcessor.from_pretrained(name, **hub)
-    except OSError:  # no preprocessor_config.json
-        if Path(name, "preprocessor_config.json").exists():
-            raise
-    height, width = config.image_hw
-    return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})
 
 
 def fingerprint(predictor: Predictor) -> str:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training starts from: a fresh network, or a saved one whose classifier is made to fit the data."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from transformers import AutoImageProcessor, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .arguments import ModelArguments, config_fields, pixels
 from .errors import InputError
+from .stored_model import default_processor, load_stored_model, loading
 
 
 def build_model(
@@ -52,7 +50,7 @@ def build_model(
     labels = _label_fields(label_names, is_multi_label)
     if arguments.config_name is not None:
         origin = arguments.config_name
-        with _loading("--config_name", origin):
+        with loading(f"--config_name {origin}"):
             config = ViTScratchConfig.from_pretrained(origin, cache_dir=arguments.cache_dir, **labels, **overrides)
     else:
         origin = arguments.variant
@@ -62,32 +60,25 @@ def build_model(
     model = ViTScratchForImageClassification(config)
     height, width = config.image_hw
     line = f"From scratch: {origin}, {model.num_parameters():,} parameters, images of {height} x {width} pixels."
-    return model, _image_processor(arguments, config), [line]
+    return model, _wanted_processor(arguments) or default_processor(config), [line]
 
 
 def _from_checkpoint(
     arguments: ModelArguments, label_names: list[str], overrides: dict[str, Any], is_multi_label: bool
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     name = arguments.model_name_or_path
-    with _loading("--model_name_or_path", name):
-        model, info = ViTScratchForImageClassification.from_pretrained(
-            name,
-            revision=arguments.model_revision,
-            cache_dir=arguments.cache_dir,
-            output_loading_info=True,
-            **overrides,
-        )
-    missing = {key for key in info["missing_keys"] if not key.startswith("classifier.")}
-    if missing:
+    model, processor, missing = load_stored_model(
+        ViTScratchForImageClassification, f"--model_name_or_path {name}", name, _hub(arguments), **overrides
+    )
+    needed = {key for key in missing if not key.startswith("classifier.")}
+    if needed:
         raise InputError(
-            f"--model_name_or_path {name} lacks {len(missing)} of the network's weights, e.g. {min(missing)}. Give a "
+            f"--model_name_or_path {name} lacks {len(needed)} of the network's weights, e.g. {min(needed)}. Give a "
             "model of this library."
         )
     bias = overrides.get("head_bias_init", 0.0)
-    head = _fit_head(model, label_names, bool(info["missing_keys"]), bias, is_multi_label)
-    # Where the loader adapted or converted the weights, it knows the processor that fits.
-    processor = model.image_processor if arguments.image_processor_name is None else None
-    processor = processor or _image_processor(arguments, model.config)
+    head = _fit_head(model, label_names, bool(missing), bias, is_multi_label)
+    processor = _wanted_processor(arguments) or processor
     return model, processor, [f"From {name}: {model.num_parameters():,} parameters. {head}"]
 
 
@@ -103,18 +94,12 @@ def load_encoder(arguments: ModelArguments) -> tuple[ViTScratchModel, BaseImageP
         if (size := pixels(getattr(arguments, field))) is not None:
             overrides[field] = size
     overrides |= config_fields(arguments.config_overrides)
-    with _loading("--model_name_or_path", name):
-        model, info = ViTScratchModel.from_pretrained(
-            name,
-            revision=arguments.model_revision,
-            cache_dir=arguments.cache_dir,
-            output_loading_info=True,
-            **overrides,
-        )
-    if info["missing_keys"]:
-        raise InputError(f"{name} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}.")
-    processor = model.image_processor if arguments.image_processor_name is None else None
-    return model, processor or _image_processor(arguments, model.config)
+    model, processor, missing = load_stored_model(
+        ViTScratchModel, f"--model_name_or_path {name}", name, _hub(arguments), **overrides
+    )
+    if missing:
+        raise InputError(f"{name} lacks {len(missing)} weights, e.g. {min(missing)}.")
+    return model, _wanted_processor(arguments) or processor
 
 
 def _fit_head(
@@ -170,28 +155,16 @@ def _label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any
     }
 
 
-def _image_processor(arguments: ModelArguments, config: ViTScratchConfig) -> BaseImageProcessor:
+def _hub(arguments: ModelArguments) -> dict[str, Any]:
+    return {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+
+
+def _wanted_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
+    """The one of --image_processor_name."""
     name = arguments.image_processor_name
-    if name is not None:
-        with _loading("--image_processor_name", name):
-            return AutoImageProcessor.from_pretrained(
-                name, cache_dir=arguments.cache_dir, trust_remote_code=arguments.trust_remote_code
-            )
-    if arguments.model_name_or_path is not None:
-        try:
-            return ViTScratchImageProcessor.from_pretrained(
-                arguments.model_name_or_path, revision=arguments.model_revision, cache_dir=arguments.cache_dir
-            )
-        except OSError:  # a model without preprocessor_config.json
-            pass
-    height, width = config.image_hw
-    return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})
-
-
-@contextmanager
-def _loading(flag: str, name: str) -> Iterator[None]:
-    """Turns what loading raises for a wrong name or a foreign file into one message."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{flag} {name} can't be loaded: {str(error).strip()}") from error
+    if name is None:
+        return None
+    with loading(f"--image_processor_name {name}"):
+        return AutoImageProcessor.from_pretrained(
+            name, cache_dir=arguments.cache_dir, trust_remote_code=arguments.trust_remote_code
+        )

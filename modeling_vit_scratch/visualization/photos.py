@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from ..training.errors import InputError
+from ..training.stored_model import load_stored_model
 
 
 def encoder(model: ViTScratchPreTrainedModel) -> ViTScratchModel:
@@ -52,28 +52,15 @@ def open_model(
         InputError: if it can't be loaded, with the reason.
     """
     overrides = {} if image_size is None else {"image_size": list(image_size)}
-    try:
-        model, info = ViTScratchForImageClassification.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True, **overrides
-        )
-        processor = model.image_processor
-        if processor is None:
-            processor = _stored_processor(source, revision, model.config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"The model {source} can't be loaded: {str(error).strip()}") from error
-    missing = {key for key in info["missing_keys"] if not key.startswith(("classifier.", "vit.pooler."))}
-    if missing:
-        raise InputError(f"{source} lacks {len(missing)} of the network's weights, e.g. {min(missing)}.")
+    model, processor, missing = load_stored_model(
+        ViTScratchForImageClassification, f"The model {source}", source, {"revision": revision}, dtype=torch.float32,
+        **overrides,
+    )  # fmt: skip
+    needed = {key for key in missing if not key.startswith(("classifier.", "vit.pooler."))}
+    if needed:
+        raise InputError(f"{source} lacks {len(needed)} of the network's weights, e.g. {min(needed)}.")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return (model.vit if info["missing_keys"] else model), processor
-
-
-def _stored_processor(source: str, revision: str, config: Any) -> ViTScratchImageProcessor:
-    try:
-        return ViTScratchImageProcessor.from_pretrained(source, revision=revision)
-    except OSError:  # a folder without preprocessor_config.json
-        height, width = config.image_hw
-        return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})
+    return (model.vit if missing else model), processor
 
 
 def find_photos(sources: list[str]) -> list[str]:
