@@ -274,6 +274,11 @@ def _list_shard(path: str) -> Iterator[Item]:
                     yield Item(path, path, fault=f"the shard can't be read after {after}: {error}")
                     return
                 if member is None:
+                    # tarfile ends in silence at a damaged header, and where a file is cut between two members.
+                    archive.fileobj.seek(archive.offset)
+                    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        is_empty = False
+                        yield Item(path, path, fault=f"the shard is cut short or damaged after {after}")
                     break
                 archive.members = []  # or all would be kept
                 after = member.name

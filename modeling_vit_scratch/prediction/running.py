@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..training.errors import TrainingInterrupted, TrainingStopped
+from ..training.processes import launcher
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
 from .job import BLOCK, Job
@@ -39,8 +40,7 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self._number, self._time, self._process = 0, 0.0, os.getpid()
-        is_launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = launcher()
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -207,7 +207,7 @@ def print_table(predictor: Predictor, rows: Rows, arguments: PredictionArguments
     """
     items, size = list_inputs(arguments, rows), arguments.per_device_eval_batch_size
     first = list(itertools.islice(items, size))
-    width = max([len("image"), *(len(item.name) for item in first)])
+    width = max([len("image"), *(len(on_screen(item.name)) for item in first)])
     label_width = max(len("label"), *map(len, predictor.label_names))
     print(f"{'image':<{width}}  {'label':<{label_width}}  score")
     chunks = itertools.chain([first], iter(lambda: list(itertools.islice(items, size)), []))
@@ -220,10 +220,15 @@ def print_table(predictor: Predictor, rows: Rows, arguments: PredictionArguments
                 tell_broken(name, fault)
                 continue
             for label, score in zip(labels, scores):
-                print(f"{printable(name):<{width}}  {predictor.label_names[label]:<{label_width}}  {score:.4f}")
+                print(f"{on_screen(name):<{width}}  {predictor.label_names[label]:<{label_width}}  {score:.4f}")
     return broken
 
 
 def tell_broken(name: str, fault: str) -> None:
     """One line on the standard error."""
-    print(f"error: {printable(name)}: {printable(fault)}", file=sys.stderr)
+    print(f"error: {on_screen(name)}: {on_screen(fault)}", file=sys.stderr)
+
+
+def on_screen(text: str) -> str:
+    """In one line, and with no character that a terminal obeys: names of files can have any."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in printable(text))
