@@ -23,7 +23,7 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments, problems = parse_arguments()
 
     # After the command line, so that --help and mistakes in it are quick.
-    from modeling_vit_scratch.checkpoint.cards import write_card
+    from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.training.data import read_data
     from modeling_vit_scratch.training.files import export_examples
     from modeling_vit_scratch.training.finetuning import build_trainer
@@ -47,7 +47,7 @@ def main() -> None:
     if is_first:
         record = build_record(trainer, data, model_arguments, scores, outcome.metrics["train_runtime"])
         write_record(record, training_arguments.output_dir)
-        write_card(training_arguments.output_dir, model.config, record, trainer.hub_model_id)
+        write_training_card(trainer, record)
     trainer.save_model()
     if is_first:
         example = export_examples(data, data_arguments.export_examples)

@@ -24,7 +24,7 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments, wishes, problems = parse_arguments(script=PRETRAIN)
 
     # After the command line, so that --help and mistakes in it are quick.
-    from modeling_vit_scratch.checkpoint.cards import write_card
+    from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.training.data import read_data
     from modeling_vit_scratch.training.pretraining import build_pretraining
     from modeling_vit_scratch.training.record import build_pretraining_record, tell_pretraining, write_record
@@ -47,7 +47,7 @@ def main() -> None:
             trainer, data, model_arguments, wishes, scores, outcome.metrics["train_runtime"]
         )
         write_record(record, training_arguments.output_dir)
-        write_card(training_arguments.output_dir, trainer.model.config, record, trainer.hub_model_id)
+        write_training_card(trainer, record)
     trainer.save_model()
     if is_first:
         print(tell_pretraining(record, training_arguments.output_dir))

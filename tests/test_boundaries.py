@@ -58,8 +58,11 @@ def test_the_page_imports_what_a_space_has():
 def test_arrows_point_one_way():
     # scripts -> training, checkpoint, visualization -> the Hub files; checkpoint meets the others in scripts only.
     # training -> publishing, which knows of training what a mistake is, and nothing else.
+    # cards -> evaluation, training; scripts bring cards and what they are of together.
     forbidden = {
-        "modeling_vit_scratch/training": ("modeling_vit_scratch.checkpoint", "..checkpoint", "scripts"),
+        "modeling_vit_scratch/training": ("modeling_vit_scratch.checkpoint", "..checkpoint", "..cards", "scripts"),
+        "modeling_vit_scratch/evaluation": ("..checkpoint", "..cards", "scripts"),
+        "modeling_vit_scratch/cards": ("modeling_vit_scratch.", "..checkpoint", "..publishing", "scripts"),
         "modeling_vit_scratch/checkpoint": ("modeling_vit_scratch.training", "..training", "scripts"),
         "modeling_vit_scratch/publishing": ("modeling_vit_scratch.", "..checkpoint", "..training", "..evaluation"),
         "modeling_vit_scratch/visualization": ("modeling_vit_scratch.checkpoint", "..checkpoint", "scripts"),

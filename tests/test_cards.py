@@ -2,17 +2,28 @@
 """Model cards: their metadata survives huggingface_hub's reader, and no number is printed without a record."""
 
 import copy
+import json
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from tiny_images import load_script
 
-from modeling_vit_scratch import ViTScratchConfig
-from modeling_vit_scratch.checkpoint.cards import build_card, write_card
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.cards.emissions import estimate
+from modeling_vit_scratch.cards.records import digests
+from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, reliability, score
+from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
+from modeling_vit_scratch.publishing.checks import prepare_card
+from modeling_vit_scratch.publishing.contents import collect
+from modeling_vit_scratch.training.errors import InputError
 
 
+NAMES = ["zero", "one", "two"]
 RECORD = {
     "metric": "accuracy",
     "value": 0.98765432,
@@ -25,135 +36,479 @@ RECORD = {
         "note": "A note on the data.", "num_labels": 3, "num_training_images": 1527, "num_held_out_images": 270,
         "held_out": "15 % of each class, chosen with seed 7",
     },
-    "model": {"num_parameters": 452074, "started_from": "scratch", "base_model": None},
+    "model": {"num_parameters": 20451, "started_from": "scratch", "base_model": None},
     "training": {
         "epochs": 40.0, "steps": 960, "batch_size": 64, "optimizer": "adamw_torch_fused", "learning_rate": 0.001,
-        "label_smoothing": 0.0,
+        "label_smoothing": 0.0, "weight_decay": 0.05,
     },
     "command": "python scripts/finetune.py",
     "git_commit": "0123456789abcdef",
     "versions": {"python": "3.12.1", "torch": "2.13.0"},
-    "hardware": "CPU, 2 cores",
+    "hardware": "CPU, 2 cores, a processor",
     "wall_time_seconds": 61.5,
 }  # fmt: skip
+HISTORY = [
+    log
+    for step in (10, 20, 30)
+    for log in ({"step": step, "loss": 1 / step}, {"step": step, "eval_loss": 2 / step, "eval_accuracy": step / 100})
+]
+
+
+def values_and_labels(n=60):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, n)
+    logits = generator.normal(size=(n, 3)) + 1.5 * np.eye(3)[labels]
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), labels
+
+
+def report(folder, is_multi_label=False, **changes):
+    """What scripts/evaluate.py leaves, with numbers from its own functions."""
+    values, labels = values_and_labels()
+    if is_multi_label:
+        labels = np.eye(3, dtype=int)[labels]
+        results, classes = score_labels(values, labels, resamples=20), per_label(values, labels, NAMES, 0.5)
+        matrix = {"of_each_label_rows_true_columns_predicted": label_confusions(values, labels, 0.5).tolist()}
+    else:
+        results, classes = score(values, labels, resamples=20), per_class(values, labels, NAMES)
+        matrix = {"rows_true_columns_predicted": confusion(values, labels).tolist()}
+    diagram = reliability(*confidences(values, labels))
+    record = {
+        "metric": results[0].metric, "value": results[0].value, "n": 60,
+        "results": [one.facts() for one in results], "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
+        "threshold": 0.5 if is_multi_label else None,
+        "model": {"name": "pets", "num_parameters": 20451},
+        "dataset": {
+            "name": "other digits", "hub_id": "user/digits", "license": "cc0-1.0", "url": None, "note": None,
+            "images": "the test split of the data", "broken_images": [], "seen_in_training": False,
+        },
+        "temperature": 1.0, "views": 1, "per_class": classes, "confusion_matrix": {"labels": NAMES, **matrix},
+        "reliability": {
+            "n": diagram.counts.tolist(),
+            **{key: [None if np.isnan(x) else x for x in getattr(diagram, key)] for key in ("confidence", "accuracy")},
+        },
+        "throughput": {"images_per_second": 123.4, "note": "all of it"},
+        "command": "python scripts/evaluate.py pets user/digits", "git_commit": None,
+        "versions": {"python": "3.12.1"}, "hardware": "CPU, 2 cores, a processor",
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(changed(record, changes)))
+    for name in ("confusion_matrix.png", "reliability.png"):
+        Image.new("RGB", (3, 3)).save(folder / name)
+
+
+def changed(record, changes):
+    """The record with changes; of facts, those that are given change; None takes out."""
+    record = copy.deepcopy(record)
+    for key, value in changes.items():
+        record[key] = {**record[key], **value} if key in ("dataset", "model") and value else value
+    return {key: value for key, value in record.items() if key not in changes or changes[key] is not None}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A finished model without records."""
+    folder = tmp_path_factory.mktemp("saved") / "pets"
+    config = ViTScratchConfig.from_variant("test/4", id2label=dict(enumerate(NAMES)))
+    ViTScratchForImageClassification(config).save_pretrained(folder)
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def config():
-    return ViTScratchConfig.from_variant("test/4", id2label={0: "zero", 1: "one", 2: "two"})
+def folder(saved, tmp_path, monkeypatch):
+    """A copy of it, where the working directory is: "pets"."""
+    for file in saved.iterdir():
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        (tmp_path / "pets" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pets"
 
 
-def record(**changes):
-    """RECORD with changes; a dictionary changes the entries it has."""
-    changed = copy.deepcopy(RECORD)
-    for key, value in changes.items():
-        changed[key] = {**changed[key], **value} if isinstance(value, dict) else value
-    return changed
+def train(folder, **changes):
+    (folder / "results.json").write_text(json.dumps(changed(RECORD, changes)))
 
 
-def card(config, **changes):
-    return build_card(config, record(**changes), name="digits", location="outputs/digits")
+def configure(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
-def test_metadata_of_a_written_card_is_what_the_hub_reads(config, tmp_path):
-    write_card(tmp_path / "digits", config, RECORD)
-    data = metadata_load(tmp_path / "digits" / "README.md")
-    assert data["pipeline_tag"] == "image-classification"
-    assert data["library_name"] == "transformers"
-    assert data["license"] == "cc-by-4.0"
-    assert "custom_code" in data["tags"]
-    assert "datasets" not in data  # it is not on the Hub
-    assert "base_model" not in data
+def write(*flags):
+    load_script("card").main(["pets", *map(str, flags)])
+    return ModelCard.load("pets/README.md")
+
+
+def refused(*flags):
+    with pytest.raises(InputError) as caught:
+        write(*flags)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def test_metadata_is_what_the_hub_reads(folder):
+    train(folder)
+    report(folder / "evaluation" / "digits")
+    write("--license", "apache-2.0", "--base_model", "user/vit", "--hub_model_id", "me/vit-pets")
+    data = metadata_load(folder / "README.md")
+    expected = {
+        "license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "image-classification",
+        "base_model": "user/vit", "tags": ["vision", "vit", "custom_code"],
+        "metrics": ["accuracy", "brier_score", "f1"],
+    }  # fmt: skip
+    assert {key: data[key] for key in expected} == expected
+    assert set(data) == {*expected, "model-index", "co2_eq_emissions"}
+    assert set(data["co2_eq_emissions"]) == {"emissions", "source", "training_type", "hardware_used"}
     name, results = model_index_to_eval_results(data["model-index"])
-    assert name == "digits"
-    assert {(r.metric_type, r.metric_value) for r in results} == {
-        ("accuracy", 0.9877),
-        ("f1", 0.95),
-        ("top5_accuracy", 1.0),
-    }
-    accuracy = next(result for result in results if result.metric_type == "accuracy")
-    assert accuracy.task_type == "image-classification"
-    assert accuracy.dataset_name == "digits of scikit-learn"
-    assert accuracy.dataset_args == {"n": 270}
-    assert accuracy.metric_name == "Accuracy (n = 270)"
+    assert name == "vit-pets"
+    evaluated = [result for result in results if result.dataset_type == "user/digits"]
+    record = json.loads((folder / "evaluation" / "digits" / "results.json").read_text())
+    theirs = {one["metric"]: one for one in record["results"]}
+    assert {result.metric_type for result in evaluated} == {
+        "accuracy", "nll", "brier_score", "f1", "expected_calibration_error",
+    }  # fmt: skip
+    for result in evaluated:
+        ours = {"f1": "macro_f1", "brier_score": "brier", "expected_calibration_error": "ece"}
+        one = theirs[ours.get(result.metric_type, result.metric_type)]
+        interval = one.get("wilson_interval") or one["interval"]
+        assert result.metric_value == round(one["value"], 4)
+        assert result.metric_args["confidence_interval"] == [round(bound, 4) for bound in interval]
+        assert (result.metric_args["n"], result.metric_args["confidence_level"]) == (60, 0.95)
+        assert (result.task_type, result.dataset_split) == ("image-classification", "test")
+    # Of other images than the evaluation's, the result of the training is listed too.
+    held_out = [result for result in results if result.dataset_type == "digits-of-scikit-learn"]
+    assert {result.metric_type: result.metric_value for result in held_out} == {
+        "accuracy": 0.9877, "top5_accuracy": 1.0, "f1": 0.95,
+    }  # fmt: skip
+    assert held_out[0].metric_name == "Accuracy (n = 270)"
 
 
-def test_a_card_survives_loading_and_saving(config, tmp_path):
-    (tmp_path / "a").mkdir()
-    write_card(tmp_path / "a", config, RECORD)
-    loaded = ModelCard.load(tmp_path / "a" / "README.md")
+def test_a_card_survives_loading_and_saving(folder, tmp_path):
+    train(folder)
+    report(folder / "evaluation" / "digits")
+    loaded = write()
     loaded.save(tmp_path / "b.md")
-    assert (tmp_path / "b.md").read_text() == (tmp_path / "a" / "README.md").read_text()
+    assert (tmp_path / "b.md").read_text().strip() == (folder / "README.md").read_text().strip()
     assert loaded.data.to_dict() == metadata_load(tmp_path / "b.md")
 
 
-def test_hub_data_and_a_base_model_are_linked(config):
-    data = card(
-        config, dataset={"hub_id": "user/pets"}, model={"base_model": "user/vit", "started_from": "user/vit"}
-    ).data
-    assert data.datasets == ["user/pets"]
-    assert data.base_model == "user/vit"
+def test_the_data_of_the_hub_are_linked_and_unknown_licences_left_out(folder):
+    train(folder, dataset={"hub_id": "user/pets", "license": "See our site!"})
+    data = write().data
+    assert (data.datasets, data.license, data.get("base_model")) == (["user/pets"], None, None)
     assert data.eval_results[0].dataset_type == "user/pets"
 
 
-def test_what_people_read(config):
-    text = card(config).text
-    for part in (
-        "# digits", "3 classes: zero, one, two", "trained from scratch", "| Accuracy | 98.77 % |",
-        "on 270 held-out images",
-        "One run, seed 7. Weights: the last step.", "1,527 images to train on", "A note on the data.", "cc-by-4.0",
-        "python scripts/finetune.py", "62 s on CPU, 2 cores", "commit 0123456789abcdef", "torch 2.13.0",
-        "| learning rate | 0.001 |", "| image size, patch size | 16 x 24, 4 x 4 |", 'model="outputs/digits"',
-    ):  # fmt: skip
-        assert part in text, part
+def test_results_on_images_that_it_was_trained_on_are_no_results(folder):
+    train(folder)
+    report(folder / "evaluation" / "digits", dataset={"seen_in_training": True})
+    card = write()
+    assert {result.dataset_name for result in card.data.eval_results} == {"digits of scikit-learn"}
+    assert "Accuracy on 270 held-out images: **98.77 %**" in card.text
+    assert "The model was trained on some or all of them" in card.text
 
 
-def test_a_card_is_short_and_has_no_gaps(config):
-    for changes in ({}, {"git_commit": None, "dataset": {"license": None, "url": None, "note": None}}):
-        text = str(card(config, **changes))
-        assert len(text.splitlines()) < 120
-        assert not re.search(r"more information|\bTODO\b|\bNone\b|\bnull\b|\{\w*\}|\[\]", text, re.IGNORECASE), text
+# ---------------------------------------------------------------------------------------------------------------------
+# No number without a record
 
 
-def test_the_example_of_use_is_three_lines(config):
-    code = re.search(r"```python\n(.*?)```", card(config).text, re.DOTALL).group(1)
-    assert len([line for line in code.splitlines() if line]) == 3
-    compile(code, "card", "exec")
+@pytest.mark.parametrize("key", ["value", "n", "metrics", "selection", "seed", "dataset", "command", "versions"])
+def test_no_card_without_the_record_of_the_training(folder, key):
+    train(folder, **{key: None})
+    assert f"No card without a record: results.json lacks {key}" in refused()
+    assert not (folder / "README.md").exists()
 
 
-def test_the_time_of_a_resumed_run_is_that_of_its_last_part(config):
-    assert "62 s (after checkpoint-480) on CPU" in card(config, resumed_from="checkpoint-480").text
+@pytest.mark.parametrize("key", ["results", "n", "per_class", "reliability", "temperature", "confidence_level"])
+def test_no_card_without_the_record_of_an_evaluation(folder, key):
+    train(folder)
+    report(folder / "evaluation" / "digits", **{key: None})
+    assert f"evaluation/digits/results.json lacks {key}" in refused()
 
 
-def test_data_of_unknown_license_gives_no_license(config):
-    assert card(config, dataset={"license": None}).data.license is None
-    assert card(config, dataset={"license": "See our site!"}).data.license is None
+def test_a_number_goes_with_its_record(folder):
+    train(folder)
+    report(folder / "evaluation" / "digits")
+    record = json.loads((folder / "evaluation" / "digits" / "results.json").read_text())
+    brier = next(one for one in record["results"] if one["metric"] == "brier")
+    assert f"| Brier score | {brier['value']:.4f} |" in write().text
+    record["results"].remove(brier)
+    (folder / "evaluation" / "digits" / "results.json").write_text(json.dumps(record))
+    assert "| Brier score |" not in write().text
+    (folder / "evaluation" / "digits" / "results.json").unlink()
+    text = write().text
+    assert "other digits" not in text
+    assert "| Accuracy | 98.77 % |" in text
+    (folder / "results.json").unlink()
+    assert "has neither results.json of a training nor an evaluation" in refused()
 
 
-def test_many_labels_are_not_all_listed():
-    config = ViTScratchConfig.from_variant("test/4", id2label={i: f"class {i}" for i in range(1000)})
-    assert "class 9 and 990 more" in card(config).text
-
-
-def test_an_absolute_folder_is_named_and_not_located(config, tmp_path):
-    text = str(write_card(tmp_path / "digits", config, RECORD))
-    assert str(tmp_path) not in text
-    assert 'model="digits"' in text
-    assert 'model="user/digits"' in str(write_card(tmp_path / "digits", config, RECORD, hub_model_id="user/digits"))
+def test_every_number_that_people_read_is_one_of_a_record(folder):
+    """Each number of the evaluation is changed, and must change in the card: none is made up or of another record."""
+    train(folder)
+    report(folder / "evaluation" / "digits")
+    before = write().text
+    record = json.loads((folder / "evaluation" / "digits" / "results.json").read_text())
+    for one in record["results"]:
+        one["value"] /= 2
+        one["interval"] = [0.123, 0.456]
+        one.pop("wilson_interval", None)
+    for row in record["per_class"]:
+        row.update(precision=0.11, recall=0.22, f1=0.33)
+    (folder / "evaluation" / "digits" / "results.json").write_text(json.dumps(record))
+    after = write().text
+    section = re.compile(r"### On .*?\n## Limits", re.DOTALL)
+    old, new = (set(re.findall(r"\d+\.\d+", section.search(text)[0])) for text in (before, after))
+    assert old & new <= {"0.0000"}
+    assert after.count("| 11.00 % | 22.00 % | 33.00 % |") == 3
 
 
 @pytest.mark.parametrize(
-    "key", ["value", "n", "metrics", "selection", "seed", "dataset", "command", "hardware", "versions"]
+    ("changes", "told"),
+    [
+        ({"confusion_matrix": {"labels": ["a", "b", "c"]}}, "one with other labels"),
+        ({"model": {"num_parameters": 5}}, "one with 5 parameters, and this one has 20,451"),
+        ({"model": {"weights": {"model.safetensors": "0" * 64}}}, "of other weights"),
+    ],
 )
-def test_no_number_without_a_record(config, key):
-    incomplete = {k: v for k, v in RECORD.items() if k != key}
-    with pytest.raises(ValueError, match=rf"No card without a record: results\.json lacks {key}"):
-        build_card(config, incomplete, "digits", "digits")
+def test_the_report_of_another_model_is_refused(folder, changes, told):
+    train(folder)
+    report(folder / "evaluation" / "digits", **changes)
+    assert told in refused()
 
 
-def test_no_number_without_its_parts(config, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks metrics\.accuracy"):
-        build_card(config, {**RECORD, "metrics": {"macro_f1": 0.5}}, "x", "x")
-    with pytest.raises(ValueError, match="No card"):
-        write_card(tmp_path, config, {})
-    assert not (tmp_path / "README.md").exists()
+def test_the_report_of_these_weights_is_taken(folder):
+    train(folder)
+    report(folder / "evaluation" / "digits", model={"weights": digests(folder)})
+    assert "### On other digits" in write().text
+
+
+def test_what_is_no_record_is_refused(folder):
+    (folder / "results.json").write_text("[1")
+    assert "results.json can't be read" in refused()
+    (folder / "results.json").write_text("[1]")
+    assert "is no record" in refused()
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What people read
+
+
+def test_what_people_read_of_the_training(folder):
+    train(folder)
+    text = write().text
+    for part in (
+        "# pets", "3 classes: zero, one, two", "trained from scratch", "| Accuracy | 98.77 % |",
+        "on 270 held-out images", "| seed | 7 |", "The weights are those of the last step.",
+        "1,527 images to train on", "A note on the data.", "cc-by-4.0 (that of the data it was trained on)",
+        "python scripts/finetune.py", "62 s on CPU, 2 cores", "commit 0123456789abcdef", "torch 2.13.0",
+        "| learning rate | 0.001 |", "| input | 16 x 24 pixels, RGB |", 'model="pets"', "| parameters | 20,451 |",
+        "resized to 16 x 24 (bilinear)",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "label smoothing" not in text  # there was none
+
+
+def test_a_card_has_no_gaps(folder):
+    for changes in ({}, {"git_commit": None, "dataset": {"license": None, "url": None, "note": None}}):
+        train(folder, **changes)
+        report(folder / "evaluation" / f"digits{len(changes)}")
+        text = (write() and folder / "README.md").read_text()
+        assert not re.search(
+            r"more information|\bTODO\b|\bNone\b|\bnull\b|\{\w*\}|\[\]|\bnan\b", text.split("```bibtex")[0], re.I
+        )
+        assert not re.search(r"\n#+ [^\n]*\n+#", re.sub(r"## Evaluation\n", "", text)), "an empty section"
+
+
+def test_the_example_of_use_is_three_lines_that_run(folder, monkeypatch):
+    train(folder)
+    configure(folder, temperature=1.5)
+    text = write().text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len(code.splitlines()) == 3
+    Image.new("RGB", (30, 20), "red").save("photo.jpg")
+    exec(code, {"print": (printed := []).append})
+    assert {answer["label"] for answer in printed[0]} == set(NAMES)
+    assert "`trust_remote_code=True`" in text
+    assert "a temperature of 1.5" in text
+
+
+def test_limits_are_those_of_the_record(folder):
+    train(folder, selection="the checkpoint with the best accuracy on these same images (step 5)")
+    report(folder / "evaluation" / "digits", dataset={"broken_images": ["a.jpg", "b.jpg"]}, temperature=2.0)
+    values, labels = values_and_labels()
+    limits = write().text.split("## Limits")[1].split("## Env")[0]
+    matrix = confusion(values, labels)
+    np.fill_diagonal(matrix, 0)
+    row, column = np.unravel_index(matrix.argmax(), matrix.shape)
+    gap = values.max(1).mean(), (values.argmax(1) == labels).mean()
+    for part in (
+        "always answers with one of its classes", "16 x 24 pixels", "One run with one seed (7)",
+        "chosen by how well they do on the 270 held-out images", "2 images could not be read", "on 60 images only",
+        f"takes {NAMES[row]} for {NAMES[column]} ({matrix[row, column]} of {(labels == row).sum()})",
+        f"the mean probability of its answers is {100 * gap[0]:.2f} %, and {100 * gap[1]:.2f} % of them are right",
+        "with a temperature of 2, and the model has one of 1",
+    ):  # fmt: skip
+        assert part in limits, part
+    train(folder)
+    (folder / "evaluation" / "digits" / "results.json").unlink()
+    limits = write().text.split("## Limits")[1].split("## Env")[0]
+    assert len(re.findall("^- ", limits, re.M)) == 4
+
+
+def test_several_labels(folder):
+    configure(folder, problem_type="multi_label_classification")
+    train(folder, metric="mean_average_precision", metrics={"mean_average_precision": 0.98765432, "micro_f1": 0.9})
+    report(folder / "evaluation" / "digits", is_multi_label=True)
+    card = write()
+    for part in (
+        "which of 3 labels an image has", "they don't sum to 1", "Mean average precision on 60 images",
+        "| label | average precision | precision | recall | F1 | images |", "from a probability of 0.5 on",
+    ):  # fmt: skip
+        assert part in card.text, part
+    assert "always answers" not in card.text
+    averages = {r.metric_args.get("average") for r in card.data.eval_results if r.metric_type == "f1"}
+    assert averages == {"micro", "macro", "samples"}
+    assert "multi-label-classification" in card.data.tags
+
+
+def test_an_encoder(folder):
+    train(
+        folder, metric="loss", value=0.5, metrics={"loss": 0.5, "probe_knn_accuracy": 0.75},
+        pretraining={"objective": "mae", "description": "75 % of patches hidden"},
+    )  # fmt: skip
+    card = write()
+    for part in ("75 % of patches hidden", "knn accuracy 75.00 %", "| loss | 0.5000 |", "he2022masked", "pool=True"):
+        assert part in card.text, part
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.eval_results is None
+
+
+def test_a_model_from_elsewhere_has_a_card_of_its_evaluation(folder):
+    report(folder / "evaluation" / "digits")
+    card = write("--license", "mit")
+    assert "How it was trained is not on record here." in card.text
+    assert "## Training" not in card.text
+    assert "co2_eq_emissions" not in card.data
+    assert "| parameters | 20,451 |" in card.text
+
+
+def test_many_classes_are_not_all_listed(folder):
+    labels = [f"class {i}" for i in range(50)]
+    configure(folder, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+    train(folder)
+    rows = [{"label": n, "precision": 0.5, "recall": 0.5, "f1": i / 50, "n": i} for i, n in enumerate(labels)]
+    matrix = np.diag(range(50)).tolist()
+    report(
+        folder / "evaluation" / "digits", per_class=rows,
+        confusion_matrix={"labels": labels, "rows_true_columns_predicted": matrix},
+    )  # fmt: skip
+    text = write().text
+    assert "class 9 and 40 more" in text
+    assert "The 10 of 49 classes with the lowest F1" in text
+    assert "| class 10 |" in text
+    assert "| class 11 |" not in text
+    assert "no image was there of: class 0." in text
+    assert "fewer than 10 images were there of: class 1, " in text
+
+
+def test_names_do_nothing_to_the_page(folder):
+    labels = ["a|b", "<script>alert(1)</script>", "x*y_z`q`\n# no"]
+    configure(folder, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
+    train(folder, dataset={"name": "pets | <b>", "url": None})
+    report(
+        folder / "evaluation" / "digits",
+        confusion_matrix={"labels": labels, "rows_true_columns_predicted": np.eye(3, dtype=int).tolist()},
+    )
+    text = write().text
+    assert "<script>" not in text.replace("\\<script", "")
+    assert r"a\|b" in text
+    assert "\n# no" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it cost
+
+
+def test_the_cost_is_time_times_power_times_intensity(folder):
+    one = estimate(RECORD)
+    assert one.watt_hours == pytest.approx(61.5 / 3600 * 2 * 12)
+    assert one.grams == pytest.approx(61.5 / 3.6e6 * 24 * 473)
+    two = estimate({**RECORD, "hardware": "2 x NVIDIA A100-SXM4-80GB", "training": {"processes": 8}})
+    assert two.watts == 8 * 400
+    assert estimate({**RECORD, "hardware": "1 x Something New"}).watts == 200
+    train(folder)
+    card = write("--power_watts", 100, "--carbon_intensity", 50)
+    grams = 61.5 / 3.6e6 * 100 * 50
+    assert card.data.co2_eq_emissions["emissions"] == round(grams, 3)
+    assert f"**{grams:.2g} g of CO2 equivalent**" in card.text
+    assert "stated by whoever trained it" in card.text
+    assert "--power_watts -1 must be a number from 0 on" in refused("--power_watts", -1)
+
+
+def test_the_time_of_a_resumed_run_is_that_of_its_last_part(folder):
+    train(folder, resumed_from="checkpoint-480")
+    text = write().text
+    assert "62 s (the part after checkpoint-480) on CPU" in text
+    assert "the steps before checkpoint-480" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_what_a_person_adds_stays_and_what_a_person_writes_is_not_written_over(folder):
+    train(folder)
+    write("--license", "mit", "--power_watts", 100)
+    again = write("--hub_model_id", "me/pets")
+    assert again.data.license == "mit"
+    assert "100 W" in again.text
+    assert 'model="me/pets"' in again.text
+    file = folder / "README.md"
+    file.write_text(file.read_text().replace("A Vision Transformer", "My model"))
+    assert "was written or changed by hand" in refused()
+    assert "My model" in file.read_text()
+    assert "My model" not in write("--overwrite").text
+    for flags in (("--license", "My own!"), ("--base_model", "vit")):
+        assert flags[1] in refused(*flags)
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    train(folder)
+    report(tmp_path / "elsewhere")
+    before = sorted(folder.rglob("*"))
+    load_script("card").main(["pets", "--dry_run", "--evaluation", "elsewhere"])
+    shown = capsys.readouterr().out
+    assert "### On other digits" in shown
+    assert 'src="evaluation/elsewhere/reliability.png"' in shown
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_reports_from_elsewhere_are_copied_and_the_folder_can_be_published(folder, tmp_path):
+    train(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    report(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "predictions.csv").write_text("image,label\n")
+    write("--evaluation", tmp_path / "elsewhere")
+    pictures = {"evaluation/elsewhere/confusion_matrix.png", "evaluation/elsewhere/reliability.png"}
+    pictures |= {"figures/learning_curves.png"}
+    uploads = {upload.path for upload in collect(folder)[0]}
+    assert pictures | {"evaluation/elsewhere/results.json", "README.md"} <= uploads
+    assert not (folder / "evaluation" / "elsewhere" / "predictions.csv").exists()
+    card, lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)
+    assert lines == []
+    assert b'model="me/pets"' in card.content
+    assert set(re.findall(r'(?:\]\(|src=")([\w/]+\.png)', card.text())) == pictures
+    (folder / "evaluation" / "elsewhere" / "reliability.png").unlink()
+    lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)[1]
+    assert lines == [f"README.md shows evaluation/elsewhere/reliability.png, which is not in {folder}."]
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "results.json").write_text((folder / "results.json").read_text())
+    assert "evaluation/training/results.json lacks results" in refused("--evaluation", tmp_path / "training")
+    report(tmp_path / "more" / "elsewhere", seed=4)
+    assert "has another report in it" in refused("--evaluation", tmp_path / "more" / "elsewhere")
+    assert "has no results.json" in refused("--evaluation", tmp_path / "nowhere")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from .. import __version__
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.errors import InputError
@@ -22,18 +23,22 @@ from ..training.stored_model import load_stored_model
 from .arguments import EvaluationArguments
 from .calibration import fit_temperature, store_temperature
 from .data import EvaluationData, halves
-from .metrics import Reliability, Score, confidences, confusion, per_class, probabilities, reliability, score
+from .metrics import (
+    NO_PERCENT,
+    TITLES,
+    Reliability,
+    Score,
+    confidences,
+    confusion,
+    per_class,
+    probabilities,
+    reliability,
+    score,
+)
 from .multi_label import label_confusions, per_label, score_labels
 from .predictions import Predictions
 
 
-_TITLES = {
-    "accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "nll": "NLL (nats)",
-    "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
-    "mean_average_precision": "Mean average precision", "micro_average_precision": "Micro average precision",
-    "micro_f1": "Micro F1", "samples_f1": "Samples F1", "exact_match": "Exact match", "hamming_loss": "Hamming loss",
-}  # fmt: skip
-_NO_PERCENT = ("nll", "brier")
 MULTI_LABEL = "multi_label_classification"
 
 
@@ -165,6 +170,7 @@ def build_report(
         "command": command_line(),
         "git_commit": git_commit(),
         "versions": {
+            "modeling_vit_scratch": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "pillow")},
             **{name: version(name) for name in ("numpy", "scipy", "scikit-learn", "evaluate")},
@@ -240,8 +246,8 @@ def tell_report(report: Report, data: EvaluationData, arguments: EvaluationArgum
     has_interval = report.scores[0].interval is not None
     lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if has_interval else ""))
     for one in report.scores:
-        show = (lambda x: f"{x:.4f}") if one.metric in _NO_PERCENT else (lambda x: f"{100 * x:.2f} %")
-        line = f"{_TITLES[one.metric]:<28}{show(one.value):>9}"
+        show = (lambda x: f"{x:.4f}") if one.metric in NO_PERCENT else (lambda x: f"{100 * x:.2f} %")
+        line = f"{TITLES[one.metric]:<28}{show(one.value):>9}"
         if one.interval is not None:
             line += f"   {show(one.interval[0])} to {show(one.interval[1])}"
         lines.append(line)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .. import __version__
 from .arguments import ImageTrainingArguments, ModelArguments
 from .checkpoints import write_text
 from .collation import MixingCollator
 from .data import ImageData
 from .pretraining_arguments import PretrainingArguments
+from .recipes import find_recipe
 from .trainer import ImageTrainer
 
 
@@ -124,6 +126,7 @@ def _circumstances() -> dict[str, Any]:
         "command": command_line(),
         "git_commit": git_commit(),
         "versions": {
+            "modeling_vit_scratch": __version__,
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
         },
@@ -201,7 +204,9 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
     is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
+    is_adam, schedule = recipe.lamb or "adam" in arguments.optim.value, arguments.lr_scheduler_kwargs or {}
     # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
+    published = None if recipe.recipe is None else find_recipe(recipe.recipe)
     precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
@@ -209,9 +214,14 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "samples_seen": sum(trainer.samples.by_process),
         "samples_seen_by_process": trainer.samples.by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "optimizer": "lamb" if recipe.lamb else arguments.optim.value,
+        "optimizer_settings": arguments.optim_args,
+        "adam_betas": [arguments.adam_beta1, arguments.adam_beta2] if is_adam else None,
+        "adam_epsilon": arguments.adam_epsilon if is_adam else None,
         "learning_rate": arguments.learning_rate,
         "schedule": arguments.lr_scheduler_type.value,
+        "schedule_settings": ", ".join(f"{key} {value:g}" for key, value in schedule.items()) or None,
         "warmup_steps": arguments.get_warmup_steps(trainer.state.max_steps),
         "weight_decay": arguments.weight_decay,
         "gradient_clipping": arguments.max_grad_norm,
@@ -221,6 +231,8 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "augmentation": trainer.train_dataset.augmentation.description,
         "mixing": trainer.data_collator.description if isinstance(trainer.data_collator, MixingCollator) else None,
         "recipe": recipe.recipe,
+        "recipe_source": published and published.source,
+        "recipe_differs": (published and published.differs) or None,
         "layer_decay": recipe.layer_decay,
         "head_learning_rate_multiplier": recipe.head_learning_rate_multiplier,
         "weight_average": recipe.ema_decay,

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata of a card, which the Hub sorts, filters and ranks models by: hf.co/docs/hub/model-cards."""
+
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..evaluation.metrics import TITLES
+from .records import LICENSE, Evaluation, Facts
+from .words import count
+
+
+# The names that the Hub knows metrics by, and what to hand their `compute`. A metric that is not here is not listed.
+_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "accuracy": ("accuracy", {}),
+    "top5_accuracy": ("top5_accuracy", {}),
+    "mean_average_precision": ("mean_average_precision", {}),
+    "macro_f1": ("f1", {"average": "macro"}),
+    "micro_f1": ("f1", {"average": "micro"}),
+    "samples_f1": ("f1", {"average": "samples"}),
+    "exact_match": ("exact_match", {}),
+    "nll": ("nll", {}),
+    "brier": ("brier_score", {}),
+    "ece": ("expected_calibration_error", {}),
+}
+# Those that hf.co/metrics has.
+_KNOWN = {"accuracy", "f1", "exact_match", "brier_score"}
+
+
+def metadata(facts: Facts) -> ModelCardData:
+    """Everything that the records tell: what they don't is left out."""
+    training, results = facts.training or {}, _results(facts)
+    sources = [training.get("dataset"), *(one.record["dataset"] for one in facts.evaluations if not training)]
+    hub_ids = [source["hub_id"] for source in sources if source and source.get("hub_id")]
+    kinds = {result.metric_type for result in results} & _KNOWN
+    return ModelCardData(
+        license=license_of(facts),
+        library_name="transformers",
+        pipeline_tag=task(facts),
+        base_model=base_model(facts),
+        datasets=list(dict.fromkeys(hub_ids)) or None,
+        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if facts.is_multi_label else [])],
+        metrics=sorted(kinds) or None,
+        co2_eq_emissions=_emissions(facts),
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def task(facts: Facts) -> str:
+    """The pipeline that the model is for."""
+    return "image-feature-extraction" if facts.is_encoder else "image-classification"
+
+
+def base_model(facts: Facts) -> str | None:
+    """The id on the Hub of what training started from, where that is known."""
+    return facts.wishes.base_model or (facts.training or {"model": {}})["model"].get("base_model")
+
+
+def license_of(facts: Facts) -> str | None:
+    """The licence of the model: as it was given, else that of the data it was trained on."""
+    license = facts.wishes.license or (facts.training or {"dataset": {}})["dataset"].get("license")
+    return license if isinstance(license, str) and LICENSE.fullmatch(license) else None
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """Of images that it was not trained on: of evaluations, and of the training where none is of the same images."""
+    shown = [one for one in facts.evaluations if one.is_unseen]
+    results = [result for one in shown for result in _of_evaluation(one)]
+    training = facts.training
+    same = training and any(
+        one.record["dataset"]["name"] == training["dataset"]["name"] and one.record["n"] == training["n"]
+        for one in shown
+    )
+    return results if training is None or same else results + _of_training(training)
+
+
+def _of_training(record: dict[str, Any]) -> list[EvalResult]:
+    return [
+        _result(record["dataset"], record["dataset"]["held_out"], metric, value, {"n": record["n"]})
+        for metric, value in record["metrics"].items()
+        if metric in _TYPES
+    ]
+
+
+def _of_evaluation(evaluation: Evaluation) -> list[EvalResult]:
+    record, results = evaluation.record, []
+    for one in record["results"]:
+        if one["metric"] not in _TYPES:
+            continue
+        interval = interval_of(one)
+        more = {"n": one["n"]}
+        if interval is not None:
+            more |= {
+                "confidence_level": record["confidence_level"],
+                "confidence_interval": [round(bound, 4) for bound in interval],
+                "confidence_method": "wilson" if one.get("wilson_interval") else "percentile bootstrap over images",
+            }
+        results.append(_result(record["dataset"], record["dataset"]["images"], one["metric"], one["value"], more))
+    return results
+
+
+def interval_of(result: dict[str, Any]) -> list[float] | None:
+    """Of a share of images Wilson's, which says something also where all are right; of others the bootstrap's."""
+    return result.get("wilson_interval") or result.get("interval")
+
+
+def _result(dataset: dict[str, Any], images: str, metric: str, value: float, more: dict[str, Any]) -> EvalResult:
+    kind, arguments = _TYPES[metric]
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=dataset.get("hub_id") or re.sub(r"\W+", "-", dataset["name"].lower()),
+        dataset_name=dataset["name"],
+        dataset_split=_split(images),
+        dataset_args={"images": images},
+        metric_type=kind,
+        metric_name=f"{TITLES[metric]} (n = {count(more['n'])})",
+        metric_value=round(value, 4),
+        metric_args={**arguments, **more},
+    )
+
+
+def _split(images: str) -> str | None:
+    """The name of a split of the data, where the record's words are about one."""
+    found = re.match(r"the (\w+) split of the data", images)
+    return found[1] if found else None
+
+
+def _emissions(facts: Facts) -> dict[str, Any] | None:
+    if facts.cost is None:
+        return None
+    training = facts.training
+    from_scratch = training["model"]["started_from"] == "scratch" or "pretraining" in training
+    return {
+        "emissions": round(facts.cost.grams, 3),  # grams of CO2 equivalent
+        "source": "estimated by modeling_vit_scratch: wall time x an assumed power x an assumed carbon intensity",
+        "training_type": "pre-training" if from_scratch else "fine-tuning",
+        "hardware_used": training["hardware"],
+    }
