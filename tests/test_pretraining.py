@@ -235,7 +235,7 @@ def test_the_script_says_what_it_does_and_leaves_a_record(pets, tmp_path, monkey
     assert "pipeline_tag: image-feature-extraction" in card
     assert "model-index" not in card  # a loss of one's own is no result to compare
     assert description in card
-    assert "probe knn accuracy, of frozen features" in card
+    assert "knn accuracy on frozen features" in card
     assert "None" not in card
     extract = pipeline(
         "image-feature-extraction", model=encoder, image_processor=AutoImageProcessor.from_pretrained(out)

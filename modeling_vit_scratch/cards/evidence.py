@@ -30,7 +30,7 @@ def _of_training(facts: Facts) -> str:
     if not rows:
         rows = [(name(record["metric"]), f"{record['value']:.4f}")]
     rows += [
-        (f"{name(key.removeprefix('probe_'))} on frozen features, accuracy", share(value))
+        (f"{name(key.removeprefix('probe_').replace('_', ' '))} on frozen features", share(value))
         for key, value in record["metrics"].items()
         if key.startswith("probe_")
     ]
