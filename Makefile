@@ -1,5 +1,6 @@
 # make demo    an environment, the package, a model fine-tuned on real handwriting, and its folder served without the package
 # make test    an environment with the test tools, ruff and the tests
+# make docs    the guide and the reference as a website in outputs/docs
 # make clean   removes environments and outputs/demo
 #
 # On Linux, PyPI's torch brings CUDA along (gigabytes). For the small CPU build, first:
@@ -12,7 +13,7 @@ DEMO = outputs/demo
 SERVE = $(VENV)/serve
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed $(SERVE)
 	rm -rf $(DEMO)
@@ -29,6 +30,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W -q docs outputs/docs
+	@echo "Open outputs/docs/index.html"
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -39,6 +44,10 @@ $(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 # A second environment that sees the first one's packages, but not this one: a path file does not follow the path files

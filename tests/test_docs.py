@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The website builds without a warning and needs no network; its Python runs; pages in two languages are alike."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NAMES = [path.relative_to(DOCS).with_suffix("").as_posix() for path in PAGES]
+TRANSLATED = [name for name in NAMES if name.startswith("zh/")]
+
+
+def blocks(path: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built pages. Any warning is an error: a missing class or function of the model file, a dead link, ..."""
+    from sphinx.cmd.build import build_main
+
+    folder, told = tmp_path_factory.mktemp("site"), io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = build_main(["-W", "--keep-going", "-q", "-d", str(folder / "doctrees"), str(DOCS), str(folder / "html")])
+    assert code == 0, told.getvalue()
+    return folder / "html"
+
+
+def test_pages_need_nothing_from_elsewhere(site):
+    for name in NAMES:
+        page = (site / f"{name}.html").read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]+)"', page) + re.findall(
+            r'<link[^>]* href="([^"]+)"', page
+        )
+        assert loaded
+        assert not [url for url in loaded if url.startswith(("http:", "https:", "//"))]
+    assert not [css for css in site.rglob("*.css") if re.search(r"url\([\"']?(https?:)?//", css.read_text())]
+
+
+def test_equations_have_the_numbers_of_the_paper(site):
+    for name in (name for name in NAMES if name.endswith("/ten_steps")):
+        page = (site / f"{name}.html").read_text(encoding="utf-8")
+        numbers = re.findall(r'<span class="number">\((\d)\)</span>', page)
+        assert sorted(numbers) == list("12345678")
+        assert page.count("<math") > 40
+        assert "merror" not in page
+
+
+def test_the_lines_of_the_model_file_are_those_of_today(site):
+    model_file = (ROOT / "modeling_vit_scratch" / "modeling_vit_scratch.py").read_text(encoding="utf-8")
+    for name in (name for name in NAMES if name.endswith("/ten_steps")):
+        page = (site / f"{name}.html").read_text(encoding="utf-8")
+        text = re.sub(r"<[^>]+>", "", page)
+        for line in ("return self.projection(pixel_values).flatten(2).transpose(1, 2)", "pooled = hidden_states[:, 0]"):
+            assert line in model_file
+            assert line in text
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_have_the_same_structure(name):
+    theirs = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    ours = (DOCS / "guide" / f"{name.removeprefix('zh/')}.md").read_text(encoding="utf-8")
+    for pattern in (
+        r"^#+ ", r"^```\S+.*$", r"^:pyobject: .*$", r"\]\((\.\./pictures/[^)]+)\)", r"\\tag\{\d\}",
+        r"^\*?\S.*$(?=\n\n)",
+    ):  # fmt: skip
+        found = [re.findall(pattern, text, flags=re.MULTILINE) for text in (ours, theirs)]
+        if pattern.startswith(r"^\*?"):  # paragraphs: as many
+            found = [len(matches) for matches in found]
+        assert found[0] == found[1], pattern
+    code = [re.sub(r"#.*", "", "".join(blocks(DOCS / f"{page}.md", "python"))) for page in (name, f"guide/{name[3:]}")]
+    assert code[0] == code[1]
+    assert len(re.findall(r"[\u4e00-\u9fff]", theirs)) > 300
+
+
+@pytest.mark.parametrize("name", [name for name, path in zip(NAMES, PAGES) if blocks(path, "python")])
+def test_python_of_a_page_runs_in_its_order(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(compile("\n".join(blocks(DOCS / f"{name}.md", "python")), name, "exec"), {"__name__": "__main__"})
+    # What a comment after a print says first is what is printed.
+    printed = told.getvalue().splitlines()
+    promised = [
+        match.group(1)
+        for text in blocks(DOCS / f"{name}.md", "python")
+        for match in re.finditer(r"^print\(.*\)  # (\([\d, ]+\)|[\d.]+)", text, flags=re.MULTILINE)
+    ]
+    assert all(any(value in line for line in printed) for value in promised), (promised, printed)
+
+
+def test_pictures_are_small_and_used():
+    pictures = sorted((DOCS / "pictures").glob("*.png"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    sizes = [path.stat().st_size for path in pictures]
+    assert len(sizes) >= 10
+    assert max(sizes) <= 60_000
+    assert sum(sizes) <= 1_000_000
+    assert all(f"pictures/{path.name}" in text for path in pictures)
+
+
+def test_pictures_are_drawn_from_a_photo_and_a_network(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import make_pictures
+
+    from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+
+    config = ViTScratchConfig.from_variant("Mi/8", image_size=112, num_hidden_layers=2, num_labels=3)
+    size = {"height": 112, "width": 112}
+    photos = make_pictures.photos()
+    journeys = [
+        make_pictures.Journey(ViTScratchForImageClassification(config), ViTScratchImageProcessor(size=size), photo)
+        for photo in photos.values()
+    ]
+    journey = journeys[1]
+    assert list(photos) == ["palace", "flower", "portrait"]
+    assert (journey.patches().swapaxes(1, 2).reshape(112, 112, 3) == journey.pixels).all()
+    assert journey.likeness()[:, make_pictures.ASKING[0], make_pictures.ASKING[1]] == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(torch.from_numpy(journey.states[0][1:] - journey.patch_tokens),
+                               journey.model.vit.embeddings.position_embeddings.weight[0, 1:].detach())  # fmt: skip
+    assert set(make_pictures.DRAWINGS) == {path.stem for path in (DOCS / "pictures").glob("[01]*.png")}
+    for name in ("02_patches", "10_label"):
+        first, again = (make_pictures.save(name, journey, tmp_path / part).read_bytes() for part in ("a", "b"))
+        assert first == again
+        with Image.open(tmp_path / "a" / f"{name}.png") as drawn, Image.open(DOCS / "pictures" / f"{name}.png") as kept:
+            assert drawn.size == kept.size
