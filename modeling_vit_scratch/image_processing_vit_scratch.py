@@ -9,6 +9,7 @@ the result equals transformers' `ViTImageProcessorPil`.
 import base64
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -72,7 +73,8 @@ class ViTScratchImageProcessor(PilBackend):
 
     Accepted, alone, in (nested, mixed) lists and tuples, or as 4-D batches (B, H, W, C) and (B, C, H, W):
 
-    - paths, http(s) URLs, `data:` URIs, bytes, binary files: anything Pillow reads; of an animation the first frame;
+    - paths, http(s) URLs, `data:` URIs, bytes, binary files: anything Pillow reads but PostScript, which is a program;
+      of an animation the first frame;
     - PIL images of any mode, at their current frame. Transparency (an alpha band or a transparent colour) is laid
       over `background_color`. Modes I, I;16* and F follow the rule for arrays below;
     - NumPy arrays and torch tensors of any device, (H, W), (H, W, C) or (C, H, W), with 1 (gray), 2 (gray and
@@ -282,16 +284,24 @@ def fetch(source: Any, name: str) -> Image.Image | np.ndarray:
     if isinstance(source, Image.Image):
         with decode_errors(name):
             if 0 not in source.size:
+                refuse_programs(source)
                 source.load()
             return upright(source)
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
         with decode_errors(name), Image.open(binary_source(source)) as image:
+            refuse_programs(image)
             image.load()
             return upright(image)
     raise TypeError(
         f"{name} is of type {type(source).__name__}: expected a path, URL, bytes, binary file, PIL image, NumPy array "
         "or torch tensor."
     )
+
+
+def refuse_programs(image: Image.Image) -> None:
+    """PostScript is no picture but a program that draws one: Pillow would run it, for as long as it likes to run."""
+    if image.format == "EPS":
+        raise ValueError("it is PostScript, a program that draws, and is not run: export it as PNG")
 
 
 def binary_source(source: Any) -> Any:
@@ -305,8 +315,11 @@ def binary_source(source: Any) -> Any:
             source = response.raise_for_status().content
         elif source.startswith("data:"):
             source = base64.b64decode(source.partition(",")[2])
-        elif os.path.getsize(source) == 0:
-            source = b""
+        else:
+            facts = os.stat(source)
+            if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
+                raise ValueError("it is no regular file")  # a pipe or a device, which can be waited for without end
+            source = b"" if facts.st_size == 0 else source
     if not isinstance(source, bytes | bytearray | memoryview):
         return source
     if len(source) == 0:

@@ -151,8 +151,7 @@ def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str |
     """
     try:
         facts = os.stat(folder)
-        with os.scandir(folder) as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        names = _names_in(folder)
     except OSError as error:
         yield Item(folder, folder, fault=f"the folder can't be read: {error.strerror}")
         return
@@ -165,6 +164,19 @@ def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str |
             yield from walk(path, (*above, place))
         else:
             yield path
+
+
+def _names_in(folder: str) -> list[tuple[str, bool]]:
+    """What is in a folder and not hidden, sorted, and whether it is a folder itself."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; whoever opens it tells
+        return False
 
 
 def match(pattern: str) -> Iterator[str]:
@@ -182,8 +194,7 @@ def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = (
         return
     try:
         facts = os.stat(folder or ".")
-        with os.scandir(folder or ".") as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        names = _names_in(folder or ".")
     except OSError:
         return
     if head == "**":

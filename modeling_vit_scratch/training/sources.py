@@ -251,7 +251,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
     """All images at any depth."""
-    files = _images_below(folder)
+    files = _images_below(flag, folder, problems)
     if not files:
         problems.add(f"{flag} {folder} has no images in it.")
         return None
@@ -259,13 +259,19 @@ def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Da
     return datasets.Dataset.from_dict({"image": [str(file) for file in files]}, features=features)
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(flag: str, folder: Path, problems: Problems) -> list[Path]:
+    """Also pipes and links to nothing: whoever checks the images tells why these are none."""
     endings = image_endings()
-    return sorted(
+    found = [
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in endings and file.is_file() and not file.name.startswith(".")
-    )
+        if file.suffix.lower() in endings and not file.is_dir() and not file.name.startswith(".")
+    ]
+    unnameable = [file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))]
+    if unnameable:
+        names = listed([ascii(file.name) for file in unnameable])
+        problems.add(f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename.")
+    return sorted(set(found) - set(unnameable))
 
 
 def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
@@ -280,7 +286,7 @@ def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets
         problems.add(f"{flag} {folder}: {listed(sorted(loose))} in no class folder. Move to one, or away.")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = _images_below(folder / name)
+        files = _images_below(flag, folder / name, problems)
         if not files:
             problems.add(f"{flag} {folder}: the class folder {name!r} has no images. Fill it or remove it.")
         paths += [str(file) for file in files]

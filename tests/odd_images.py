@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as they come: odd ones, with what they should be read as, and broken ones, with words of the reason."""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, features
+
+
+SIDES = (12, 10)
+# The mode that a file is written from, by ending. What PIL can't write in any format is tested in memory, in
+# test_image_processing.py.
+MODES = {
+    "1": "png", "L": "jpg", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "webp", "CMYK": "jpg", "YCbCr": "tif",
+    "LAB": "tif", "I": "tif", "F": "tif", "I;16": "png", "I;16B": "tif", "PA": "png",
+}  # fmt: skip
+
+
+def picture(seed: int = 0, size: tuple[int, int] = SIDES) -> Image.Image:
+    """Smooth, so that lossy formats keep it; RGB."""
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    waves = [np.sin(rows / 4 + band + seed) * np.cos(columns / (3 + band)) for band in range(3)]
+    return Image.fromarray((127 + 110 * np.stack(waves, -1)).astype(np.uint8))
+
+
+def in_mode(mode: str) -> Image.Image:
+    """The picture in a mode of PIL."""
+    gray = picture().convert("L")
+    if mode in ("I", "I;16", "I;16B"):  # values to 65535
+        kind = {"I": np.int32, "I;16": np.uint16, "I;16B": ">u2"}[mode]
+        return Image.fromarray((np.asarray(gray).astype(np.int64) * 257).astype(kind))
+    if mode == "F":
+        return Image.fromarray(np.asarray(gray).astype(np.float32) / 255)
+    if mode == "LAB":
+        to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        return ImageCms.applyTransform(picture(), to_lab)
+    if mode == "LA":
+        return picture().convert("RGBA").convert("LA")
+    return picture().convert(mode) if mode != "PA" else picture().convert("P").convert("PA")
+
+
+def encoded(image: Image.Image, kind: str, **wishes) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **wishes)
+    return buffer.getvalue()
+
+
+def odd_images(folder: Path) -> dict[str, Image.Image]:
+    """Writes them. Returns, by the name of the file, what PIL alone makes of it: upright, and of 8 bits."""
+    plain, other = picture(), picture(1)
+    gray = plain.convert("L")
+    found: dict[str, Image.Image] = {}
+
+    def add(name: str, content: bytes, expected: Image.Image | None = None) -> None:
+        (folder / name).write_bytes(content)
+        found[name] = Image.open(io.BytesIO(content)) if expected is None else expected
+        found[name].load()
+
+    for mode, ending in MODES.items():
+        image = in_mode(mode)
+        if mode == "PA":
+            image = image.convert("RGBA").quantize(8)  # no format keeps this mode: a palette with transparency
+        is_deep = mode in ("I", "F", "I;16", "I;16B")
+        buffer = folder / f"mode {mode.replace(';', ' ')}.{ending}"
+        image.save(buffer, **({"lossless": True} if ending == "webp" else {}))
+        add(buffer.name, buffer.read_bytes(), gray if is_deep else None)
+
+    add("1x1.png", encoded(plain.crop((0, 0, 1, 1)), "PNG"))
+    add("tall.png", encoded(picture(size=(1, 20_000)), "PNG"))
+    add("wide.jpg", encoded(picture(size=(20_000, 1)), "JPEG"))
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        more = {"save_all": True, "append_images": [other]} | ({"lossless": True} if kind == "WEBP" else {})
+        add(f"animated {kind}.{kind.lower()}", encoded(plain, kind, **more), None if kind == "GIF" else plain)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # of RGB, in a file of CMYK
+    add("cmyk profile.jpg", encoded(plain.convert("CMYK"), "JPEG", icc_profile=profile))
+    add("bad profile.png", encoded(plain, "PNG", icc_profile=b"no profile"), plain)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    add("turned.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain).transpose(Image.Transpose.ROTATE_270))
+    exif[0x0112] = 99
+    add("turned nowhere.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain))
+    add("progressive.jpg", encoded(plain, "JPEG", progressive=True))
+    add("rubbish after the end.jpg", encoded(plain, "JPEG") + b"\0rubbish" * 50, _jpeg(plain))
+    add("really a png.jpg", encoded(plain, "PNG"), plain)
+    add("really a jpeg.png", encoded(plain, "JPEG"))
+    add("UPPER.JPEG", encoded(plain, "JPEG"))
+    for kind in ("BMP", "PPM", "TGA", "PCX", "ICO"):
+        add(f"kind.{kind.lower()}", encoded(plain, kind), None if kind == "ICO" else plain)
+    for kind in ("JPEG2000", "AVIF"):
+        if features.check("jpg_2000" if kind == "JPEG2000" else "avif"):
+            add(f"kind.{'jp2' if kind == 'JPEG2000' else 'avif'}", encoded(plain, kind))
+    add("two\nlines.png", encoded(plain, "PNG"))
+    add("Ωμέγα 猫 🐈.png", encoded(plain, "PNG"))
+    add("n" * 251 + ".png", encoded(plain, "PNG"))
+    add("--output.png", encoded(plain, "PNG"))
+    add("%s {} [0-9] $HOME.png", encoded(plain, "PNG"))
+    return found
+
+
+def _jpeg(image: Image.Image) -> Image.Image:
+    return Image.open(io.BytesIO(encoded(image, "JPEG")))
+
+
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that says it has so many pixels; one row of them is there."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(bytes(width + 1))), (b"IEND", b"")]
+    written = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+               for kind, data in parts)  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def broken_images(folder: Path) -> dict[str, str]:
+    """Writes them. Returns words of the reason, by the name of the file."""
+    plain = picture(size=(64, 64))
+    found: dict[str, str] = {}
+
+    def add(name: str, content: bytes, words: str = "") -> None:
+        (folder / name).write_bytes(content)
+        found[name] = words
+
+    for kind, ending in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("TIFF", "tif")):
+        content = encoded(plain, kind)
+        add(f"half.{ending}", content[: len(content) // 2])
+        add(f"beginning.{ending}", content[:20])
+    png = encoded(plain, "PNG")
+    add("damaged.png", png[:60] + bytes(500) + png[560:])
+    add("empty.jpg", b"", "empty (0 bytes)")
+    add("text.jpg", b"not a photo\n", "no image format that Pillow knows")
+    add("page.jpg", b"<!doctype html><title>404</title>", "no image format that Pillow knows")
+    add("zeros.png", bytes(5000), "no image format that Pillow knows")
+    add("drawing.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no image format that Pillow knows")
+    add("bomb.png", png_of(60_000, 60_000), "3600000000 pixels")
+    bitmap = bytearray(encoded(plain, "BMP"))
+    bitmap[18:26] = struct.pack("<ii", 50_000, 50_000)
+    add("bomb.bmp", bytes(bitmap), "2500000000 pixels")
+    text = b"Comment\0\0" + zlib.compress(bytes(1 << 22))  # above Pillow's limit of 1 MB
+    add("text bomb.png", png_of(4, 1, (b"zTXt", text)), "ecompressed data too large")
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n"
+    add("program.jpg", program, "a program")
+    (folder / "folder.jpg").mkdir()
+    found["folder.jpg"] = "folder"
+    (folder / "to nothing.jpg").symlink_to(folder / "nothing.jpg")
+    found["to nothing.jpg"] = "does not exist"
+    (folder / "to itself.jpg").symlink_to(folder / "to itself.jpg")
+    found["to itself.jpg"] = ""
+    os.mkfifo(folder / "pipe.jpg")
+    found["pipe.jpg"] = "no regular file"
+    if os.geteuid():  # root reads it all the same
+        add("secret.jpg", encoded(plain, "JPEG"), "no permission")
+        (folder / "secret.jpg").chmod(0)
+    return found
