@@ -30,7 +30,8 @@ html_theme = "furo"
 html_title = "modeling_vit_scratch"
 html_static_path = ["static"]
 html_css_files = ["guide.css"]
-html_copy_source = False
+html_copy_source = html_show_copyright = False
+html_search_language = "zh"  # of English it knows as much as "en"
 html_math_renderer = "mathml"
 
 
