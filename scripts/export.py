@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Makes a program of a classifier, for ONNX Runtime, OpenVINO or torch.export: for serving without this package.
+
+    python scripts/export.py outputs/pets outputs/pets-onnx --format onnx
+    python scripts/export.py outputs/pets outputs/pets-int8 --format onnx --int8 --dataset photos
+    python scripts/export.py outputs/pets outputs/pets-openvino --format openvino --any_size
+
+The program is compared with the model on real images before it is written: logits within 1e-4, and the same best
+labels. Its speed is shown beside that of the model. `pip install -e ".[export]"` brings what ONNX and OpenVINO need.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="the folder of a classifier, its id on the Hub, or a checkpoint")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
+    parser.add_argument(
+        "--format", choices=("torch", "onnx", "openvino"), default="onnx",
+        help="torch: torch.export's .pt2; onnx; openvino: OpenVINO's IR (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--any_size", action="store_true", help="images of any height and width that the patch divides")
+    parser.add_argument("--int8", action="store_true", help="weights of 8 bits, with --format onnx: a quarter the size")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on (default: two photographs that "
+                        "come with scikit-learn, and their quarters)")  # fmt: skip
+    parser.add_argument("--dataset", help="labelled images, as in scripts/evaluate.py: how many are right before and "
+                        "after")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=8, help="images in a batch that is timed (default: 8)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each is timed, 0: not at all (default: 7)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there")
+    parser.add_argument("--model_revision", default="main", help="branch, tag or commit of MODEL on the Hub")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+
+    # After the command line, so that --help is quick.
+    from transformers.utils import logging
+
+    from modeling_vit_scratch.benchmarking.timing import format_table
+    from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+    from modeling_vit_scratch.evaluation.report import load_model
+    from modeling_vit_scratch.exporting.export import check, compare, export, missing_packages, save
+    from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
+    from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
+    from modeling_vit_scratch.training.errors import InputError
+
+    logging.disable_progress_bar()
+    if missing := missing_packages(arguments.format):
+        raise InputError(f'--format {arguments.format} needs {", ".join(missing)}: pip install -e ".[export]"')
+    if arguments.int8 and arguments.format != "onnx":
+        raise InputError(f"--int8 goes with --format onnx, not with {arguments.format}.")
+    if arguments.batch_size < 1 or arguments.rounds < 0:
+        raise InputError(
+            f"--batch_size {arguments.batch_size} must be at least 1, --rounds {arguments.rounds} at least 0."
+        )
+    if arguments.output.exists() and not arguments.overwrite:
+        raise InputError(f"{arguments.output} is there already. Give --overwrite to replace it, or another name.")
+    wishes = EvaluationArguments(model_revision=arguments.model_revision)
+    wishes.model, wishes.dataset = arguments.model, arguments.dataset or ""
+    model, processor = load_model(wishes)
+    model = model.float().eval()
+    pixel_values = to_pixel_values(arguments.images or photographs(), processor)
+
+    exported = export(model, arguments.format, arguments.any_size, arguments.int8)
+    comparison = compare(model, exported, pixel_values)
+    if not arguments.int8:
+        check(comparison, arguments.format)
+    save(exported, processor, arguments.output)
+    size = sum(file.stat().st_size for file in arguments.output.iterdir()) / 1e6
+    print(f"{arguments.output}: {size:,.1f} MB. On {comparison.n} images logits differ from the model's by up to "
+          f"{comparison.difference:.1e}, and {comparison.agreement:.0%} have the same best label.")  # fmt: skip
+    if arguments.dataset:
+        count, right, which = count_right(model, processor, wishes, {"the model": model, "the program": exported})
+        told = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
+        print(f"Of {count:,} images ({which}) right: {told}.")
+    if arguments.rounds:
+        summary = measure_speed(model, exported, pixel_values, arguments.batch_size, arguments.rounds)
+        print(format_table(f"Batches of {arguments.batch_size}:", summary, PROGRAM))
+    print(f"""To use it:
+
+    from transformers import AutoImageProcessor
+    from transformers.exporters import ExportedModel
+    processor = AutoImageProcessor.from_pretrained("{arguments.output}", trust_remote_code=True)
+    model = ExportedModel.from_pretrained("{arguments.output}", trust_remote_code=True)
+    print(model(**processor("image.png", return_tensors="pt")).logits)
+""")  # fmt: skip
+    if arguments.format == "openvino":
+        print('OpenVINO computes in bfloat16 where the CPU has it, to 2 or 3 digits. In float32, as compared here:\n'
+              '    model.to(config={"INFERENCE_PRECISION_HINT": "f32"})')  # fmt: skip
+
+
+if __name__ == "__main__":
+    from modeling_vit_scratch.training.errors import run_command_line
+
+    sys.exit(run_command_line(main))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs of a classifier: what they compute without this package, at any batch and size, and what is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_images import CLASSES, class_folders, load_script
+from transformers.exporters import ExportedModel
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.exporting.export import check, compare, missing_packages
+from modeling_vit_scratch.exporting.images import photographs
+from modeling_vit_scratch.training.errors import InputError, run_command_line
+
+
+def needs(name: str):
+    missing = missing_packages(name)
+    return pytest.mark.skipif(bool(missing), reason=f'{missing}: pip install -e ".[export]"')
+
+
+FORMATS = [pytest.param(name, marks=needs(name)) for name in ("torch", "onnx", "openvino")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved classifier of three labels with a temperature, and its processor: 16 rows, 24 columns, patches of 4."""
+    torch.manual_seed(0)
+    names = dict(enumerate(CLASSES))
+    label2id = {name: index for index, name in names.items()}
+    config = ViTScratchConfig.from_variant("test/4", id2label=names, label2id=label2id, temperature=1.7)
+    model = ViTScratchForImageClassification(config)
+    torch.nn.init.normal_(model.classifier.weight)  # made of zeros
+    path = tmp_path_factory.mktemp("exported") / "model"
+    model.save_pretrained(path)
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(path)
+    return path
+
+
+def run_script(monkeypatch, *argv) -> int:
+    monkeypatch.setattr(sys, "argv", ["scripts/export.py", *map(str, argv)])
+    return run_command_line(load_script("export").main)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_program_computes_what_its_model_does(folder, tmp_path, monkeypatch, capsys, name):
+    class_folders(tmp_path / "pets")
+    flags = ("--format", name, "--any_size", "--rounds", 1, "--batch_size", 3, "--dataset", tmp_path / "pets")
+    assert run_script(monkeypatch, folder, tmp_path / "program", *flags) == 0
+    told = capsys.readouterr().out
+    assert "100% have the same best label" in told
+    right = [line for line in told.splitlines() if line.startswith("Of 12 images")]
+    assert right[0].count(right[0].split(": ")[1].split(" by ")[0]) >= 2  # as many by the program as by the model
+
+    model = ViTScratchForImageClassification.from_pretrained(folder).eval()
+    batches = [torch.randn(*shape) for shape in ((5, 3, 16, 24), (1, 3, 16, 24), (2, 3, 8, 8), (2, 3, 40, 12))]
+    with torch.no_grad():
+        torch.save([(batch, model(batch).logits) for batch in batches], tmp_path / "cases.pt")
+    code = f"""
+import sys, torch
+sys.modules["modeling_vit_scratch"] = None  # a stranger has not got it
+from transformers.exporters import ExportedModel
+model = ExportedModel.from_pretrained("program", trust_remote_code=True)
+{'model.to(config={"INFERENCE_PRECISION_HINT": "f32"})' if name == "openvino" else ""}
+for pixel_values, expected in torch.load("cases.pt"):
+    got = torch.as_tensor(model(pixel_values=pixel_values).logits)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+"""
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs("onnx")
+def test_weights_of_8_bits_are_nearly_the_model(folder, tmp_path, monkeypatch, capsys):
+    assert run_script(monkeypatch, folder, tmp_path / "int8", "--int8", "--rounds", 0) == 0
+    model = ViTScratchForImageClassification.from_pretrained(folder).eval()
+    program = ExportedModel.from_pretrained(tmp_path / "int8", trust_remote_code=True)
+    assert 1e-5 < compare(model, program, torch.randn(4, 3, 16, 24)).difference < 0.5
+    import onnx
+
+    types = {weight.data_type for weight in onnx.load(next((tmp_path / "int8").glob("*.onnx"))).graph.initializer}
+    assert types & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+
+
+def test_a_program_that_computes_something_else_is_not_written(folder):
+    model = ViTScratchForImageClassification.from_pretrained(folder).eval()
+
+    def wrong(pixel_values):
+        output = model(pixel_values=pixel_values)
+        output.logits = output.logits + 2e-4
+        return output
+
+    comparison = compare(model, wrong, torch.randn(2, 3, 16, 24))
+    assert comparison.agreement == 1
+    with pytest.raises(InputError, match=r"2.0e-04 \(1e-04 is allowed\).*Nothing was written"):
+        check(comparison, "torch")
+
+    def nothing(pixel_values):
+        return {"logits": torch.full((len(pixel_values), 3), torch.nan)}
+
+    with pytest.raises(InputError, match="nan"):
+        check(compare(model, nothing, torch.randn(2, 3, 16, 24)), "torch")
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "status"),
+    [
+        (("--format", "torch", "--int8"), "--int8 goes with --format onnx", 2),
+        (("--rounds", "-1"), "--rounds -1", 2),
+        (("--images", "broken.png"), "broken.png", 1),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(folder, tmp_path, monkeypatch, capsys, flags, part, status):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"broken")
+    monkeypatch.setattr("modeling_vit_scratch.exporting.export.missing_packages", lambda name: [])
+    assert run_script(monkeypatch, folder, "program", *flags) == status
+    assert part in capsys.readouterr().err
+    assert not Path("program").exists()
+
+
+def test_a_folder_is_not_overwritten(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert run_script(monkeypatch, folder, tmp_path / "mine", "--format", "torch") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_package_that_is_missing_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_packages("onnx") == ["onnx", "onnxscript", "onnxruntime"]
+
+
+def test_the_photographs_are_real():
+    images = photographs()
+    assert len(images) == 10
+    assert all(isinstance(image, Image.Image) and min(image.size) > 200 for image in images)
