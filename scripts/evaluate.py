@@ -6,7 +6,8 @@ Evaluates a model on labelled images: accuracies with intervals, calibration, ev
     python scripts/evaluate.py outputs/pets photos/test --crops 10
     accelerate launch scripts/evaluate.py outputs/pets photos/test --calibrate
 
-Writes results.json, predictions.csv and figures into MODEL/evaluation/DATASET. `--help` explains every flag.
+Writes results.json, predictions.csv and figures into MODEL/evaluation/DATASET, and the card, MODEL/README.md, anew.
+`--help` explains every flag.
 """
 
 import os
@@ -34,6 +35,7 @@ def main() -> None:
     import torch
     from accelerate import Accelerator
 
+    from modeling_vit_scratch.cards.writing import refresh_card
     from modeling_vit_scratch.evaluation.data import read_evaluation_data
     from modeling_vit_scratch.evaluation.predictions import predict
     from modeling_vit_scratch.evaluation.report import build_report, load_model, tell_report, write_report
@@ -56,7 +58,9 @@ def main() -> None:
     )
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
-        print(tell_report(report, data, arguments, write_report(report, data, arguments)))
+        files = write_report(report, data, arguments, model, processor)
+        told = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
+        print(*filter(None, (tell_report(report, data, arguments, files), told)), sep="\n")
     accelerator.end_training()
 
 

@@ -15,9 +15,9 @@ from tiny_images import load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.emissions import estimate
-from modeling_vit_scratch.cards.records import digests
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, reliability, score
 from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
+from modeling_vit_scratch.evaluation.weights import digests
 from modeling_vit_scratch.publishing.checks import prepare_card
 from modeling_vit_scratch.publishing.contents import collect
 from modeling_vit_scratch.training.errors import InputError
@@ -256,7 +256,7 @@ def test_every_number_that_people_read_is_one_of_a_record(folder):
         one["interval"] = [0.123, 0.456]
         one.pop("wilson_interval", None)
     for row in record["per_class"]:
-        row.update(precision=0.11, recall=0.22, f1=0.33)
+        row.update(precision=0.11, recall=0.22, f1=0.33, n=row["n"] + 1)
     (folder / "evaluation" / "digits" / "results.json").write_text(json.dumps(record))
     after = write().text
     section = re.compile(r"### On .*?\n## Limits", re.DOTALL)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a card says of how good a model is and where it fails: from the records of evaluations, or of the training."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def _of_training(facts: Facts) -> str:
 def _report(one: Evaluation) -> str:
     record, dataset = one.record, one.record["dataset"]
     url = dataset.get("url")
-    title = f"[{name(dataset['name'])}]({url})" if url else name(dataset["name"])
+    title = f"[{name(one.title)}]({url})" if url else name(one.title)
     level = f"{100 * record['confidence_level']:g} % interval"
     rows = []
     for result in record["results"]:
@@ -53,9 +54,13 @@ def _report(one: Evaluation) -> str:
         rows.append(
             (TITLES.get(result["metric"], result["metric"]), score(result["metric"], result["value"]), shown, n)
         )
-    told = [f"{count(record['n'])} images: {name(dataset['images'])}."]
+    which = re.sub(r"^all images", "all there are", dataset["images"])
+    told = [f"{count(record['n'])} images: {name(which)}."]
     if dataset.get("seen_in_training"):
         told.append("**The model was trained on some or all of them: these numbers say nothing about new images.**")
+    if record.get("threshold") is None:
+        most = max(record["per_class"], key=lambda row: row["n"])
+        told.append(f"Always answering {name(most['label'])} would be right for {share(most['n'] / record['n'])}.")
     if record["views"] != 1:
         told.append(f"Means over {count(record['views'])} views of each image, which the pipeline does not do.")
     if record.get("threshold") is not None:
@@ -176,7 +181,7 @@ def _of_the_run(record: dict[str, Any]) -> list[str]:
 
 
 def _of_the_report(one: Evaluation, facts: Facts) -> list[str]:
-    record, where = one.record, f"On {name(one.record['dataset']['name'])}"
+    record, where = one.record, f"On {name(one.title)}"
     lines = []
     interval = interval_of(one.main)
     if record["n"] < _FEW and interval is not None:

@@ -4,18 +4,18 @@ What a card is written from, read and checked: the configuration, the record of 
 evaluations (results.json in evaluation/ or below), and what a person adds. Without a record there is no number.
 """
 
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..evaluation.weights import digests
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..training.errors import InputError
 from .emissions import Estimate, estimate
@@ -115,11 +115,13 @@ class Evaluation:
         record: its results.json.
         folder: of it, within that of the model: "evaluation/pets".
         figures: the names of the pictures beside it.
+        title: what it is about: the data, and the name of the folder if others are about the same data.
     """
 
     record: dict[str, Any]
     folder: str
     figures: frozenset[str] = frozenset()
+    title: str = ""
 
     @property
     def is_unseen(self) -> bool:
@@ -214,6 +216,12 @@ def gather(
         _check_training(training)
     for one in evaluations:
         _check_evaluation(one, config, training, folder)
+    names = [one.record["dataset"]["name"] for one in evaluations]
+    titles = [
+        name if names.count(name) == 1 else f"{name}, {one.folder.removeprefix(f'{EVALUATIONS}/')}"
+        for name, one in zip(names, evaluations)
+    ]
+    evaluations = [replace(one, title=title) for one, title in zip(evaluations, titles)]
     cost = None if training is None else estimate(training, wishes.power_watts, wishes.carbon_intensity)
     # A path that depends on this machine helps nobody.
     location = wishes.hub_model_id or (folder.as_posix() if not folder.is_absolute() else folder.name)
@@ -303,18 +311,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{file} is no record. Repair it, or remove it.")
     return record
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights in the folder, by its name: what `sha256sum` says."""
-    found = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        digest = hashlib.sha256()
-        with open(file, "rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-        found[file.name] = digest.hexdigest()
-    return found
 
 
 def _missing(record: dict[str, Any], required: dict[str, tuple[str, ...]]) -> list[str]:

@@ -80,7 +80,7 @@ def _headline(facts: Facts) -> str:
         main, record = evaluation.main, evaluation.record
         unseen = " that it was not trained on" if record["dataset"].get("seen_in_training") is False else ""
         return (
-            f"{TITLES[main['metric']]} on {count(main['n'])} images of {name(record['dataset']['name'])}{unseen}: "
+            f"{TITLES[main['metric']]} on {count(main['n'])} images of {name(evaluation.title)}{unseen}: "
             f"**{score(main['metric'], main['value'])}**{_between(main, record['confidence_level'])}."
         )
     if facts.training is None:
@@ -251,7 +251,7 @@ def training(facts: Facts) -> str | None:
         "## Training",
         _recipe(settings),
         table(("", ""), rows, right=2),
-        f"The weights are those of {name(record['selection'])}.",
+        f"The weights are those of {name(record['selection']).replace('these same images', 'the held-out images')}.",
         picture(CURVES, "Learning curves") if facts.has_curves else None,
         "To do it again:",
         again,
@@ -300,6 +300,8 @@ def terms(facts: Facts) -> str:
     if license:
         of_data = " (that of the data it was trained on)" if facts.wishes.license is None else ""
         told.append(f"The model: {license}{of_data}.")
+    else:
+        told.append("The model: no licence is given, so that its makers have to be asked.")
     if dataset.get("license"):
         told.append(f"The data, {_data_name(dataset)}: {name(str(dataset['license']))}.")
     told.append("The code in this repository: Apache-2.0.")

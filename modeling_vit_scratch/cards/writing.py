@@ -15,7 +15,7 @@ from ..training.checkpoints import write_text
 from ..training.errors import InputError
 from . import evidence, sections
 from .metadata import metadata
-from .records import CARD, CURVES, Facts, Wishes, gather, read_facts, read_json, take
+from .records import CARD, CURVES, EVALUATIONS, Facts, Wishes, gather, read_facts, read_json, take
 from .words import paragraphs
 
 
@@ -102,6 +102,27 @@ def write_card(
     if not dry_run:
         write_text(folder / CARD, text)
     return text
+
+
+def refresh_card(model: str, report: str) -> str | None:
+    """
+    Writes the card of a model anew after an evaluation, where it is one of ours.
+
+    Args:
+        model: of the command line: a folder, or anything else.
+        report: the folder of the report.
+
+    Returns:
+        What to tell the user; None if the report does not lie in the model's folder, or if there is no card.
+    """
+    folder = Path(model)
+    if not (folder / CARD).is_file() or not Path(report).resolve().is_relative_to((folder / EVALUATIONS).resolve()):
+        return None
+    try:
+        write_card(folder, Wishes())
+    except InputError as error:
+        return f"The card stays as it is: {error}"
+    return f"Written anew: {folder / CARD}"
 
 
 def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line of evaluation: what to evaluate, on which images, and where the report goes."""
 
+import importlib.util
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..training.parsing import Parser, refuse_unknown
 
 # Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.
 CROPS = (1, 2, 5, 10)
+# Images in a row of a figure.
+MOST_EXAMPLES = 8
 
 
 @dataclass
@@ -88,6 +91,26 @@ class EvaluationArguments:
         default=True,
         metadata={"help": "Also write predictions.npz: the logits and labels of every image, to compute with."},
     )
+    examples: int = field(
+        default=0,
+        metadata={
+            "help": "Draw so many images that are right and as many that are wrong, chosen at random, and where MODEL "
+            "looks (attention rollout). The card of MODEL shows them: mind whose images they are. Example: 6"
+        },
+    )
+    examples_credit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose images --examples shows, where the data don't say. Example: 'photos by Jane Doe, CC BY 4.0'"
+        },
+    )
+    update_card: bool = field(
+        default=True,
+        metadata={
+            "help": "Write the results into MODEL/README.md too, if the report lies in MODEL and the card was not "
+            "changed by hand."
+        },
+    )
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images in a batch, per device."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images, per device."})
     image_column_name: str | None = field(
@@ -154,10 +177,14 @@ def parse_arguments(argv: list[str] | None = None) -> EvaluationArguments:
 def _check(arguments: EvaluationArguments, problems: Problems) -> None:
     for name, least in (
         ("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("bootstrap_resamples", 0), ("seed", 0),
-        ("max_broken_images", 0),
+        ("max_broken_images", 0), ("examples", 0),
     ):  # fmt: skip
         if getattr(arguments, name) < least:
             problems.add(f"--{name} {getattr(arguments, name)} must be at least {least}.")
+    if arguments.examples > MOST_EXAMPLES:
+        problems.add(f"--examples {arguments.examples} must be at most {MOST_EXAMPLES}.")
+    if arguments.examples and importlib.util.find_spec("matplotlib") is None:
+        problems.add(f'--examples {arguments.examples} are drawn with matplotlib: pip install -e ".[plot]"')
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < 1:
         problems.add(f"--max_eval_samples {arguments.max_eval_samples} must be at least 1.")
     if arguments.train_val_split is not None and not 0.0 < arguments.train_val_split < 1.0:

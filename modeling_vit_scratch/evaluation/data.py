@@ -23,14 +23,27 @@ from .label_map import read_label_map
 @dataclass(frozen=True)
 class EvaluationData:
     """
-    Images with labels that are indices into the model's, in words which images of the data these are, and the files of
-    those that can't be read, by their index.
+    Images with labels that are indices into the model's.
+
+    Attributes:
+        source: where they are from.
+        examples: the images.
+        which: in words, which images of the data these are.
+        seen_in_training: whether the model was trained on some of them; None where nothing is known of that.
+        broken: the files of those that can't be read, by their index.
     """
 
     source: Source
     examples: Examples
     which: str
+    seen_in_training: bool | None = None
     broken: dict[int, str] = field(default_factory=dict)
+
+    def credit(self, arguments: EvaluationArguments) -> str:
+        """Whose images these are."""
+        if arguments.examples_credit:
+            return arguments.examples_credit
+        return ", ".join(filter(None, (self.source.name, self.source.license, self.source.url)))
 
     def without_broken(self) -> "EvaluationData":
         """The images that can be read. With several processes, what the first has found."""
@@ -62,7 +75,12 @@ def read_evaluation_data(
         source = _read(arguments, wishes, problems)
         if source is None:
             raise problems.as_error()
-        split, which = _choose(arguments, wishes, source, record, problems)
+        if arguments.examples and not source.license and not arguments.examples_credit:
+            problems.add(
+                f"--examples {arguments.examples} puts images of {source.name} into a figure that cards show, and no "
+                "licence of them is known. Say whose they are: --examples_credit 'photos by Jane Doe, CC BY 4.0'."
+            )
+        split, which, seen = _choose(arguments, wishes, source, record, problems)
         if split is None or problems.messages:
             raise problems.as_error()
         examples = _match(split, label_names, is_multi_label, arguments, problems)
@@ -81,7 +99,7 @@ def read_evaluation_data(
         raise InputError(re.sub(r"--(train_dir|dataset_name)\b", "DATASET", str(error))) from error
     if len(examples) < len(split.indices):
         which += f"; {len(examples):,} of them, chosen with seed {arguments.seed}"
-    return EvaluationData(source, examples, which, broken)
+    return EvaluationData(source, examples, which, seen, broken)
 
 
 def training_record(model: str) -> dict[str, Any] | None:
@@ -133,22 +151,24 @@ def _choose(
     source: Source,
     record: dict[str, Any] | None,
     problems: Problems,
-) -> tuple[LabelledSplit | None, str]:
-    """The images, and in words which they are."""
-    wish = arguments.split
+) -> tuple[LabelledSplit | None, str, bool | None]:
+    """The images, in words which they are, and whether the model was trained on some; None where that is not known."""
+    wish, facts = arguments.split, (record or {}).get("dataset", {})
+    is_same = facts.get("name") == source.name
     if source.validation is not None and wish in ("auto", "validation"):
-        return read_split("validation", source.validation, wishes, problems, True), "the validation split of the data"
+        which = "the validation split of the data"
+        split = read_split("validation", source.validation, wishes, problems, True)
+        return split, which, False if is_same and facts.get("held_out") == which else None
     split = read_split("training", source.train, wishes, problems, True)
     if split is None:
-        return None, ""
-    if wish not in ("auto", "train", "validation"):
-        return split, "all images" if wish == "all" else f"the {wish} split of the data"
-    if source.validation is not None:  # and --split train
-        return split, "the training split of the data"
-    facts = (record or {}).get("dataset", {})
-    is_same = facts.get("name") == source.name
+        return None, "", None
     trained, held = facts.get("num_training_images"), facts.get("num_held_out_images")
     found = re.match(r"([\d.]+) %.* with seed (\d+)", str(facts.get("held_out")))
+    is_all = is_same and trained is not None and len(split.indices) in (trained, trained + (held or 0))
+    if wish not in ("auto", "train", "validation"):
+        return split, "all images" if wish == "all" else f"the {wish} split of the data", is_all or None
+    if source.validation is not None:  # and --split train
+        return split, "the training split of the data", is_same or None
     total, fraction, seed = len(split.indices), arguments.train_val_split, arguments.seed
     if fraction is None and is_same and found and total == (trained or 0) + (held or 0):
         fraction, seed = float(found[1]) / 100, int(found[2])
@@ -158,13 +178,13 @@ def _choose(
                 f"These {total:,} images are the ones that MODEL was trained on: its results.json has their name and "
                 "number. Give images that it has not seen, or --split train if you want this."
             )
-        return split, "all images"
+        return split, "all images", None
     if fraction is None:
         problems.add(
             f"--split {wish}: MODEL has no record of a training on these {total:,} images. Give --train_val_split and "
             "--seed of its training, or --split all."
         )
-        return None, ""
+        return None, "", None
     kept, held_out = hold_out(replace(split), fraction, seed, problems)
     if is_same and found and arguments.train_val_split is None and len(held_out) != held:
         problems.add(f"{len(held_out)} images would be held out, but training held out {held}. Give --train_val_split.")
@@ -173,7 +193,8 @@ def _choose(
     which = f"{role} {100 * fraction:.3g} % of each {of_each}, chosen with seed {seed}"
     labels = chosen.labels
     indices = [np.flatnonzero(row).tolist() for row in labels] if split.is_multi_label else labels
-    return replace(split, images=chosen.images, indices=indices), which
+    is_known = is_same and found is not None and len(held_out) == held
+    return replace(split, images=chosen.images, indices=indices), which, wish == "train" if is_known else None
 
 
 def _match(

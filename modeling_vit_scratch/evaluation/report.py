@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import __version__
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -23,6 +24,7 @@ from ..training.stored_model import load_stored_model
 from .arguments import EvaluationArguments
 from .calibration import fit_temperature, store_temperature
 from .data import EvaluationData, halves
+from .examples import FIGURE, draw_examples, example_facts
 from .metrics import (
     NO_PERCENT,
     TITLES,
@@ -37,6 +39,7 @@ from .metrics import (
 )
 from .multi_label import label_confusions, per_label, score_labels
 from .predictions import Predictions
+from .weights import digests
 
 
 MULTI_LABEL = "multi_label_classification"
@@ -132,6 +135,7 @@ def build_report(
         table, matrix = per_class(values, labels, names), confusion(values, labels)
         matrix_facts = {"labels": names, "rows_true_columns_predicted": matrix.tolist()}
     diagram = reliability(*confidences(values, labels))
+    correct = values.argmax(axis=1) == labels if threshold is None else ((values >= threshold) == labels).all(axis=1)
     is_local = Path(arguments.model).exists()
     record = {
         "metric": scores[0].metric,
@@ -146,11 +150,12 @@ def build_report(
         "model": {
             "name": Path(arguments.model).resolve().name if is_local else arguments.model,
             "num_parameters": model.num_parameters(),
+            "weights": (digests(Path(arguments.model)) if is_local else None) or None,
         },
         "dataset": {
             "name": data.source.name, "hub_id": data.source.hub_id, "license": data.source.license,
             "url": data.source.url, "note": data.source.note, "images": which,
-            "broken_images": sorted(data.broken.values()),
+            "broken_images": sorted(data.broken.values()), "seen_in_training": data.seen_in_training,
         },
         "temperature": temperature,
         "calibration": calibration,
@@ -161,6 +166,7 @@ def build_report(
             "edges": diagram.edges.tolist(), "n": diagram.counts.tolist(),
             "confidence": _or_none(diagram.confidence), "accuracy": _or_none(diagram.accuracy),
         },
+        "examples": example_facts(correct, arguments.examples, seed, data.credit(arguments)),
         "throughput": {
             "images_per_second": predictions.images_per_second,
             "batch_size": arguments.per_device_eval_batch_size,
@@ -188,7 +194,13 @@ def _or_none(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
+def write_report(
+    report: Report,
+    data: EvaluationData,
+    arguments: EvaluationArguments,
+    model: ViTScratchForImageClassification,
+    processor: BaseImageProcessor,
+) -> list[Path]:
     """Writes everything into --output_dir, and a temperature that helps into the model. Returns the files."""
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +226,11 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
     except ImportError:
         print('No figures: they are drawn with matplotlib, pip install -e ".[plot]"')
         return files
-    return files + draw_report(report, folder)
+    files += draw_report(report, folder)
+    if report.record["examples"]:
+        files.append(folder / FIGURE)
+        draw_examples(report, data, model, processor, files[-1])
+    return files
 
 
 def _image_name(data: EvaluationData, row: int) -> str:
