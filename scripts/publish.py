@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # After the command line, so that --help is quick.
     from huggingface_hub import get_token
-    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
 
     from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
     from modeling_vit_scratch.publishing.contents import collect, leaks_in
     from modeling_vit_scratch.publishing.hub import ConnectionLost, check_permission, commit, look_up, prepare
     from modeling_vit_scratch.training.errors import InputError, Problems
 
+    disable_progress_bar()
     folder, repo_id, problems = arguments.folder, arguments.repo_id, Problems()
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder. Give that of a finished model, e.g. outputs/digits.")
@@ -88,7 +89,6 @@ def main(argv: list[str] | None = None) -> None:
         print("Nothing was uploaded. To upload, add --yes.")
         return
 
-    disable_progress_bars()
     try:
         remote = prepare(repo_id, arguments.private or None, arguments.revision, arguments.create_pr)
         url = commit(remote, uploads, arguments.commit_message, arguments.create_pr)

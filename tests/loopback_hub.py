@@ -46,13 +46,17 @@ class Repository:
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commits[self.resolve(revision)]["files"]
 
+    def history(self, revision: str = "main") -> list[str]:
+        """The commits, the latest first."""
+        commits, commit = [], self.resolve(revision)
+        while commit is not None:
+            commits.append(commit)
+            commit = self.commits[commit]["parent"]
+        return commits
+
     def titles(self, revision: str = "main") -> list[str]:
         """Of the commits, the latest first."""
-        titles, commit = [], self.resolve(revision)
-        while commit is not None:
-            titles.append(self.commits[commit]["title"])
-            commit = self.commits[commit]["parent"]
-        return titles
+        return [self.commits[commit]["title"] for commit in self.history(revision)]
 
 
 class LoopbackHub:

@@ -3,21 +3,24 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from loopback_hub import LoopbackHub, Repository
 from PIL import Image
-from test_publishing import CODE_NAMES, connect
+from test_publishing import CARD, CODE_NAMES, connect
 from test_remote_code import HIDDEN
-from tiny_images import build, flags, load_script
+from tiny_images import build, difference, flags, load_script, weights
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.publishing.contents import CODE
+from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted
 from modeling_vit_scratch.training.pushing import whole_checkpoint
 
 
@@ -28,19 +31,36 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+def quick(pets: str, *more: str) -> list[str]:
+    """Flags of a run that starts no processes to read images."""
+    return flags(pets, "--dataloader_num_workers", "0", *more)
+
+
 def run(monkeypatch, script: str, *argv: str) -> None:
     monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *argv, "--report_to", "none", "--disable_tqdm", "True"])
     load_script(script).main()
 
 
+# Two strangers, as fresh as each other: the first one is a process that splits off before anything is asked of the Hub.
 STRANGER = """
 import json, os, numpy, torch
-from pathlib import Path
 from PIL import Image
 from transformers import (AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
     AutoModelForMaskedImageModeling, Trainer, TrainingArguments, pipeline)
 name, first, out = "owner/pets", sys.argv[1], {}
 trust = {"trust_remote_code": True}
+
+if (child := os.fork()) > 0:
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, status
+    assert not [module for module in sys.modules if module.startswith("transformers_modules")]
+    trust["cache_dir"] = "another_cache"
+    batch = AutoImageProcessor.from_pretrained("owner/tuned", **trust)(Image.open("photo.png"), return_tensors="pt")
+    model = AutoModelForImageClassification.from_pretrained("owner/tuned", **trust).eval()
+    with torch.no_grad():
+        print(json.dumps({"logits": model(**batch).logits.tolist(), "package": "modeling_vit_scratch" in sys.modules}))
+    sys.exit()
+
 pixels = numpy.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=numpy.uint8)
 photo = Image.fromarray(pixels)
 photo.save("photo.png")
@@ -55,11 +75,17 @@ with torch.no_grad():
     painter = AutoModelForMaskedImageModeling.from_pretrained(name, **trust).eval()
     out["painted"] = painter(**batch).reconstruction.shape
     out["map"] = AutoBackbone.from_pretrained(name, **trust).eval()(**batch).feature_maps[0].shape
-    pinned = AutoModelForImageClassification.from_pretrained(name, revision=first, code_revision=first, **trust).eval()
-    out["pinned"] = pinned(**batch).logits.tolist()
+    for revisions in ({"revision": first}, {"revision": "experiment", "code_revision": first}):
+        pinned = AutoModelForImageClassification.from_pretrained(name, **revisions, **trust).eval()
+        out.setdefault("pinned", []).append(pinned(**batch).logits.tolist())
+for settings in ({"revision": "experiment"}, {"token": False, "cache_dir": "nobody"}):
+    try:
+        AutoModelForImageClassification.from_pretrained(name, **settings, **trust)
+    except (RuntimeError, OSError) as error:
+        out.setdefault("errors", []).append(str(error))
 
 classify = pipeline("image-classification", model=name, **trust)
-url = os.environ["HF_ENDPOINT"] + "/owner/pets/resolve/main/photo.png"
+url = os.environ["HF_ENDPOINT"] + "/owner/photos/resolve/main/photo.png"
 out["answers"] = {
     "image": classify(photo, top_k=3),
     "batch": classify([photo] * 3, batch_size=2, top_k=2),
@@ -79,18 +105,19 @@ trainer = Trainer(model, arguments, train_dataset=examples, processing_class=pro
 trainer.train()
 trainer.push_to_hub()
 with torch.no_grad():
-    tuned = AutoModelForImageClassification.from_pretrained("owner/tuned", **trust).eval()
-    out["tuned"] = bool((tuned(**batch).logits == trainer.model.eval()(**batch).logits).all())
+    out["tuned"] = trainer.model.eval()(**batch).logits.tolist()
 out["package"] = "modeling_vit_scratch" in sys.modules
-print(json.dumps(out))
+print(json.dumps(out), flush=True)
+os._exit(0)
 """
 
 
 def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, capfd):
-    output, data = tmp_path / "pets-model", [*flags(pets), "--variant", "test/4", "--per_device_train_batch_size", "4"]
+    output, data = tmp_path / "pets-model", [*quick(pets), "--variant", "test/4", "--per_device_train_batch_size", "4"]
     run(
         monkeypatch, "finetune", *data, "--output_dir", str(output), "--num_train_epochs", "1",
         "--save_strategy", "epoch", "--push_to_hub", "--hub_model_id", "pets", "--hub_private_repo", "True",
+        "--license", "mit",
     )  # fmt: skip
     repository = hub.repositories["owner/pets"]
     assert repository.private
@@ -108,9 +135,11 @@ def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, cap
     assert f"Pushed to {hub.url}/owner/pets/commit/{repository.resolve('main')}" in capfd.readouterr().err
     card = ModelCard(files["README.md"].decode())
     assert 'model="owner/pets"' in card.text
+    assert card.data.license == "mit"
     card.validate()
 
-    # A later version of the weights, and a picture to classify by its URL.
+    # A later version of the weights, a branch with the first weights and code of its own, and a picture with a URL,
+    # which pipelines ask for without a token.
     first = repository.resolve("main")
     model = ViTScratchForImageClassification.from_pretrained(output).eval()
     before = model.classifier.bias.clone()
@@ -119,9 +148,11 @@ def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, cap
     model.save_pretrained(output)
     pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
     photo = Image.fromarray(pixels)
-    photo.save(output / "photo.png")
-    load_script("publish").main([str(output), "owner/pets", "--yes", "--license", "apache-2.0"])
-    repository.private = False  # pipelines ask for pictures without a token
+    load_script("publish").main([str(output), "owner/pets", "--yes"])
+    repository.add("experiment", files | {CODE[-1].name: b"raise RuntimeError('the code of the branch')"}, "experiment")
+    hub.repositories["owner/photos"] = Repository("owner", private=False)
+    photo.save(tmp_path / "photo.png")
+    hub.repositories["owner/photos"].add("main", {"photo.png": (tmp_path / "photo.png").read_bytes()}, "photo")
 
     code = HIDDEN + STRANGER
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "fresh"),
@@ -132,14 +163,18 @@ def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, cap
         text=True, timeout=100,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    out = json.loads(result.stdout.splitlines()[-1])
+    out, second = map(json.loads, result.stdout.splitlines()[-2:])
     assert not out["package"]
+    assert not second["package"]
+    assert "the code of the branch" in out["errors"][0]
+    assert "is not a valid model identifier" in out["errors"][1]  # private, and asked for without a token
     inputs = ViTScratchImageProcessor.from_pretrained(output)(photo, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
         np.testing.assert_array_equal(np.float32(out["logits"]), logits)
         model.classifier.bias.copy_(before)
-        np.testing.assert_array_equal(np.float32(out["pinned"]), model(**inputs).logits)
+        for pinned in out["pinned"]:
+            np.testing.assert_array_equal(np.float32(pinned), model(**inputs).logits)
     assert out["pooled"] == [1, 32]
     assert out["painted"] == [1, 3, 16, 24]
     assert out["map"] == [1, 32, 4, 6]
@@ -155,13 +190,15 @@ def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, cap
         assert best_one["label"] == labels[0]
         assert best_one["score"] == pytest.approx(float(best.values[0]), rel=1e-5)
     assert len(answers["generator"]) == 3
-    assert out["tuned"]
+    # The second stranger has what the first one made of the model.
+    np.testing.assert_array_equal(second["logits"], out["tuned"])
+    assert np.abs(np.float32(out["tuned"]) - logits.numpy()).max() > 0.01
     assert set(hub.repositories["owner/tuned"].files()) >= CODE_NAMES | {"model.safetensors", "config.json"}
 
 
 def test_checkpoints_can_be_pushed_to_resume_elsewhere(hub, pets, tmp_path):
     output = tmp_path / "run"
-    arguments = flags(pets, "--num_train_epochs", "2", "--save_total_limit", "1", "--push_to_hub")
+    arguments = quick(pets, "--num_train_epochs", "2", "--save_total_limit", "1", "--push_to_hub")
     arguments[arguments.index("--save_strategy") + 1] = "epoch"
     trainer = build(
         output, *arguments, "--hub_strategy", "checkpoint", "--hub_always_push", "True", "--hub_revision", "v1"
@@ -184,6 +221,51 @@ def test_checkpoints_can_be_pushed_to_resume_elsewhere(hub, pets, tmp_path):
     assert files["model.safetensors"] == local["model.safetensors"]
     assert not list(output.glob("_upload-*"))
 
+    # On another machine, from the first of the two: the same bits.
+    wanted = {"revision": repository.history("v1")[1], "allow_patterns": "last-checkpoint/*"}
+    elsewhere = Path(snapshot_download("owner/run", local_dir=tmp_path / "elsewhere", **wanted))
+    other = build(elsewhere / "run", *quick(pets, "--num_train_epochs", "2"))
+    other.train(resume_from_checkpoint=str(elsewhere / "last-checkpoint"))
+    assert difference(weights(other), weights(trainer)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "folders"),
+    [
+        ("end", set()),
+        ("every_save", set()),
+        ("all_checkpoints", {"checkpoint-1", "checkpoint-2"}),
+        # Stopped by a signal at the second step, before its checkpoint is pushed; "checkpoint" is above.
+        ("stopped", {"checkpoint-1", "checkpoint-2"}),
+    ],
+)
+def test_each_strategy_pushes_what_it_says(hub, pets, tmp_path, strategy, folders):
+    arguments = quick(pets, "--max_steps", "2", "--save_steps", "1", "--push_to_hub", "--hub_always_push", "True")
+    arguments[arguments.index("--save_strategy") + 1] = "steps"
+    is_stopped = strategy == "stopped"
+    trainer = build(tmp_path / "run", *arguments, "--hub_strategy", "all_checkpoints" if is_stopped else strategy)
+    if is_stopped:
+        step = trainer.training_step
+
+        def terminated(*args, **kwargs):
+            if trainer.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args, **kwargs)
+
+        trainer.training_step = terminated
+        with pytest.raises(TrainingInterrupted):
+            trainer.train()
+    else:
+        trainer.train()
+        (tmp_path / "run" / "README.md").write_text(CARD)
+        trainer.push_to_hub()
+    repository = hub.repositories["owner/run"]
+    steps = ["Training in progress, step 2", "Training in progress, step 1"] if strategy != "end" else []
+    end = [] if is_stopped else ["End of training"]
+    assert repository.titles() == [*end, *steps, "initial commit"]
+    assert {path.split("/")[0] for path in repository.files() if "/" in path} == folders
+    assert "model.safetensors" in repository.files()
+
 
 def test_paths_in_a_pushed_checkpoint_are_shortened_in_place(tmp_path):
     state = {"best_model_checkpoint": f"{tmp_path}/checkpoint-5", "global_step": 5}
@@ -198,7 +280,7 @@ def test_paths_in_a_pushed_checkpoint_are_shortened_in_place(tmp_path):
 
 def test_a_push_that_fails_during_training_does_not_stop_it(hub, pets, tmp_path, capsys):
     output = tmp_path / "run"
-    arguments = flags(pets, "--max_steps", "2", "--push_to_hub")
+    arguments = quick(pets, "--max_steps", "2", "--push_to_hub")
     arguments[arguments.index("--save_strategy") + 1] = "epoch"
     trainer = build(output, *arguments)
     hub.losses["POST", "/commit/"] = 1000

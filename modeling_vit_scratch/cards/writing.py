@@ -138,7 +138,7 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
     if earlier is None:
         print(f"{folder / CARD} was changed by hand and stays. For a new one: scripts/card.py {folder} --overwrite")
         return
-    wishes = Wishes(hub_model_id=trainer.hub_model_id).over(earlier)
+    wishes = Wishes(license=trainer.args.license, hub_model_id=trainer.hub_model_id).over(earlier)
     _draw(trainer.state.log_history, folder)
     # Evaluations that are there are of weights that this run has replaced.
     facts = gather(folder, trainer.model.config, trainer.processing_class, record, [], wishes)

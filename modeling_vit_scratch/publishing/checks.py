@@ -3,6 +3,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -94,12 +95,9 @@ def prepare_card(
         lines.append(
             "README.md names no licence. Add --license, e.g. apache-2.0: without one nobody may use the model."
         )
-    elif not isinstance(data.license, str) or not _LICENSE.fullmatch(data.license):
-        lines.append(
-            f"The licence {data.license} is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub)."
-        )
-    elif data.license == "other" and not (data.get("license_name") and data.get("license_link")):
-        lines.append("The licence is other: add license_name and license_link to the metadata of README.md.")
+    elif not (data.license == "other" and data.get("license_name") and data.get("license_link")):
+        reason = license_problem(data.license)
+        lines += [f"The licence {data.license}: {reason}"] if reason else []
     if data.library_name != "transformers":
         lines.append(f"library_name in README.md is {data.library_name}; the Hub needs transformers.")
     is_classifier = architecture == ViTScratchForImageClassification.__name__
@@ -110,6 +108,15 @@ def prepare_card(
     lines += [f"README.md shows {path}, which is not in {folder}." for path in absent]
     card.text = _LOCATION.sub(lambda found: f"{found[1]}{found[2]}{repo_id}{found[2]}", card.text)
     return Upload("README.md", str(card).encode()), lines
+
+
+def license_problem(name: Any) -> str | None:
+    """What is wrong with a licence on its own; None if nothing is."""
+    if not isinstance(name, str) or not _LICENSE.fullmatch(name):
+        return "it is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub)."
+    if name == "other":
+        return "add license_name and license_link to the metadata of README.md, which no flag can."
+    return None
 
 
 def changed_code(folder: Path) -> list[str]:

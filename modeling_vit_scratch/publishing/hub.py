@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..training.errors import InputError
@@ -86,12 +86,21 @@ def check_wish(name: str) -> None:
 
 def look_up(repo_id: str, revision: str | None = None) -> Remote:
     """
-    What the Hub has under a name. Changes nothing.
+    What the Hub has under a name. Changes nothing; asks again when the connection is lost.
 
     Raises:
         InputError: if the Hub does not say it, or if the repository is no model of this library.
         ConnectionLost: if it can't be reached.
     """
+    for number in range(1, ATTEMPTS):
+        try:
+            return _look_up(repo_id, revision)
+        except ConnectionLost:
+            time.sleep(WAIT * number)
+    return _look_up(repo_id, revision)
+
+
+def _look_up(repo_id: str, revision: str | None) -> Remote:
     api = HfApi()
     with _explained(repo_id):
         try:
@@ -183,6 +192,7 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
         InputError: if the Hub refuses.
         ConnectionLost: after several attempts.
     """
+    disable_progress_bars()  # here: what was loaded meanwhile may have turned them on again
     api, outdated = HfApi(), remote.outdated(uploads)
 
     def attempt() -> CommitInfo:

@@ -319,6 +319,13 @@ class ImageTrainingArguments(TrainingArguments):
     hub_revision: str | None = field(
         default=None, metadata={"help": "Push to this branch, made from main if there is none of that name."}
     )
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "The licence of the model, for its card, as the Hub names it. Default: that of the data, if they "
+            "have one. Example: apache-2.0"
+        },
+    )
     recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
     resume_from_checkpoint: str | None = field(
         default=None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..publishing.checks import license_problem
 from ..publishing.hub import check_wish
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,
@@ -244,6 +245,8 @@ def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
             check_wish(name)
         except InputError as error:
             problems.add(f"--push_to_hub to {name}: {error}")
+    if arguments.license is not None and (reason := license_problem(arguments.license)):
+        problems.add(f"--license {arguments.license}: {reason}")
 
 
 def _check_probe(arguments: ImageTrainingArguments, problems: Problems) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
-from huggingface_hub.utils import disable_progress_bars
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
@@ -55,7 +54,6 @@ class PushingTrainer(SafeTrainer):
         for leftover in Path(self.args.output_dir).glob(f"{_COPIES}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         self._pushed: set[str] = set()
-        disable_progress_bars()  # they would run through the one of training
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
             self.remote = prepare(name, self.args.hub_private_repo, self.args.hub_revision)
