@@ -111,7 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.where, self.query = unquote(url.path), parse_qs(url.query)
         self.hub.requests.append((self.command, self.where))
         if self._is_lost(self.hub.losses):
-            self.rfile.read(1)  # in the middle of what is sent
+            if self.command in ("POST", "PUT"):
+                self.rfile.read(1)  # in the middle of what is sent
             self._hang_up()
             return
         self.body = self._read()

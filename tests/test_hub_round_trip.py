@@ -307,6 +307,7 @@ def test_what_stands_in_the_way_of_a_push_is_told_before_training(hub, pets, tmp
         ("--hub_model_id", "owner/x"): "nothing is pushed without --push_to_hub",
         ("--push_to_hub", "--hub_model_id", "a/b/c"): "is no name for a repository",
         ("--push_to_hub", "--hub_token", "hf_owner"): "--hub_token: whoever sees",
+        ("--license", "See our site!"): "--license See our site!: it is no name of the Hub's",
     }.items():
         with pytest.raises(InputError, match=expected):
             run(

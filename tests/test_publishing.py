@@ -154,9 +154,11 @@ def test_private_branch_and_pull_request(folder, hub):
     assert "leave out --revision" in error(folder, "owner/pets", "--create_pr", "--revision", "v2")
 
 
-@pytest.mark.parametrize("loss", ["PUT", "commit", "answer"])
+@pytest.mark.parametrize("loss", ["question", "PUT", "commit", "answer"])
 def test_a_lost_connection_is_tried_again_and_nothing_is_published_twice(folder, hub, loss):
-    if loss == "PUT":
+    if loss == "question":
+        hub.losses["GET", "/api/models/"] = 2
+    elif loss == "PUT":
         hub.losses["PUT", "/lfs/"] = 2
     elif loss == "commit":
         hub.losses["POST", "/commit/main"] = 1
