@@ -4,6 +4,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
+from modeling_vit_scratch.benchmarking.loading import in_process_ways, load_ways, save_models
 from modeling_vit_scratch.benchmarking.models import ModelBenchmark, _memory_in_this_process
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
+from modeling_vit_scratch.benchmarking.processor import difference, processor_ways
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.training.errors import InputError
 
@@ -162,3 +165,43 @@ def test_the_script_compares_models_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "training", "--variant", "S/17", "--output_dir", str(out)])
     with pytest.raises(InputError, match="S/17"):
         script.main()
+
+
+def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, capsys):
+    decoded = [Image.open(file).convert("RGB") for file in photos]
+    by_kind = [processor_ways(images, 32) for images in (decoded, photos)]
+    values = [way() for ways in by_kind for way in ways.values()]
+    assert values[0].shape == (3, 3, 32, 32)
+    assert all(torch.allclose(values[0], others, atol=1e-6) for others in values[1:])
+    assert difference(by_kind[0]) < 1e-6
+    more = ["--train_dir", str(photos[0].parent), "--image_size", "16", "--rounds", "2", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "processor", *more])
+    threads = torch.get_num_threads()
+    load_script("benchmark").main()
+    torch.set_num_threads(threads)
+    record, shown = json.loads((tmp_path / "processor.json").read_text()), capsys.readouterr().out
+    assert [title.rpartition(", ")[2] for title in record["sets"]] == ["decoded", "JPEG files"]
+    assert all(measured["largest_difference"] < 1e-6 for measured in record["sets"].values())
+    assert "transformers, Pillow" in shown
+
+
+def test_both_libraries_load_the_same_weights(tmp_path):
+    folders = save_models(tmp_path, "Mi/8")
+    models = {name: way().eval() for name, way in in_process_ways(folders).items()}
+    images, _ = random_batch(models[OURS], 2, "cpu")
+    with torch.no_grad():
+        logits = [model(images).logits for model in models.values()]
+    assert torch.allclose(*logits, atol=1e-5)
+    load_ways(folders)[OURS]()  # a process of its own
+    with pytest.raises(RuntimeError, match="nowhere"):
+        load_ways({OURS: tmp_path / "nowhere"})[OURS]()
+
+
+def test_the_script_tells_how_long_models_take_to_load(tmp_path, monkeypatch, capsys):
+    argv = ["benchmark.py", "loading", "--variant", "Mi/8", "--rounds", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr("subprocess.run", lambda *words, **more: SimpleNamespace(returncode=0))
+    load_script("benchmark").main()
+    record, shown = json.loads((tmp_path / "loading.json").read_text()), capsys.readouterr().out
+    assert len(record["sets"]) == 3
+    assert "ms / model" in shown

@@ -118,6 +118,13 @@ def make_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
     return files
 
 
+def photo_sets(train_dir: str | None, folder: Path, count: int) -> dict[str, list[Path]]:
+    """The photos to measure on by the name of the set: a user's, or of both `PHOTO_SIZES`, made in the folder."""
+    if train_dir is not None:
+        return {train_dir: find_photos(train_dir, count)}
+    return {name: make_photos(folder, size, count) for name, size in PHOTO_SIZES.items()}
+
+
 def find_photos(folder: str, count: int) -> list[Path]:
     """The first photos of a folder, with those below. Raises InputError if there is none."""
     known = set(Image.registered_extensions())

@@ -43,6 +43,7 @@ def draw_benchmark(record: dict[str, Any], file: Path) -> Path:
         axes.set_title(title, loc="left", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("images per second: median and quartiles of the rounds", fontsize=8)
+        item = "models" if "variant" in record else "images"
+        axes.set_xlabel(f"{item} per second: median and quartiles of the rounds", fontsize=8)
     figure.savefig(file, dpi=150)
     return file

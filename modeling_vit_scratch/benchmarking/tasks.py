@@ -11,19 +11,35 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     data = tasks.add_parser("data", help="reading photos for training", description=measure_data.__doc__)
-    data.add_argument("--train_dir", help="Measure on the images in this folder. Default: photos that are made here.")
-    data.add_argument("--count", type=int, default=8, help="Photos of each kind. Default: %(default)s")
-    data.add_argument("--rounds", type=int, default=7, help="How often each way is timed. Default: %(default)s")
-    data.add_argument("--image_size", type=int, default=224, help="Side of the result in pixels. Default: %(default)s")
+    add_photo_flags(data)
     data.add_argument(
         "--smallest_area", type=float, default=0.35,
         help="Training takes random parts of at least this share of the area. Default: %(default)s, that of training",
     )  # fmt: skip
-    data.add_argument("--output_dir", default="outputs/benchmark", help="For the numbers. Default: %(default)s")
     data.set_defaults(measure=measure_data)
+    processor = tasks.add_parser("processor", help="images for the network", description=measure_processor.__doc__)
+    add_photo_flags(processor)
+    processor.set_defaults(measure=measure_processor)
+    loading = tasks.add_parser("loading", help="imports and from_pretrained", description=measure_loading.__doc__)
+    loading.add_argument("--variant", default="B/16", help="Which network. Default: %(default)s")
+    add_common_flags(loading, rounds=7)
+    loading.set_defaults(measure=measure_loading)
     for task, what in (("inference", "logits, without gradients"), ("training", "training steps: forward to update")):
         add_model_task(tasks.add_parser(task, help=what, description=measure_models.__doc__))
     return parser
+
+
+def add_common_flags(task: argparse.ArgumentParser, rounds: int) -> None:
+    task.add_argument("--rounds", type=int, default=rounds, help="How often each way is timed. Default: %(default)s")
+    task.add_argument("--output_dir", default="outputs/benchmark", help="For the numbers. Default: %(default)s")
+
+
+def add_photo_flags(task: argparse.ArgumentParser) -> None:
+    """The flags of `data` and `processor`."""
+    task.add_argument("--train_dir", help="Measure on the images in this folder. Default: photos that are made here.")
+    task.add_argument("--count", type=int, default=8, help="Photos of each kind. Default: %(default)s")
+    task.add_argument("--image_size", type=int, default=224, help="Side of the result in pixels. Default: %(default)s")
+    add_common_flags(task, rounds=7)
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -49,8 +65,7 @@ def add_model_task(task: argparse.ArgumentParser) -> None:
     task.add_argument("--compile", action="store_true", help="Compile everybody's model with torch.compile.")
     task.add_argument("--no_memory", action="store_true", help="Leave out the memory, for which each model is run in "
                       "a process of its own.")  # fmt: skip
-    task.add_argument("--rounds", type=int, default=9, help="How often each model is timed. Default: %(default)s")
-    task.add_argument("--output_dir", default="outputs/benchmark", help="For the numbers. Default: %(default)s")
+    add_common_flags(task, rounds=9)
     task.set_defaults(measure=measure_models)
 
 
@@ -95,17 +110,13 @@ def measure_data(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from .data import OURS, PHOTO_SIZES, DataBenchmark, find_photos, make_photos, summarize_files
+    from .data import OURS, DataBenchmark, photo_sets, summarize_files
     from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark  # fmt: skip
 
     torch.set_num_threads(1)
     record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.train_dir is not None:
-            sets = {arguments.train_dir: find_photos(arguments.train_dir, arguments.count)}
-        else:
-            sets = {name: make_photos(Path(folder), size, arguments.count) for name, size in PHOTO_SIZES.items()}
-        for name, files in sets.items():
+        for name, files in photo_sets(arguments.train_dir, Path(folder), arguments.count).items():
             benchmark = DataBenchmark(files, arguments.image_size, arguments.smallest_area)
             seconds = time_in_turns(benchmark.ways(), arguments.rounds)
             summary, facts, levels = (
@@ -121,3 +132,58 @@ def measure_data(arguments: argparse.Namespace) -> None:
             print(f"    Ours differs from full decoding by {levels['mean']:.2f} of 255 levels on average, "
                   f"{levels['maximum']:.0f} at most.\n")  # fmt: skip
     write_benchmark(record, Path(arguments.output_dir), "data")
+
+
+def measure_processor(arguments: argparse.Namespace) -> None:
+    """
+    The image processor as a model's user calls it, image by image, on one core: ours, exact, beside transformers'
+    ViTImageProcessorPil with the same settings. From images that are decoded already, and from JPEG files.
+    """
+    import torch
+    from PIL import Image
+
+    from .data import photo_sets, summarize_files
+    from .processor import OURS, difference, processor_ways
+    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+
+    torch.set_num_threads(1)
+    record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, files in photo_sets(arguments.train_dir, Path(folder), arguments.count).items():
+            decoded = [Image.open(file).convert("RGB") for file in files]
+            for title, images in ((f"{name}, decoded", decoded), (f"{name}, JPEG files", files)):
+                ways = processor_ways(images, arguments.image_size)
+                differs = difference(ways)
+                seconds = time_in_turns(ways, arguments.rounds)
+                summary = summarize(seconds, len(files), OURS)
+                facts = {**summarize_files(files), "largest_difference": differs}
+                record["sets"][title] = {**facts, "seconds": seconds, "summary": summary}
+                print(format_table(title, summary))
+                print(f"    Of values from -1 to 1, the largest difference is {differs:.1e}.\n")
+    write_benchmark(record, Path(arguments.output_dir), "processor")
+
+
+def measure_loading(arguments: argparse.Namespace) -> None:
+    """
+    How long it takes until there is a model, ours and transformers' ViT with the same weights: a fresh process that
+    imports the class; one that loads the weights too; and from_pretrained alone.
+    """
+    from transformers.utils import logging
+
+    from .loading import OURS, import_ways, in_process_ways, load_ways, save_models
+    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+
+    logging.disable_progress_bar()
+    record = {"machine": describe_machine(), "variant": arguments.variant, "sets": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        folders = save_models(Path(folder), arguments.variant)
+        for title, ways in (
+            ("a process that imports the class", import_ways()),
+            (f"a process that loads {arguments.variant}", load_ways(folders)),
+            (f"from_pretrained of {arguments.variant} alone", in_process_ways(folders)),
+        ):
+            seconds = time_in_turns(ways, arguments.rounds)
+            summary = summarize(seconds, 1, OURS)
+            record["sets"][title] = {"seconds": seconds, "summary": summary}
+            print(format_table(title, summary, item="model"), "\n")
+    write_benchmark(record, Path(arguments.output_dir), "loading")

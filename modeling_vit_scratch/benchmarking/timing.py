@@ -88,9 +88,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def format_table(title: str, summary: dict[str, dict[str, Any]], ours: str = "ours") -> str:
-    """The summary for people; `ours` is what the table calls the way that the others are compared with."""
-    head = f"    {'':46} {'ms / image':>10} {'images / s':>10}   {ours} is faster by (quartiles)"
+def format_table(title: str, summary: dict[str, dict[str, Any]], ours: str = "ours", item: str = "image") -> str:
+    """
+    The summary for people; `ours` is what the table calls the way that the others are compared with, and `item` what a
+    way makes.
+    """
+    head = f"    {'':46} {f'ms / {item}':>10} {f'{item}s / s':>10}   {ours} is faster by (quartiles)"
     has_share = any("share_of_peak" in row for row in summary.values())
     has_memory = any("memory_bytes" in row for row in summary.values())
     lines = [title, head + ("  of the peak" if has_share else "") + ("  memory" if has_memory else "")]
