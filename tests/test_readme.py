@@ -78,6 +78,7 @@ def test_every_command_is_known_here():
     known = ("make demo", "make test", 'pip install -e ".[samples]"', "python scripts/convert.py B_16.npz", *SHORTER)
     known = (*known, "python scripts/convert.py outputs/vit-b16", "python scripts/probe.py outputs/pretrained")
     known = (*known, "python scripts/evaluate.py outputs/pets", "python scripts/visualize.py sheet outputs/pets")
+    known = (*known, "python scripts/publish.py outputs/pets me/vit-pets")
     known = (*known, 'pip install -e ".[app]"', "python scripts/app.py outputs/pets")  # test_page.py starts it
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
@@ -147,6 +148,7 @@ def test_training_commands_run(start, workplace):
         ("probe.py", "outputs/pretrained", "knn"),
         ("evaluate.py", "outputs/pets", "Brier"),
         ("visualize.py", "outputs/pets", "outputs/pets.png"),
+        ("publish.py", "outputs/pets", "Nothing was uploaded"),
     ],
 )
 def test_commands_on_a_finished_model_run(script, model, told, workplace):
