@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block of README runs: commands as they stand (long ones with fewer steps), Python in the order of the page."""
+"""
+Every block of README runs: commands as they stand (long ones with fewer steps), Python in the order of the page. The
+first command of each launcher starts it; the others are run in this process, which has the imports behind it.
+"""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -33,8 +39,12 @@ SHORTER = {
     "accelerate launch scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
     "torchrun --nproc_per_node 2 scripts/finetune.py": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32",
+    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32 --max_eval_samples 32",
 }
+LAUNCHED = (
+    "accelerate launch scripts/finetune.py --train_dir photos",
+    "torchrun --nproc_per_node 2 scripts/finetune.py",
+)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -113,16 +123,31 @@ def test_the_samples_extra_brings_the_solar_cells():
     assert re.search(r"^samples =\n\s+elpv-dataset", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
 
 
+def run_here(words: list[str], folder: Path) -> str:
+    """Runs a script in this process, as Python does it in another one. Returns what it has printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, printed.getvalue()
+    return printed.getvalue()
+
+
 def train(start: str, workplace: Path) -> tuple[Path, str]:
     """Runs a training command, shortened, after those that make what it starts from. Returns its folder and output."""
     command = next(command for command in COMMANDS if command.startswith(start))
     words = shlex.split(f"{command} {SHORTER[start]}")
     if "--model_name_or_path" in words:
         make(words[words.index("--model_name_or_path") + 1], workplace)
-    launchers = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
-    arguments = words[words.index("launch") + 1 :] if "launch" in words else words[1:]
     folder = workplace / words[words.index("--output_dir") + 1]
     shutil.rmtree(folder, ignore_errors=True)  # of a test that needed it before: training writes over nothing
+    if start not in LAUNCHED:
+        return folder, run_here(words[2:], workplace)
+    launchers = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
+    arguments = words[words.index("launch") + 1 :] if "launch" in words else words[1:]
     return folder, run([sys.executable, "-m", launchers[words[0]], *arguments], workplace)
 
 
@@ -154,13 +179,13 @@ def test_training_commands_run(start, workplace):
 def test_commands_on_a_finished_model_run(script, model, told, workplace):
     make(model, workplace)
     words = shlex.split(next(command for command in COMMANDS if f"scripts/{script}" in command))
-    assert told in run([sys.executable, *words[1:]], workplace)
+    assert told in run_here(words[1:], workplace)
 
 
 def test_conversion_commands_run_and_the_file_comes_back(workplace):
     commands = [shlex.split(command) for command in COMMANDS if command.startswith("python scripts/convert.py")]
     for words in commands:
-        run([sys.executable, *words[1:]], workplace)
+        run_here(words[1:], workplace)
     first, again = (np.load(workplace / name) for name in ("B_16.npz", "vit_b16_again.npz"))
     assert set(first) == set(again)
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
