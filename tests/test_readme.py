@@ -39,7 +39,8 @@ SHORTER = {
     "accelerate launch scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
     "torchrun --nproc_per_node 2 scripts/finetune.py": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32 --max_eval_samples 32",
+    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32 "
+    "--max_eval_samples 32",
 }
 LAUNCHED = (
     "accelerate launch scripts/finetune.py --train_dir photos",
@@ -125,14 +126,15 @@ def test_the_samples_extra_brings_the_solar_cells():
 
 def run_here(words: list[str], folder: Path) -> str:
     """Runs a script in this process, as Python does it in another one. Returns what it has printed."""
-    printed = io.StringIO()
+    printed, code = io.StringIO(), None
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
         patch.setattr(sys, "argv", words)
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as ended:
-            assert not ended.code, printed.getvalue()
+            code = ended.code
+    assert not code, printed.getvalue()
     return printed.getvalue()
 
 
