@@ -21,6 +21,7 @@ from transformers import (
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
+from modeling_vit_scratch.page import pictures
 from modeling_vit_scratch.page.model import PhotoError, Viewer, load, seen_part
 from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.visualization.attention import head_maps, rollout_maps
@@ -31,8 +32,8 @@ LABELS = {0: "brown bear", 1: "cat", 2: "<b>zebra</b>"}
 
 
 def tiny(**fields) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
-    labels = {} if "num_labels" in fields else {"id2label": LABELS}
-    model = ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4", **labels, **fields))
+    fields = fields if "num_labels" in fields else {"id2label": LABELS, **fields}
+    model = ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4", **fields))
     return model, ViTScratchImageProcessor(size={"height": 16, "width": 24})
 
 
@@ -71,7 +72,7 @@ def test_maps_are_those_of_visualization(fields):
 def test_scores_are_those_of_the_pipeline(folder):
     viewer = load(str(folder))
     expected = pipeline("image-classification", model=str(folder), device="cpu")(photo(), top_k=3)
-    for scores in (viewer.look(photo(), "photo.png").scores, *viewer.classify([photo(), photo()])):
+    for scores in (viewer.look(photo(), "photo.png").scores, viewer.classify(photo(), "photo.png")):
         assert [label for label, _ in scores] == [entry["label"] for entry in expected]
         np.testing.assert_allclose([score for _, score in scores], [entry["score"] for entry in expected], rtol=1e-5)
 
@@ -108,6 +109,8 @@ def test_broken_photos_are_named(tmp_path, folder):
         with pytest.raises(PhotoError, match=r"^summer \(1\)\.jpg cannot be read as an image: ") as caught:
             viewer.read(str(broken), "summer (1).jpg")
         assert str(tmp_path) not in str(caught.value)
+        assert str(caught.value).count("summer") <= 2
+        assert str(caught.value).count("cannot be read") == 1
 
 
 @pytest.mark.parametrize(
@@ -151,3 +154,96 @@ def test_the_script_opens_what_people_have_and_says_what_it_can_not(tmp_path, fo
     for source in (tmp_path / "features", tmp_path / "nothing"):
         with pytest.raises(InputError, match=f"The model {source} "):
             app.open_viewer(str(source), "main", False)
+
+
+def test_colours_are_those_of_magma():
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    values = np.linspace(0, 1, 200, dtype=np.float32)
+    assert np.abs(pictures.colours(values) - colormaps["magma"](values)[:, :3] * 255).max() < 12
+
+
+def test_a_head_is_found_where_its_map_is_drawn():
+    heads = np.zeros((2, 3, 2, 2))
+    heads[1, 2] = 1.0  # the one that glows all over
+    overview = pictures.Overview(np.zeros((40, 60, 3), np.uint8), heads)
+    glowing = np.argwhere(np.asarray(overview.picture.convert("L")) > 150)
+    assert {overview.at(x, y) for y, x in glowing} == {(2, 3)}
+    assert overview.at(10**6, 10**6) == (2, 3)
+    frame = np.argwhere(np.asarray(overview.marked(range(1, 2), 2)) != np.asarray(overview.picture))
+    assert {overview.at(x, y) for y, x, _ in frame} == {(1, 2)}
+
+
+def test_patches_are_the_pixels_with_gaps():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    drawn = np.asarray(pictures.patches(pixels, (4, 4)))
+    solid = drawn[..., 3].min(axis=1) > 0, drawn[..., 3].min(axis=0) > 0
+    assert not solid[0].all()
+    scale = pictures.SIDE // 12
+    opaque = drawn[drawn[..., 3].max(axis=1) > 0][:, drawn[..., 3].max(axis=0) > 0, :3]
+    np.testing.assert_array_equal(opaque[::scale, ::scale], pixels)
+
+
+@pytest.fixture
+def layout():
+    pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[app]"')
+    from modeling_vit_scratch.page import layout
+
+    return layout
+
+
+def test_only_uploads_are_opened(layout, folder, tmp_path, monkeypatch):
+    # What is said to be the path of an upload comes from the browser.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    inside, outside = tmp_path / "uploads" / "a.png", tmp_path / "secret.png"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        photo().save(path)
+    (tmp_path / "uploads" / "link.png").symlink_to(outside)
+    assert layout.uploaded({"path": str(inside), "orig_name": "mine.png"}) == (str(inside), "mine.png")
+    assert layout.uploaded(None) is None
+    for path in (outside, inside.parent / ".." / "secret.png", inside.parent / "link.png"):
+        _, _, message, *_ = layout.see(load(str(folder)), layout.uploaded({"path": str(path)}))
+        assert "cannot be read as an image: the file does not exist" in message
+        assert str(tmp_path) not in message
+
+
+def test_models_without_maps_have_a_page_too(layout, tmp_path):
+    photo().save(tmp_path / "a.png")
+    model = ConvNextForImageClassification(ConvNextConfig(num_labels=3, hidden_sizes=[8] * 4, depths=[1] * 4))
+    viewer = Viewer(model, ViTImageProcessorPil(), "convnext")
+    assert layout.build(viewer).title == "convnext"
+    _, shown, scores, looking, *_, patches, positions = layout.see(viewer, (str(tmp_path / "a.png"), "a.png"))
+    assert shown is None
+    assert positions is None
+    assert layout.NO_MAPS in scores
+    assert not looking.visible
+    assert patches.size == (pictures.SIDE // 224 * 224,) * 2
+    assert layout.draw(None, 1, layout.ROLLOUT) == [None, None, ""]
+
+    relative, processor = tiny(position_embedding="relative_1d")
+    *_, positions = layout.see(Viewer(relative, processor, "pets"), (str(tmp_path / "a.png"), "a.png"))
+    assert positions is None
+
+
+def test_numbers_of_a_regression_are_no_percentages(layout, tmp_path):
+    photo().save(tmp_path / "a.tiff")
+    model, processor = tiny(problem_type="regression", num_labels=1)
+    torch.nn.init.constant_(model.classifier.bias, 12.5)
+    shown, _, scores, *_ = layout.see(Viewer(model, processor, "age"), (str(tmp_path / "a.tiff"), "a.tiff"))
+    assert "%" not in scores
+    assert "12." in scores
+    assert shown.size == (60, 40)  # no browser shows a .tiff
+
+
+def test_names_are_shown_as_they_are(layout, folder, tmp_path, monkeypatch):
+    photo().save(tmp_path / "a.png")
+    viewer, name = load(str(folder)), '<img src=x onerror="alert(1)">.png'
+    table = layout.tabulate(viewer, [(str(tmp_path / "a.png"), name), (str(tmp_path / "none.png"), name)])
+    _, _, scores, *_ = layout.see(viewer, (str(tmp_path / "a.png"), name))
+    for html in (table, scores):
+        assert "<img src=x" not in html
+        assert "<b>zebra" not in html
+        assert "&lt;b&gt;zebra" in html
+    assert layout.tabulate(viewer, []) == ""
+    monkeypatch.setattr(layout, "MAX_PHOTOS", 1)
+    assert "1 more photos were left out" in layout.tabulate(viewer, [(str(tmp_path / "a.png"), name)] * 2)

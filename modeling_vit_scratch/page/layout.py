@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: what is where, and what happens when."""
 
+import csv
+import io
 import os
+from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 
@@ -9,99 +13,222 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from gradio import utils
 
 from . import markup, pictures
 from .model import Look, PhotoError, Viewer
 
 
-TOP = 5
-ROLLOUT, MEAN = "Rollout", "All heads"
-WELCOME = "Drop a photo, paste one, or use the camera: here come the classes, and what the model looks at."
-NO_MAPS = "This model has no attention from patches to patches that could be shown."
-# Photos of visitors are deleted after so many seconds.
+# Classes of a photo alone, and of each photo of a table.
+TOP, TOP_IN_TABLE = 5, 3
+MAX_PHOTOS = 500
+# Visitors' photos are deleted after so many seconds.
 KEPT = 3600
+ROLLOUT, MEAN = "Rollout", "All heads"
+# What a browser shows itself; of other files it gets a copy.
+SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
+WELCOME = [
+    ("What is it?", "Drop a photo, paste one or use the camera: the most likely classes, with their scores."),
+    ("Where does it look?", "Attention over your photo, layer by layer and head by head."),
+    ("What does it see?", "The patches that the photo becomes, and what the model knows of their places."),
+]
+LOOKS = (
+    "Attention is what mixes the patches. A head says for each of them how much it counts; rollout follows that "
+    "through the layers. It shows where information can have come from, not what speaks for a class."
+)
+HEADS = "Every head, from left to right; every layer, from top to bottom. Click on one to see it large."
+SEES = "The photo in the model's own size. A Vision Transformer cuts it into patches: each becomes a token."
+PLACES = (
+    "How alike the position embeddings are: each tile stands for a patch at its place, and is bright where its "
+    "embedding is like that of another patch."
+)
+PROGRESS = gr.Progress()
+DROP = "# Drop a photo here\nor click to choose one"
+NO_MAPS = "This model has no attention from patch to patch that could be shown."
+SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can be downloaded."
 
 
-def build(viewer: Viewer) -> gr.Blocks:
-    """The page of a model."""
+@dataclass(frozen=True)
+class Shown:
+    """A photo on the page, and the picture of all its heads."""
+
+    look: Look
+    overview: pictures.Overview
+
+
+def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
+    """The page of a model, with a link to where it comes from."""
+    quiet = {"api_visibility": "private"}  # a page for people
+    # gr.Image would open the file itself, and say nothing of a broken one that helps: `uploaded` takes its place.
+    heavy = {"preprocess": False, "concurrency_id": "model", **quiet}
     with gr.Blocks(title=viewer.name, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        gr.HTML(markup.heading(viewer.name, viewer.facts()))
-        look = gr.State(None, time_to_live=KEPT)
-        with gr.Row(equal_height=False):
-            with gr.Column(min_width=300):
-                photo = gr.Image(label="Photo", type="filepath", image_mode=None, height=380, buttons=[])
-                photo.preprocess = uploaded
-            with gr.Column(min_width=300):
-                scores = gr.HTML(markup.note(WELCOME))
-        with gr.Column(visible=False) as looking:
-            with gr.Row(equal_height=False):
+        gr.HTML(markup.heading(viewer.name, viewer.facts(), link))
+        with gr.Tab("One photo"):
+            shown = gr.State(None, time_to_live=KEPT)
+            with gr.Row():
                 with gr.Column(min_width=300):
-                    seen = gr.Image(label="Where it looks", interactive=False, format="webp", buttons=["download"])
+                    photo = gr.Image(label="Photo", alt_text="Your photo", height=400, buttons=[], placeholder=DROP)
                 with gr.Column(min_width=300):
-                    layer = gr.Slider(1, 2, 2, step=1, label="Layer")
-                    head = gr.Radio([ROLLOUT], value=ROLLOUT, label="Attention of")
-                    caption = gr.HTML()
-        shown = [look, scores, looking, layer, head, seen, caption]
+                    scores = gr.HTML(markup.welcome(WELCOME))
+            with gr.Column(visible=False) as looking:
+                gr.HTML(markup.title("Where it looks", LOOKS))
+                with gr.Row():
+                    with gr.Column(min_width=300):
+                        seen = picture("The photo, bright where the model looks", ["download"])
+                        caption = gr.HTML()
+                    with gr.Column(min_width=300):
+                        layer = gr.Slider(1, 2, 2, step=1, label="Layer", buttons=[])
+                        head = gr.Radio([ROLLOUT], value=ROLLOUT, label="Attention of")
+                        gr.HTML(markup.note(HEADS))
+                        overview = picture("A small map for each head, layers from top to bottom")
+            with gr.Row(visible=False) as seeing:
+                with gr.Column(min_width=300):
+                    gr.HTML(markup.title("What it sees", SEES))
+                    patches = picture("The photo cut into patches", ["download"])
+                with gr.Column(min_width=300, visible=False) as placing:
+                    gr.HTML(markup.title("What it knows of places", PLACES))
+                    positions = picture("Similarity of position embeddings", ["download"])
+        with gr.Tab("Several photos"):
+            gr.HTML(markup.note(SEVERAL))
+            files = gr.File(file_count="multiple", file_types=["image"], label="Photos", height=180)
+            table = gr.HTML()
+
+        drawn = [seen, overview, caption]
         photo.input(
-            lambda file: see(viewer, file), photo, [photo, *shown], concurrency_id="model", api_visibility="private"
+            lambda payload: see(viewer, uploaded(payload)),
+            photo,
+            [photo, shown, scores, looking, seeing, placing, layer, head, *drawn, patches, positions],
+            trigger_mode="multiple",  # people don't wait; each answer puts its own photo there
+            **heavy,
         )
+        quick = {"show_progress": "hidden", "trigger_mode": "always_last", **quiet}
+        gr.on([layer.input, head.input], draw, [shown, layer, head], drawn, **quick)
+        overview.select(choose, shown, [layer, head, *drawn], **quick)
         gr.on(
-            [layer.change, head.change], draw, [look, layer, head], [seen, caption], show_progress="hidden",
-            trigger_mode="always_last", api_visibility="private",
-        )  # fmt: skip
+            [files.upload, files.delete, files.clear],
+            lambda payloads, progress=PROGRESS: tabulate(viewer, list(map(uploaded, payloads or [])), progress),
+            files,
+            table,
+            trigger_mode="always_last",
+            **heavy,
+        )
     return page
 
 
-def uploaded(payload: Any) -> tuple[str, str] | None:
-    """Path and name of an upload. gr.Image's own step opens it, and of a broken file says nothing that helps."""
-    if payload is None or payload.path is None:
+def picture(alt_text: str, buttons: list[str] | None = None) -> gr.Image:
+    """A place for a picture that the page draws."""
+    return gr.Image(alt_text=alt_text, show_label=False, interactive=False, format="webp", buttons=buttons or [])
+
+
+def uploaded(payload: dict[str, Any] | None) -> tuple[str, str] | None:
+    """
+    Path and name of an upload.
+
+    Args:
+        payload: what the browser says, which may be anything: files outside the folder of uploads are not opened.
+    """
+    if payload is None:
         return None
-    return payload.path, payload.orig_name or os.path.basename(payload.path)
+    path = str(payload.get("path"))
+    name = str(payload.get("orig_name") or PurePath(path).name)
+    return (path if utils.is_in_or_equal(path, utils.get_upload_folder()) else "", name)
 
 
 def see(viewer: Viewer, file: tuple[str, str] | None) -> list[Any]:
-    """The page for a photo: new values of photo, look, scores, looking, layer, head, seen and caption."""
-    hidden = [gr.Column(visible=False), gr.skip(), gr.skip(), None, ""]
+    """The page for a photo: new values of all that `build` lists after it, or of nothing but a message."""
+    hidden = [gr.Column(visible=False), gr.Row(visible=False), gr.Column(visible=False), gr.skip(), gr.skip()]
+    nothing = [*hidden, None, None, "", None, None]
     if file is None:
-        return [gr.skip(), None, markup.note(WELCOME), *hidden]
+        return [None, None, markup.welcome(WELCOME), *nothing]
     path, name = file
     try:
-        look = viewer.look(viewer.read(path, name), name)
+        image = viewer.read(path, name)
+        look = viewer.look(image, name)
     except PhotoError as error:
-        return [None, None, markup.problem(str(error)), *hidden]
-    scores = markup.bars(look.scores, TOP, viewer.is_probability)
+        return [None, None, markup.problem(str(error)), *nothing]
+    photo = path if name.lower().endswith(SHOWN_BY_BROWSERS) else image.convert("RGB")
+    scores = markup.bars(look.scores[:TOP], viewer.is_probability)
+    similarity = viewer.positions(look)
+    places = None if similarity is None else pictures.positions(similarity)
+    below = [gr.Row(visible=True), gr.Column(visible=places is not None)]
+    patches = pictures.patches(look.pixels, None if look.rollout is None else look.patch)
     if look.rollout is None:
-        return [gr.skip(), look, scores + markup.note(NO_MAPS), *hidden]
+        return [
+            photo, None, scores + markup.note(NO_MAPS), hidden[0], *below, *hidden[3:], None, None, "", patches, places
+        ]  # fmt: skip
+    shown = Shown(look, pictures.Overview(look.photo, look.heads))
     layers, heads = look.heads.shape[:2]
-    picture, caption = draw(look, layers, ROLLOUT)
-    choices = [ROLLOUT, MEAN, *map(str, range(1, heads + 1))]
-    layer = gr.Slider(maximum=layers, value=layers)
+    choices = gr.Radio([ROLLOUT, MEAN, *map(str, range(1, heads + 1))], value=ROLLOUT)
     return [
-        gr.skip(), look, scores, gr.Column(visible=True), layer, gr.Radio(choices, value=ROLLOUT), picture, caption
+        photo, shown, scores, gr.Column(visible=True), *below, gr.Slider(maximum=layers, value=layers), choices,
+        *draw(shown, layers, ROLLOUT), patches, places,
     ]  # fmt: skip
 
 
-def draw(look: Look | None, layer: int, head: str) -> tuple[Any, str]:
-    """The photo, lit by a layer's rollout, by its heads together, or by one of them; and how to read it."""
-    if look is None or look.rollout is None:
-        return None, ""
-    layer = min(int(layer), len(look.rollout))
+def draw(shown: Shown | None, layer: int, head: str) -> list[Any]:
+    """The photo under a layer's rollout, under its heads together, or under one of them; all heads; how to read it."""
+    if shown is None:
+        return [None, None, ""]
+    look, layer = shown.look, min(int(layer), shown.overview.layers)
     if head == ROLLOUT:
-        weights, text = look.rollout[layer - 1], "How much of each patch is in what the model knows of the image"
-        text += (
-            f", by attention through layer {layer}." if layer == 1 else f", by attention through layers 1 to {layer}."
-        )
+        weights, marked = look.rollout[layer - 1], (range(1, layer + 1), None)
+        through = "layer 1" if layer == 1 else f"layers 1 to {layer}"
+        text = f"Rollout: how much of each patch is in what stands for the image, by attention of {through}."
     elif head == MEAN:
-        weights, text = look.heads[layer - 1].mean(axis=0), f"Where layer {layer} looks, all heads together."
+        weights, marked = look.heads[layer - 1].mean(axis=0), (range(layer, layer + 1), None)
+        text = f"Layer {layer}: where its heads look, on average."
     else:
-        weights, text = look.heads[layer - 1, int(head) - 1], f"Where head {head} of layer {layer} looks."
-    return pictures.lit(look.photo, weights), markup.note(text)
+        weights, marked = look.heads[layer - 1, int(head) - 1], (range(layer, layer + 1), int(head))
+        text = f"Layer {layer}, head {head}: where it looks."
+    most = pictures.top(weights) / max(float(weights.mean()), 1e-30)
+    return [
+        pictures.lit(look.photo, weights), shown.overview.marked(*marked), markup.note(text) + markup.scale(most)
+    ]  # fmt: skip
+
+
+def choose(shown: Shown | None, event: gr.SelectData) -> list[Any]:
+    """The head that was clicked on."""
+    if shown is None:
+        return [gr.skip()] * 5
+    layer, head = shown.overview.at(*event.index)
+    return [layer, str(head), *draw(shown, layer, str(head))]
+
+
+def tabulate(viewer: Viewer, files: list[tuple[str, str]], progress: Any = None) -> str:
+    """The table of several photos, broken ones with their reasons."""
+    rows, lines = [], []
+    for path, name in progress.tqdm(files[:MAX_PHOTOS], unit="photos") if progress else files[:MAX_PHOTOS]:
+        try:
+            image = viewer.read(path, name)
+            scores = viewer.classify(image, name)[:TOP_IN_TABLE]
+            rows.append((name, pictures.thumbnail(image), scores))
+            lines.append([name, *(cell for label, score in scores for cell in (label, f"{score:.6f}")), ""])
+        except PhotoError as error:
+            rows.append((name, "", str(error)))
+            lines.append([name, *[""] * (2 * min(TOP_IN_TABLE, viewer.config.num_labels)), str(error)])
+    if not rows:
+        return ""
+    html = markup.table(rows, viewer.is_probability, as_csv(lines), f"{PurePath(viewer.name).name}.csv")
+    left = len(files) - MAX_PHOTOS
+    return html + (
+        markup.problem(f"{left} more photos were left out: at most {MAX_PHOTOS} at once.") if left > 0 else ""
+    )
+
+
+def as_csv(lines: list[list[str]]) -> str:
+    """image, label, score, label_2, score_2 and so on, as scripts/predict.py writes them, and problem."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ends = ["" if place == 1 else f"_{place}" for place in range(1, len(lines[0]) // 2)]
+    writer.writerow(["image", *(f"{name}{end}" for end in ends for name in ("label", "score")), "problem"])
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Starts the server; `options` as gr.Blocks.launch has them."""
+    """Starts the server; `options` as gr.Blocks.launch has them. Fonts are the system's: none is fetched."""
     theme = gr.themes.Default(
-        primary_hue="indigo", neutral_hue="slate",
+        primary_hue="indigo", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
-    )  # fmt: skip
+    ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
     return page.launch(theme=theme, css=markup.CSS, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)

@@ -2,6 +2,7 @@
 """A classifier as the page needs it: a photo's scores, and what can be shown of how they came about."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from .attention import attention_maps, position_similarity
+from .pictures import SIDE
 
 
 class PhotoError(ValueError):
@@ -26,7 +28,7 @@ class Look:
     Attributes:
         name: of the file.
         scores: (label, score), best first.
-        photo: (H, W, 3) uint8, the part of the photo that the model sees, in the photo's own resolution.
+        photo: (H, W, 3) uint8, the part of the photo that the model sees, as large as the page shows it at most.
         pixels: (h, w, 3) uint8, as the model sees it.
         patch: height and width of a patch in `pixels`, None if the model has none.
         rollout: (L, rows, columns), through the layers up to each; None if the model has no attention maps.
@@ -75,16 +77,22 @@ class Viewer:
                 return image
             reason = f"the model takes {self.config.num_channels} channels"
         except Exception as error:  # whatever Pillow, its plugins and damaged files raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(file), name)
-            if reason.startswith(name):
-                raise PhotoError(reason) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = reason.replace(file, name) if file else "the file does not exist"
+            reason = reason.removeprefix(f"{name} cannot be read as an image: ")
         raise PhotoError(f"{name} cannot be read as an image: {reason}")
 
     @torch.inference_mode()
-    def classify(self, images: list[Image.Image]) -> list[list[tuple[str, float]]]:
-        """The scores of each image, those of transformers' pipeline: (label, score), best first."""
-        outputs = self.model(self._pixel_values(images).to(self.device, self.model.dtype))
-        return self._scores(outputs.logits)
+    def classify(self, image: Image.Image, name: str) -> list[tuple[str, float]]:
+        """
+        The scores of transformers' pipeline: (label, score), best first.
+
+        Raises:
+            PhotoError: if the model can't take it.
+        """
+        with taken(name):
+            pixel_values = self._pixel_values(image)
+            return self._scores(self.model(pixel_values.to(self.device, self.model.dtype)).logits)
 
     @torch.inference_mode()
     def look(self, image: Image.Image, name: str) -> Look:
@@ -94,17 +102,19 @@ class Viewer:
         Raises:
             PhotoError: if the model can't take it.
         """
-        pixel_values = self._pixel_values([image])
-        outputs = self.model(pixel_values.to(self.device, self.model.dtype), output_attentions=True)
+        with taken(name):
+            pixel_values = self._pixel_values(image)
+            outputs = self.model(pixel_values.to(self.device, self.model.dtype), output_attentions=True)
         patch, maps = self._patch(pixel_values), None
         if patch is not None:
             grid = (pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1])
             maps = attention_maps(outputs.get("attentions"), grid, self._pools_mean())
         rollout, heads = (None, None) if maps is None else (part.numpy() for part in maps)
         pixels = self._as_pixels(pixel_values[0])
-        photo = seen_part(image, self.processor, pixels.shape[:2])
-        photo = pixels if photo is None else np.asarray(photo.convert("RGB"))
-        return Look(name, self._scores(outputs.logits)[0], photo, pixels, patch, rollout, heads)
+        photo = seen_part(image, self.processor, pixels.shape[:2]) or Image.fromarray(pixels)
+        photo = photo.convert("RGB")
+        photo.thumbnail((SIDE, SIDE))
+        return Look(name, self._scores(outputs.logits), np.asarray(photo), pixels, patch, rollout, heads)
 
     def positions(self, look: Look) -> np.ndarray | None:
         """Similarity of the position embeddings, (rows, columns, rows, columns), on the grid of a look."""
@@ -126,13 +136,12 @@ class Viewer:
             facts.append(f"{layers} layers of {heads} heads")
         return [*facts, f"{size} {'class' if size == 1 else 'classes'}"]
 
-    def _pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+    def _pixel_values(self, image: Image.Image) -> torch.Tensor:
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"]
 
-    def _scores(self, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
-        count = self.config.num_labels
-        rows = (self.pipeline.postprocess({"logits": row[None].cpu()}, top_k=count) for row in logits)
-        return [[(entry["label"], entry["score"]) for entry in row] for row in rows]
+    def _scores(self, logits: torch.Tensor) -> list[tuple[str, float]]:
+        entries = self.pipeline.postprocess({"logits": logits.cpu()}, top_k=self.config.num_labels)
+        return [(entry["label"], entry["score"]) for entry in entries]
 
     def _patch(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
         size = getattr(self.config, "patch_size", None)
@@ -153,6 +162,16 @@ class Viewer:
             values = values / getattr(processor, "rescale_factor", 1 / 255)
         pixels = values.round().clip(0, 255).astype(np.uint8)
         return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+
+
+@contextlib.contextmanager
+def taken(name: str) -> Iterator[None]:
+    """What a processor or a model has against a photo, as PhotoError."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error
 
 
 def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Image.Image | None:

@@ -1,35 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
 """From arrays to pictures, with Pillow alone."""
 
+import base64
+from io import BytesIO
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
-# Pixels of the longer side of a picture on the page.
-SIDE = 640
-# How bright a patch of no weight is.
-SHADE = 0.18
+# Pixels of the longer side of a picture on the page, and about so many of all tiles in a row or column together.
+SIDE, TILES_SIDE = 720, 840
+# Of a grid with more rows or columns, so many are shown, evenly spread.
+MAX_TILES = 14
+# Nine colours of matplotlib's magma, which reads the same in grey and to the colour-blind.
+MAGMA = np.array(
+    [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
+     (254, 194, 135), (252, 253, 191)],
+    dtype=np.float32,
+)  # fmt: skip
+# The part of the patches that are all as bright as can be: one patch that outshines the others would leave them dark.
+BRIGHTEST = 0.03
 
 
-def enlarge(pixels: np.ndarray, side: int = SIDE) -> Image.Image:
-    """(H, W, 3) uint8 as a picture whose longer side is `side`; small ones by whole pixels, so that one sees them."""
-    image = Image.fromarray(pixels)
-    scale = side / max(image.size)
-    size = tuple(max(round(edge * scale), 1) for edge in image.size)
-    return image.resize(size, Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.BICUBIC)
+def colours(values: np.ndarray) -> np.ndarray:
+    """Magma: 0 to 1, any shape -> the same shape with (..., 3), 0 to 255."""
+    place = values.clip(0, 1) * (len(MAGMA) - 1)
+    below = np.minimum(place.astype(int), len(MAGMA) - 2)
+    return MAGMA[below] + (MAGMA[below + 1] - MAGMA[below]) * (place - below)[..., None]
 
 
-def over(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (rows, columns) as smooth as a picture of `size` (width, height): 0 to 1, by its largest weight."""
-    scaled = np.asarray(weights, np.float32) / max(float(weights.max()), np.finfo(np.float32).tiny)
-    smooth = Image.fromarray(scaled).resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(smooth).clip(0, 1)
+def top(weights: np.ndarray) -> float:
+    """The weight from which on a map (rows, columns) is as bright as can be."""
+    return max(float(np.quantile(weights, 1 - BRIGHTEST)), float(np.finfo(np.float32).tiny))
 
 
-def lit(photo: np.ndarray, weights: np.ndarray, side: int = SIDE) -> Image.Image:
-    """The photo (H, W, 3), lit where the map (rows, columns) is large, as in the paper's Figure 6."""
-    image = Image.fromarray(photo)
-    scale = side / max(image.size)
-    image = image.resize(tuple(max(round(edge * scale), 1) for edge in image.size), Image.Resampling.BICUBIC)
-    light = SHADE + (1 - SHADE) * over(weights, image.size)[..., None]
-    return Image.fromarray((np.asarray(image) * light).round().astype(np.uint8))
+def heat(photo: Image.Image, weights: np.ndarray) -> Image.Image:
+    """The photo in grey, glowing where the map (rows, columns) is large."""
+    scaled = Image.fromarray(np.asarray(weights / top(weights), np.float32).clip(0, 1))
+    glow = np.asarray(scaled.resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    grey = np.asarray(photo.convert("L"), np.float32)[..., None] * 0.6
+    return Image.fromarray((grey + (colours(glow[..., 0]) - grey) * 0.75 * glow).round().astype(np.uint8))
+
+
+def lit(photo: np.ndarray, weights: np.ndarray) -> Image.Image:
+    """`heat` on (H, W, 3) uint8, as large as the page shows it."""
+    return heat(sized(photo, SIDE), weights)
+
+
+def sized(pixels: np.ndarray, side: int) -> Image.Image:
+    """(H, W, 3) uint8 as a picture whose longer side is `side`."""
+    scale = side / max(pixels.shape[:2])
+    height, width = (max(round(edge * scale), 1) for edge in pixels.shape[:2])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+class Overview:
+    """
+    Every head of every layer in one picture: heads from left to right, layers from top to bottom.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        heads: (L, A, rows, columns).
+    """
+
+    def __init__(self, photo: np.ndarray, heads: np.ndarray) -> None:
+        self.layers, self.heads = heads.shape[:2]
+        tile = sized(photo, max(TILES_SIDE // max(self.layers, self.heads, 8), 24))
+        self.step = (tile.width + 4, tile.height + 4)
+        self.picture = Image.new("RGBA", (self.heads * self.step[0], self.layers * self.step[1]))
+        for layer, head in np.ndindex(self.layers, self.heads):
+            place = (head * self.step[0] + 2, layer * self.step[1] + 2)
+            self.picture.paste(heat(tile, heads[layer, head]), place)
+
+    def at(self, x: int, y: int) -> tuple[int, int]:
+        """Layer and head, from 1, at a pixel."""
+        layer, head = y // self.step[1] + 1, x // self.step[0] + 1
+        return min(max(layer, 1), self.layers), min(max(head, 1), self.heads)
+
+    def marked(self, layers: range, head: int | None) -> Image.Image:
+        """With a frame around a head, or all of them, of some layers (from 1)."""
+        width, height = self.step
+        left, right = (0, self.heads) if head is None else (head - 1, head)
+        box = (left * width, (layers[0] - 1) * height, right * width - 1, layers[-1] * height - 1)
+        picture = self.picture.copy()
+        ImageDraw.Draw(picture).rounded_rectangle(box, radius=3, outline=(99, 102, 241, 255), width=2)
+        return picture
+
+
+def patches(pixels: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:
+    """What the model sees, (h, w, 3) uint8, each of its pixels a square, cut into patches if it cuts."""
+    height, width = pixels.shape[:2]
+    scale = max(SIDE // max(height, width), 1)
+    large = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    image = Image.fromarray(large).convert("RGBA")
+    if patch is None:
+        return image
+    rows, columns, (down, across) = height // patch[0], width // patch[1], (patch[0] * scale, patch[1] * scale)
+    gap = max(min(down, across) // 10, 1)
+    spread = Image.new("RGBA", (columns * (across + gap) - gap, rows * (down + gap) - gap))
+    for row, column in np.ndindex(rows, columns):
+        box = (column * across, row * down, (column + 1) * across, (row + 1) * down)
+        spread.paste(image.crop(box), (column * (across + gap), row * (down + gap)))
+    return spread
+
+
+def positions(similarity: np.ndarray) -> Image.Image:
+    """
+    Cosines (rows, columns, rows, columns) as tiles: that of a patch is at its place, and shows how alike its embedding
+    is to that of every patch. As the paper's Figure 7, centre; colours from -1 to 1.
+    """
+    rows, columns = (np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in similarity.shape[:2])
+    tile = SIDE // max(len(rows), len(columns))
+    image = Image.new("RGBA", (len(columns) * (tile + 3) - 3, len(rows) * (tile + 3) - 3))
+    for (i, row), (j, column) in ((a, b) for a in enumerate(rows) for b in enumerate(columns)):
+        shown = Image.fromarray(colours((similarity[row, column] + 1) / 2).astype(np.uint8))
+        image.paste(shown.resize((tile, tile), Image.Resampling.NEAREST), (j * (tile + 3), i * (tile + 3)))
+    return image
+
+
+def thumbnail(image: Image.Image, side: int = 112) -> str:
+    """A small JPEG as a data: URI."""
+    small, buffer = image.convert("RGB"), BytesIO()
+    small.thumbnail((side, side))
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
