@@ -63,6 +63,15 @@ def tell_language(app: Any, page: str, template: str, context: dict[str, Any], d
         context["language"] = "zh-Hans"
 
 
+def keep_tables(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """An indented block of a module's docstring is shown as it stands: the legend of shapes, commands."""
+    if what == "module":
+        for index in range(len(lines) - 2):
+            if lines[index].endswith(":") and not lines[index + 1] and lines[index + 2].startswith("    "):
+                lines[index] += ":"
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", keep_tables)
     app.add_html_math_renderer("mathml", (render_inline, None), (render_block, None))
     app.connect("html-page-context", tell_language)

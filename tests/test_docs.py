@@ -4,11 +4,19 @@
 import contextlib
 import io
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tiny_images import class_folders, load_script
+from transformers import ViTConfig
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
+from modeling_vit_scratch.checkpoint.formats import FORMATS
 
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +28,23 @@ TRANSLATED = [name for name in NAMES if name.startswith("zh/")]
 
 def blocks(path: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    (path.stem, line)
+    for path in sorted((DOCS / "howto").glob("*.md"))
+    for block in blocks(path, "bash")
+    for line in block.splitlines()
+]
+# Written out and run in the test below; the others are held to the flags that their scripts have.
+RUN = {
+    "fine_tune": ("python scripts/finetune.py --train_dir photos --model", "Held-out accuracy"),
+    "evaluate": ("python scripts/evaluate.py outputs/pets photos", "Brier"),
+    "predict": ("python scripts/predict.py outputs/pets photos --output", "labels.parquet"),
+    "visualize": ("python scripts/visualize.py rollout", "rollout.png"),
+    "resolution": ("python scripts/convert.py B_16.npz outputs/b8", "outputs/b8"),
+    "publish": ("python scripts/card.py outputs/pets", "vit-pets"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,24 +139,93 @@ def test_pictures_are_drawn_from_a_photo_and_a_network(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import make_pictures
 
-    from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-
     config = ViTScratchConfig.from_variant("Mi/8", image_size=112, num_hidden_layers=2, num_labels=3)
     size = {"height": 112, "width": 112}
     photos = make_pictures.photos()
-    journeys = [
-        make_pictures.Journey(ViTScratchForImageClassification(config), ViTScratchImageProcessor(size=size), photo)
-        for photo in photos.values()
-    ]
-    journey = journeys[1]
     assert list(photos) == ["palace", "flower", "portrait"]
+    model, processor = ViTScratchForImageClassification(config), ViTScratchImageProcessor(size=size)
+    journey = make_pictures.Journey(model, processor, photos["flower"])
     assert (journey.patches().swapaxes(1, 2).reshape(112, 112, 3) == journey.pixels).all()
     assert journey.likeness()[:, make_pictures.ASKING[0], make_pictures.ASKING[1]] == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(torch.from_numpy(journey.states[0][1:] - journey.patch_tokens),
                                journey.model.vit.embeddings.position_embeddings.weight[0, 1:].detach())  # fmt: skip
     assert set(make_pictures.DRAWINGS) == {path.stem for path in (DOCS / "pictures").glob("[01]*.png")}
-    for name in ("02_patches", "10_label"):
-        first, again = (make_pictures.save(name, journey, tmp_path / part).read_bytes() for part in ("a", "b"))
-        assert first == again
-        with Image.open(tmp_path / "a" / f"{name}.png") as drawn, Image.open(DOCS / "pictures" / f"{name}.png") as kept:
-            assert drawn.size == kept.size
+    first, again = (make_pictures.save("09_layers", journey, tmp_path / part) for part in ("a", "b"))
+    assert first.read_bytes() == again.read_bytes()
+    with Image.open(first) as drawn, Image.open(DOCS / "pictures" / "09_layers.png") as kept:
+        assert drawn.size == kept.size
+
+
+def help_of(script: str, monkeypatch, arguments: tuple[str, ...] = ()) -> str:
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+        load_script(script).main()
+    return told.getvalue()
+
+
+def test_commands_have_flags_that_their_scripts_know(monkeypatch):
+    assert len(COMMANDS) > 20
+    for page, command in COMMANDS:
+        words = shlex.split(command)
+        place = next(index for index, word in enumerate(words) if word.startswith("scripts/") and word.endswith(".py"))
+        script, arguments = Path(words[place]).stem, words[place + 1 :]
+        subcommand = tuple(arguments[:1]) if script == "visualize" and arguments[0] != "augmentation" else ()
+        text = help_of("finetune" if script == "visualize" and not subcommand else script, monkeypatch, subcommand)
+        unknown = [w for w in arguments if w.startswith("--") and not re.search(rf"^\s+{w}\b", text, re.MULTILINE)]
+        assert not unknown, f"howto/{page}.md: {command}"
+
+
+def run(command: str, monkeypatch) -> str:
+    """A command of a page in this process. Returns what it says."""
+    words = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert not load_script(Path(words[1]).stem).main()
+    return told.getvalue()
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "photos", each=8)
+    config = ViTScratchConfig.from_variant("test/4", image_size=32, hidden_act="gelu_pytorch_tanh", num_labels=5)
+    save_checkpoint(ViTScratchForImageClassification(config), tmp_path / "B_16.npz", format="npz")
+    for page, (start, told) in RUN.items():
+        (command,) = [command for name, command in COMMANDS if name == page and command.startswith(start)][:1]
+        command = command.replace("google/vit-base-patch16-224-in21k", "B_16.npz --max_steps 2 --report_to none")
+        command = command.replace("cat/0.jpg", "cat/0.png")
+        assert told in run(command, monkeypatch), command
+
+
+def test_the_migration_page_has_the_names_of_the_conversion():
+    page = (DOCS / "migration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.{}]+)` \|([^|]*)\|([^|]*)\|$", page, flags=re.MULTILINE)
+    for column, name in ((1, "transformers"), (2, "timm")):
+        form, found = FORMATS[name], {row[0]: re.findall(r"`([^`]+)`", row[column]) for row in rows}
+        usual = {key: values[0] for key, values in form.dialects.items()} | {"prefix": "", "i": "{i}"}
+        wanted = {}
+        for ours, theirs, _ in form.rows:
+            names = [theirs] if isinstance(theirs, str) else theirs
+            wanted[re.sub(r"\.(weight|bias)$", "", ours)] = [
+                re.sub(r"\.(weight|bias)$", "", their.format(**usual)) for their in names
+            ]
+        assert {ours: theirs for ours, theirs in found.items() if theirs} == wanted
+
+
+def test_the_migration_page_has_the_names_of_fields_and_flags(monkeypatch):
+    page = (DOCS / "migration.md").read_text(encoding="utf-8")
+    fields = page[page.index("## Fields") : page.index("## Flags")]
+    named = {re.split(r"[=:]", name)[0] for row in re.findall(r"^\|[^|]*\|([^|]*)\|$", fields, flags=re.MULTILINE)
+             for name in re.findall(r"`(\w+)[=`]", row)}  # fmt: skip
+    assert len(named) > 15
+    assert named <= {*ViTScratchConfig.__annotations__, "num_labels"}
+    theirs = set(ViTConfig.__annotations__) - {"encoder_stride", "pooler_output_size", "pooler_act"}
+    assert theirs <= set(ViTScratchConfig.__annotations__)
+
+    flags, text = page[page.index("## Flags") : page.index("## Names")], help_of("finetune", monkeypatch)
+    ours = re.findall(r"--\w+", flags[: flags.index("Not needed")])
+    for row in re.findall(r"^\|[^|]*\|([^|]*)\|$", flags, flags=re.MULTILINE):
+        ours += re.findall(r"--\w+", row)
+    assert len(ours) > 40
+    assert not [flag for flag in ours if not re.search(rf"^\s+{flag}\b", text, re.MULTILINE)]

@@ -32,7 +32,7 @@ def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
 
 def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], method: str = "pseudo_inverse") -> Tensor:
     """
-    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, *size).
+    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, new height, new width).
 
     `"pseudo_inverse"` (FlexiViT, Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where
     it grows, the token that it gave before. `"bilinear"`: the kernel is resized like an image, and divided by the

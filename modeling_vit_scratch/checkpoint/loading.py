@@ -49,11 +49,9 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
         cls: the model's class.
         load: transformers' `from_pretrained`, bound to `cls`.
         source: a file, a folder or a Hub id, or a `Checkpoint`.
-        args, kwargs: as in transformers; and
-            patch_resize (`str`, defaults to `"pseudo_inverse"`): how the patch kernel is resized, by FlexiViT's
-                pseudo-inverse or `"bilinear"`.
-            source_image_size: the image size that stored positions are for, where they are on a rectangle and the file
-                doesn't say.
+        args, kwargs: as in transformers; and `patch_resize`, how the patch kernel is resized, by FlexiViT's
+            `"pseudo_inverse"` (the default) or `"bilinear"`; and `source_image_size`, the image size that stored
+            positions are for, where they are on a rectangle and the file doesn't say.
 
     Raises:
         CheckpointError: if a checkpoint can't be read exactly.

@@ -91,7 +91,7 @@ class Reliability:
 
     @property
     def expected_error(self) -> float:
-        """ECE: the mean of |accuracy - confidence| over the bins, weighted by their counts."""
+        """ECE: the mean of `|accuracy - confidence|` over the bins, weighted by their counts."""
         filled = self.counts > 0
         gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
         return float((gaps * self.counts[filled]).sum() / self.counts.sum())
