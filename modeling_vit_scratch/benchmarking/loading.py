@@ -6,14 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import ViTForImageClassification
 
 from ..checkpoint.conversion import save_checkpoint
 from ..checkpoint.formats import TRANSFORMERS
-from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.errors import InputError
+from .models import plain_model
 
 
 OURS = "ours"
@@ -27,12 +25,7 @@ _LOAD = "; import sys; Model.from_pretrained(sys.argv[1])"
 
 def save_models(folder: Path, variant: str) -> dict[str, Path]:
     """The same weights as ours and as transformers' ViT, each in a folder. Raises InputError for an unknown variant."""
-    try:
-        config = ViTScratchConfig.from_variant(variant, num_labels=1000, zero_init_head=False)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    torch.manual_seed(0)
-    model = ViTScratchForImageClassification(config)
+    model = plain_model(variant, image_size=224)
     model.save_pretrained(folder / "ours")
     save_checkpoint(model, folder / "transformers", TRANSFORMERS.name)
     return {OURS: folder / "ours", "transformers": folder / "transformers"}

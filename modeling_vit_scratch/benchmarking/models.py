@@ -33,6 +33,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MATRICES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 
+def plain_model(variant: str, image_size: int, num_labels: int = 1000) -> ViTScratchForImageClassification:
+    """A network of random weights, the same each time. Raises InputError for an unknown variant."""
+    try:
+        config = ViTScratchConfig.from_variant(
+            variant, image_size=image_size, num_labels=num_labels, zero_init_head=False
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    torch.manual_seed(0)
+    return ViTScratchForImageClassification(config).eval()
+
+
 @dataclass(frozen=True)
 class ModelBenchmark:
     """
@@ -58,14 +70,7 @@ class ModelBenchmark:
 
     def models(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """Ours first, then everybody else's, whose logits are ours; and why others are missing: see `build_peers`."""
-        try:
-            config = ViTScratchConfig.from_variant(
-                self.variant, image_size=self.image_size, num_labels=self.num_labels, zero_init_head=False
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        torch.manual_seed(0)
-        ours = ViTScratchForImageClassification(config).eval()
+        ours = plain_model(self.variant, self.image_size, self.num_labels)
         with tempfile.TemporaryDirectory() as folder:
             theirs, missing = build_peers(ours, folder)
             return {name: self._prepare(model) for name, model in {OURS: ours, **theirs}.items()}, missing

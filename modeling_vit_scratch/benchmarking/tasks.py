@@ -20,6 +20,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     processor = tasks.add_parser("processor", help="images for the network", description=measure_processor.__doc__)
     add_photo_flags(processor)
     processor.set_defaults(measure=measure_processor)
+    packing = tasks.add_parser("packing", help="images of many sizes at once", description=measure_packing.__doc__)
+    packing.add_argument("--variant", default="S/16", help="Which network. Default: %(default)s")
+    packing.add_argument("--count", type=int, default=16, help="Images in a pass. Default: %(default)s")
+    packing.add_argument("--num_threads", type=int, help="Of the CPU. Default: as torch chooses, usually all cores.")
+    add_common_flags(packing, rounds=7)
+    packing.set_defaults(measure=measure_packing)
     loading = tasks.add_parser("loading", help="imports and from_pretrained", description=measure_loading.__doc__)
     loading.add_argument("--variant", default="B/16", help="Which network. Default: %(default)s")
     add_common_flags(loading, rounds=7)
@@ -187,3 +193,33 @@ def measure_loading(arguments: argparse.Namespace) -> None:
             record["sets"][title] = {"seconds": seconds, "summary": summary}
             print(format_table(title, summary, item="model"), "\n")
     write_benchmark(record, Path(arguments.output_dir), "loading")
+
+
+def measure_packing(arguments: argparse.Namespace) -> None:
+    """
+    Images with the aspect ratios of photos and areas from 64 x 64 to 288 x 288 pixels, in one pass: packed into one
+    sequence (modeling_vit_scratch/packing.py), padded to the longest and masked, and one by one. In float32, on the
+    CPU; the logits of all ways are compared first.
+    """
+    import torch
+
+    from .models import plain_model
+    from .packing import OURS, difference, mixed_images, packing_ways
+    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+
+    if arguments.num_threads is not None:
+        torch.set_num_threads(arguments.num_threads)
+    model = plain_model(arguments.variant, image_size=224)
+    images = mixed_images(model.config, arguments.count)
+    ways, title = packing_ways(model, images), f"packing, {arguments.variant}, {arguments.count} images of many sizes"
+    record = {"machine": describe_machine(), "difference": difference(ways)}
+    if record["difference"] > 1e-4:
+        raise RuntimeError(f"Logits differ by {record['difference']:.1e}. Nothing was timed. Please report this.")
+    seconds = time_in_turns(ways, arguments.rounds)
+    summary = summarize(seconds, len(images), OURS)
+    record["sets"] = {
+        title: {"sizes": [list(image.shape[1:]) for image in images], "seconds": seconds, "summary": summary}
+    }
+    print(format_table(title, summary, OURS))
+    print(f"    Logits differ by up to {record['difference']:.1e}.")
+    write_benchmark(record, Path(arguments.output_dir), "packing")
