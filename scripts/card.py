@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="of a finished model, e.g. outputs/pets")
+    parser.add_argument("folder", type=Path, nargs="?", help="of a finished model, e.g. outputs/pets")
     parser.add_argument(
         "--evaluation", type=Path, nargs="+", default=[], metavar="FOLDER",
         help="reports of scripts/evaluate.py that lie elsewhere: results.json and figures are copied to "
@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="also over a card that was changed by hand")
     parser.add_argument("--dry_run", action="store_true", help="show the card and write nothing")
+    parser.add_argument(
+        "--template", action="store_true", help="show what all cards have in common, as in model_cards/TEMPLATE.md"
+    )
     return parser
 
 
@@ -45,8 +48,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # After the command line, so that --help is quick.
     from modeling_vit_scratch.cards.records import Wishes
+    from modeling_vit_scratch.cards.template import template
     from modeling_vit_scratch.cards.writing import write_card
+    from modeling_vit_scratch.training.errors import InputError
 
+    if arguments.template:
+        print(template(), end="")
+        return
+    if arguments.folder is None:
+        raise InputError("Give the folder of a finished model, e.g. outputs/digits.")
     names = ("license", "base_model", "hub_model_id", "power_watts", "carbon_intensity")
     wishes = Wishes(**{name: getattr(arguments, name) for name in names})
     text = write_card(arguments.folder, wishes, arguments.evaluation, arguments.overwrite, arguments.dry_run)

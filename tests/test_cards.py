@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from tiny_images import load_script
+from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.emissions import estimate
-from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, reliability, score
+from modeling_vit_scratch.cards.template import template
+from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
 from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
 from modeling_vit_scratch.evaluation.weights import digests
 from modeling_vit_scratch.publishing.checks import prepare_card
@@ -71,7 +72,7 @@ def report(folder, is_multi_label=False, **changes):
     else:
         results, classes = score(values, labels, resamples=20), per_class(values, labels, NAMES)
         matrix = {"rows_true_columns_predicted": confusion(values, labels).tolist()}
-    diagram = reliability(*confidences(values, labels))
+    confident, hits = confidences(values, labels)
     record = {
         "metric": results[0].metric, "value": results[0].value, "n": 60,
         "results": [one.facts() for one in results], "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
@@ -82,10 +83,7 @@ def report(folder, is_multi_label=False, **changes):
             "images": "the test split of the data", "broken_images": [], "seen_in_training": False,
         },
         "temperature": 1.0, "views": 1, "per_class": classes, "confusion_matrix": {"labels": NAMES, **matrix},
-        "reliability": {
-            "n": diagram.counts.tolist(),
-            **{key: [None if np.isnan(x) else x for x in getattr(diagram, key)] for key in ("confidence", "accuracy")},
-        },
+        "reliability": {"mean_confidence": float(confident.mean()), "mean_accuracy": float(hits.mean())},
         "throughput": {"images_per_second": 123.4, "note": "all of it"},
         "command": "python scripts/evaluate.py pets user/digits", "git_commit": None,
         "versions": {"python": "3.12.1"}, "hardware": "CPU, 2 cores, a processor",
@@ -348,7 +346,8 @@ def test_limits_are_those_of_the_record(folder):
     gap = values.max(1).mean(), (values.argmax(1) == labels).mean()
     for part in (
         "always answers with one of its classes", "16 x 24 pixels", "One run with one seed (7)",
-        "chosen by how well they do on the 270 held-out images", "2 images could not be read", "on 60 images only",
+        "chosen by how well they do on the 270 held-out images", "2 images could not be read: not counted",
+        "on 60 images only",
         f"takes {NAMES[row]} for {NAMES[column]} ({matrix[row, column]} of {(labels == row).sum()})",
         f"the mean probability of its answers is {100 * gap[0]:.2f} %, and {100 * gap[1]:.2f} % of them are right",
         "with a temperature of 2, and the model has one of 1",
@@ -428,6 +427,17 @@ def test_names_do_nothing_to_the_page(folder):
     assert "<script>" not in text.replace("\\<script", "")
     assert r"a\|b" in text
     assert "\n# no" not in text
+
+
+def test_the_template_is_what_the_code_writes_and_all_its_numbers_are_names():
+    text = template()
+    assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == text, "python scripts/card.py --template > ..."
+    card = text[text.index("# {NAME}") : text.index("```bibtex")]
+    digits = set(re.findall(r"\d+", re.sub(r"\{[^{}]*\}", "", card)))
+    # top_k; F1; bins of ECE; the width of figures; fewer than 10 images of a class; 1 file; CO2; Apache-2.0
+    assert digits <= {"3", "1", "15", "49", "10", "2", "0"}
+    for section in ("Use", "Architecture", "Training data", "Training", "Evaluation", "Limits", "Environmental cost"):
+        assert f"\n## {section}\n" in card
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -85,10 +85,14 @@ def _notes(record: dict[str, Any]) -> str:
             f"Intervals: percentile bootstrap over the images, {count(record['bootstrap_resamples'])} resamples, seed "
             f"{record['seed']}; of shares of images that are right, Wilson's."
         )
-    told.append(
-        "NLL and Brier score: less is better. ECE: by how much the probability of an answer misses how often it is "
-        f"right, the mean over {NUM_BINS} bins."
-    )
+    metrics = {result["metric"] for result in record["results"]}
+    if metrics & {"nll", "brier"}:
+        told.append("NLL and Brier score: less is better.")
+    if "ece" in metrics:
+        told.append(
+            "ECE: by how much the probability of an answer misses how often it is right, the mean over "
+            f"{NUM_BINS} bins."
+        )
     return " ".join(told)
 
 
@@ -201,7 +205,7 @@ def _of_the_report(one: Evaluation, facts: Facts) -> list[str]:
     lines += _worst(record, where)
     lines += _calibration(record, where, facts)
     if broken := len(record["dataset"]["broken_images"]):
-        lines.append(f"{where} {count(broken)} images could not be read, and are not counted.")
+        lines.append(f"{where} {count(broken)} image{'s' * (broken > 1)} could not be read: not counted.")
     return lines
 
 
@@ -228,8 +232,8 @@ def _worst(record: dict[str, Any], where: str) -> list[str]:
     pairs = [(row, column) for row, column in zip(*np.unravel_index(order, counts.shape)) if counts[row, column] > 0]
     if pairs:
         told = ", ".join(
-            f"{name(labels[row])} for {name(labels[column])} ({count(int(counts[row, column]))} of "
-            f"{count(int(np.sum(matrix[row])))})"
+            f"{name(labels[row])} for {name(labels[column])} ({count(matrix[row][column])} of "
+            f"{count(record['per_class'][row]['n'])})"
             for row, column in pairs
         )
         lines.append(f"{where} it most often takes {told}.")
@@ -238,9 +242,7 @@ def _worst(record: dict[str, Any], where: str) -> list[str]:
 
 def _calibration(record: dict[str, Any], where: str, facts: Facts) -> list[str]:
     lines = []
-    bins = [row for row in zip(*(record["reliability"][key] for key in ("n", "confidence", "accuracy"))) if row[0]]
-    total = sum(n for n, _, _ in bins)
-    confidence, accuracy = (sum(row[0] * row[column] for row in bins) / total for column in (1, 2))
+    confidence, accuracy = record["reliability"]["mean_confidence"], record["reliability"]["mean_accuracy"]
     gap = confidence - accuracy
     if record.get("threshold") is None and abs(gap) >= 0.005:
         lines.append(

@@ -55,7 +55,7 @@ _EVALUATION: dict[str, tuple[str, ...]] = {
     "views": (),
     "per_class": (),
     "confusion_matrix": ("labels",),
-    "reliability": ("n", "confidence", "accuracy"),
+    "reliability": ("mean_confidence", "mean_accuracy"),
     "command": (),
     "versions": (),
     "hardware": (),

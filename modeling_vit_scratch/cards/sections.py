@@ -63,9 +63,11 @@ def summary(facts: Facts) -> str:
         use = "It has no classifier: fine-tune it, or use its features."
         return f"The encoder of a Vision Transformer{learnt}. {use}{_probes(training)}"
     if facts.is_multi_label:
-        purpose = f"says which of {count(len(labels))} labels an image has, any number of them: {names(labels)}"
+        purpose = (
+            f"says which of {count(facts.config.num_labels)} labels an image has, any number of them: {names(labels)}"
+        )
     else:
-        purpose = f"sorts images into {count(len(labels))} classes: {names(labels)}"
+        purpose = f"sorts images into {count(facts.config.num_labels)} classes: {names(labels)}"
     return f"A Vision Transformer that {purpose}. {origin} {_headline(facts)}"
 
 
@@ -220,7 +222,7 @@ def data(facts: Facts) -> str | None:
     if dataset.get("note"):
         told.append(dataset["note"])
     if broken := facts.training["training"].get("broken_images"):
-        told.append(f"{count(broken)} images could not be read in training, and others took their places.")
+        told.append(f"Images that could not be read in training: {count(broken)}; others took their places.")
     return paragraphs("## Training data", " ".join(told))
 
 

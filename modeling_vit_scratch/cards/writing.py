@@ -25,6 +25,13 @@ _SIGNATURE = re.compile(r"\n<!-- Written by scripts/card\.py (\{.*\}) ([0-9a-f]{
 
 def card_text(facts: Facts) -> str:
     """README.md: metadata, what people read, and the line that says who wrote it."""
+    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n{card_body(facts)}"
+    ModelCard(text)  # raises if the metadata are none that the Hub would take
+    return text + _signature(text, facts.wishes)
+
+
+def card_body(facts: Facts) -> str:
+    """What people read."""
     body = paragraphs(
         f"# {facts.name}",
         sections.summary(facts),
@@ -37,9 +44,7 @@ def card_text(facts: Facts) -> str:
         sections.cost(facts),
         sections.terms(facts),
     )
-    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n{body}\n"
-    ModelCard(text)  # raises if the metadata are none that the Hub would take
-    return text + _signature(text, facts.wishes)
+    return f"{body}\n"
 
 
 def _signature(text: str, wishes: Wishes) -> str:

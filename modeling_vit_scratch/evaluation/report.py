@@ -134,7 +134,8 @@ def build_report(
     else:
         table, matrix = per_class(values, labels, names), confusion(values, labels)
         matrix_facts = {"labels": names, "rows_true_columns_predicted": matrix.tolist()}
-    diagram = reliability(*confidences(values, labels))
+    sureness, hits = confidences(values, labels)
+    diagram = reliability(sureness, hits)
     correct = values.argmax(axis=1) == labels if threshold is None else ((values >= threshold) == labels).all(axis=1)
     is_local = Path(arguments.model).exists()
     record = {
@@ -165,6 +166,7 @@ def build_report(
         "reliability": {
             "edges": diagram.edges.tolist(), "n": diagram.counts.tolist(),
             "confidence": _or_none(diagram.confidence), "accuracy": _or_none(diagram.accuracy),
+            "mean_confidence": float(sureness.mean()), "mean_accuracy": float(hits.mean()),
         },
         "examples": example_facts(correct, arguments.examples, seed, data.credit(arguments)),
         "throughput": {
