@@ -88,7 +88,12 @@ def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_pytho
 def test_every_command_is_known_here():
     known = ("make demo", "make test", 'pip install -e ".[samples]"', "python scripts/convert.py B_16.npz", *SHORTER)
     known = (*known, "python scripts/convert.py outputs/vit-b16", "python scripts/probe.py outputs/pretrained")
-    known = (*known, "python scripts/evaluate.py outputs/pets", "python scripts/visualize.py sheet outputs/pets")
+    known = (
+        *known,
+        "python scripts/evaluate.py outputs/pets",
+        "python scripts/card.py outputs/pets",
+        "python scripts/visualize.py sheet outputs/pets",
+    )
     known = (*known, "python scripts/publish.py outputs/pets me/vit-pets")
     known = (*known, 'pip install -e ".[app]"', "python scripts/app.py outputs/pets")  # test_page.py starts it
     assert [command for command in COMMANDS if not command.startswith(known)] == []
@@ -174,6 +179,7 @@ def test_training_commands_run(start, workplace):
     [
         ("probe.py", "outputs/pretrained", "knn"),
         ("evaluate.py", "outputs/pets", "Brier"),
+        ("card.py", "outputs/pets", "Written: outputs/pets/README.md"),
         ("visualize.py", "outputs/pets", "outputs/pets.png"),
         ("publish.py", "outputs/pets", "Nothing was uploaded"),
     ],
