@@ -38,7 +38,8 @@ def main() -> None:
     if data_arguments.streaming:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
-    from modeling_vit_scratch.training.data import ImageClassificationDataset, check_for_probes, read_data
+    from modeling_vit_scratch.training.data import check_for_probes, read_data
+    from modeling_vit_scratch.training.examples import ImageClassificationDataset
     from modeling_vit_scratch.training.pixels import Normalize
     from modeling_vit_scratch.training.probes import extract_features, run_probes, table
     from modeling_vit_scratch.training.record import build_probe_record, write_record

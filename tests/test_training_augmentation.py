@@ -26,6 +26,9 @@ class Fixed:
             return np.array([low + self.parts.pop(0) * (high - low) for _ in range(size)])
         return low + self.parts.pop(0) * (high - low)
 
+    def integers(self, end):
+        return int(self.parts.pop(0) * (end - 1))
+
     def random(self):
         return self.parts.pop(0)
 
@@ -41,7 +44,7 @@ def test_the_smallest_part_of_a_photo_is_cropped_where_the_generator_says_and_mi
     photo = picture(60, 40)
     augment = PhotoAugmentation((16, 24), Image.Resampling.BILINEAR, smallest_area=0.25)
     augmented = augment(photo, Fixed(0.0, 0.5, 0.0, 1.0, 0.1))  # a quarter of the area: half of both sides
-    expected = photo.resize((24, 16), Image.Resampling.BILINEAR, box=(0, 20, 30, 40)).transpose(0)
+    expected = photo.crop((0, 20, 30, 40)).resize((24, 16), Image.Resampling.BILINEAR).transpose(0)
     assert np.array_equal(np.asarray(augmented), np.asarray(expected))
 
 
@@ -52,16 +55,27 @@ def test_photos_of_any_shape_get_the_size_of_the_model(size):
         assert augment(picture(*size), generator).size == (24, 16)
 
 
-def test_parts_of_photos_keep_their_share_and_vary():
-    augment, generator = PhotoAugmentation((10, 10), 2), np.random.default_rng(0)
-    shares = []
-    for _ in range(500):
-        left, top, right, bottom = augment._random_box(80, 60, generator)
-        assert 0 <= left < right <= 80 + 1e-9
-        assert 0 <= top < bottom <= 60 + 1e-9
-        shares.append((right - left) * (bottom - top) / 4800)
-    assert 0.34 < min(shares) < 0.4
-    assert max(shares) > 0.9
+@pytest.mark.parametrize("smallest", [0.08, 0.35])
+def test_parts_are_whole_pixels_keep_their_share_and_are_anywhere(smallest):
+    augment, generator = PhotoAugmentation((10, 10), 2, smallest), np.random.default_rng(0)
+    boxes = np.array([augment._random_box(80, 60, generator) for _ in range(4000)])
+    assert boxes.dtype.kind == "i"
+    (left, top, right, bottom), scales = boxes.T, []
+    assert left.min() == top.min() == 0
+    assert (right.max(), bottom.max()) == (80, 60)
+    shares = (right - left) * (bottom - top) / 4800
+    assert smallest * 0.9 < shares.min() < smallest * 1.1  # reducible parts are cut to multiples of the scale
+    assert shares.max() >= 0.95
+    # The place is uniform: the mean of 4000 is its middle, give or take four standard errors.
+    for start, length, whole in ((left, right - left, 80), (top, bottom - top, 60)):
+        free = whole - length > 12
+        place = start[free] / (whole - length)[free]
+        assert abs(place.mean() - 0.5) < 0.05
+    for box in boxes[:500]:
+        width, height = box[2] - box[0], box[3] - box[1]
+        scales.append(max(scale for scale in (1, 2, 4, 8) if min(width, height) >= 10 * scale or scale == 1))
+        assert not (box % scales[-1]).any()
+    assert len(set(scales)) >= 2
 
 
 def test_a_digit_that_is_not_moved_is_not_changed():

@@ -17,8 +17,8 @@ from transformers import ViTImageProcessorPil
 from modeling_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.data import Examples, ImageClassificationDataset
 from modeling_vit_scratch.training.errors import InputError, Problems
+from modeling_vit_scratch.training.examples import Examples, ImageClassificationDataset
 from modeling_vit_scratch.training.files import export_examples
 from modeling_vit_scratch.training.pixels import Normalize
 

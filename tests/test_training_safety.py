@@ -370,8 +370,8 @@ def test_one_broken_image_too_many_stops_the_run(pets, tmp_path, limit, told):
 def test_a_reader_that_is_killed_is_told_so(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--dataloader_num_workers", "1"))
     read = trainer.train_dataset._first_readable
-    trainer.train_dataset._first_readable = lambda index: (
-        os.kill(os.getpid(), signal.SIGKILL) if int(trainer.train_dataset._epoch) == 1 else read(index)
+    trainer.train_dataset._first_readable = lambda *image: (
+        os.kill(os.getpid(), signal.SIGKILL) if int(trainer.train_dataset._epoch) == 1 else read(*image)
     )
     with pytest.raises(
         TrainingStopped, match=r"reads images (was killed by the system|ended).*--dataloader_num_workers \(1 now"

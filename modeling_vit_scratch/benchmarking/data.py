@@ -15,8 +15,8 @@ from transformers import ViTImageProcessorPil
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..training.augmentation import PhotoAugmentation
 from ..training.collation import ImageCollator
-from ..training.data import Examples, ImageClassificationDataset
 from ..training.errors import InputError
+from ..training.examples import Examples, ImageClassificationDataset
 from ..training.pixels import Normalize
 
 
@@ -88,7 +88,7 @@ class DataBenchmark:
             examples, processor, augmentation=self._augmentation, fast_decode=fast_decode
         )
         collate, normalize = ImageCollator(), Normalize.from_processor(processor)
-        return lambda: normalize(collate([train_set[index] for index in range(len(train_set))])["pixel_values"])
+        return lambda: normalize(collate(train_set.__getitems__(list(range(len(train_set)))))["pixel_values"])
 
 
 def make_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:

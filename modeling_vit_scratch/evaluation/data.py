@@ -12,8 +12,9 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from ..training.arguments import SOURCE_DEFAULTS, DataArguments
-from ..training.data import Examples, LabelledSplit, hold_out, read_split, sample
+from ..training.data import LabelledSplit, hold_out, read_split, sample
 from ..training.errors import InputError, Problems
+from ..training.examples import Examples
 from ..training.files import find_broken, listed_below
 from ..training.sources import Source, listed, read_source
 from .arguments import EvaluationArguments

@@ -8,7 +8,7 @@ import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.data import ImageClassificationDataset
+from ..training.examples import ImageClassificationDataset
 from ..training.pixels import Normalize
 from ..visualization.attention import rollout_maps
 from ..visualization.figures import over_photo

@@ -17,8 +17,8 @@ from transformers.image_utils import SizeDict
 from ..image_processing_vit_scratch import resize_and_crop
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.collation import ImageCollator
-from ..training.data import Examples, ImageClassificationDataset
 from ..training.errors import InputError
+from ..training.examples import Examples, ImageClassificationDataset
 from ..training.finetuning import input_size
 from ..training.pixels import Normalize
 

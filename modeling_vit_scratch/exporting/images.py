@@ -14,8 +14,8 @@ from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.data import read_evaluation_data
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.collation import ImageCollator
-from ..training.data import ImageClassificationDataset
 from ..training.errors import InputError
+from ..training.examples import ImageClassificationDataset
 from ..training.pixels import Normalize
 
 

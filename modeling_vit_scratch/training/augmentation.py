@@ -2,6 +2,8 @@
 """
 Random changes of training images: PIL image in, PIL image of the model's size out, one resampling in between.
 
+`PhotoAugmentation` also takes a `decoding.TrainingPhoto`, which is the fast way.
+
 All randomness comes from the generator that is passed in, so that an image looks the same whenever (seed, epoch, index)
 are the same: a resumed run sees what the uninterrupted one would have seen, with any number of worker processes.
 """
@@ -12,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from .decoding import ReducedJpeg
+from .decoding import PhotoPart, TrainingPhoto, reduction
 
 
 PHOTO_SMALLEST_AREA = 0.35
@@ -40,28 +42,40 @@ class PhotoAugmentation:
         self.size, self.resample, self.smallest_area = size, resample, smallest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
-    def __call__(self, image: Image.Image | ReducedJpeg, generator: np.random.Generator) -> Image.Image:
-        height, width = self.size
+    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image | PhotoPart:
+        """A PIL image of a PIL image; of a `TrainingPhoto` the same part, not yet decoded."""
+        size = self.size[::-1]
         box = self._random_box(image.width, image.height, generator)
-        image = image.resize((width, height), resample=self.resample, box=box)
-        if generator.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+        is_mirrored = generator.random() < 0.5
+        if isinstance(image, TrainingPhoto):
+            return PhotoPart(image, size, self.resample, box, is_mirrored)
+        image = image.crop(box).resize(size, self.resample)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
-    def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of a random part whose shape is that of the result, give or take a third."""
+    def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+        """
+        Left, top, right, bottom of a random part whose shape is that of the result, give or take a third: as in
+        torchvision's `RandomResizedCrop`, but that a part which a JPEG decoder can reduce is of multiples of its scale.
+        """
         result_shape = self.size[1] / self.size[0]
         for _ in range(10):
             area = width * height * generator.uniform(self.smallest_area, 1.0)
             shape = result_shape * math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-            part_width, part_height = math.sqrt(area * shape), math.sqrt(area / shape)
-            if part_width <= width and part_height <= height:
-                left, top = generator.uniform(0, width - part_width), generator.uniform(0, height - part_height)
-                return left, top, left + part_width, top + part_height
-        # A very long image: the largest centred part of the result's shape.
-        part_width, part_height = min(width, height * result_shape), min(height, width / result_shape)
-        left, top = (width - part_width) / 2, (height - part_height) / 2
-        return left, top, left + part_width, top + part_height
+            part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            is_inside = 0 < part_width <= width and 0 < part_height <= height
+            if is_inside:
+                break
+        if not is_inside:  # a very long image: the largest centred part of the result's shape
+            part_width = max(1, round(min(width, height * result_shape)))
+            part_height = max(1, round(min(height, width / result_shape)))
+        scale = reduction((part_width, part_height), self.size[::-1])
+        columns, part_columns, rows, part_rows = (
+            length // scale for length in (width, part_width, height, part_height)
+        )
+        left, top = (columns - part_columns) // 2, (rows - part_rows) // 2
+        if is_inside:
+            left, top = (int(generator.integers(count + 1)) for count in (columns - part_columns, rows - part_rows))
+        return scale * left, scale * top, scale * (left + part_columns), scale * (top + part_rows)
 
 
 class DigitAugmentation:

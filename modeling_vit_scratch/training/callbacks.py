@@ -13,7 +13,7 @@ from accelerate.utils import gather
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .arguments import ImageTrainingArguments
-from .data import ImageClassificationDataset
+from .examples import ImageClassificationDataset
 from .processes import Processes, launcher
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From a source to what the Trainer reads: columns, labels, held-out split, a check of every file, and a torch dataset.
+From a source to examples to learn from: columns, labels, held-out split and a check of every file.
 
 Everything that can be wrong with data is looked for before training starts, and told in one message.
 """
@@ -10,78 +10,19 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from PIL import Image
 from sklearn.model_selection import train_test_split
-from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
 from .arguments import DataArguments
-from .augmentation import Augmentation
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
-from .decoding import ReducedJpeg, open_photo
 from .errors import InputError, Problems
+from .examples import Examples
 from .files import check_files
 from .multi_label import is_label_list, multi_hot, read_label_lists, stratify
 from .sources import FOLDER_COLUMN, Source, listed, read_place, read_source
 from .streams import ImageStream, read_stream
-
-
-# Keeps the random numbers that choose another image apart from those of the augmentation.
-_REPLACEMENT = 0x62726F6B
-
-
-@dataclass(frozen=True)
-class Examples:
-    """
-    Images as stored, and a class index for each; or where an image may have several labels, 0 and 1 for every label.
-
-    Attributes:
-        images: one column, "image", of undecoded `datasets.Image`.
-        labels: indices into the label names; or (N, K), uint8.
-    """
-
-    images: datasets.Dataset
-    labels: list[int] | np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, indices: list[int]) -> "Examples":
-        is_array = isinstance(self.labels, np.ndarray)
-        labels = self.labels[indices] if is_array else [self.labels[index] for index in indices]
-        return Examples(self.images.select(indices), labels)
-
-    def another(self, generator: np.random.Generator) -> int:
-        """The index of any image."""
-        return int(generator.integers(len(self)))
-
-    def name(self, index: int) -> str:
-        """The image's file, or its number where it has none."""
-        return (self.images[index]["image"] or {}).get("path") or f"image {index}"
-
-    def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
-        """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
-        content, name = self._stored(index)
-        return decoder.decode(content, name=name)
-
-    def open_photo(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image | ReducedJpeg:
-        """The same, but JPEG files are not decoded yet: see `decoding`."""
-        content, name = self._stored(index)
-        return open_photo(content, decoder, name)
-
-    def _stored(self, index: int) -> tuple[str | bytes, str]:
-        """Path or bytes, and a name for errors."""
-        stored = self.images[index]["image"] or {"bytes": None, "path": None}
-        name = stored["path"] or f"image {index}"
-        content = stored["bytes"] if stored["bytes"] is not None else stored["path"]
-        if content is None:
-            raise ImageDecodeError(f"{name} is missing: the row has neither bytes nor a path")
-        return content, name
 
 
 @dataclass(frozen=True)
@@ -120,113 +61,6 @@ def check_for_probes(data: ImageData) -> None:
     if len(data.label_names) < 2 or data.is_multi_label:
         has = "any number of them" if data.is_multi_label else "none"
         raise InputError(f"Probes judge features by one label for each image, and these images have {has}.")
-
-
-class ImageClassificationDataset(torch.utils.data.Dataset):
-    """
-    Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, or "labels" of 0. and 1., (K,), where an image may
-    have several; and for training "key", the (seed, epoch, index) that everything random is a function of.
-
-    The pixels are uint8, of the size that the model takes, and are normalised on the device: see `pixels`. The only
-    exception is a processor of another library, which gives what it gives, normalised.
-
-    Args:
-        examples: images and labels.
-        processor: the model's image processor: training and serving see the same pixels.
-        num_channels: of the model, for a processor that does not decode images itself.
-        augmentation: a random change of the image, which has the model's size afterwards.
-        seed: of the augmentation.
-        with_keys: whether examples have a "key" without an augmentation too.
-        fast_decode: decode JPEG files for the augmentation at the scale that it needs: see `decoding`. For one that
-            begins with `PhotoAugmentation`.
-        max_broken_images: how many images may be replaced by others because they can't be read. The Trainer counts
-            them; an example that took the place of others has "broken", by index why these can't be read.
-    """
-
-    def __init__(
-        self,
-        examples: Examples,
-        processor: BaseImageProcessor,
-        num_channels: int = 3,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        with_keys: bool = False,
-        fast_decode: bool = False,
-        max_broken_images: int = 0,
-    ) -> None:
-        self.examples, self.processor, self.augmentation, self.seed = examples, processor, augmentation, seed
-        self.with_keys, self.fast_decode = with_keys or augmentation is not None, fast_decode
-        self.max_broken_images = max_broken_images
-        self.is_ours = isinstance(processor, ViTScratchImageProcessor)
-        self.decoder = processor if self.is_ours else ViTScratchImageProcessor(num_channels=num_channels)
-        # In shared memory, where worker processes that outlive an epoch see it change.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """
-        Changes the random numbers. Called at the start of every epoch, also of one that is resumed in its middle.
-
-        Held-out images, which are not augmented, stay in epoch 0, and so do their masks in pretraining.
-        """
-        if self.augmentation is not None:
-            self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index, pixel_values, broken = self._first_readable(index)
-        labels = self.examples.labels[index]
-        labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
-        example = {"pixel_values": pixel_values, "labels": labels}
-        if self.with_keys:
-            example["key"] = (self.seed, int(self._epoch), index)
-        return {**example, "broken": broken} if broken else example
-
-    def name(self, index: int) -> str:
-        """What to call an image in a message."""
-        return self.examples.name(index)
-
-    def _pixels(self, index: int) -> torch.Tensor:
-        """(C, H, W). Raises ImageDecodeError, with --fast_decode not before the augmentation asks for the pixels."""
-        if self.augmentation is None:
-            return self._fit(self.examples.decode(index, self.decoder))
-        photo = (self.examples.open_photo if self.fast_decode else self.examples.decode)(index, self.decoder)
-        generator = np.random.default_rng((self.seed, int(self._epoch), index))
-        return self._as_it_is(self.augmentation(photo, generator))
-
-    def _first_readable(self, index: int) -> tuple[int, torch.Tensor, dict[int, str]]:
-        """
-        The image, or within the limit of broken ones another in its place: always the same in an epoch, after a
-        resumption too. Returns its index, its pixels, and what could not be read.
-        """
-        broken: dict[int, str] = {}
-        wanted, others = index, None
-        for attempt in itertools.count(1):
-            try:
-                return index, self._pixels(index), broken
-            except ImageDecodeError as error:
-                broken[index] = str(error)
-                if len(broken) > self.max_broken_images or attempt == 100:
-                    raise
-                others = others or np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), wanted))
-                index = self.examples.another(others)
-
-    def _fit(self, image: Image.Image) -> torch.Tensor:
-        """The image as the processor resizes and crops it."""
-        if not self.is_ours:
-            return self.processor(image, return_tensors="pt")["pixel_values"][0]
-        names = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size")
-        settings = {name: getattr(self.processor, name) for name in names}
-        return torch.from_numpy(np.stack(resize_and_crop(image, "the image", settings)))
-
-    def _as_it_is(self, image: Image.Image) -> torch.Tensor:
-        """The image, which has its size already."""
-        if self.is_ours:
-            return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
-        # None of it is a setting that every processor knows.
-        done = {name: False for name in ("do_resize", "do_center_crop") if hasattr(self.processor, name)}
-        return self.processor(image, return_tensors="pt", **done)["pixel_values"][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from .errors import Problems
 
 
 if TYPE_CHECKING:
-    from .data import Examples, ImageData
+    from .data import ImageData
+    from .examples import Examples
 
 
 def check_files(splits: dict[str, "Examples"], problems: Problems) -> None:

@@ -12,8 +12,9 @@ from .arguments import ImageTrainingArguments
 from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
 from .callbacks import Progress, SamplesSeen, SetEpoch
 from .collation import ImageCollator, MixingCollator
-from .data import ImageClassificationDataset, ImageData, check_for_probes
+from .data import ImageData, check_for_probes
 from .errors import InputError
+from .examples import ImageClassificationDataset
 from .losses import ClassificationLoss, MultiLabelLoss, class_weights, positive_weights
 from .metrics import build_compute_metrics, rank_labels
 from .optimization import WeightAverage

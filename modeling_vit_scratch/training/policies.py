@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from .augmentation import Augmentation
+from .decoding import PhotoPart, TrainingPhoto
 
 
 GREY = 128
@@ -30,9 +31,10 @@ class Chain:
         self.steps = steps
         self.description = "; ".join(step.description for step in steps)
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image:
         for step in self.steps:
             image = step(image, generator)
+            image = image.to_image() if isinstance(image, PhotoPart) else image
         return image
 
 

@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 from .arguments import ImageTrainingArguments
-from .data import ImageClassificationDataset
-from .decoding import ReducedJpeg, open_photo
+from .decoding import StoredImage
 from .errors import InputError
+from .examples import ImageClassificationDataset
 from .streams import ImageStream, Record, RecordOrder
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a batch, found by their numbers, in the place of `data.Examples`."""
+    """The records of a batch, found by their numbers, in the place of `examples.Examples`."""
 
     records: dict[int, Record]
 
@@ -45,24 +43,13 @@ class Records:
         """The number of any record of the batch: others are not at hand."""
         return int(generator.choice(list(self.records)))
 
-    def decode(self, number: int, decoder: ViTScratchImageProcessor) -> Image.Image:
-        """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken one."""
-        return decoder.decode(self._content(number), name=self.name(number))
-
-    def open_photo(self, number: int, decoder: ViTScratchImageProcessor) -> Image.Image | ReducedJpeg:
-        """The same, but JPEG files are not decoded yet: see `decoding`."""
-        return open_photo(self._content(number), decoder, self.name(number))
-
-    def _content(self, number: int) -> bytes | str:
-        content = self.records[number].content
-        if content is None:
-            raise ImageDecodeError(f"{self.name(number)} is missing: the row has neither bytes nor a path")
-        return content
+    def stored(self, numbers: list[int]) -> list[StoredImage]:
+        return [StoredImage(self.records[number].content, self.name(number)) for number in numbers]
 
 
 class StreamDataset(Dataset):
     """
-    What `data.ImageClassificationDataset` makes of an image, for records in place of indices: see `StreamBatches`.
+    What `examples.ImageClassificationDataset` makes of an image, for records in place of indices: see `StreamBatches`.
 
     Args:
         stream: where the records come from.
@@ -98,7 +85,7 @@ class StreamDataset(Dataset):
             batch = {record.number: record for record in group}
             images = copy.copy(self.images)
             images.examples, images._epoch = Records(batch), torch.tensor(epoch)
-            examples += [images[number] for number in batch]
+            examples += images.__getitems__(list(batch))
         return examples
 
 
