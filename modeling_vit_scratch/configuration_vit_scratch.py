@@ -74,6 +74,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
 }
 
+# More than ten times the largest ViT that anyone has trained (22 billion parameters: width 6,144, 48 layers, MLP width
+# 24,576; Dehghani et al., arXiv:2302.05442), and little enough that a damaged or hostile config.json ends in an error
+# before it fills the memory.
+MOST: dict[str, int] = {
+    "hidden_size": 65_536,
+    "num_hidden_layers": 1_000,
+    "intermediate_size": 524_288,
+    "representation_size": 524_288,
+    "num_channels": 10_000,
+    "num_register_tokens": 10_000,
+    "image_size": 65_536,
+    "patch_size": 65_536,
+    "stem_layers": 1_000,
+    "stem_width_factor": 100,
+    "num_labels": 1_000_000,
+}
+
 # A `ViTConfig` always carries these, whether its model uses them or not. Masked image modeling here reconstructs at
 # the patch size, and the tanh layer before a head is `representation_size`: both follow from other fields.
 _FOREIGN_FIELDS = ("encoder_stride", "pooler_output_size", "pooler_act")
@@ -194,6 +211,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_absurd(kwargs.get("num_labels"))
         # The config.json of another architecture must not rename this one.
         kwargs.pop("model_type", None)
         for name in _FOREIGN_FIELDS:
@@ -313,6 +331,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: with the value, the limit and a way out.
         """
+        self._refuse_absurd()
         self._check_choices()
         self._check_numbers()
         self._check_fit()
@@ -410,6 +429,15 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"divide patch_size={self.patch_size}. Take patch_size={self.stem_stride} for patches of one cell."
             )
 
+    def _refuse_absurd(self, num_labels: Any = None) -> None:
+        """First of all: what follows makes lists of the length that the numbers say."""
+        labels = len(self.id2label) if isinstance(self.id2label, dict) else num_labels
+        for field, most in MOST.items():
+            value = labels if field == "num_labels" else getattr(self, field)
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, (int, float)) and number > most:
+                    raise ValueError(f"{field}={value} is above {most:,}, more than any Vision Transformer has.")
+
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         """Unknown arguments become attributes in transformers; one that is nearly a field's name is a mistake."""
         fields = [name for name in self.__dataclass_fields__ if not name.startswith("_")] + ["num_labels"]
@@ -423,6 +451,16 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"num_labels={num_labels} must not be negative.")
         if self.id2label is None:
             return
+        for field in ("id2label", "label2id"):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{field} must be a dictionary, got {type(value).__name__}.")
+        wrong = [index for index in self.id2label if not str(index).isdecimal()]
+        if wrong:
+            raise ValueError(f"The keys of id2label must be whole numbers from 0 on, got {wrong[:3]}.")
+        wrong = [label for label in self.id2label.values() if not isinstance(label, (str, int, float))]
+        if wrong:
+            raise ValueError(f"The labels in id2label must be text, got {wrong[0]!r}.")
         id2label = {int(index): label for index, label in self.id2label.items()}
         if num_labels is not None and num_labels != len(id2label):
             raise ValueError(

@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 URL_TIMEOUT_SECONDS = 60
 FLOAT_TOLERANCE = 1e-3
+# More than any camera has; a damaged or hostile preprocessor_config.json must not fill the memory.
+MAX_CHANNELS = 10_000
 # What transformers writes into preprocessor_config.json beside the settings.
 FILE_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -130,7 +132,8 @@ class ViTScratchImageProcessor(PilBackend):
             self.valid_kwargs, {key: dict(v) if isinstance(v, SizeDict) else v for key, v in settings.items()}
         )
         for statistic in ("image_mean", "image_std"):
-            kwargs.setdefault(statistic, (0.5,) * (kwargs.get("num_channels") or self.num_channels))
+            channels = min(kwargs.get("num_channels") or self.num_channels, MAX_CHANNELS)  # more is refused below
+            kwargs.setdefault(statistic, (0.5,) * channels)
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{key: getattr(self, key) for key in self._valid_kwargs_names})
 
@@ -215,8 +218,8 @@ class ViTScratchImageProcessor(PilBackend):
 def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
     """What is wrong with standardized settings, in plain words; nothing if they fit together."""
     num_channels, crop_pct, background = (settings[key] for key in ("num_channels", "crop_pct", "background_color"))
-    if num_channels is None or num_channels < 1:
-        yield f"num_channels must be 1 or more, got {num_channels}"
+    if num_channels is None or not 1 <= num_channels <= MAX_CHANNELS:
+        yield f"num_channels must be from 1 to {MAX_CHANNELS:,}, got {num_channels}"
     elif settings["do_normalize"] and settings["do_convert_rgb"]:
         for key in ("image_mean", "image_std"):
             if np.ndim(settings[key]) and len(settings[key]) != num_channels:
@@ -231,6 +234,9 @@ def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
     for key in ("size", "crop_size"):
         if settings[key] is not None and any(edge < 1 for _, edge in settings[key]):
             yield f"{key} must be 1 or more everywhere, got {dict(settings[key])}"
+        limit, size = Image.MAX_IMAGE_PIXELS, settings[key]
+        if size is not None and limit and (size.height or 1) * (size.width or 1) > limit:
+            yield f"{key} may not have more than {limit:,} pixels (PIL.Image.MAX_IMAGE_PIXELS), got {dict(size)}"
     if settings["do_center_crop"] and not (settings["crop_size"].height and settings["crop_size"].width):
         yield f"crop_size must have height and width, got {dict(settings['crop_size'])}"
     if settings["do_pad"]:

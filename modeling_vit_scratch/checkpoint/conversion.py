@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_vit_scratch import ViTScratchConfig
+from ..configuration_vit_scratch import MOST, ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from .architecture import Evidence, infer_config, infer_processor
@@ -150,7 +150,10 @@ def _unstacked(file: TensorFile) -> TensorFile:
     shapes = {name: shape for name, shape in file.shapes.items() if name not in stacks}
     where: dict[str, tuple[str, int]] = {}
     for name, template in stacks.items():
-        for layer in range(file.shapes[name][0] if file.shapes[name] else 0):
+        layers = file.shapes[name][0] if file.shapes[name] else 0
+        if layers > MOST["num_hidden_layers"]:
+            raise CheckpointError(f"{file.path}: {name} is of {layers:,} layers; no network has so many.")
+        for layer in range(layers):
             where[template.format(layer)] = (name, layer)
             shapes[template.format(layer)] = file.shapes[name][1:]
     last: dict[str, Tensor] = {}

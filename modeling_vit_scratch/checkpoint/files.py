@@ -7,6 +7,7 @@ What a file is, is seen from its first bytes, whatever its name. Nothing here kn
 
 import argparse
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -28,6 +29,9 @@ WEIGHT_NAMES = (
 )  # fmt: skip
 # The folder in a checkpoint of accelerate in which each process of FSDP keeps its part of the weights.
 SHARDS = "pytorch_model_fsdp_0"
+# A file may hold so many numbers for each of its bytes, and so many more: a compressed .npz of zeros has 256 of float32
+# in a byte, and a view in a pickle may repeat one without end. Weights have one in four bytes, or in one.
+_MOST_PER_BYTE, _MOST_AT_ALL = 20, 100_000_000
 SUFFIXES = (".npz", ".safetensors", ".bin", ".pth", ".pt")
 _SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -89,16 +93,27 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
         if head[:4] == b"PK\x03\x04":
             with zipfile.ZipFile(path) as archive:
                 is_torch = any(name.endswith("/data.pkl") or name == "data.pkl" for name in archive.namelist())
-            return _open_torch(path) if is_torch else _open_npz(path)
+            return _refuse_bomb(_open_torch(path) if is_torch else _open_npz(path))
         if head[8:9] == b"{":
-            return _open_safetensors(path)
+            return _open_safetensors(path)  # holds what it says that it holds, or is refused
         if head[:1] == b"\x80":
-            return _open_torch(path)
+            return _refuse_bomb(_open_torch(path))
     except CheckpointError:
         raise
     except Exception as error:  # parsers of damaged files raise anything
         raise CheckpointError(f"{path}: cut short or damaged ({error}). Fetch it again.") from error
     raise CheckpointError(f"{path}: {_what_else(head)}")
+
+
+def _refuse_bomb(file: TensorFile) -> TensorFile:
+    """Before any tensor is read."""
+    count, size = sum(map(math.prod, file.shapes.values())), os.path.getsize(file.path)
+    if count > _MOST_PER_BYTE * size + _MOST_AT_ALL:
+        raise CheckpointError(
+            f"{file.path}: {size:,} bytes that would become {count:,} numbers. No trained weights can be packed like "
+            "that; the file is damaged, or is meant to fill the memory."
+        )
+    return file
 
 
 def _what_else(head: bytes) -> str:
@@ -127,6 +142,8 @@ def _open_npz(path: str) -> TensorFile:
             if read_header is None:
                 raise CheckpointError(f"{path}: {name!r} is in an unknown version of the .npy format.")
             shape, _, dtype = read_header(member)
+        if dtype.itemsize > 16 and not dtype.hasobject:  # complex128 has 16 bytes
+            raise CheckpointError(f"{path}: {name!r} is of the unknown type {dtype}.")
         if dtype.hasobject:
             raise CheckpointError(
                 f"{path}: {name!r} holds pickled Python objects, which are not read: they can run code."
@@ -321,6 +338,8 @@ def _read_jsons(locate: Callable[[str], str | None]) -> dict[str, dict]:
         if path and os.path.isfile(path):
             try:
                 contents[name] = json.loads(Path(path).read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: not JSON ({error}).") from error
+            if not isinstance(contents[name], dict):
+                raise CheckpointError(f"{path}: holds no dictionary of settings.")
     return contents

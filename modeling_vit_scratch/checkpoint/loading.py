@@ -20,7 +20,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 from .adaptation import adapt, adapted_processor
 from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, find_files, is_sharded, open_tensors
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
 from .formats import FORMATS, NATIVE
 
 
@@ -64,6 +64,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     is_own, own_config = (False, None) if isinstance(source, Checkpoint) else _is_own(source, hub)
     if is_own:
+        _refuse_absurd(source, own_config, hub, kwargs)
         differences = _differences(cls, own_config, kwargs)
         if differences == {"num_labels"} and _has_classifier(source, hub):
             # Programs rely on transformers here: an error, or with ignore_mismatched_sizes=True a new classifier.
@@ -128,7 +129,49 @@ def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] |
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         return True, None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no dictionary of settings, but a {type(config).__name__}.")
     return config.get("model_type") == ViTScratchConfig.model_type, config
+
+
+def _refuse_absurd(
+    source: Any, own_config: dict[str, Any] | None, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> None:
+    """
+    What weights lack is made anew: a config.json that describes far more than they are must not fill the memory.
+
+    Raises:
+        CheckpointError: for more than ten times the parameters that are there, and 100 million more.
+    """
+    if own_config is None or kwargs.get("variant") is not None:
+        return
+    try:
+        file = open_tensors(find_files(source, **hub)[0])
+    except CheckpointError:  # transformers tells what is wrong
+        return
+    stored = sum(map(math.prod, file.shapes.values()))
+    described = parameters_at_least(ViTScratchConfig.from_dict(own_config))
+    if described > 10 * stored + 100_000_000:
+        raise CheckpointError(
+            f"{source}: its config.json describes at least {described:,} parameters, and its weights have {stored:,}. "
+            "One of the two is damaged, or is meant to fill the memory."
+        )
+
+
+def parameters_at_least(config: ViTScratchConfig) -> int:
+    """What grows with the fields of a configuration: projections, MLPs and positions, without making any of them."""
+    width, layers, (rows, columns) = config.hidden_size, config.num_hidden_layers, config.grid_hw
+    count = layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    count += width * config.num_channels * math.prod(config.patch_hw) if config.stem_layers is None else 0
+    positions = {"learned_1d": rows * columns * width, "learned_2d": (rows + columns) * width // 2}
+    times = layers if config.position_embedding_placement == "every_layer" else 1
+    count += positions.get(config.position_embedding, 0) * times
+    if config.position_embedding == "relative_1d":
+        count += layers * (width // config.num_attention_heads) * 2 * rows * columns
+    for stage, units in enumerate(config.stem_layers or ()):
+        count += units * 17 * (config.stem_width * 2**stage) ** 2
+    head = config.representation_size or 0
+    return count + width * (config.num_register_tokens + head) + (head or width) * config.num_labels
 
 
 def _differences(cls: type, own_config: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 """The run itself: batches through the model, rows to the disk every so often, and an end at any moment."""
 
 import itertools
+import math
 import os
 import re
 import signal
@@ -13,12 +14,13 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..training.errors import TrainingInterrupted, TrainingStopped
+from ..training.errors import InputError, TrainingInterrupted, TrainingStopped
 from ..training.processes import launcher
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
@@ -152,11 +154,20 @@ def _loader(
     # A large photo is no news while a bar is on the screen; one that is too large is an error.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     dataset = ItemDataset(predictor.processor, arguments.fast_decode)
+    # As they are read, and as the network takes them.
+    needed = 5 * arguments.per_device_eval_batch_size * math.prod(dataset.shape)
+    memory = psutil.virtual_memory().total
+    if needed > memory / 2:
+        raise InputError(
+            f"MODEL takes images of {dataset.shape[1]} x {dataset.shape[2]} pixels, and "
+            f"--per_device_eval_batch_size {arguments.per_device_eval_batch_size} of them {needed / 1e9:,.1f} GB; this "
+            f"machine has {memory / 1e9:,.1f} GB. Take fewer, or another size in its preprocessor_config.json."
+        )
     return build_loader(batches, dataset, arguments.dataloader_num_workers, pin_memory)
 
 
 def _explained(error: RuntimeError, arguments: PredictionArguments) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return TrainingStopped(
             "The memory of the device is full. Take a lower --per_device_eval_batch_size "
             f"({arguments.per_device_eval_batch_size} now), and --overwrite."
