@@ -218,8 +218,10 @@ class ViTScratchImageProcessor(PilBackend):
 def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
     """What is wrong with standardized settings, in plain words; nothing if they fit together."""
     num_channels, crop_pct, background = (settings[key] for key in ("num_channels", "crop_pct", "background_color"))
-    if num_channels is None or not 1 <= num_channels <= MAX_CHANNELS:
-        yield f"num_channels must be from 1 to {MAX_CHANNELS:,}, got {num_channels}"
+    if num_channels is None or num_channels < 1:
+        yield f"num_channels must be 1 or more, got {num_channels}"
+    elif num_channels > MAX_CHANNELS:
+        yield f"num_channels must be {MAX_CHANNELS:,} or less, got {num_channels}"
     elif settings["do_normalize"] and settings["do_convert_rgb"]:
         for key in ("image_mean", "image_std"):
             if np.ndim(settings[key]) and len(settings[key]) != num_channels:

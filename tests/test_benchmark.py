@@ -2,6 +2,7 @@
 """What is timed does what it says, and the numbers are those of the times. No time is asserted."""
 
 import copy
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_pho
 from modeling_vit_scratch.benchmarking.loading import in_process_ways, load_ways, save_models
 from modeling_vit_scratch.benchmarking.models import ModelBenchmark, _memory_in_this_process
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
+from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
 from modeling_vit_scratch.benchmarking.processor import difference, processor_ways
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.training.errors import InputError
@@ -91,6 +93,24 @@ def test_the_script_writes_what_it_shows(photos, tmp_path, monkeypatch, capsys):
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image in it"):
         find_photos(str(empty), 1)
+
+
+def test_prediction_is_measured_on_a_whole_run_and_its_scores_are_compared(photos, tmp_path, monkeypatch, capsys):
+    model = PredictionBenchmark(fresh_model("test/4", tmp_path / "model"), photos, 0, str(tmp_path))
+    theirs, ours = (model.ways()[name]() for name in ("pipeline, photo after photo", "ours with --no_fast_decode"))
+    with open(ours, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == [one[0]["label"] for one in theirs]
+    assert [float(row["score"]) for row in rows] == pytest.approx([one[0]["score"] for one in theirs], abs=1e-5)
+    script, out = load_script("benchmark"), tmp_path / "out"
+    more = ["--variant", "test/4", "--rounds", "2", "--num_workers", "1", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "prediction", "--train_dir", str(photos[0].parent), *more])
+    script.main()
+    shown, record = capsys.readouterr().out, json.loads((out / "prediction.json").read_text())
+    (measured,) = record["sets"].values()
+    assert measured["photos"] == 3
+    assert 0 < measured["difference_in_scores"]["mean"] <= measured["difference_in_scores"]["maximum"] < 0.1
+    assert f"{measured['difference_in_scores']['other_label']} of 3 photos get another label" in shown
 
 
 def test_mistakes_are_told(monkeypatch, capsys):

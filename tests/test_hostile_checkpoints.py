@@ -127,7 +127,10 @@ def test_a_folder_that_grows_within_reason_still_opens(good):
         ({"size": {"height": 10**6, "width": 10**6}}, "size may not have more than"),
         ({"size": {"height": BIG, "width": 1}}, "size may not have more than"),
         ({"do_center_crop": True, "crop_size": {"height": 10**6, "width": 10**6}}, "crop_size may not have more than"),
-        ({"num_channels": BIG, "image_mean": 0.5, "image_std": 0.5}, "num_channels must be from 1 to 10,000"),
+        (
+            {"num_channels": BIG, "image_mean": 0.5, "image_std": 0.5},
+            "num_channels must be 10,000 or less, got 1000000000",
+        ),
         ({"image_mean": [0.5] * 1000}, "image_mean has 1000 values"),
         ({"size": {"height": 9_000, "width": 9_000}}, "per_device_eval_batch_size 64 of them 77.8 GB; this machine"),
         ({"size": {"shortest_edge": 10**6}}, "of different sizes"),

@@ -2,6 +2,7 @@
 """The tasks of scripts/benchmark.py, each with its flags. Heavy imports come when it is known what to do."""
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     loading.add_argument("--variant", default="B/16", help="Which network. Default: %(default)s")
     add_common_flags(loading, rounds=7)
     loading.set_defaults(measure=measure_loading)
+    prediction = tasks.add_parser(
+        "prediction", help="photos to a table of labels", description=measure_prediction.__doc__
+    )
+    prediction.add_argument("--train_dir", help="Measure on the images in this folder. Default: photos made here.")
+    prediction.add_argument("--count", type=int, default=16, help="Photos of each kind. Default: %(default)s")
+    prediction.add_argument("--model", help="The folder of a classifier. Default: a fresh one of --variant.")
+    prediction.add_argument("--variant", default="S/16", help="Which network. Default: %(default)s")
+    prediction.add_argument(
+        "--num_workers", type=int, default=os.cpu_count(), help="Processes that read. Default: one for each core."
+    )
+    add_common_flags(prediction, rounds=7)
+    prediction.set_defaults(measure=measure_prediction)
     for task, what in (("inference", "logits, without gradients"), ("training", "training steps: forward to update")):
         add_model_task(tasks.add_parser(task, help=what, description=measure_models.__doc__))
     return parser
@@ -51,6 +64,8 @@ def add_photo_flags(task: argparse.ArgumentParser) -> None:
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Ends with a message where a number makes no sense."""
     for name, value in vars(arguments).items():
+        if name == "num_workers" and value == 0:  # the process that computes reads too
+            continue
         if any(number < 1 for number in (value if isinstance(value, list) else [value]) if type(number) is int):
             parser.error(f"--{name} {value} must be at least 1.")
     if not 0 < getattr(arguments, "smallest_area", 1) <= 1:
@@ -223,3 +238,32 @@ def measure_packing(arguments: argparse.Namespace) -> None:
     print(format_table(title, summary, OURS))
     print(f"    Logits differ by up to {record['difference']:.1e}.")
     write_benchmark(record, Path(arguments.output_dir), "packing")
+
+
+def measure_prediction(arguments: argparse.Namespace) -> None:
+    """
+    What scripts/predict.py does after the model is loaded, from photo files to a table of labels, beside transformers'
+    pipeline with the same model, which decodes in full in one process.
+    """
+    from transformers.utils import logging
+
+    from .data import photo_sets, summarize_files
+    from .prediction import OURS, PredictionBenchmark, fresh_model
+    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+
+    logging.disable_progress_bar()
+    what = arguments.model or arguments.variant
+    record = {"machine": describe_machine(), "model": what, "num_workers": arguments.num_workers, "sets": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or fresh_model(arguments.variant, Path(folder, "model"))
+        for name, files in photo_sets(arguments.train_dir, Path(folder), arguments.count).items():
+            benchmark = PredictionBenchmark(model, files, arguments.num_workers, folder)
+            seconds = time_in_turns(benchmark.ways(), arguments.rounds)
+            summary, scores = summarize(seconds, len(files), OURS), benchmark.difference()
+            facts = {**summarize_files(files), "difference_in_scores": scores}
+            record["sets"][name] = {**facts, "seconds": seconds, "summary": summary}
+            print(format_table(f"{name}: {what}, {len(files)} photos", summary))
+            mean, most, other = scores["mean"], scores["maximum"], scores["other_label"]
+            print(f"    Scores differ from full decoding by {mean:.5f} on average, {most:.4f} at most.")
+            print(f"    {other} of {len(files)} photos get another label.\n")
+    write_benchmark(record, Path(arguments.output_dir), "prediction")
