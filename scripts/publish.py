@@ -5,28 +5,34 @@ Publishes the folder of a model on the Hub, in one commit, after a look at what 
     python scripts/publish.py outputs/pets me/vit-pets            shows files, sizes and card; uploads nothing
     python scripts/publish.py outputs/pets me/vit-pets --yes      uploads
     python scripts/publish.py outputs/pets me/vit-pets --yes --private --revision v2
+    python scripts/publish.py outputs/pets me/vit-pets --space --yes    a page to try the published model on
 
 What goes: weights (safetensors), configuration, processor, the three code files, card, figures, the record. What stays:
 checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
+
+With --space it is a Space with the page of scripts/app.py, which loads the model me/vit-pets from the Hub; in place of
+a folder, any model's Hub id will do.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="of a finished model, e.g. outputs/pets")
+    parser.add_argument("folder", help="of a finished model, e.g. outputs/pets")
     parser.add_argument("repo_id", metavar="USER/NAME", help="where to; made if it is not there")
+    parser.add_argument("--space", action="store_true", help="publish a page in the browser, for the published model")
     parser.add_argument("--yes", action="store_true", help="upload; without it, only show what would be uploaded")
     parser.add_argument("--private", action="store_true", help="make a new repository that only you can read")
     parser.add_argument("--revision", help="commit to this branch, made from main if there is none of that name")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
-    parser.add_argument("--commit_message", default="Upload model", help="title of the commit (default: %(default)s)")
+    parser.add_argument("--commit_message", help="title of the commit (default: Upload model, or Upload page)")
     parser.add_argument("--license", help="the licence of the model, for its card. Example: apache-2.0")
     return parser
 
@@ -38,63 +44,82 @@ def main(argv: list[str] | None = None) -> None:
     from huggingface_hub import get_token
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
-    from modeling_vit_scratch.publishing.contents import collect, leaks_in
+    from modeling_vit_scratch.publishing.contents import leaks_in
     from modeling_vit_scratch.publishing.hub import ConnectionLost, check_permission, commit, look_up, prepare
+    from modeling_vit_scratch.publishing.space import check_served, plan_space
     from modeling_vit_scratch.training.errors import InputError, Problems
 
     disable_progress_bar()
-    folder, repo_id, problems = arguments.folder, arguments.repo_id, Problems()
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder. Give that of a finished model, e.g. outputs/digits.")
+    repo_id, problems, served = arguments.repo_id, Problems(), None
+    if not arguments.space and not Path(arguments.folder).is_dir():
+        raise InputError(f"{arguments.folder} is no folder. Give that of a finished model, e.g. outputs/digits.")
     if repo_id.count("/") != 1:
-        raise InputError(f"{repo_id}: give USER/NAME, e.g. me/{folder.resolve().name}.")
+        raise InputError(f"{repo_id}: give USER/NAME, e.g. me/{Path(arguments.folder).resolve().name}.")
     if arguments.create_pr and arguments.revision:
         raise InputError("--create_pr opens its pull request against main: leave out --revision.")
+    if arguments.space and arguments.license:
+        raise InputError("--license is that of a model. The code of the page is under Apache 2.0.")
 
     # What there is, and what is wrong with it.
-    for line in (faults := check_model(folder)):
+    print(f"{'The Space ' if arguments.space else ''}{repo_id}, from {arguments.folder}:")
+    if arguments.space:
+        uploads, faults, served = plan_space(arguments.folder, repo_id)
+        notes = []
+    else:
+        uploads, faults, notes = plan_model(Path(arguments.folder), repo_id, arguments.license)
+    for line in [*faults, *leaks_in(uploads, get_token())]:
         problems.add(line)
-    architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
-    card, lines = prepare_card(folder, architecture, repo_id, arguments.license)
-    uploads, left_out = collect(folder)
-    uploads = [card if upload.path == "README.md" and card else upload for upload in uploads]
-    for line in [*lines, *leaks_in(uploads, get_token())]:
-        problems.add(line)
-
-    print(f"{repo_id}, from {folder}:")
     for upload in uploads:
         print(f"  {upload.size:>14,} bytes  {upload.path}")
     print(f"  {sum(upload.size for upload in uploads):>14,} bytes in {len(uploads)} files")
-    for path, reason in left_out.items():
-        print(f"  left out: {path} ({reason})")
-    if code := changed_code(folder):
-        print(f"  of this version, not of the folder: {', '.join(code)}")
+    print(*notes, sep="\n", end="\n" if notes else "")
+    card = next((upload for upload in uploads if upload.path == "README.md"), None)
     if card is not None:
         head = card.text().splitlines()[:40]
         print("README.md begins:", *(f"  | {line}" for line in head), sep="\n")
     if problems.messages:
         raise problems.as_error()
 
+    kind = "space" if arguments.space else "model"
     if not arguments.yes:
         try:
-            remote = look_up(repo_id, arguments.revision)
+            remote = look_up(repo_id, arguments.revision, kind)
             if remote.exists and not arguments.create_pr:
-                check_permission(repo_id)
+                check_permission(repo_id, kind)
             print("It is new, or not visible to you." if not remote.exists else "It exists: this would be an update.")
             for path in remote.outdated(uploads):
                 print(f"  would be removed there: {path}")
+            if served and (advice := check_served(served)):
+                print(advice)
         except InputError as error:
             print(f"The Hub was not asked or does not agree: {error}")
         print("Nothing was uploaded. To upload, add --yes.")
         return
 
     try:
-        remote = prepare(repo_id, arguments.private or None, arguments.revision, arguments.create_pr)
-        url = commit(remote, uploads, arguments.commit_message, arguments.create_pr)
+        advice = check_served(served) if served else None
+        remote = prepare(repo_id, arguments.private or None, arguments.revision, arguments.create_pr, kind)
+        message = arguments.commit_message or ("Upload page" if arguments.space else "Upload model")
+        url = commit(remote, uploads, message, arguments.create_pr)
     except ConnectionLost as error:
         raise ConnectionLost(f"{error} Run the same command again later.") from error
-    print(f"Published: {url}")
+    print(f"Published: {url}", *([advice] if advice else []), sep="\n")
+
+
+def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[Any], list[str], list[str]]:
+    """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
+    from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
+    from modeling_vit_scratch.publishing.contents import collect
+
+    faults = check_model(folder)
+    architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    card, lines = prepare_card(folder, architecture, repo_id, license)
+    uploads, left_out = collect(folder)
+    uploads = [card if upload.path == "README.md" and card else upload for upload in uploads]
+    notes = [f"  left out: {path} ({reason})" for path, reason in left_out.items()]
+    if code := changed_code(folder):
+        notes.append(f"  of this version, not of the folder: {', '.join(code)}")
+    return uploads, [*faults, *lines], notes
 
 
 if __name__ == "__main__":

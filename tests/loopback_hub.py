@@ -110,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.where, self.query = unquote(url.path), parse_qs(url.query)
         self.hub.requests.append((self.command, self.where))
+        # Spaces are kept beside the models, as spaces/USER/NAME.
+        self.where = self.where.replace("/api/spaces/", "/api/models/spaces/", 1)
         if self._is_lost(self.hub.losses):
             if self.command in ("POST", "PUT"):
                 self.rfile.read(1)  # in the middle of what is sent
@@ -194,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(401, message="Invalid username or password.")
         if owner != self.user or self.user == "reader":
             raise _Refused(403, message=f"You don't have the rights to create a model under the namespace {owner}")
-        name = f"{owner}/{wish['name']}"
+        name = f"{'spaces/' if wish.get('type') == 'space' else ''}{owner}/{wish['name']}"
         if name in self.hub.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, {}
         self.hub.repositories[name] = Repository(owner, wish.get("visibility") == "private")
@@ -344,7 +346,7 @@ def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-_NAME = r"(?P<name>[^/]+/[^/]+)"
+_NAME = r"(?P<name>(?:spaces/)?[^/]+/[^/]+)"
 _API = rf"/api/models/{_NAME}"
 _REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 _ROUTES = (

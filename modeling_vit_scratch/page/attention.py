@@ -60,7 +60,7 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor
     found = None
     for name, module in model.named_modules():
         if hasattr(module, "patch_positions"):  # this project's: kinds of embeddings, on any grid
-            found = module.patch_positions(*grid, torch.device("cpu"))[0]
+            found = module.patch_positions(*grid, next(model.parameters()).device)[0]
             break
         if name.endswith("embeddings") and isinstance(getattr(module, "position_embeddings", None), torch.nn.Parameter):
             found = module.position_embeddings[0, -grid[0] * grid[1] :]

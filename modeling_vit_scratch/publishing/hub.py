@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    get_token,
+    is_offline_mode,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -29,6 +37,9 @@ from .contents import CHECKPOINT, OUTDATED, Upload
 # How often a commit is tried when the connection is lost, and the seconds before it is tried again.
 ATTEMPTS = 3
 WAIT = 2.0
+# The folder of a Space's code, by which one knows a Space of ours; and what a new repository has.
+PAGE = "page"
+_EMPTY = {".gitattributes", "README.md", "LICENSE"}
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with the role write (hf.co/settings/tokens)."
 
 
@@ -48,6 +59,7 @@ class Remote:
         revision: the branch; None for main.
         head: the latest commit of the branch; None if there is no such branch.
         files: of the branch.
+        repo_type: "model" or "space".
     """
 
     repo_id: str
@@ -56,14 +68,17 @@ class Remote:
     revision: str | None = None
     head: str | None = None
     files: tuple[str, ...] = ()
+    repo_type: str = "model"
 
     @property
     def has_model(self) -> bool:
         return "config.json" in self.files
 
     def outdated(self, uploads: list[Upload]) -> list[str]:
-        """Weights and pickles of an earlier version, which a commit of a new model removes."""
+        """Weights and pickles of an earlier version, which a commit of a new model removes; of a Space, its code."""
         new = {upload.path for upload in uploads}
+        if self.repo_type == "space":
+            return [path for path in self.files if path.startswith(f"{PAGE}/") and path not in new]
         if "config.json" not in new:  # no model
             return []
         return [path for path in self.files if OUTDATED.fullmatch(path) and path not in new]
@@ -84,44 +99,47 @@ def check_wish(name: str) -> None:
             raise OfflineModeIsEnabled
 
 
-def look_up(repo_id: str, revision: str | None = None) -> Remote:
+def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Remote:
     """
     What the Hub has under a name. Changes nothing; asks again when the connection is lost.
 
     Raises:
-        InputError: if the Hub does not say it, or if the repository is no model of this library.
+        InputError: if the Hub does not say it, or if the repository is no model, or no Space, of this library.
         ConnectionLost: if it can't be reached.
     """
     for number in range(1, ATTEMPTS):
         try:
-            return _look_up(repo_id, revision)
+            return _look_up(repo_id, revision, repo_type)
         except ConnectionLost:
             time.sleep(WAIT * number)
-    return _look_up(repo_id, revision)
+    return _look_up(repo_id, revision, repo_type)
 
 
-def _look_up(repo_id: str, revision: str | None) -> Remote:
+def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
     api = HfApi()
     with _explained(repo_id):
         try:
-            info = api.model_info(repo_id)
+            info = api.repo_info(repo_id, repo_type=repo_type)
         except RepositoryNotFoundError:
-            return Remote(repo_id, revision=revision)
+            return Remote(repo_id, revision=revision, repo_type=repo_type)
         files = tuple(file.rfilename for file in info.siblings or ())
-        if "config.json" in files:
+        if repo_type == "space":
+            is_ours = any(path.startswith(f"{PAGE}/") for path in files) or set(files) <= _EMPTY
+            kind = None if is_ours else "another app"
+        elif "config.json" in files:
             config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text("utf-8"))
             kind = config.get("model_type") if isinstance(config, dict) else None
         else:
             others = {path for path in files if not CHECKPOINT.match(path)}
-            kind = None if others <= {".gitattributes", "README.md", "LICENSE"} else "no config.json"
+            kind = None if others <= _EMPTY else "no config.json"
         if kind not in (None, ViTScratchConfig.model_type):
             raise InputError(
                 f"{repo_id} exists and holds something else ({kind}). Nothing was changed. Choose another name."
             )
-        remote = Remote(repo_id, True, info.private, revision, info.sha, files)
+        remote = Remote(repo_id, True, info.private, revision, info.sha, files, repo_type)
         if revision is not None:
             try:
-                info = api.model_info(repo_id, revision=revision)
+                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
                 files = tuple(file.rfilename for file in info.siblings or ())
                 remote = replace(remote, head=info.sha, files=files)
             except RevisionNotFoundError:
@@ -129,13 +147,28 @@ def _look_up(repo_id: str, revision: str | None) -> Remote:
     return remote
 
 
-def check_permission(repo_id: str) -> None:
+def find_model(model: str) -> ModelInfo:
+    """
+    A model of anybody's on the Hub.
+
+    Raises:
+        InputError: if there is none that this user can see, or the Hub does not say it.
+        ConnectionLost: if it can't be reached.
+    """
+    with _explained(model):
+        return HfApi().model_info(model)
+
+
+def check_permission(repo_id: str, repo_type: str = "model") -> None:
     """Changes nothing. Raises InputError if the token of this machine may not write to a repository that is there."""
     with _explained(repo_id):
-        HfApi().auth_check(repo_id, write=True)
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
 
 
-def prepare(name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Remote:
+def prepare(
+    name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
+    repo_type: str = "model",
+) -> Remote:  # fmt: skip
     """
     A repository to commit to: the one there is, or a new one; with the branch.
 
@@ -144,6 +177,7 @@ def prepare(name: str, private: bool | None = None, revision: str | None = None,
         private: whether a new repository is private; None for the user's or organization's default.
         revision: a branch, made from main if there is none of that name.
         create_pr: for a pull request, which needs no right to write to a repository that is there.
+        repo_type: "model" or "space".
 
     Raises:
         InputError: without a token, with one that may not write there, if the name is taken by something else, or if
@@ -155,22 +189,23 @@ def prepare(name: str, private: bool | None = None, revision: str | None = None,
     with _explained(name):
         user = api.whoami()["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
-    remote = look_up(repo_id, revision)
+    remote = look_up(repo_id, revision, repo_type)
     if not remote.exists:
         with _explained(repo_id):
-            api.create_repo(repo_id, private=private)
-        remote = look_up(repo_id, revision)
+            sdk = "gradio" if repo_type == "space" else None
+            api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk)
+        remote = look_up(repo_id, revision, repo_type)
     elif private and not remote.private:
         raise InputError(
             f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose another "
             "name, or leave out the wish for a private one."
         )
     elif not create_pr:
-        check_permission(repo_id)
+        check_permission(repo_id, repo_type)
     if remote.head is None:
         with _explained(repo_id):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        remote = look_up(repo_id, revision)
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        remote = look_up(repo_id, revision, repo_type)
     return remote
 
 
@@ -201,6 +236,7 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
         with _explained(remote.repo_id):
             return api.create_commit(
                 remote.repo_id,
+                repo_type=remote.repo_type,
                 operations=[*adding, *(CommitOperationDelete(path) for path in outdated)],
                 commit_message=message,
                 revision=remote.revision,
@@ -211,10 +247,11 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
     def made() -> str | None:
         """The URL of the commit, if it was made and only its answer got lost."""
         with _explained(remote.repo_id):
-            latest = api.list_repo_commits(remote.repo_id, revision=remote.revision)[0]
+            latest = api.list_repo_commits(remote.repo_id, repo_type=remote.repo_type, revision=remote.revision)[0]
         if latest.commit_id == remote.head or latest.title != message:
             return None
-        return f"{api.endpoint}/{remote.repo_id}/commit/{latest.commit_id}"
+        folder = "spaces/" if remote.repo_type == "space" else ""
+        return f"{api.endpoint}/{folder}{remote.repo_id}/commit/{latest.commit_id}"
 
     for number in range(1, ATTEMPTS + 1):
         try:
