@@ -4,6 +4,8 @@
 import copy
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.emissions import estimate
+from modeling_vit_scratch.cards.records import Wishes, read_facts
 from modeling_vit_scratch.cards.template import template
+from modeling_vit_scratch.cards.writing import card_text, earlier_wishes
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
 from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
 from modeling_vit_scratch.evaluation.weights import digests
@@ -438,6 +442,22 @@ def test_the_template_is_what_the_code_writes_and_all_its_numbers_are_names():
     assert digits <= {"3", "1", "15", "49", "10", "2", "0"}
     for section in ("Use", "Architecture", "Training data", "Training", "Evaluation", "Limits", "Environmental cost"):
         assert f"\n## {section}\n" in card
+
+
+def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "model_cards" / "digits", tmp_path / "outputs" / "demo" / "digits")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("outputs", "demo", "digits")
+    wishes = earlier_wishes(folder)
+    assert wishes is not None, "changed by hand"
+    assert card_text(read_facts(folder, Wishes().over(wishes))) == (folder / "README.md").read_text()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 400_000
+    assert {upload.path for upload in collect(folder, code=False)[0]} == {
+        file.relative_to(folder).as_posix() for file in files
+    }
+    assert prepare_card(folder, None, "me/digits", None)[1] == []
+    assert not re.search(r"-dirty|/tmp/|/home/", (folder / "README.md").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
