@@ -14,6 +14,8 @@ from PIL import Image
 from tiny_images import load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.cards import writing
+from modeling_vit_scratch.cards.records import Wishes
 from modeling_vit_scratch.publishing import hub as publishing_hub
 from modeling_vit_scratch.publishing.contents import CODE, collect
 from modeling_vit_scratch.publishing.privacy import find_leaks, shareable, without_leaks
@@ -244,6 +246,21 @@ def test_a_licence_can_be_given(folder, hub):
     assert b"license: cc-by-4.0" in hub.repositories["owner/pets"].files()["README.md"]
     assert "no name of the Hub's" in error(folder, "owner/pets", "--yes", "--license", "See our site!")
     assert "add license_name" in error(folder, "owner/pets", "--yes", "--license", "other")
+
+
+def test_a_card_that_publishing_changes_counts_as_written_and_not_as_changed_by_hand(folder, hub):
+    readme = folder / "README.md"
+    readme.write_text(CARD + writing._signature(CARD, Wishes(power_watts=60.0)))
+    publish(folder, "owner/pets", "--yes", "--license", "mit")
+    readme.write_bytes(hub.repositories["owner/pets"].files()["README.md"])
+    assert "license: mit" in readme.read_text()
+    given = {"power_watts": 60.0, "license": "mit", "hub_model_id": "owner/pets"}
+    assert writing.earlier_wishes(folder) == given
+    # One that was changed by hand stays so.
+    readme.write_text(readme.read_text().replace("# pets", "# My pets"))
+    publish(folder, "owner/hand", "--yes")
+    readme.write_bytes(hub.repositories["owner/hand"].files()["README.md"])
+    assert writing.earlier_wishes(folder) is None
 
 
 def test_models_that_do_not_answer_are_refused(folder):

@@ -47,6 +47,22 @@ def card_body(facts: Facts) -> str:
     return f"{body}\n"
 
 
+def signed_again(before: str, after: str, wishes: Wishes) -> str:
+    """
+    A card that publishing has changed, signed for what it is now, so that nobody takes it for one changed by hand.
+
+    Args:
+        before: the card as it was; if it was changed by hand or has no signature, so it stays.
+        after: the same with another licence or place.
+        wishes: which these are.
+    """
+    old, new = _SIGNATURE.search(before), _SIGNATURE.search(after)
+    if old is None or new is None or _digest(before[: old.start()]) != old[2]:
+        return after
+    text = after[: new.start()]
+    return text + _signature(text, wishes.over(json.loads(old[1])))
+
+
 def _signature(text: str, wishes: Wishes) -> str:
     given = json.dumps(wishes.given(), sort_keys=True)
     return f"\n<!-- Written by scripts/card.py {given} {_digest(text)}. What is changed by hand stays. -->\n"
