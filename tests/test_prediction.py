@@ -460,6 +460,24 @@ def test_what_is_done_is_not_done_again_and_another_run_is_refused(runner, tmp_p
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
+    monkeypatch.setattr(jobs, "BLOCK", 4)
+    assert not run_until(lambda: runner(tmp_path / "a.parquet"), 10)
+    torch.set_num_threads(2)  # another machine, or another number of processes
+    seen = []
+    monkeypatch.setattr(jobs.Job, "write_part", lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        with pytest.raises(RuntimeError, match="accounts for"):  # nothing was written
+            runner(tmp_path / "a.parquet")
+    finally:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+    assert threads == 1
+    assert set(seen) == {1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_one_run_at_a_time(tmp_path):
     job = jobs.Job(tmp_path / "a.csv", 2)
     job.start([Item("a", "a")], {}, False)

@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None = None) -> PredictionArguments:
         "moment goes on with the same command, and its file has the same bytes as if it had not been.",
         epilog="Exit status: 0; 1 with more than --max_broken_images broken images; 2 for a mistake that you can mend; "
         "130 after Ctrl-C, 143 after SIGTERM. Several GPUs: accelerate launch scripts/predict.py MODEL INPUT "
-        "--output FILE; the file has the same bytes.",
+        "--output FILE; the file has the same bytes (on CPUs with the same OMP_NUM_THREADS).",
     )
     parser.add_argument("model", metavar="MODEL", help="the folder of a model, its id on the Hub, or a checkpoint")
     parser.add_argument(

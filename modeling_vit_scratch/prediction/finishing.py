@@ -5,6 +5,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ..training.errors import InputError, TrainingStopped
@@ -16,6 +17,7 @@ from .model import Predictor, fingerprint
 from .tables import output_columns, to_output, write_errors, write_output
 
 
+THREADS = "threads"
 # Processes wait for the slowest at the end of the run.
 _PATIENCE_SECONDS = 7 * 24 * 3600
 
@@ -30,12 +32,15 @@ def open_job(
         InputError: in all processes, for what is wrong with the inputs or the output.
     """
     job, processes = Job(arguments.output, arguments.per_device_eval_batch_size), Processes(_PATIENCE_SECONDS)
-    found: tuple[int, list[tuple[int, int]]] | None = None
+    found: tuple[int, list[tuple[int, int]], int] | None = None
     problem: str | None = None
     if accelerator.is_main_process:
         try:
-            is_begun = job.start(list_inputs(arguments, rows), _facts(predictor, arguments), arguments.overwrite)
-            found = job.count, job.missing()
+            facts = _facts(predictor, arguments)
+            # What a CPU computes depends in the last bits on how many threads do it: they are those of the beginning.
+            facts[THREADS] = (job.facts() or facts)[THREADS]
+            is_begun = job.start(list_inputs(arguments, rows), facts, arguments.overwrite)
+            found = job.count, job.missing(), facts[THREADS]
             if is_begun:
                 print(f"Going on with {job.folder}.")
         except InputError as error:
@@ -43,7 +48,8 @@ def open_job(
     problem = processes.everyones(problem)[0]
     if problem is not None:
         raise InputError(problem)
-    job.count, gaps = processes.everyones(found)[0]
+    job.count, gaps, threads = processes.everyones(found)[0]
+    torch.set_num_threads(threads)
     return job, gaps, processes
 
 
@@ -55,6 +61,7 @@ def _facts(predictor: Predictor, arguments: PredictionArguments) -> dict[str, An
         **{f"--{name}": getattr(arguments, name) for name in names},
         "MODEL (SHA-256)": fingerprint(predictor),
         "device": str(predictor.device).partition(":")[0],
+        THREADS: torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in libraries},
     }

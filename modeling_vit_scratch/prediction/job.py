@@ -76,7 +76,7 @@ class Job:
         Raises:
             InputError: if there are no items, another run is at work, or something is in the way.
         """
-        if self.output.exists() and not self._manifest() and not overwrite:
+        if self.output.exists() and not self.facts() and not overwrite:
             raise InputError(
                 f"--output {self.output} is there already. Give --overwrite to replace it, or another name."
             )
@@ -91,7 +91,7 @@ class Job:
             self._remove_if_unused()
             raise
         facts = json.loads(json.dumps({**facts, "images": self.count, "list of images": digest}))
-        before = self._manifest()
+        before = self.facts()
         if before and before != facts:
             if not overwrite:
                 raise InputError(self._differences(before, facts))
@@ -105,7 +105,8 @@ class Job:
             file.unlink()
         return bool(before)
 
-    def _manifest(self) -> dict[str, Any] | None:
+    def facts(self) -> dict[str, Any] | None:
+        """Those that an unfinished job was begun with."""
         try:
             return json.loads((self.folder / JOB).read_text(encoding="utf-8"))
         except FileNotFoundError:
