@@ -96,6 +96,7 @@ def test_every_command_is_known_here():
     )
     known = (*known, "python scripts/publish.py outputs/pets me/vit-pets")
     known = (*known, 'pip install -e ".[app]"', "python scripts/app.py outputs/pets")  # test_page.py starts it
+    known = (*known, "python scripts/predict.py outputs/pets photos")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
 
@@ -179,6 +180,7 @@ def test_training_commands_run(start, workplace):
     [
         ("probe.py", "outputs/pretrained", "knn"),
         ("evaluate.py", "outputs/pets", "Brier"),
+        ("predict.py", "outputs/pets", "Written: labels.parquet (16 images)"),
         ("card.py", "outputs/pets", "Written: outputs/pets/README.md"),
         ("visualize.py", "outputs/pets", "outputs/pets.png"),
         ("publish.py", "outputs/pets", "Nothing was uploaded"),
