@@ -120,7 +120,7 @@ def test_python_of_a_page_runs_in_its_order(name, tmp_path, monkeypatch):
     promised = [
         match.group(1)
         for text in blocks(DOCS / f"{name}.md", "python")
-        for match in re.finditer(r"^print\(.*\)  # (\([\d, ]+\)|[\d.]+)", text, flags=re.MULTILINE)
+        for match in re.finditer(r"^ *print\(.*\)  # (\([\d, ]+\)|[\d.]+|True)", text, flags=re.MULTILINE)
     ]
     assert all(any(value in line for line in printed) for value in promised), (promised, printed)
 
@@ -174,6 +174,13 @@ def test_commands_have_flags_that_their_scripts_know(monkeypatch):
         text = help_of("finetune" if script == "visualize" and not subcommand else script, monkeypatch, subcommand)
         unknown = [w for w in arguments if w.startswith("--") and not re.search(rf"^\s+{w}\b", text, re.MULTILINE)]
         assert not unknown, f"howto/{page}.md: {command}"
+
+
+def test_every_script_is_in_the_reference():
+    page = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^## (\w+)\.py$", page, flags=re.MULTILINE)) == sorted(
+        path.stem for path in (ROOT / "scripts").glob("*.py")
+    )
 
 
 def run(command: str, monkeypatch) -> str:
