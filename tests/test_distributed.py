@@ -97,6 +97,22 @@ def test_two_processes_end_with_the_weights_of_one(two, tmp_path):
         assert found["scores"]["eval_loss"] == pytest.approx(scores["eval_loss"], abs=1e-6)
 
 
+def test_repeats_of_an_image_are_dealt_to_both_processes(two, tmp_path):
+    common = ["--gradient_accumulation_steps", "2", "--max_steps", "6", "--dataloader_num_workers", "0", *SGD]
+    one = build(tmp_path, *flags(two["images"], "--per_device_train_batch_size", "4", "--aug_repeats", "3", *common))
+    one.train()
+    first, second = (found["repeated"] for found in two["found"])
+    assert difference(first["weights"], weights(one)) < 1e-6
+    assert difference(first["weights"], two["found"][0]["plain"]["weights"]) > 1e-4
+    for epoch in range(2):
+        numbers = [found["keys"][3 * epoch : 3 * epoch + 3].flatten(0, 1)[:, 2] for found in (first, second)]
+        together = torch.stack(numbers, dim=1).flatten()  # dealt in turn
+        images = (together % 24).reshape(8, 3)
+        assert (images == images[:, :1]).all()
+        assert len(set(images[:, 0].tolist())) == 8
+        assert (together // 24).reshape(8, 3).tolist() == [[0, 1, 2]] * 8
+
+
 def test_streams_of_two_processes_are_disjoint_complete_and_resumable(two):
     first, second = (found["streamed"] for found in two["found"])
     numbers = [[tuple(key) for key in found["keys"][:4].flatten(0, 1).tolist()] for found in (first, second)]

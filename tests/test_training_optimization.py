@@ -279,3 +279,54 @@ def test_a_checkpoint_without_an_average_and_a_decay_out_of_range_are_refused(tm
     for decay in (0.0, 1.0, 1.5):
         with pytest.raises(ValueError, match=r"between 0 and 1"):
             WeightAverage(decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def _steps_of(optimizer, parts, **overrides):
+    """The network after six steps, the batch cut into parts, as processes and accumulation do."""
+    torch.manual_seed(0)
+    config = ViTScratchConfig.from_variant("test/4", num_labels=3, zero_init_head=False, **overrides)
+    network, generator = ViTScratchForImageClassification(config), torch.Generator().manual_seed(1)
+    steps = optimizer(network.parameters())
+    for _ in range(6):
+        images = torch.randn(8, 3, 16, 24, generator=generator)
+        labels = torch.randint(0, 3, (8,), generator=generator)
+        for part in range(parts):
+            (network(images[part::parts], labels=labels[part::parts]).loss / parts).backward()
+        steps.step()
+        steps.zero_grad()
+    return network.requires_grad_(False)
+
+
+def _apart(first, second, in_key_biases):
+    """The largest difference of the biases of keys, or of all other weights."""
+    apart = 0.0
+    for (name, ours), theirs in zip(first.named_parameters(), second.parameters()):
+        if name.endswith("qkv.bias"):
+            queries, keys, values = (ours - theirs).abs().chunk(3)
+            difference = keys if in_key_biases else torch.cat([queries, values])
+        else:
+            difference = torch.zeros(1) if in_key_biases else (ours - theirs).abs()
+        apart = max(apart, difference.max().item())
+    return apart
+
+
+def test_adam_makes_steps_of_the_rounding_in_key_biases_which_change_nothing():
+    # A bias of the keys adds the same to all scores of a query, which the softmax takes out again: its gradient is
+    # rounding alone. Adam divides it by its own size, and steps at the full rate in a random direction.
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3)
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.05)
+
+    one, two = _steps_of(adam, 1), _steps_of(adam, 2)
+    assert _apart(one, two, in_key_biases=True) > 1e-4
+    assert _apart(one, two, in_key_biases=False) < 2e-6
+    images = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(2))
+    assert (one(images).logits - two(images).logits).abs().max() < 2e-6
+    assert _apart(_steps_of(sgd, 1), _steps_of(sgd, 2), in_key_biases=True) < 1e-6
+    assert _apart(_steps_of(adam, 1, qkv_bias=False), _steps_of(adam, 2, qkv_bias=False), in_key_biases=False) < 2e-6

@@ -194,6 +194,7 @@ def test_deit3(model, drop_path, size, batch, result):
     assert (fields["mixup"], fields["cutmix"], fields["color_jitter"], fields["auto_augment"]) == (0.8, 1.0, 0.3, "3a")
     assert (fields["lr_scheduler_type"], fields["lr_scheduler_kwargs"]) == ("cosine_with_min_lr", {"min_lr": 1e-5})
     assert "random_erasing" not in fields
+    assert fields["aug_repeats"] == 3  # --repeated-aug; samplers.py
     assert fields["smallest_area"] == 0.08  # augment.py
     assert float(overrides(recipe)["drop_path_rate"]) == drop_path
     assert float(overrides(recipe)["layer_scale_init_value"]) == 1e-4  # models_v2.py, init_scale

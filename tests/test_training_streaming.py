@@ -253,6 +253,8 @@ def test_an_endless_stream_needs_a_number_of_steps(tmp_path, held_out, names):
     place = shards(tmp_path / "shards", "tar")
     with pytest.raises(InputError, match=r"no epochs\. Give --max_steps N --save_strategy steps"):
         build(tmp_path / "a", *run_flags(place, held_out, names, "--save_strategy", "epoch"))
+    with pytest.raises(InputError, match="--aug_repeats shuffles all images, which a stream can't"):
+        build(tmp_path / "b", *run_flags(place, held_out, names, "--max_steps", "2", "--aug_repeats", "2"))
 
 
 def test_a_broken_image_is_named(tmp_path, held_out, names):

@@ -154,6 +154,8 @@ def main() -> None:
     common = ["--per_device_train_batch_size", "2", "--max_steps", "6", "--dataloader_num_workers", "0"]
     common += ["--per_device_eval_batch_size", "2"]
     found["plain"] = train(folder / "plain", *flags(images, *common, "--gradient_accumulation_steps", "2", *SGD))
+    repeated = [*common, "--gradient_accumulation_steps", "2", "--aug_repeats", "3", *SGD]
+    found["repeated"] = train(folder / "repeated", *flags(images, *repeated))
     streamed = ["--train_dir", shards, "--validation_dir", images, "--streaming", "--shuffle_buffer_size", "4", *common]
     streamed += ["--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "no"]
     found["streamed"] = train(folder / "streamed", *streamed)

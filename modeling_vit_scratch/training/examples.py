@@ -43,6 +43,13 @@ class Examples:
         labels = self.labels[indices] if is_array else [self.labels[index] for index in indices]
         return Examples(self.images.select(indices), labels)
 
+    def index(self, number: int) -> int:
+        """Numbers beyond the last index are the same images again: see `repetition`."""
+        return number % len(self)
+
+    def label(self, number: int) -> int | np.ndarray:
+        return self.labels[self.index(number)]
+
     def another(self, generator: np.random.Generator) -> int:
         """The index of any image."""
         return int(generator.integers(len(self)))
@@ -53,6 +60,7 @@ class Examples:
 
     def stored(self, indices: list[int]) -> list[StoredImage]:
         """The images of these rows, read in one call: much faster than one call for each."""
+        indices = [self.index(number) for number in indices]
         rows = self.images[indices]["image"]
         return [
             StoredImage(None, f"image {index}")
@@ -138,7 +146,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return [self._example(*self._first_readable(index, one)) for index, one in zip(indices, begun)]
 
     def _example(self, index: int, pixel_values: torch.Tensor, broken: dict[int, str]) -> dict[str, Any]:
-        labels = self.examples.labels[index]
+        labels = self.examples.label(index)
         labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
         example = {"pixel_values": pixel_values, "labels": labels}
         if self.with_keys:
@@ -184,7 +192,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             try:
                 return index, self._pixels(index, begun), broken
             except ImageDecodeError as error:
-                broken[index] = str(error)
+                broken[self.examples.index(index)] = str(error)
                 if len(broken) > self.max_broken_images or attempt == 100:
                     raise
                 others = others or np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), wanted))

@@ -38,6 +38,14 @@ class RecipeArguments:
     random_erasing: float = field(
         default=0.0, metadata={"help": "Make a random rectangle grey, with this probability. Example: 0.25"}
     )
+    aug_repeats: int = field(
+        default=1,
+        metadata={
+            "help": "Repeated augmentation: each image so many times in a row, differently augmented, and dealt to the "
+            "processes in turn. An epoch is as long as ever, and sees one in so many of the images. Not with "
+            "--streaming. Example: 3"
+        },
+    )
     mixup: float = field(
         default=0.0,
         metadata={
@@ -111,6 +119,8 @@ class RecipeArguments:
                     make(value)
             except ValueError as error:
                 problems.add(str(error))
+        if self.aug_repeats < 1:
+            problems.add(f"--aug_repeats {self.aug_repeats} must be at least 1, for every image once.")
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 problems.add(f"--{name} {getattr(self, name):g} must not be negative.")

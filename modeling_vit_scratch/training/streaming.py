@@ -32,9 +32,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.records)
 
-    @property
-    def labels(self) -> dict[int, int]:
-        return {number: record.label for number, record in self.records.items()}
+    def index(self, number: int) -> int:
+        return number
+
+    def label(self, number: int) -> int:
+        return self.records[number].label
 
     def name(self, number: int) -> str:
         return self.records[number].name
@@ -193,6 +195,8 @@ class StreamPlace(TrainerCallback):
 
 def check_stream(stream: ImageStream, arguments: ImageTrainingArguments) -> None:
     """Raises InputError where the stream can't give what the flags ask for."""
+    if arguments.recipe_arguments.aug_repeats > 1:
+        raise InputError("--aug_repeats shuffles all images, which a stream can't. Leave out one of the two.")
     if stream.count is None:
         flags = [] if arguments.max_steps > 0 else ["--max_steps N"]
         strategies = ("eval_strategy", "save_strategy", "logging_strategy")

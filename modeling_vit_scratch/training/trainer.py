@@ -22,6 +22,7 @@ from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .pixels import Normalize, mix
 from .pushing import PushingTrainer
+from .repetition import repeating_loader
 from .safe_trainer import prepare_workers
 from .streaming import StreamDataset, StreamPlace, stream_loader
 
@@ -83,7 +84,9 @@ class ImageTrainer(PushingTrainer):
 
     def describe_augmentation(self) -> str:
         """One line on what happens to training images, one by one and in batches."""
+        repeats = self.args.recipe_arguments.aug_repeats
         parts = [self.train_dataset.augmentation.description, getattr(self.data_collator, "description", None)]
+        parts.append(f"each image {repeats} times in a row" if repeats > 1 else None)
         return f"Augmentation: {'; '.join(filter(None, parts))}."
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -123,10 +126,12 @@ class ImageTrainer(PushingTrainer):
             self.stream_place.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer, with a generator of its own: see `_separated`. A stream has a loader of its own, too."""
+        """As in Trainer, with a generator of its own: see `_separated`. Streams and repeats have their own loaders."""
         if isinstance(self.train_dataset, StreamDataset):
             loader, self.stream_place.batches = stream_loader(self.train_dataset, self.args, self.data_collator)
             return _separated(loader)
+        if self.args.recipe_arguments.aug_repeats > 1:
+            return _separated(repeating_loader(self.train_dataset, self.args, self.data_collator))
         return _separated(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
