@@ -41,7 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f'{error}. The page needs gradio: pip install -e ".[app]"') from error
     viewer = open_viewer(arguments.model, arguments.revision, arguments.trust_remote_code)
-    launch(build(viewer), server_name=arguments.server_name, server_port=arguments.server_port, share=arguments.share)
+    where = {"server_name": arguments.server_name, "server_port": arguments.server_port}
+    try:
+        launch(build(viewer), share=arguments.share, **where)
+    except OSError as error:  # the port is taken
+        port = f" --server_port {arguments.server_port}" if arguments.server_port else ""
+        raise InputError(
+            f"--server_name {arguments.server_name}{port}: no page can be served there. {error}"
+        ) from error
 
 
 def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
@@ -57,7 +64,8 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     try:
         model, processor = open_model(source, revision)
     except InputError as error:
-        raise InputError(f"The model {source} can't be loaded: {reason}") from error
+        told = str(error) if Path(source).is_file() else f"The model {source} can't be loaded: {reason}"
+        raise InputError(told) from error
     if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
         raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
     return Viewer(model, processor, Path(source).name or source)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of scripts/app.py, without a browser: its numbers against others' arithmetic, its messages, any model."""
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,14 @@ def folder(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def layout():
+    pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[app]"')
+    from modeling_vit_scratch.page import layout
+
+    return layout
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,18 @@ def test_the_script_opens_what_people_have_and_says_what_it_can_not(tmp_path, fo
     for source in (tmp_path / "features", tmp_path / "nothing"):
         with pytest.raises(InputError, match=f"The model {source} "):
             app.open_viewer(str(source), "main", False)
+    (tmp_path / "broken.npz").write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"The model .*broken\.npz can't be loaded: "):
+        app.open_viewer(str(tmp_path / "broken.npz"), "main", False)
+
+
+def test_a_port_that_is_taken_is_said(layout, folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(InputError, match=f"--server_port {port}: no page can be served there"):
+            load_script("app").main([str(folder), "--server_port", port])
 
 
 def test_colours_are_those_of_magma():
@@ -181,14 +202,6 @@ def test_patches_are_the_pixels_with_gaps():
     scale = pictures.SIDE // 12
     opaque = drawn[drawn[..., 3].max(axis=1) > 0][:, drawn[..., 3].max(axis=0) > 0, :3]
     np.testing.assert_array_equal(opaque[::scale, ::scale], pixels)
-
-
-@pytest.fixture
-def layout():
-    pytest.importorskip("gradio", reason='needs gradio: pip install -e ".[app]"')
-    from modeling_vit_scratch.page import layout
-
-    return layout
 
 
 def test_only_uploads_are_opened(layout, folder, tmp_path, monkeypatch):
