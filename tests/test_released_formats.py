@@ -4,8 +4,9 @@ Folders that were saved by earlier versions, and what those computed from them: 
 
 There is no version of the format in config.json, and none is needed while this rule holds. A field that is new has a
 default that computes what was computed without it. A field's meaning, a key of the weights, or a default never changes
-under its name; where that can't be helped, the old name is still read. When a commit changes what is on disk, a
-model that has it is added to FORMATS in released_formats/make.py, and its folder is made with that commit.
+under its name; where that can't be helped, the old name is still read. When a commit changes what is on disk, the
+commit after it adds a model that has the change to FORMATS in released_formats/make.py, and its folder, made with the
+code of the first: both go to main together.
 """
 
 import importlib.util
