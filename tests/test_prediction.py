@@ -25,7 +25,7 @@ from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.prediction import job as jobs
-from modeling_vit_scratch.prediction import reading
+from modeling_vit_scratch.prediction import reading, tables
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.finishing import finish, open_job
 from modeling_vit_scratch.prediction.inputs import Item, Rows, list_inputs
@@ -244,7 +244,7 @@ def test_listing_holds_no_list(here, tmp_path):
 
 
 def test_three_formats_say_the_same_and_broken_images_have_a_file_of_their_own(here, tmp_path, monkeypatch, capsys):
-    tables = {}
+    found = {}
     for ending in ("csv", "jsonl", "parquet"):
         output = tmp_path / f"labels.{ending}"
         status = predict(monkeypatch, "model", "photos", "--output", output, "--top_k", 2, "--embeddings")
@@ -252,16 +252,16 @@ def test_three_formats_say_the_same_and_broken_images_have_a_file_of_their_own(h
         printed = capsys.readouterr().out
         assert f"Written: {output} (11 images)." in printed
         assert f"2 broken images, with the reasons: {output}.errors.csv" in printed
-        tables[ending] = table_in(output)
+        found[ending] = table_in(output)
         errors = table_in(tmp_path / f"labels.{ending}.errors.csv")
         assert [row["image"] for row in errors] == ["photos/b/broken.png", "photos/b/empty.jpg"]
         assert "truncated" in errors[0]["reason"]
         assert "empty (0 bytes)" in errors[1]["reason"]
     assert {path.name for path in tmp_path.iterdir()} == {
-        name for end in tables for name in (f"labels.{end}", f"labels.{end}.errors.csv")
+        name for end in found for name in (f"labels.{end}", f"labels.{end}.errors.csv")
     }
     columns = ["image", "label", "score", "label_2", "score_2", "embedding"]
-    for rows in zip(*tables.values()):
+    for rows in zip(*found.values()):
         assert all(list(row) == columns for row in rows)
         for name in ("image", "label", "label_2"):
             assert len({row[name] for row in rows}) == 1
@@ -271,7 +271,7 @@ def test_three_formats_say_the_same_and_broken_images_have_a_file_of_their_own(h
         assert vectors[0].shape == (32,)
         np.testing.assert_array_equal(vectors[0], vectors[2])
         np.testing.assert_array_equal(vectors[1], vectors[2])
-    assert any("\n" in row["image"] for row in tables["csv"])
+    assert any("\n" in row["image"] for row in found["csv"])
     argv = ["model", "photos", "--output", tmp_path / "labels.csv", "--overwrite"]
     assert predict(monkeypatch, *argv, "--max_broken_images", 1) == 1
     assert predict(monkeypatch, *argv, "--max_broken_images", 2) == 0
@@ -378,16 +378,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_until(run, moment: int) -> bool:
-    """Whether a run, in a process of its own, came to its end before it was killed at a change of the disk."""
+    """Whether a run, in another process, ended before it was killed: at a change of the disk, or as it wrote."""
     child = os.fork()
     if not child:
         try:
-            left = [moment]
+            left, write_table, rows_of = [moment], pyarrow.parquet.write_table, tables._rows
 
             def dying(change):
                 def do(*args, **kwargs):
                     left[0] -= 1
                     if left[0] < 0:
+                        if change is write_table:  # in the middle of it
+                            args[1].write(b"PAR1")
+                            args[1].flush()
                         os._exit(9)  # as SIGKILL: nothing is cleaned up
                     return change(*args, **kwargs)
 
@@ -395,6 +398,7 @@ def run_until(run, moment: int) -> bool:
 
             for name in KINDS:
                 setattr(os, name, dying(getattr(os, name)))
+            pyarrow.parquet.write_table, tables._rows = dying(write_table), dying(rows_of)
             run()
             os._exit(0)
         finally:
@@ -406,8 +410,8 @@ def run_until(run, moment: int) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_change_of_the_disk_and_run_again_the_bytes_are_the_same(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "BLOCK", 4)
-    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
+    monkeypatch.setattr(jobs, "BLOCK", 6)
+    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 6)
     (tmp_path / "whole").mkdir()
     assert runner(tmp_path / "whole" / "a.csv") == (11, 2)
     wanted = contents(tmp_path / "whole")
