@@ -400,6 +400,22 @@ def test_a_model_from_elsewhere_has_a_card_of_its_evaluation(folder):
     assert "| parameters | 20,451 |" in card.text
 
 
+def test_an_evaluation_without_bootstrap_or_with_a_score_that_is_not_defined(folder):
+    train(folder)
+    report(folder / "evaluation" / "digits", bootstrap_resamples=0)
+    file = folder / "evaluation" / "digits" / "results.json"
+    record = json.loads(file.read_text())
+    for one in record["results"]:
+        one["interval"] = None
+        one["value"] = float("nan") if one["metric"] == "nll" else one["value"]
+    file.write_text(json.dumps(record))
+    card = write()
+    assert "Intervals: Wilson's" in card.text
+    assert "nan" not in str(card).lower()
+    assert re.search(r"\| Brier score \| [\d.]+ \|  \| 60 \|", card.text)
+    assert "confidence_interval" not in next(r for r in card.data.eval_results if r.metric_type == "f1").metric_args
+
+
 def test_many_classes_are_not_all_listed(folder):
     labels = [f"class {i}" for i in range(50)]
     configure(folder, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})

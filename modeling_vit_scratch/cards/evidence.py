@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a card says of how good a model is and where it fails: from the records of evaluations, or of the training."""
 
+import math
 import re
 from typing import Any
 
@@ -48,6 +49,8 @@ def _report(one: Evaluation) -> str:
     level = f"{100 * record['confidence_level']:g} % interval"
     rows = []
     for result in record["results"]:
+        if math.isnan(result["value"]):  # e.g. of labels that no image has
+            continue
         interval = interval_of(result)
         shown = "" if interval is None else " to ".join(score(result["metric"], bound) for bound in interval)
         n = count(result["n"])
@@ -85,6 +88,8 @@ def _notes(record: dict[str, Any]) -> str:
             f"Intervals: percentile bootstrap over the images, {count(record['bootstrap_resamples'])} resamples, seed "
             f"{record['seed']}; of shares of images that are right, Wilson's."
         )
+    else:
+        told.append("Intervals: Wilson's, of shares of images that are right; there was no bootstrap for the others.")
     metrics = {result["metric"] for result in record["results"]}
     if metrics & {"nll", "brier"}:
         told.append("NLL and Brier score: less is better.")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata of a card, which the Hub sorts, filters and ranks models by: hf.co/docs/hub/model-cards."""
 
+import math
 import re
 from typing import Any
 
@@ -87,7 +88,7 @@ def _of_training(record: dict[str, Any]) -> list[EvalResult]:
 def _of_evaluation(evaluation: Evaluation) -> list[EvalResult]:
     record, results = evaluation.record, []
     for one in record["results"]:
-        if one["metric"] not in _TYPES:
+        if one["metric"] not in _TYPES or math.isnan(one["value"]):
             continue
         interval = interval_of(one)
         more = {"n": one["n"]}

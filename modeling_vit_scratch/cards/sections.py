@@ -253,12 +253,17 @@ def training(facts: Facts) -> str | None:
         "## Training",
         _recipe(settings),
         table(("", ""), rows, right=2),
-        f"The weights are those of {name(record['selection']).replace('these same images', 'the held-out images')}.",
+        f"The weights are those of {_selection(record)}.",
         picture(CURVES, "Learning curves") if facts.has_curves else None,
         "To do it again:",
         again,
         ran,
     )
+
+
+def _selection(record: dict[str, Any]) -> str:
+    words = record["selection"].replace("these same images", "the held-out images")
+    return name(words.replace("_", " "))
 
 
 def _started(facts: Facts) -> str:

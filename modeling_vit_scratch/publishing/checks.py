@@ -83,7 +83,9 @@ def prepare_card(
     """
     file = folder / "README.md"
     if not file.is_file():
-        return None, ["There is no README.md. scripts/finetune.py writes a card; of other models, write one yourself."]
+        return None, [
+            "There is no README.md. Write one, or let scripts/card.py do it from a record of training or evaluation."
+        ]
     try:
         card = ModelCard(file.read_text(encoding="utf-8"))
     except Exception as error:  # of the YAML reader, of model-index, of the text's encoding
