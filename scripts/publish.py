@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[Any], list[str], list[str]]:
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
-    from modeling_vit_scratch.cards.records import Wishes
+    from modeling_vit_scratch.cards.records import Wishes, stale_reports
     from modeling_vit_scratch.cards.writing import signed_again
     from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
     from modeling_vit_scratch.publishing.contents import Upload, collect
@@ -124,7 +124,7 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
     notes = [f"  left out: {path} ({reason})" for path, reason in left_out.items()]
     if code := changed_code(folder):
         notes.append(f"  of this version, not of the folder: {', '.join(code)}")
-    return uploads, [*faults, *lines], notes
+    return uploads, [*faults, *lines, *stale_reports(folder)], notes
 
 
 if __name__ == "__main__":

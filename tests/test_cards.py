@@ -281,6 +281,18 @@ def test_the_report_of_another_model_is_refused(folder, changes, told):
     assert told in refused()
 
 
+def test_the_report_of_other_weights_is_not_published(folder):
+    train(folder)
+    write()
+    publish = load_script("publish").main
+    publish(["pets", "me/pets"])  # a dry run
+    report(folder / "evaluation" / "digits", model={"weights": digests(folder)})
+    publish(["pets", "me/pets"])
+    report(folder / "evaluation" / "old", model={"weights": {"model.safetensors": "0" * 64}})
+    with pytest.raises(InputError, match=r"^evaluation/old/results\.json is of other weights than those in pets\."):
+        publish(["pets", "me/pets"])
+
+
 def test_the_report_of_these_weights_is_taken(folder):
     train(folder)
     report(folder / "evaluation" / "digits", model={"weights": digests(folder)})

@@ -353,6 +353,21 @@ def _check_evaluation(
             f"{file} is of another model: one with {record['model']['num_parameters']:,} parameters, and this one has "
             f"{training['model']['num_parameters']:,}. {again}"
         )
-    evaluated = record["model"].get("weights")
-    if evaluated and (ours := digests(folder)) and ours != evaluated:
+    if is_of_others(record, folder):
         raise InputError(f"{file} is of other weights than those in {folder}: their SHA-256 differ. {again}")
+
+
+def is_of_others(record: dict[str, Any], folder: Path) -> bool:
+    """Whether a report is of other weights than those in the folder; False where one of them is not known."""
+    evaluated, ours = record.get("model", {}).get("weights"), digests(folder)
+    return bool(evaluated and ours and evaluated != ours)
+
+
+def stale_reports(folder: Path) -> list[str]:
+    """What is wrong with the reports in a folder that is to be published, a line each."""
+    return [
+        f"{file.relative_to(folder).as_posix()} is of other weights than those in {folder}. Remove it, or evaluate "
+        "again, and write the card anew."
+        for file in sorted((folder / EVALUATIONS).rglob(RECORD))
+        if is_of_others(read_json(file), folder)
+    ]
