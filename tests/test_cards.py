@@ -359,16 +359,22 @@ def test_limits_are_those_of_the_record(folder):
     matrix = confusion(values, labels)
     np.fill_diagonal(matrix, 0)
     row, column = np.unravel_index(matrix.argmax(), matrix.shape)
-    gap = values.max(1).mean(), (values.argmax(1) == labels).mean()
     for part in (
         "always answers with one of its classes", "16 x 24 pixels", "One run with one seed (7)",
         "chosen by how well they do on the 270 held-out images", "2 images could not be read: not counted",
         "on 60 images only",
         f"takes {NAMES[row]} for {NAMES[column]} ({matrix[row, column]} of {(labels == row).sum()})",
-        f"the mean probability of its answers is {100 * gap[0]:.2f} %, and {100 * gap[1]:.2f} % of them are right",
         "with a temperature of 2, and the model has one of 1",
     ):  # fmt: skip
         assert part in limits, part
+    assert "sure" not in limits  # the difference is within the interval of the accuracy
+    for confidence, verdict in ((0.97, "too sure"), (0.41, "not sure enough")):
+        shutil.rmtree(folder / "evaluation")
+        accuracy = (values.argmax(1) == labels).mean()
+        means = {"mean_confidence": confidence, "mean_accuracy": float(accuracy)}
+        report(folder / "evaluation" / "digits", reliability=means)
+        told = f"answers is {100 * confidence:.2f} %, and {100 * accuracy:.2f} % of them are right"
+        assert f"it is {verdict}: the mean probability of its {told}" in write().text
     train(folder)
     (folder / "evaluation" / "digits" / "results.json").unlink()
     limits = write().text.split("## Limits")[1].split("## Env")[0]

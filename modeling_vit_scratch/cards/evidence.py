@@ -248,11 +248,14 @@ def _worst(record: dict[str, Any], where: str) -> list[str]:
 def _calibration(record: dict[str, Any], where: str, facts: Facts) -> list[str]:
     lines = []
     confidence, accuracy = record["reliability"]["mean_confidence"], record["reliability"]["mean_accuracy"]
-    gap = confidence - accuracy
-    if record.get("threshold") is None and abs(gap) >= 0.005:
+    main = next((score for score in record["results"] if score["metric"] == "accuracy"), {})
+    interval = main.get("wilson_interval")
+    # Inside of the interval, chance alone may have made the difference.
+    if interval is not None and not interval[0] <= confidence <= interval[1]:
+        verdict = "too sure" if confidence > accuracy else "not sure enough"
         lines.append(
-            f"{where} it is {'too sure' if gap > 0 else 'not sure enough'}: the mean probability of its answers is "
-            f"{share(confidence)}, and {share(accuracy)} of them are right."
+            f"{where} it is {verdict}: the mean probability of its answers is {share(confidence)}, and "
+            f"{share(accuracy)} of them are right."
         )
     ours = facts.config.temperature
     if record["temperature"] != ours:

@@ -146,7 +146,7 @@ _EVALUATION: dict[str, Any] = {
         {"label": name, "precision": 0.5, "recall": 0.5, "f1": 0.5, "n": n} for name, n in zip(_CLASSES, (55, 5, 0))
     ],
     "confusion_matrix": {"labels": _CLASSES, "rows_true_columns_predicted": [[50, 5, 0], [0, 5, 0], [0, 0, 0]]},
-    "reliability": {"mean_confidence": 0.95, "mean_accuracy": 0.9},
+    "reliability": {"mean_confidence": 0.99, "mean_accuracy": 0.9},
     "examples": {
         "figure": "examples.png", "right": 4, "wrong": 4, "chosen": "{evaluation.examples.chosen}",
         "credit": "{evaluation.examples.credit}",
