@@ -484,7 +484,8 @@ def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monk
     folder = Path("outputs", "demo", "digits")
     wishes = earlier_wishes(folder)
     assert wishes is not None, "changed by hand"
-    assert card_text(read_facts(folder, Wishes().over(wishes))) == (folder / "README.md").read_text()
+    told = "copy it to outputs/demo/digits, run scripts/card.py outputs/demo/digits, and copy README.md back"
+    assert card_text(read_facts(folder, Wishes().over(wishes))) == (folder / "README.md").read_text(), told
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 400_000
     assert {upload.path for upload in collect(folder, code=False)[0]} == {

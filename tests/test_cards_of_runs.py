@@ -114,6 +114,20 @@ def test_a_card_that_was_changed_by_hand_or_is_of_other_weights_stays(place, mon
         file.write_text(ours)
 
 
+def test_a_card_that_fails_does_not_cost_the_model(place, tmp_path, monkeypatch, capsys):
+    def fail(history, file):
+        raise OSError("no fonts")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("modeling_vit_scratch.cards.figures.draw_curves", fail)
+    flags = ["--train_dir", "photos", "--variant", "test/4", "--max_steps", "1", "--save_strategy", "no"]
+    flags += ["--eval_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"]
+    assert run("finetune", *flags, "--disable_tqdm", "True", "--output_dir", tmp_path / "model") == 0
+    assert "warning: no card was written (OSError: no fonts)" in capsys.readouterr().out
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert not (tmp_path / "model" / "README.md").exists()
+
+
 def test_examples_are_drawn_at_random_and_never_one_twice():
     correct = np.random.default_rng(0).random(200) < 0.7
     right, wrong = choose(correct, 5, seed=1)

@@ -148,7 +148,8 @@ def refresh_card(model: str, report: str) -> str | None:
 
 def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
     """
-    Writes the card at the end of a training, before its model is there.
+    Writes the card at the end of a training, before its model is there. Whatever goes wrong with it is told: it is no
+    reason to lose the model.
 
     Args:
         trainer: after training.
@@ -160,10 +161,13 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
         print(f"{folder / CARD} was changed by hand and stays. For a new one: scripts/card.py {folder} --overwrite")
         return
     wishes = Wishes(license=trainer.args.license, hub_model_id=trainer.hub_model_id).over(earlier)
-    _draw(trainer.state.log_history, folder)
-    # Evaluations that are there are of weights that this run has replaced.
-    facts = gather(folder, trainer.model.config, trainer.processing_class, record, [], wishes)
-    write_text(folder / CARD, card_text(facts))
+    try:
+        _draw(trainer.state.log_history, folder)
+        # Evaluations that are there are of weights that this run has replaced.
+        facts = gather(folder, trainer.model.config, trainer.processing_class, record, [], wishes)
+        write_text(folder / CARD, card_text(facts))
+    except Exception as error:
+        print(f"warning: no card was written ({type(error).__name__}: {error}). Try scripts/card.py {folder} later.")
 
 
 def _draw(history: list[dict[str, Any]], folder: Path) -> None:
