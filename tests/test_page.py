@@ -158,9 +158,11 @@ def test_the_script_opens_what_people_have_and_says_what_it_can_not(tmp_path, fo
     model, _ = tiny(hidden_act="gelu_pytorch_tanh")
     save_checkpoint(model, tmp_path / "pets.npz", format="npz")
     assert app.open_viewer(str(tmp_path / "pets.npz"), "main", False).look(photo(), "photo.png").heads is not None
-    model, _ = tiny(num_labels=0)
+    model, processor = tiny(num_labels=0)
     model.save_pretrained(tmp_path / "features")
-    for source in (tmp_path / "features", tmp_path / "nothing"):
+    tiny()[0].vit.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    for source in (tmp_path / "features", tmp_path / "encoder", tmp_path / "nothing"):
         with pytest.raises(InputError, match=f"The model {source} "):
             app.open_viewer(str(source), "main", False)
     (tmp_path / "broken.npz").write_bytes(b"no model")
@@ -231,7 +233,7 @@ def test_models_without_maps_have_a_page_too(layout, tmp_path):
     assert layout.NO_MAPS in scores
     assert not looking.visible
     assert patches.size == (pictures.SIDE // 224 * 224,) * 2
-    assert layout.draw(None, 1, layout.ROLLOUT) == [None, None, ""]
+    assert "Choose this one again" in layout.draw(None, 1, layout.ROLLOUT)[2]  # of a photo that was deleted since
 
     relative, processor = tiny(position_embedding="relative_1d")
     *_, positions = layout.see(Viewer(relative, processor, "pets"), (str(tmp_path / "a.png"), "a.png"))

@@ -45,6 +45,7 @@ PLACES = (
 PROGRESS = gr.Progress()
 DROP = "# Drop a photo here\nor click to choose one"
 NO_MAPS = "This model has no attention from patch to patch that could be shown."
+FORGOTTEN = "Photos are deleted after an hour. Choose this one again to go on."
 SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can be downloaded."
 
 
@@ -158,9 +159,10 @@ def see(viewer: Viewer, file: tuple[str, str] | None) -> list[Any]:
         ]  # fmt: skip
     shown = Shown(look, pictures.Overview(look.photo, look.heads))
     layers, heads = look.heads.shape[:2]
+    slider = gr.Slider(maximum=layers, value=layers, visible=layers > 1)
     choices = gr.Radio([ROLLOUT, MEAN, *map(str, range(1, heads + 1))], value=ROLLOUT)
     return [
-        photo, shown, scores, gr.Column(visible=True), *below, gr.Slider(maximum=layers, value=layers), choices,
+        photo, shown, scores, gr.Column(visible=True), *below, slider, choices,
         *draw(shown, layers, ROLLOUT), patches, places,
     ]  # fmt: skip
 
@@ -168,7 +170,7 @@ def see(viewer: Viewer, file: tuple[str, str] | None) -> list[Any]:
 def draw(shown: Shown | None, layer: int, head: str) -> list[Any]:
     """The photo under a layer's rollout, under its heads together, or under one of them; all heads; how to read it."""
     if shown is None:
-        return [None, None, ""]
+        return [gr.skip(), gr.skip(), markup.note(FORGOTTEN)]
     look, layer = shown.look, min(int(layer), shown.overview.layers)
     if head == ROLLOUT:
         weights, marked = look.rollout[layer - 1], (range(1, layer + 1), None)

@@ -80,7 +80,7 @@ class Viewer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             reason = reason.replace(file, name) if file else "the file does not exist"
             reason = reason.removeprefix(f"{name} cannot be read as an image: ")
-        raise PhotoError(f"{name} cannot be read as an image: {reason}")
+        raise PhotoError(f"{name} cannot be read as an image: {reason.rstrip('.')}. Take a JPEG, PNG or WebP file.")
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str) -> list[tuple[str, float]]:
@@ -141,7 +141,7 @@ class Viewer:
 
     def _scores(self, logits: torch.Tensor) -> list[tuple[str, float]]:
         entries = self.pipeline.postprocess({"logits": logits.cpu()}, top_k=self.config.num_labels)
-        return [(entry["label"], entry["score"]) for entry in entries]
+        return [(str(entry["label"]), entry["score"]) for entry in entries]
 
     def _patch(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
         size = getattr(self.config, "patch_size", None)
