@@ -327,6 +327,22 @@ def test_what_people_read_of_the_training(folder):
     assert "label smoothing" not in text  # there was none
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+         "resized to shortest edge 256 (bilinear); the centre of 224 x 224; values from 0 to 1, minus 0.5, divided"),
+        ({"size": {"height": 16, "width": 24}, "crop_pct": 0.9, "resample": 3, "do_normalize": False},
+         "16 x 24 after a cut to the centre, 0.9 of the shorter side (bicubic); values from 0 to 1 |"),
+        ({"size": {"height": 16, "width": 24}, "image_mean": [0.1, 0.2, 0.3]}, "minus 0.1, 0.2, 0.3, divided by 0.5 |"),
+    ],
+)  # fmt: skip
+def test_how_images_are_prepared(folder, settings, told):
+    train(folder)
+    ViTScratchImageProcessor(**settings).save_pretrained(folder)
+    assert told in write().text
+
+
 def test_a_card_has_no_gaps(folder):
     for changes in ({}, {"git_commit": None, "dataset": {"license": None, "url": None, "note": None}}):
         train(folder, **changes)

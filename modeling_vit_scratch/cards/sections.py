@@ -189,17 +189,21 @@ def _channels(number: int) -> str:
 def _preparation(processor: Any) -> str:
     steps = []
     if processor.do_resize and processor.size:
-        size, crop = dict(processor.size), f", of which {processor.crop_pct:g} are kept" if processor.crop_pct else ""
-        size = {key: value for key, value in size.items() if value}
-        told = by((size["height"], size["width"])) if "height" in size else setting(next(iter(size.values())))
-        kernel = Image.Resampling(processor.resample).name.lower()
-        steps.append(f"resized to {told}{crop} ({kernel})")
+        size = {key: value for key, value in dict(processor.size).items() if value}
+        if "height" in size:
+            told = f"resized to {by((size['height'], size['width']))}"
+        else:
+            told = "resized to " + ", ".join(f"{key.replace('_', ' ')} {setting(value)}" for key, value in size.items())
+        if processor.crop_pct:
+            told += f" after a cut to the centre, {processor.crop_pct:g} of the shorter side"
+        steps.append(f"{told} ({Image.Resampling(processor.resample).name.lower()})")
     if processor.do_center_crop and processor.crop_size:
         steps.append(f"the centre of {by((processor.crop_size['height'], processor.crop_size['width']))}")
+    values = "values from 0 to 1" if processor.do_rescale else "values from 0 to 255"
     if processor.do_normalize:
         mean, deviation = (_once(values) for values in (processor.image_mean, processor.image_std))
-        steps.append(f"values from 0 to 1, minus {mean}, divided by {deviation}")
-    return "; ".join(steps) or "none"
+        values += f", minus {mean}, divided by {deviation}"
+    return "; ".join([*steps, values])
 
 
 def _once(values: float | list[float]) -> str:

@@ -164,7 +164,14 @@ def _facts() -> Facts:
     fields |= {"image_hw": config.image_hw, "patch_hw": config.patch_hw, "grid_hw": config.grid_hw}
     fields = _named(fields, "config") | {"id2label": dict(enumerate(_CLASSES)), "problem_type": config.problem_type}
     processor = {"size": {"height": 224, "width": 224}, "image_mean": 0.5, "image_std": 0.5}
-    steps = {"do_resize": True, "do_center_crop": False, "do_normalize": True, "crop_pct": None, "resample": 2}
+    steps = {
+        "do_resize": True,
+        "do_center_crop": False,
+        "do_normalize": True,
+        "do_rescale": True,
+        "crop_pct": None,
+        "resample": 2,
+    }
     figures = frozenset(("confusion_matrix.png", "reliability.png", "examples.png"))
     evaluation = Evaluation(
         _named(_EVALUATION, "evaluation"), "evaluation/DATA", figures, _EVALUATION["dataset"]["name"]
