@@ -38,8 +38,10 @@ def in_mode(mode: str) -> Image.Image:
     if mode == "LAB":
         to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
         return ImageCms.applyTransform(picture(), to_lab)
-    if mode == "LA":
-        return picture().convert("RGBA").convert("LA")
+    if mode in ("LA", "RGBA"):  # from transparent to opaque
+        image = picture().convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        return image.convert(mode)
     return picture().convert(mode) if mode != "PA" else picture().convert("P").convert("PA")
 
 
@@ -68,6 +70,7 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
         buffer = folder / f"mode {mode.replace(';', ' ')}.{ending}"
         image.save(buffer, **({"lossless": True} if ending == "webp" else {}))
         add(buffer.name, buffer.read_bytes(), gray if is_deep else None)
+    add("one colour is transparent.png", encoded(plain.quantize(8), "PNG", transparency=2))
 
     add("1x1.png", encoded(plain.crop((0, 0, 1, 1)), "PNG"))
     add("tall.png", encoded(picture(size=(1, 20_000)), "PNG"))

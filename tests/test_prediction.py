@@ -463,6 +463,20 @@ def test_what_is_done_is_not_done_again_and_another_run_is_refused(runner, tmp_p
     assert runner(output, "--top_k", "2", "--overwrite") == (11, 2)
 
 
+def test_rows_that_two_have_written_count_once(tmp_path):
+    """A process that outlives its run may write what the next run does again."""
+    job = jobs.Job(tmp_path / "a.csv", 2)
+    job.start([Item(str(number), "a") for number in range(7)], {}, False)
+    for first, end in ((0, 2), (1, 3), (2, 3), (3, 4)):
+        numbers = range(2 * first, min(2 * end, 7))
+        nothing = np.zeros((len(numbers), 0))
+        job.write_part(
+            first, end, tables.part_rows(list(map(str, numbers)), [None] * len(numbers), nothing, nothing, None)
+        )
+    assert job.missing() == []
+    assert [name for part in job.read_parts() for name in part["image"].to_pylist()] == list("0123456")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(runner, tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
