@@ -55,6 +55,18 @@ def test_any_values_give_a_configuration_that_works_and_comes_back_or_an_error_t
     assert logits.shape == (1, config.num_labels)
 
 
+@settings(quick, max_examples=100)
+@given(width=st.integers(1, 40), heads=st.integers(1, 4), image=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+       patch=st.integers(1, 3))  # fmt: skip
+def test_what_does_not_divide_is_refused_and_nothing_else(width, heads, image, patch):
+    fields = {"hidden_size": width, "num_attention_heads": heads, "image_size": list(image), "patch_size": patch}
+    if width % heads or any(side % patch for side in image):
+        with pytest.raises(ValueError, match="must divide"):
+            ViTScratchConfig(**fields)
+    else:
+        assert ViTScratchConfig(**fields).grid_hw == (image[0] // patch, image[1] // patch)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Image processor
 
