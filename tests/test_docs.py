@@ -3,11 +3,13 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,10 +109,10 @@ def test_both_languages_have_the_same_structure(name):
     ours = (DOCS / "guide" / f"{name.removeprefix('zh/')}.md").read_text(encoding="utf-8")
     for pattern in (
         r"^#+ ", r"^```\S+.*$", r"^:pyobject: .*$", r"\]\((\.\./pictures/[^)]+)\)", r"\\tag\{\d\}",
-        r"^\*?\S.*$(?=\n\n)",
+        r"^ *\S.*$(?=\n\n)",
     ):  # fmt: skip
         found = [re.findall(pattern, text, flags=re.MULTILINE) for text in (ours, theirs)]
-        if pattern.startswith(r"^\*?"):  # paragraphs: as many
+        if pattern.startswith("^ *"):  # paragraphs: as many
             found = [len(matches) for matches in found]
         assert found[0] == found[1], pattern
     code = [re.sub(r"#.*", "", "".join(blocks(DOCS / f"{page}.md", "python"))) for page in (name, f"guide/{name[3:]}")]
@@ -135,6 +137,23 @@ def test_python_of_a_page_runs_in_its_order(name, tmp_path, monkeypatch):
         for match in re.finditer(r"^ *print\(.*\)  # (\([\d, ]+\)|[\d.]+|True)", text, flags=re.MULTILINE)
     ]
     assert all(any(value in line for line in printed) for value in promised), (promised, printed)
+
+
+@pytest.mark.parametrize("name", ["guide/positions", "zh/positions"])
+def test_the_measured_table_is_that_of_the_record(name):
+    measured = json.loads((ROOT / "model_cards" / "positions.json").read_text(encoding="utf-8"))
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    cells = {}
+    for entry in measured:
+        assert len({run["seed"] for run in entry["runs"]}) == len(entry["runs"]) >= 3
+        assert all(entry["name"].split(", ")[2] in run["command"] for run in entry["runs"])
+        values = [100 * run["value"] for run in entry["runs"]]
+        cells[entry["name"]] = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} %"
+    found = {}
+    for kind, *values in re.findall(r'^\| `"(\w+)"` \| ([^|]*)\| ([^|]*)\| [\d. %]*\|$', page, flags=re.MULTILINE):
+        found |= {f"digits, {n} patches, {kind}": v.strip() for n, v in zip((4, 16), values) if v.strip()}
+    assert found == cells
+    assert {"none", "learned_1d", "learned_2d", "relative_1d"} <= {key.split(", ")[2] for key in found}
 
 
 def test_pictures_are_small_and_used():
