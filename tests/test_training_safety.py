@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, weights
 
+from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.training import callbacks, checkpoints
 from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.training.processes import launcher
@@ -365,6 +366,15 @@ def test_one_broken_image_too_many_stops_the_run(pets, tmp_path, limit, told):
         build(tmp_path / "out", "--train_dir", *data, *more).train()
     assert sum(str(file) in str(stopped.value) for file in files) == int(limit) + 1
     assert "Traceback" not in str(stopped.value)
+
+
+def test_nothing_takes_the_place_of_a_held_out_image(pets, tmp_path):
+    held_out = str(class_folders(tmp_path / "held out"))
+    (file,) = break_some(held_out, 1)
+    more = ["--validation_dir", held_out, "--verify_images", "False", "--max_broken_images", "9"]
+    with pytest.raises(ImageDecodeError, match="no other can take its place: repair or remove it") as caught:
+        build(tmp_path / "out", "--train_dir", pets, *more).evaluate()
+    assert str(file) in str(caught.value)
 
 
 def test_a_reader_that_is_killed_is_told_so(pets, tmp_path):

@@ -192,6 +192,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             try:
                 return index, self._pixels(index, begun), broken
             except ImageDecodeError as error:
+                if self.max_broken_images == 0 and self.augmentation is None:
+                    raise ImageDecodeError(
+                        f"{error}. An evaluation or a probe needs this image, and no other can take its place: repair "
+                        "or remove it. (--max_broken_images is about training.)"
+                    ) from error
                 broken[self.examples.index(index)] = str(error)
                 if len(broken) > self.max_broken_images or attempt == 100:
                     raise

@@ -34,8 +34,7 @@ class PretrainingTrainer(ImageTrainer):
 
     def describe_augmentation(self) -> str:
         """One line on what happens to training images, and one on what is predicted."""
-        description = self.train_dataset.augmentation.description
-        return f"Augmentation: {description}.\nObjective: {self.data_collator.description}."
+        return f"Augmentation: {self.augmentation_of_images}.\nObjective: {self.data_collator.description}."
 
     def write_finished_model(self, folder: str) -> None:
         """Checkpoints have all that training needs. The finished folder has what fine-tuning and serving need."""

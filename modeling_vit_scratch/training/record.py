@@ -228,7 +228,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "label_smoothing": arguments.label_smoothing_factor,
         "loss": "bce" if is_multi_label and recipe.loss == "softmax" else recipe.loss,
         "class_weights": recipe.class_weights,
-        "augmentation": trainer.train_dataset.augmentation.description,
+        "augmentation": trainer.augmentation_of_images,
         "mixing": trainer.data_collator.description if isinstance(trainer.data_collator, MixingCollator) else None,
         "recipe": recipe.recipe,
         "recipe_source": published and published.source,

@@ -84,10 +84,14 @@ class ImageTrainer(PushingTrainer):
 
     def describe_augmentation(self) -> str:
         """One line on what happens to training images, one by one and in batches."""
-        repeats = self.args.recipe_arguments.aug_repeats
-        parts = [self.train_dataset.augmentation.description, getattr(self.data_collator, "description", None)]
-        parts.append(f"each image {repeats} times in a row" if repeats > 1 else None)
+        parts = [self.augmentation_of_images, getattr(self.data_collator, "description", None)]
         return f"Augmentation: {'; '.join(filter(None, parts))}."
+
+    @property
+    def augmentation_of_images(self) -> str:
+        """In words, for people and records; without what is done to batches."""
+        repeats, description = self.args.recipe_arguments.aug_repeats, self.train_dataset.augmentation.description
+        return description if repeats == 1 else f"each image {repeats} times in a row; {description}"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer; with --ema_decay, of the averaged weights."""
