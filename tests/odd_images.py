@@ -15,7 +15,7 @@ SIDES = (12, 10)
 # The mode that a file is written from, by ending. What PIL can't write in any format is tested in memory, in
 # test_image_processing.py.
 MODES = {
-    "1": "png", "L": "jpg", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "webp", "CMYK": "jpg", "YCbCr": "tif",
+    "1": "png", "L": "jpg", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "webp", "CMYK": "jpg", "YCbCr": "jpg",
     "LAB": "tif", "I": "tif", "F": "tif", "I;16": "png", "I;16B": "tif", "PA": "png",
 }  # fmt: skip
 
@@ -92,7 +92,8 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     add("really a jpeg.png", encoded(plain, "JPEG"))
     add("UPPER.JPEG", encoded(plain, "JPEG"))
     for kind in ("BMP", "PPM", "TGA", "PCX", "ICO"):
-        add(f"kind.{kind.lower()}", encoded(plain, kind), None if kind == "ICO" else plain)
+        more = {"sizes": [SIDES]} if kind == "ICO" else {}  # by itself none that is smaller than 16 x 16
+        add(f"kind.{kind.lower()}", encoded(plain, kind, **more), None if kind == "ICO" else plain)
     for kind in ("JPEG2000", "AVIF"):
         if features.check("jpg_2000" if kind == "JPEG2000" else "avif"):
             add(f"kind.{'jp2' if kind == 'JPEG2000' else 'avif'}", encoded(plain, kind))
