@@ -2,6 +2,7 @@
 """The Trainer: what decays, accumulation, resuming bit by bit in the middle of an epoch, sick losses, Ctrl-C."""
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -177,6 +178,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(pe
     trainer.model.loss_function = sick
     with pytest.raises(TrainingStopped, match=r"(?s)step 4 of 50.*checkpoint-2.*--resume_from_checkpoint True"):
         trainer.train()
+    assert multiprocessing.active_children() == []  # those that read images have ended with the run
     assert steps == [0, 1, 2, 3]
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 

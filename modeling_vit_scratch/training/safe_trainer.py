@@ -116,6 +116,7 @@ class SafeTrainer(Trainer):
             with self._explained():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
+            release_workers(self.accelerator._dataloaders)
             self.signals.restore()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -416,6 +417,14 @@ def prepare_workers(loader: DataLoader) -> None:
     """Tells the processes that read images to leave signals to the one that trains: it needs them to finish a step."""
     loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
     loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+
+
+def release_workers(loaders: list[DataLoader]) -> None:
+    """Ends the processes that read images, now: persistent ones would stay until somebody collects garbage."""
+    for loader in loaders:
+        loader = getattr(loader, "base_dataloader", loader)
+        if getattr(loader, "_iterator", None) is not None:
+            loader._iterator = None
 
 
 def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
