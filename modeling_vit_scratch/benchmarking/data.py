@@ -18,9 +18,9 @@ from ..training.collation import ImageCollator
 from ..training.errors import InputError
 from ..training.examples import Examples, ImageClassificationDataset
 from ..training.pixels import Normalize
+from .timing import OURS
 
 
-OURS = "ours"
 RESAMPLE = Image.Resampling.BILINEAR  # of both processors
 PHOTO_SIZES = {"12 megapixels": (4000, 3000), "500 x 375": (500, 375)}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .peers import OURS
+from .timing import OURS
 
 
 _OURS, _THEIRS = "#0072B2", "#999999"  # blue and grey, which colour-blind people can tell apart

@@ -12,9 +12,9 @@ from ..checkpoint.conversion import save_checkpoint
 from ..checkpoint.formats import TRANSFORMERS
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .models import plain_model
+from .timing import OURS
 
 
-OURS = "ours"
 # What a process does: it names the class, and then loads the folder that it is given.
 _IMPORTS = {
     OURS: "from modeling_vit_scratch import ViTScratchForImageClassification as Model",

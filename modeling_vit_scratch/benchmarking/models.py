@@ -23,8 +23,8 @@ from ..checkpoint.verification import model_output
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.errors import InputError
-from .peers import OURS, build_peers, random_batch
-from .timing import summarize, time_in_turns
+from .peers import build_peers, random_batch
+from .timing import OURS, summarize, time_in_turns
 
 
 TASKS = ("inference", "training")

@@ -13,7 +13,6 @@ from ..checkpoint.verification import model_output, reference_model
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 
-OURS = "ours"
 VIT_PYTORCH = "vit-pytorch"
 # It has two more LayerNorms on the patches and no bias on its queries, keys and values.
 VIT_PYTORCH_NOTE = "another architecture of the same sizes, with weights of its own"

@@ -21,9 +21,7 @@ from ..prediction.inputs import Rows
 from ..prediction.model import load_predictor
 from ..prediction.running import run_job
 from ..training.stored_model import default_processor
-
-
-OURS = "ours"
+from .timing import OURS
 
 
 def fresh_model(variant: str, folder: Path) -> str:

@@ -10,9 +10,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-
-
-OURS = "ours"
+from .timing import OURS
 
 
 def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[], torch.Tensor]]:

@@ -133,8 +133,8 @@ def measure_data(arguments: argparse.Namespace) -> None:
     """
     import torch
 
-    from .data import OURS, DataBenchmark, photo_sets, summarize_files
-    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark  # fmt: skip
+    from .data import DataBenchmark, photo_sets, summarize_files
+    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark  # fmt: skip
 
     torch.set_num_threads(1)
     record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
@@ -166,8 +166,8 @@ def measure_processor(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
     from .data import photo_sets, summarize_files
-    from .processor import OURS, difference, processor_ways
-    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+    from .processor import difference, processor_ways
+    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
     record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
@@ -193,8 +193,8 @@ def measure_loading(arguments: argparse.Namespace) -> None:
     """
     from transformers.utils import logging
 
-    from .loading import OURS, import_ways, in_process_ways, load_ways, save_models
-    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+    from .loading import import_ways, in_process_ways, load_ways, save_models
+    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     logging.disable_progress_bar()
     record = {"machine": describe_machine(), "variant": arguments.variant, "sets": {}}
@@ -250,8 +250,8 @@ def measure_prediction(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from .data import photo_sets, summarize_files
-    from .prediction import OURS, PredictionBenchmark, fresh_model
-    from .timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
+    from .prediction import PredictionBenchmark, fresh_model
+    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     logging.disable_progress_bar()
     what = arguments.model or arguments.variant

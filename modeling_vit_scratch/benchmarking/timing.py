@@ -18,6 +18,8 @@ import torch
 from PIL import features
 
 
+# What a table calls our way, where there is one.
+OURS = "ours"
 # Packages that are compared with, where they are installed.
 _PEERS = ("timm", "torchvision", "vit-pytorch")
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 
 from .arguments import ImageTrainingArguments
 from .examples import ImageClassificationDataset
+from .own_loader import own_loader
 
 
 class RepeatedAugmentation(Sampler[int]):
@@ -60,17 +60,5 @@ def repeating_loader(
     sampler = RepeatedAugmentation(
         len(dataset), arguments.recipe_arguments.aug_repeats, seed, arguments.process_index, arguments.world_size
     )
-    loader = DataLoader(
-        dataset,
-        batch_size=arguments.train_batch_size,
-        sampler=sampler,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory,
-        drop_last=arguments.dataloader_drop_last,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        multiprocessing_context=arguments.dataloader_multiprocessing_context,
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-    )
-    # As for one process: the batches are this process's own already.
-    return prepare_data_loader(loader, arguments.device, num_processes=1, process_index=0, put_on_device=True)
+    batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
+    return own_loader(dataset, arguments, collator, sampler=sampler, **batching)

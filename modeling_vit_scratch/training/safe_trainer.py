@@ -116,7 +116,8 @@ class SafeTrainer(Trainer):
             with self._explained():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
-            release_workers(self.accelerator._dataloaders)
+            # Those of streams and of repeated images are not accelerate's.
+            release_workers([*self.accelerator._dataloaders, self.callback_handler.train_dataloader])
             self.signals.restore()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

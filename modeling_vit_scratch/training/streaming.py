@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -20,6 +19,7 @@ from .arguments import ImageTrainingArguments
 from .decoding import StoredImage
 from .errors import InputError
 from .examples import ImageClassificationDataset
+from .own_loader import own_loader
 from .streams import ImageStream, Record, RecordOrder
 
 
@@ -221,15 +221,4 @@ def stream_loader(
         dataset.stream, arguments.seed, dataset.buffer_size, arguments.process_index, arguments.world_size
     )
     batches = StreamBatches(dataset, order, arguments.train_batch_size, arguments.dataloader_drop_last)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        multiprocessing_context=arguments.dataloader_multiprocessing_context,
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-    )
-    # As for one process: the batches are this process's own already.
-    return prepare_data_loader(loader, arguments.device, num_processes=1, process_index=0, put_on_device=True), batches
+    return own_loader(dataset, arguments, collator, batch_sampler=batches), batches
