@@ -2,6 +2,7 @@
 """Repeated augmentation beside the arithmetic of DeiT's sampler, and in runs."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_resuming_within_an_epoch_is_exact_for_any_number_of_workers(pets, tmp_p
     for workers in ("0", "2"):
         straight = build(tmp_path / workers, *flags(pets, *more, "--dataloader_num_workers", workers))
         straight.train()
+        assert multiprocessing.active_children() == []  # those that read images have ended with the run
         ends[workers] = weights(straight)
     resumed = build(tmp_path / "resumed", *flags(pets, *more, "--dataloader_num_workers", "2"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-4"))
