@@ -15,9 +15,12 @@ from tiny_images import load_script
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
+from modeling_vit_scratch.benchmarking.comparison import Comparison
 from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
+from modeling_vit_scratch.benchmarking.kernels import IDLE, device_kernels, group_of, summarize_kernels
 from modeling_vit_scratch.benchmarking.loading import in_process_ways, load_ways, save_models
-from modeling_vit_scratch.benchmarking.models import ModelBenchmark, _memory_in_this_process
+from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
+from modeling_vit_scratch.benchmarking.models import ModelBenchmark
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
 from modeling_vit_scratch.benchmarking.processor import difference, processor_ways
@@ -158,7 +161,7 @@ def test_everybody_takes_the_same_steps_and_all_of_a_network_is_counted():
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
 def test_memory_holds_what_the_backward_pass_needs():
     threads = torch.get_num_threads()
-    found = _memory_in_this_process(ModelBenchmark("training", "Mi/8", 64), OURS, 64, threads)
+    found = memory_in_this_process(ModelBenchmark("training", "Mi/8", 64), OURS, 64, threads)
     tokens, layers, width = 64 * 65, 6, 96
     inputs_of_products = tokens * layers * (width + 3 * width + width + width + 2 * width + 2 * width)
     assert 4 * inputs_of_products < found < 40 * inputs_of_products
@@ -167,6 +170,7 @@ def test_memory_holds_what_the_backward_pass_needs():
 def test_the_script_compares_models_and_draws(tmp_path, monkeypatch, capsys):
     script, out = load_script("benchmark"), tmp_path / "out"
     more = ["--variant", "Mi/8", "--image_size", "16", "--rounds", "2", "--batch_size", "1", "3", "--no_memory"]
+    more += ["--profile", "--steps", "2", "--peers", "transformers", "timm"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "inference", *more, "--output_dir", str(out)])
     script.main()
     shown, record = capsys.readouterr().out, json.loads((out / "inference.json").read_text())
@@ -178,6 +182,11 @@ def test_the_script_compares_models_and_draws(tmp_path, monkeypatch, capsys):
                 row["images_per_second"] * record["operations_per_image"] / max(record["peak_operations_per_second"])
             )
             assert row["share_of_peak"] == pytest.approx(share)
+    profiles = record["batches"]["3"]["profiles"]
+    assert next(iter(profiles)) == OURS
+    assert all(sum(one["groups"].values()) == pytest.approx(one["milliseconds"]) for one in profiles.values())
+    assert f"{profiles[OURS]['groups']['matrix products']:.3f}" in shown
+    assert record["steps"] == 2
     for name, reason in record["missing"].items():
         assert f"not measured: {name} ({reason})" in shown
     with Image.open(out / "inference.png") as picture:
@@ -185,6 +194,75 @@ def test_the_script_compares_models_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "training", "--variant", "S/17", "--output_dir", str(out)])
     with pytest.raises(InputError, match="S/17"):
         script.main()
+
+
+def test_who_fails_is_told_of_and_the_others_are_measured(monkeypatch, capsys):
+    benchmark = ModelBenchmark("inference", "Mi/8", 16, num_labels=5, peers=("transformers", "vit-pytorch"))
+    models, _ = benchmark.models()
+    broken = copy.deepcopy(models[OURS])
+    broken.vit.forward = lambda *_, **__: (_ for _ in ()).throw(ValueError("out of memory\nand more"))
+    models = {**models, "timm": broken}
+    monkeypatch.setattr(ModelBenchmark, "models", lambda self: (models, {}))
+    written = []
+    record = Comparison(benchmark, 2, 3, write=lambda record: written.append(json.dumps(record))).run([2])
+    assert record["missing"] == {"timm": "ValueError: out of memory"}
+    assert "batch 2: timm fails: ValueError: out of memory" in capsys.readouterr().out
+    batch = record["batches"]["2"]
+    assert set(batch["summary"]) == set(models) - {"timm"}
+    for name, row in batch["summary"].items():  # a block has three steps of two images
+        assert row["images_per_second"] == pytest.approx(6 / np.median(batch["seconds"][name]))
+    assert json.loads(written[0])["batches"]["2"]["summary"][OURS]["rounds"] == 1  # there after the first round
+    assert json.loads(written[-1]) == record
+    models[OURS].vit.forward = broken.vit.forward
+    with pytest.raises(ValueError, match="out of memory"):
+        Comparison(benchmark, 2).run([2])
+
+
+def test_peers_that_are_not_asked_for_are_not_built(tmp_path, monkeypatch):
+    config = ViTScratchConfig.from_variant("Mi/8", image_size=16, num_labels=5, zero_init_head=False)
+    ours = ViTScratchForImageClassification(config).eval()
+    models, missing = build_peers(ours, str(tmp_path), ["transformers"])
+    assert [*models, *missing] == ["transformers"]
+    monkeypatch.setattr("modeling_vit_scratch.benchmarking.peers.TOLERANCE", -1.0)
+    models, missing = build_peers(ours, str(tmp_path), ["transformers"])
+    assert not models
+    assert "transformers does not compute what ours does" in missing["transformers"]
+
+
+def test_kernels_are_grouped_and_what_is_left_is_idle():
+    names = {
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3": "attention",
+        "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTT": "matrix products",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "matrix products",
+        "sm90_xmma_wgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "matrix products",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        "triton_per_fused_add_native_layer_norm_native_layer_norm_backward_12": "layer norm",
+        "triton_poi_fused_gelu_gelu_backward_view_7": "activation",
+        "triton_poi_fused__to_copy_3": "copies and casts",
+        "triton_poi_fused_cat_transpose_view_11": "copies and casts",
+        "triton_poi_fused__scaled_dot_product_flash_attention_backward_stack_5": "copies and casts",
+        "triton_poi_fused__to_copy_add_cat_1": "other elementwise and sums",
+        "triton_red_fused__to_copy_sum_view_9": "other elementwise and sums",
+        "Memcpy HtoD (Pinned -> Device)": "copies and casts",
+        "aten::addmm": "matrix products",
+        "aten::native_layer_norm": "layer norm",
+    }
+    assert {name: group_of(name) for name in names} == names
+    trace = [
+        {"cat": "kernel", "name": "gemm", "ts": 10.0, "dur": 4000.0},
+        {"cat": "gpu_user_annotation", "name": "Optimizer.step#AdamW.step", "ts": 10.0, "dur": 99000.0},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 90000.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 5010.0, "dur": 1000.0},
+        {"cat": "kernel", "name": "gemm", "ts": 7010.0, "dur": 3000.0},
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = summarize_kernels(*device_kernels(trace), steps=2)
+    assert found["milliseconds"] == 5.0
+    assert found["groups"] == {"matrix products": 3.5, IDLE: 1.0, "copies and casts": 0.5}
+    assert found["kernels"][0] == {"name": "gemm", "group": "matrix products", "milliseconds": 3.5, "count": 1.0}
+    with pytest.raises(RuntimeError, match="saw nothing"):
+        summarize_kernels(*device_kernels([]), steps=2)
 
 
 def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, capsys):

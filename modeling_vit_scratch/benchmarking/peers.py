@@ -2,6 +2,7 @@
 """The same network as other people implement it, with the same weights, where it is installed."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,41 +15,43 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 
 VIT_PYTORCH = "vit-pytorch"
+PEERS = (TRANSFORMERS.name, TIMM.name, TORCHVISION.name, VIT_PYTORCH)
 # It has two more LayerNorms on the patches and no bias on its queries, keys and values.
 VIT_PYTORCH_NOTE = "another architecture of the same sizes, with weights of its own"
 # Of logits in float32, as a share of the largest.
 TOLERANCE = 1e-4
 
 
-def build_peers(ours: ViTScratchForImageClassification, folder: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def build_peers(
+    ours: ViTScratchForImageClassification, folder: str, names: Sequence[str] = PEERS
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """
     Everybody's implementation of our model, in float32 on the CPU.
 
     Args:
         ours: plain enough that others have it too.
         folder: for the weights in the formats of the others; can be removed afterwards.
+        names: which of `PEERS`.
 
     Returns:
-        The models by name, and for each that can't be had the reason.
-
-    Raises:
-        RuntimeError: if somebody's logits are not ours: then there is nothing to compare.
+        The models by name, and for each that can't be had, or does not compute what ours does, the reason.
     """
     models, missing = {}, {}
-    for form in (TRANSFORMERS, TIMM, TORCHVISION):
+    for name in names:
         try:
-            save_checkpoint(ours, path := Path(folder, form.name), form.name)
-            theirs = reference_model(load_checkpoint(path, {"num_attention_heads": ours.config.num_attention_heads}))
-        except (ImportError, ValueError, RuntimeError) as error:  # RuntimeError: a broken torchvision
-            theirs = str(error).strip().splitlines()[0]
-        if isinstance(theirs, str):
-            missing[form.name] = theirs
-            continue
-        check_equal(form.name, ours, theirs)
-        models[form.name] = theirs
-    theirs = _vit_pytorch(ours)
-    (missing if isinstance(theirs, str) else models)[VIT_PYTORCH] = theirs
+            theirs = _vit_pytorch(ours) if name == VIT_PYTORCH else _converted(ours, Path(folder, name), name)
+        except Exception as error:  # whatever other people's code raises here, the rest can be measured
+            theirs = f"{type(error).__name__}: {str(error).strip() or '-'}".splitlines()[0]
+        (missing if isinstance(theirs, str) else models)[name] = theirs
     return models, missing
+
+
+def _converted(ours: ViTScratchForImageClassification, path: Path, name: str) -> nn.Module | str:
+    save_checkpoint(ours, path, name)
+    theirs = reference_model(load_checkpoint(path, {"num_attention_heads": ours.config.num_attention_heads}))
+    if isinstance(theirs, nn.Module):
+        check_equal(name, ours, theirs)
+    return theirs
 
 
 def check_equal(name: str, ours: nn.Module, theirs: nn.Module) -> None:
@@ -61,7 +64,7 @@ def check_equal(name: str, ours: nn.Module, theirs: nn.Module) -> None:
     if not difference <= TOLERANCE * largest:
         raise RuntimeError(
             f"{name} does not compute what ours does: logits differ by {difference:.1e}, the largest is {largest:.1e}. "
-            "Nothing was timed. Please report this with the versions of both."
+            "It is not timed. Please report this with the versions of both."
         )
 
 

@@ -85,8 +85,18 @@ def add_model_task(task: argparse.ArgumentParser) -> None:
     task.add_argument("--device", choices=("cpu", "cuda"), help="Default: cuda, where there is one.")
     task.add_argument("--num_threads", type=int, help="Of the CPU. Default: as torch chooses, usually all cores.")
     task.add_argument("--compile", action="store_true", help="Compile everybody's model with torch.compile.")
-    task.add_argument("--no_memory", action="store_true", help="Leave out the memory, for which each model is run in "
-                      "a process of its own.")  # fmt: skip
+    task.add_argument(
+        "--steps", type=int,
+        help="Steps that are timed together, between two waits for the device. Default: 10 on cuda, 1 on a CPU.",
+    )  # fmt: skip
+    task.add_argument(
+        "--peers", nargs="+", choices=("transformers", "timm", "torchvision", "vit-pytorch"),
+        help="Whom to compare with. Default: everybody who is installed.",
+    )  # fmt: skip
+    task.add_argument("--profile", action="store_true", help="Tell where the time of ours and of the fastest other "
+                      "goes, by kind of kernel.")  # fmt: skip
+    task.add_argument("--no_memory", action="store_true", help="Leave out the memory, for which on a CPU each model is "
+                      "run in a process of its own.")  # fmt: skip
     add_common_flags(task, rounds=9)
     task.set_defaults(measure=measure_models)
 
@@ -101,27 +111,34 @@ def measure_models(arguments: argparse.Namespace) -> None:
     import torch
     from transformers.utils import logging
 
-    from .models import ModelBenchmark, measure
-    from .peers import VIT_PYTORCH, VIT_PYTORCH_NOTE
-    from .timing import describe_machine, format_table, write_benchmark
+    from .comparison import Comparison
+    from .models import ModelBenchmark
+    from .peers import PEERS, VIT_PYTORCH, VIT_PYTORCH_NOTE
+    from .timing import describe_machine, format_table, write_benchmark, write_numbers
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     benchmark = ModelBenchmark(
-        arguments.task, arguments.variant, arguments.image_size, arguments.dtype, device, arguments.compile
-    )
+        arguments.task, arguments.variant, arguments.image_size, arguments.dtype, device, arguments.compile,
+        peers=tuple(arguments.peers or PEERS),
+    )  # fmt: skip
     logging.disable_progress_bar()
-    machine = describe_machine()  # first, for the load
-    measured = measure(benchmark, arguments.batch_size, arguments.rounds, not arguments.no_memory)
-    for batch_size, batch in measured["batches"].items():
+    folder = Path(arguments.output_dir)
+    # The machine first, for the load.
+    record = {"machine": describe_machine(), "benchmark": vars(benchmark), "vit_pytorch": VIT_PYTORCH_NOTE}
+    comparison = Comparison(
+        benchmark, arguments.rounds, arguments.steps or (10 if device == "cuda" else 1), not arguments.no_memory,
+        arguments.profile, write=lambda measured: write_numbers({**record, **measured}, folder, arguments.task),
+    )  # fmt: skip
+    record.update(comparison.run(arguments.batch_size))
+    for batch_size, batch in record["batches"].items():
         how = f"{arguments.dtype}, {device}, {torch.get_num_threads()} threads" + arguments.compile * ", compiled"
         print(format_table(f"{arguments.task}, {arguments.variant}, batch {batch_size}, {how}", batch["summary"]), "\n")
     print(f"    {VIT_PYTORCH}: {VIT_PYTORCH_NOTE}.")
-    for name, reason in measured["missing"].items():
+    for name, reason in record["missing"].items():
         print(f"    not measured: {name} ({reason})")
-    record = {"machine": machine, "benchmark": vars(benchmark), "vit_pytorch": VIT_PYTORCH_NOTE, **measured}
-    write_benchmark(record, Path(arguments.output_dir), arguments.task)
+    write_benchmark(record, folder, arguments.task)
 
 
 def measure_data(arguments: argparse.Namespace) -> None:

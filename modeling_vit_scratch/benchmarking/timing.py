@@ -20,13 +20,14 @@ from PIL import features
 
 # What a table calls our way, where there is one.
 OURS = "ours"
-# Packages that are compared with, where they are installed.
-_PEERS = ("timm", "torchvision", "vit-pytorch")
+# Packages that are used or compared with where they are installed.
+_OTHERS = ("datasets", "triton", "timm", "torchvision", "vit-pytorch")
 
 
 def time_in_turns(
-    ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[dict[str, list[float]]], Any] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
     """
     Runs each way once to warm up, and then once in each round, beginning with another one each time.
 
@@ -34,6 +35,7 @@ def time_in_turns(
         ways: by name.
         rounds: how often.
         clock: of seconds. `time.process_time` leaves out what other programs take of a core.
+        after_round: gets the seconds so far.
 
     Returns:
         The seconds of each way in each round.
@@ -46,6 +48,8 @@ def time_in_turns(
             begin = clock()
             ways[name]()
             seconds[name].append(clock() - begin)
+        if after_round is not None:
+            after_round(seconds)
     return seconds
 
 
@@ -89,8 +93,8 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy", "datasets")},
-            **{name: version(name) for name in _PEERS if find_spec(name.replace("-", "_")) is not None},
+            **{name: version(name) for name in ("torch", "transformers", "pillow", "numpy")},
+            **{name: version(name) for name in _OTHERS if find_spec(name.replace("-", "_")) is not None},
             "libjpeg-turbo": features.version("libjpeg_turbo"),
         },
         "command": shlex.join(["python", *sys.argv]),
@@ -118,12 +122,16 @@ def format_table(title: str, summary: dict[str, dict[str, Any]], ours: str = "ou
     return "\n".join(lines)
 
 
+def write_numbers(record: dict[str, Any], folder: Path, task: str) -> Path:
+    """Writes the numbers as TASK.json, whole or not at all: also while they are still being measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (unfinished := folder / f"{task}.json.part").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return unfinished.replace(folder / f"{task}.json")
+
+
 def write_benchmark(record: dict[str, Any], folder: Path, task: str) -> None:
     """Writes the numbers as TASK.json, and a picture of them where matplotlib is; tells where."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{task}.json"
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"All numbers: {file}")
+    print(f"All numbers: {write_numbers(record, folder, task)}")
     try:
         from .figures import draw_benchmark
     except ImportError:
