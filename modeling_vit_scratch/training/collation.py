@@ -69,17 +69,19 @@ class ImageCollator:
 
     description: str | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
         Args:
             examples: of "pixel_values" (C, H, W), uint8 or normalised; perhaps "labels"; and "key" (seed, epoch, index)
                 if they are for training; and "broken", if they took the place of images that can't be read: why, by
-                index.
+                index. Or what this returns, where a data set makes batches itself: see `device_images`.
 
         Returns:
             "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: from which examples it is made. If
             there are any, "broken": pairs of the index of an image that can't be read, and the reason.
         """
+        if isinstance(examples, dict):
+            return examples
         ours = ("key", "broken")
         batch = default_collate([{name: example[name] for name in example if name not in ours} for example in examples])
         if "key" in examples[0]:
@@ -119,7 +121,7 @@ class MixingCollator(ImageCollator):
         parts = [f"{name} {alpha:g}" for name, alpha in (("Mixup", mixup_alpha), ("CutMix", cutmix_alpha)) if alpha]
         self.description = " or ".join(parts)
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
         As in `ImageCollator`, and for training examples also what `pixels.mix` takes.
 
@@ -134,12 +136,13 @@ class MixingCollator(ImageCollator):
         targets = targets if targets.ndim == 2 else F.one_hot(targets, self.num_labels).float()
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
-        seed, epoch, _ = examples[0]["key"]
-        generator = np.random.default_rng((_STREAM, seed, epoch, *(example["key"][2] for example in examples)))
+        keys = batch["keys"].tolist()
+        seed, epoch, _ = keys[0]
+        generator = np.random.default_rng((_STREAM, seed, epoch, *(index for _, _, index in keys)))
         mixing = self.draw(batch["pixel_values"].shape[-2:], generator)
         batch["labels"] = mixing.mix_labels(targets)
-        batch["mixing_weights"] = torch.full((len(examples),), mixing.weight, dtype=torch.float32)
-        batch["mixing_boxes"] = torch.tensor([mixing.box] * len(examples), dtype=torch.int64)
+        batch["mixing_weights"] = torch.full((len(keys),), mixing.weight, dtype=torch.float32)
+        batch["mixing_boxes"] = torch.tensor([mixing.box] * len(keys), dtype=torch.int64)
         return batch
 
     def draw(self, size: tuple[int, int], generator: np.random.Generator) -> Mixing:

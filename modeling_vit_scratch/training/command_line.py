@@ -229,6 +229,13 @@ def _check_training_arguments(arguments: ImageTrainingArguments, problems: Probl
             "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
             "classes there. Keep one of them."
         )
+    if arguments.images_on_device:
+        for name, is_given in (
+            ("aug_repeats", arguments.recipe_arguments.aug_repeats > 1),
+            ("max_broken_images", arguments.max_broken_images > 0),
+        ):
+            if is_given:
+                problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
     _check_probe(arguments, problems)
     _check_hub(arguments, problems)
 

@@ -13,6 +13,7 @@ from .augmentation import Augmentation, DigitAugmentation, PhotoAugmentation
 from .callbacks import Progress, SamplesSeen, SetEpoch
 from .collation import ImageCollator, MixingCollator
 from .data import ImageData, check_for_probes
+from .device_images import DeviceImages, build_device_images
 from .errors import InputError
 from .examples import ImageClassificationDataset
 from .losses import ClassificationLoss, MultiLabelLoss, class_weights, positive_weights
@@ -55,20 +56,22 @@ def build_trainer(
             arguments.metric_for_best_model = "mean_average_precision"
     elif arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
-    augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
-    train_set = ImageClassificationDataset(
-        data.train,
-        processor,
-        channels,
-        augmentation,
-        seed=arguments.seed,
-        fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
-        max_broken_images=arguments.max_broken_images,
-    )
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
     )
     stream_place = None
+    if arguments.images_on_device:
+        train_set, held_out = keep_on_device(data, held_out, arguments)
+    else:
+        train_set = ImageClassificationDataset(
+            data.train,
+            processor,
+            channels,
+            build_augmentation(data.source.augmentation, processor, model.config, arguments),
+            seed=arguments.seed,
+            fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
+            max_broken_images=arguments.max_broken_images,
+        )
     if isinstance(data.train, ImageStream):
         check_stream(data.train, arguments)
         train_set, stream_place = StreamDataset(data.train, train_set, data.shuffle_buffer_size), StreamPlace()
@@ -98,6 +101,23 @@ def build_trainer(
     if arguments.probe:
         trainer.add_callback(build_probe(trainer, data))
     return trainer
+
+
+def keep_on_device(
+    data: ImageData, held_out: ImageClassificationDataset, arguments: ImageTrainingArguments
+) -> tuple[DeviceImages, DeviceImages]:
+    """
+    The training images and the held-out ones, for --images_on_device.
+
+    Raises:
+        InputError: for data that it is not for.
+    """
+    if isinstance(data.train, ImageStream):
+        raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one of them.")
+    if data.source.augmentation != "photo":
+        raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
+    train = ImageClassificationDataset(data.train, held_out.processor, held_out.decoder.num_channels)
+    return build_device_images(train, held_out, arguments)
 
 
 def build_probe(trainer: ImageTrainer, data: ImageData) -> Probe:

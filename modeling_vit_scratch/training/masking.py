@@ -113,10 +113,10 @@ class MaskingCollator(ImageCollator):
     def __init__(self, draw: DrawMask, patch: tuple[int, int], description: str) -> None:
         self.draw, self.patch, self.description = draw, patch, description
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """As in `ImageCollator`, of examples with "key", also held-out ones; with the masks (B, ...)."""
         batch = super().__call__(examples)
         height, width = batch["pixel_values"].shape[-2:]
         grid = height // self.patch[0], width // self.patch[1]
-        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *example["key"]))) for example in examples]
+        masks = [self.draw(*grid, np.random.default_rng((_STREAM, *key))) for key in batch["keys"].tolist()]
         return batch | {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}

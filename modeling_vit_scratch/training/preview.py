@@ -8,6 +8,7 @@ import numpy as np
 from ..visualization.figures import check_drawing, new_figure
 from ..visualization.photos import as_pixels
 from .errors import InputError
+from .examples import ImageClassificationDataset
 from .streaming import StreamDataset
 from .trainer import ImageTrainer
 
@@ -31,7 +32,7 @@ def augmentation_grid(trainer: ImageTrainer, rows: int = 6, epochs: int = 6) -> 
             "A picture shows the same images in several epochs, which a stream can't. Leave out --streaming."
         )
     indices = np.linspace(0, len(train_set) - 1, min(rows, len(train_set))).round().astype(int).tolist()
-    plain = type(trainer.eval_dataset)(train_set.examples, train_set.processor, trainer.model.config.num_channels)
+    plain = ImageClassificationDataset(train_set.examples, train_set.processor, trainer.model.config.num_channels)
     batches = [collate([plain[index] for index in indices])]
     for epoch in range(epochs):
         train_set.set_epoch(epoch)

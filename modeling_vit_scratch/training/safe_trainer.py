@@ -60,6 +60,7 @@ DECIDING_ARGUMENTS = (
     "torch_compile",
     "dataloader_drop_last",
     "smallest_area",
+    "images_on_device",
     "max_broken_images",
 )
 # How many numbers an optimizer keeps for each weight, where it is known.
