@@ -25,6 +25,9 @@ def main() -> None:
     )
     parser.add_argument("model", help="any checkpoint that the library knows: a file, a folder or a Hub id")
     parser.add_argument("--skip_linear", action="store_true", help="leave out the linear probe, which takes longest")
+    parser.add_argument(
+        "--random_weights", action="store_true", help="the same network with fresh weights of --seed, to compare with"
+    )
     own, flags = parser.parse_known_args()
 
     from modeling_vit_scratch.training.command_line import parse_arguments
@@ -49,10 +52,11 @@ def main() -> None:
     with training_arguments.main_process_first(desc="reading the data"):
         data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
     check_for_probes(data)
-    encoder, processor = load_encoder(model_arguments)
+    encoder, processor = load_encoder(model_arguments, seed if own.random_weights else None)
     encoder.to(training_arguments.device)
     if is_first:
-        print(data.describe(), f"{own.model}: {encoder.num_parameters():,} parameters.", sep="\n")
+        weights = ", random weights" if own.random_weights else ""
+        print(data.describe(), f"{own.model}: {encoder.num_parameters():,} parameters{weights}.", sep="\n")
     try:
         bank, queries = (
             extract_features(
@@ -67,7 +71,8 @@ def main() -> None:
         if is_first:
             found = run_probes(bank, queries, len(data.label_names), seed, with_linear=not own.skip_linear)
             folder.mkdir(parents=True, exist_ok=True)
-            write_record(build_probe_record(found, data, encoder, model_arguments, seed), folder)
+            record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
+            write_record(record, folder)
             print(table(found), f"Record: {folder / 'results.json'}", sep="\n")
     except ValueError as error:
         raise InputError(str(error)) from error

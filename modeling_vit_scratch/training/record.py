@@ -104,16 +104,23 @@ def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArgumen
 
 
 def build_probe_record(
-    found: dict[str, Any], data: ImageData, model: PreTrainedModel, model_arguments: ModelArguments, seed: int
+    found: dict[str, Any],
+    data: ImageData,
+    model: PreTrainedModel,
+    model_arguments: ModelArguments,
+    seed: int,
+    random_weights: bool = False,
 ) -> dict[str, Any]:
     """
     The record of scripts/probe.py: the `probes` as `probes.run_probes` has found them, `n` (the number of images they
-    were tested on), `seed`, and the facts on data, model and machine that every record has.
+    were tested on), `seed`, whether the model had `random_weights` in place of its own, and the facts on data, model
+    and machine that every record has.
     """
     return {
         "probes": found,
         "n": len(data.validation),
         "seed": seed,
+        "random_weights": random_weights,
         "dataset": _dataset_facts(data),
         "model": _model_facts(model, model_arguments),
         **_circumstances(),

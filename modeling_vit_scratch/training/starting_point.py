@@ -82,9 +82,15 @@ def _from_checkpoint(
     return model, processor, [f"From {name}: {model.num_parameters():,} parameters. {head}"]
 
 
-def load_encoder(arguments: ModelArguments) -> tuple[ViTScratchModel, BaseImageProcessor]:
+def load_encoder(
+    arguments: ModelArguments, random_seed: int | None = None
+) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """
     The encoder of --model_name_or_path, with the representation layer before a classifier if it has one.
+
+    Args:
+        arguments: the command line's.
+        random_seed: if there is one, the same network with fresh weights of this seed.
 
     Raises:
         InputError: if it can't be loaded, or lacks weights.
@@ -99,6 +105,9 @@ def load_encoder(arguments: ModelArguments) -> tuple[ViTScratchModel, BaseImageP
     )
     if missing:
         raise InputError(f"{name} lacks {len(missing)} weights, e.g. {min(missing)}.")
+    if random_seed is not None:
+        set_seed(random_seed)
+        model = ViTScratchModel(model.config)
     return model, _wanted_processor(arguments) or processor
 
 
