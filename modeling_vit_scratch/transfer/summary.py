@@ -152,9 +152,10 @@ def _circumstances(record: dict[str, Any]) -> str:
     told = "; ".join(f"{told} ({', '.join(names)})" if len(rates) > 1 else told for told, names in rates.items())
     best = f" From scratch it is the best of {', '.join(tried)} on the held-out images." if len(tried) > 1 else ""
     probes = any(cell["how"] in SHOWN_PROBES for cell in record["cells"])
-    draws = " Each seed has its own draws of a few images, and its own random weights." if probes else ""
+    draws = " Each seed has three draws of a few images of its own, and its own random weights." if probes else ""
+    several = f"Mean ± standard deviation over {cell['n']} seeds" if cell["n"] > 1 else "One seed"
     return (
-        f"Mean ± standard deviation over {cell['n']} seed{'s' if cell['n'] > 1 else ''}, after the last step. The same "
-        f"flags from both starts, but for the learning rate: {told}.{best}{draws} {cell['hardware']}; torch "
-        f"{cell['versions']['torch']}, transformers {cell['versions']['transformers']}."
+        f"{several}, after the last step. The same flags from both starts, but for the learning rate: {told}.{best}"
+        f"{draws} {cell['hardware']}; torch {cell['versions']['torch']}, transformers "
+        f"{cell['versions']['transformers']}."
     )
