@@ -275,3 +275,35 @@ def test_random_weights_are_the_same_network_and_those_of_the_seed(workplace):
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
     assert not torch.equal(first[name], stored[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs side by side
+
+
+def test_two_runs_are_compared_and_what_differs_is_said(tmp_path, monkeypatch, capsys):
+    facts = {"name": "pets", "held_out": "15 %", "num_training_images": 1527}
+    record = {"metric": "accuracy", "value": 0.8, "n": 270, "dataset": facts, "training": {"epochs": 4.0}}
+    runs = {"a": {"model": {"started_from": "scratch"}}, "b": {"model": {"started_from": "vit"}, "value": 0.9255}}
+    runs["c"] = {"model": {"started_from": "vit"}, "training": {"epochs": 9.0}, "n": 100}
+    for name, more in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**record, "wall_time_seconds": 33.3, **more}))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "results.json").write_text('{"probes": {}}')
+    monkeypatch.chdir(tmp_path)
+
+    def compare(*words):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+        status = run_command_line(load_script("compare").main)
+        return status, *capsys.readouterr()
+
+    status, told, _ = compare("a", "b")
+    assert status == 0
+    assert [line.split() for line in told.splitlines()[1:3]] == [
+        ["a", "scratch", "80.00", "%", "33", "s"], ["b", "vit", "92.55", "%", "+12.55", "points", "33", "s"],
+    ]  # fmt: skip
+    assert "Same 270 held-out images; 1,527 training images, 4 epochs each." in told
+    assert "Not the same in all of them: held-out images, epochs." in compare("a", "b", "c")[1]
+    assert compare("a", "e")[0] == 2
+    assert "d is of no run of scripts/finetune.py" in compare("a", "d")[2]
