@@ -47,6 +47,12 @@ from .configuration_vit_scratch import ViTScratchConfig
 # Pixels to tokens: equation 1 -----------------------------------------------------------------------------------------
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is nothing but its weight: no adapter, quantisation or hook that reading it would miss."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+    return type(layer) in (nn.Linear, nn.Conv2d) and not hooked
+
+
 class ViTScratchPatchEmbeddings(nn.Module):
     """Cuts the image, or what the stem makes of it, into patches and maps each to a token: x_p E of equation 1."""
 
@@ -56,7 +62,6 @@ class ViTScratchPatchEmbeddings(nn.Module):
         self.stem = None if config.stem_layers is None else ViTScratchStem(config)
         channels = self.num_channels if self.stem is None else self.stem.out_channels
         kernel = (self.patch[0] // config.stem_stride, self.patch[1] // config.stem_stride)
-        # A convolution whose stride is its kernel is a dense layer on every patch.
         self.projection = nn.Conv2d(channels, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
@@ -76,8 +81,16 @@ class ViTScratchPatchEmbeddings(nn.Module):
         return shape[2] // self.patch[0], shape[3] // self.patch[1]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        pixel_values = pixel_values if self.stem is None else self.stem(pixel_values)
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, D, N) -> (B, N, D)
+        """(B, C, H, W) -> (B, N, D)"""
+        pixels = pixel_values if self.stem is None else self.stem(pixel_values)
+        if not is_plain(self.projection):
+            return self.projection(pixels).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+        # A convolution whose stride is its kernel is a dense layer on every patch, and a product of matrices needs none
+        # of the other layouts of images that libraries for convolutions copy to.
+        height, width = self.projection.kernel_size
+        patches = pixels.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, height, columns, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * height * width)
+        return F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
 
 
 def resample_positions(positions: Tensor, rows: int, columns: int, interpolation: str) -> Tensor:
@@ -209,12 +222,6 @@ def eager_attention_forward(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights  # (B, Q, A, E), (B, A, Q, T)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is nothing but its weight: no adapter, quantisation or hook that reading it would miss."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
-    return type(layer) is nn.Linear and not hooked
 
 
 class ViTScratchRelativePositions(nn.Module):
