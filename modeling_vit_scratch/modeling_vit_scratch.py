@@ -282,7 +282,8 @@ class ViTScratchAttention(nn.Module):
 
     def split_heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, T, parts * D) -> parts of (B, A, T, E)"""
-        return projected.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Cut along D, their gradients are put together in one copy; cut along an axis of their own, it takes two.
+        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.chunk(parts, dim=-1))
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any, grid: tuple[int, int], num_queries: int | None, **kwargs: Any
