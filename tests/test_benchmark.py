@@ -23,7 +23,7 @@ from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
 from modeling_vit_scratch.benchmarking.models import ModelBenchmark
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
-from modeling_vit_scratch.benchmarking.processor import difference, processor_ways
+from modeling_vit_scratch.benchmarking.processor import FAST, THEIRS, differences, processor_ways, times_faster
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.training.errors import InputError
 
@@ -268,10 +268,15 @@ def test_kernels_are_grouped_and_what_is_left_is_idle():
 def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, capsys):
     decoded = [Image.open(file).convert("RGB") for file in photos]
     by_kind = [processor_ways(images, 32) for images in (decoded, photos)]
-    values = [way() for ways in by_kind for way in ways.values()]
+    values = [way() for ways in by_kind for name, way in ways.items() if name != FAST]
     assert values[0].shape == (3, 3, 32, 32)
     assert all(torch.allclose(values[0], others, atol=1e-6) for others in values[1:])
-    assert difference(by_kind[0]) < 1e-6
+    for ways, limit in zip(by_kind, (1, 12)):
+        found = differences(ways)
+        assert found["largest_difference"] < 1e-6
+        assert 0 < found["fast_mean_levels"] < found["fast_largest_levels"] < limit + 0.01
+    faster = times_faster({FAST: [1.0, 2.0, 4.0], OURS: [2.0, 4.0, 8.0], THEIRS: [3.0, 8.0, 20.0]})
+    assert faster == {"fast_times_faster": 4.0, "fast_times_faster_quartiles": [3.5, 4.5]}
     more = ["--train_dir", str(photos[0].parent), "--image_size", "16", "--rounds", "2", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "processor", *more])
     threads = torch.get_num_threads()
@@ -281,6 +286,7 @@ def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, c
     assert [title.rpartition(", ")[2] for title in record["sets"]] == ["decoded", "JPEG files"]
     assert all(measured["largest_difference"] < 1e-6 for measured in record["sets"].values())
     assert "transformers, Pillow" in shown
+    assert all(f"{measured['fast_times_faster']:.2f} times as fast" in shown for measured in record["sets"].values())
 
 
 def test_both_libraries_load_the_same_weights(tmp_path):

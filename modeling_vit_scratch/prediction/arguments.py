@@ -42,9 +42,10 @@ class PredictionArguments:
     fast_decode: bool = field(
         default=True,
         metadata={
-            "help": "Decode JPEG photos at 1/2, 1/4 or 1/8 of their sides where the model's input is smaller than "
-            "that. Pixels then differ by about one level of 255 on average from those of a pipeline, which decodes in "
-            "full, as --no_fast_decode does."
+            "help": "Decode JPEG photos at 1/2, 1/4 or 1/8 of their sides where that leaves 1.5 times the sides of the "
+            "model's input, and resize with torch's kernels (the image processor's do_fast_resize). Pixels then differ "
+            "by about one level of 255 on average from those of a pipeline, which decodes in full and resizes with "
+            "Pillow, as --no_fast_decode does."
         },
     )
     calibrated: bool = field(default=True, metadata={"help": "Apply the temperature that MODEL has."})

@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
-from ..training.decoding import ReducedJpeg, open_photo
+from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 from ..training.errors import InputError
 from ..training.safe_trainer import prepare_workers
 from .inputs import Item, Rows
@@ -18,7 +16,6 @@ from .inputs import Item, Rows
 
 # The encoded image of a shard or a table may have so many bytes.
 MAX_BYTES = 1 << 30
-_FIT_SETTINGS = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size")
 
 
 class Batch(NamedTuple):
@@ -52,29 +49,17 @@ def pixel_size(processor: ViTScratchImageProcessor) -> tuple[int, int]:
     return size.height, size.width
 
 
-class WholePhoto:
-    """A JPEG photo that is not decoded yet, with as much of a PIL image as `resize_and_crop` asks for."""
-
-    def __init__(self, photo: ReducedJpeg) -> None:
-        self._photo = photo
-        self.width, self.height = self.size = photo.width, photo.height
-
-    def resize(self, size: tuple[int, int], resample: int) -> Image.Image:
-        """As `PIL.Image.Image.resize`."""
-        return self._photo.resize(size, resample, box=(0, 0, *self.size))
-
-
 class ItemDataset(Dataset):
     """
     Batches of items to batches of pixels, as the processor resizes and crops them, not yet normalised.
 
     Args:
         processor: the model's.
-        fast_decode: decode JPEG files at the scale that the size needs: see `training.decoding`.
+        fast_decode: decode and resize the fast way, as with the processor's `do_fast_resize`, whatever that is.
     """
 
     def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
-        self.processor, self.fast_decode = processor, fast_decode and processor.do_resize
+        self.processor, self.fast_decode = processor, fast_decode
         channels = processor.num_channels if processor.do_convert_rgb else len(np.atleast_1d(processor.image_mean))
         self.shape = (channels, *pixel_size(processor))
 
@@ -99,11 +84,7 @@ class ItemDataset(Dataset):
             source = _read_member(item)
         if source is None:
             raise ImageDecodeError(f"{name} cannot be read as an image: the row has neither bytes nor a path")
-        photo = open_photo(source, self.processor, name) if self.fast_decode else None
-        image = WholePhoto(photo) if isinstance(photo, ReducedJpeg) else photo
-        image = self.processor.decode(source, name=name) if image is None else image
-        settings = {setting: getattr(self.processor, setting) for setting in _FIT_SETTINGS}
-        bands = resize_and_crop(image, name, settings)
+        bands = self.processor.fit(source, name=name, do_fast_resize=self.fast_decode)
         if len(bands) != self.shape[0]:
             raise ValueError(f"it has {len(bands)} channels, and the model takes {self.shape[0]}")
         return torch.from_numpy(np.stack(bands))

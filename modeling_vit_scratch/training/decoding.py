@@ -3,31 +3,35 @@
 The fast way from a file to the pixels of a part of it: what training needs, and no more.
 
 JPEG photos are decoded at the scale that the part needs: libjpeg gives 1/2, 1/4 or 1/8 of the sides by computing fewer
-cosines. Every part is resized by torch's 8-bit kernels, which do what Pillow's do with weights of 16 bits in place of
-22: at most one level away, in a third of the time. (Bicubic, where one side is enlarged and the other reduced, can be
+cosines. Every part is resized by torch's 8-bit kernels, as the image processor does with `do_fast_resize`: at most one
+level away from Pillow, in a third of the time. (Bicubic, where one side is enlarged and the other reduced, can be
 further: the two passes are in another order.)
 
-Images that are evaluated or served are decoded in full and resized by Pillow.
+Images that are evaluated or served are decoded in full and resized by Pillow, unless the processor is set otherwise.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow
 import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, binary_source, decode_errors
+from ..image_processing_vit_scratch import (
+    TORCH_FILTERS,
+    ImageDecodeError,
+    ViTScratchImageProcessor,
+    binary_source,
+    decode_errors,
+    resize_interleaved,
+)
 
 
 # The EXIF orientations of upright images whose x (y) axis runs against one of the axes that are stored, and those whose
 # sides are swapped.
 _X_IS_REVERSED, _Y_IS_REVERSED, _IS_TURNED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}
-
-# torch's names of the filters that it has for 8 bits.
-_TORCH_FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -73,11 +77,6 @@ class ReducedJpeg:
             self._orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         self.width, self.height = image.size[::-1] if self._orientation in _IS_TURNED else image.size
 
-    def resize(self, size: tuple[int, int], resample: int, box: Box) -> Image.Image:
-        """As `PIL.Image.Image.resize`; once, since it decodes. Raises ImageDecodeError for a broken file."""
-        image, box = self.decode(size, box)
-        return image.resize(size, resample, box=box)
-
     def decode(self, size: tuple[int, int], box: Box) -> tuple[Image.Image, Box]:
         """
         Once: the image, upright, at the scale that makes (width, height) of the box, and where the box is in it. Raises
@@ -105,6 +104,10 @@ class StoredImage:
     def decode(self, decoder: ViTScratchImageProcessor) -> Image.Image:
         """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
         return decoder.decode(self._content(), name=self.name)
+
+    def fit(self, processor: ViTScratchImageProcessor, **settings: Any) -> torch.Tensor:
+        """uint8 (C, H, W), as the processor decodes, resizes and crops it: see its `fit`. Raises what that raises."""
+        return torch.from_numpy(np.stack(processor.fit(self._content(), name=self.name, **settings)))
 
     def open_photo(self, decoder: ViTScratchImageProcessor) -> "TrainingPhoto":
         """The same, but JPEG files are not decoded yet."""
@@ -154,10 +157,8 @@ class PhotoPart:
         if not self.photo.is_decoded:
             image, box = image.decode(self.size, box)
         box = tuple(round(edge) for edge in box)
-        if self.resample in _TORCH_FILTERS:
-            # Planes that are interleaved in memory: kernels for such are twice as fast.
-            planes = _interleaved(image, box).permute(0, 3, 1, 2)
-            pixels = F.interpolate(planes, self.size[::-1], mode=_TORCH_FILTERS[self.resample], antialias=True)[0]
+        if self.resample in TORCH_FILTERS:
+            pixels = resize_interleaved(_interleaved(image, box), self.size, self.resample)[0]
             pixels = pixels[: len(image.getbands())].numpy()
         else:
             pixels = to_pixels(image.crop(box).resize(self.size, self.resample)).numpy()

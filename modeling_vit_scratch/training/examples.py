@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor, resize_and_crop
+from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 from .augmentation import Augmentation
 from .decoding import PhotoPart, StoredImage, to_pixels
 
@@ -171,10 +171,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             raise begun
         if not isinstance(begun, StoredImage):
             return self._as_it_is(begun)
-        image = begun.decode(self.decoder)
         if self.augmentation is None:
-            return self._fit(image)
-        return self._as_it_is(self.augmentation(image, self._generator(index)))
+            return self._fit(begun)
+        return self._as_it_is(self.augmentation(begun.decode(self.decoder), self._generator(index)))
 
     def _generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, int(self._epoch), index))
@@ -204,13 +203,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                 index = self.examples.another(others)
                 begun = self._begin(index, *self.examples.stored([index]))
 
-    def _fit(self, image: Image.Image) -> torch.Tensor:
-        """The image as the processor resizes and crops it."""
+    def _fit(self, stored: StoredImage) -> torch.Tensor:
+        """The image as the processor decodes, resizes and crops it."""
         if not self.is_ours:
-            return self.processor(image, return_tensors="pt")["pixel_values"][0]
-        names = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size")
-        settings = {name: getattr(self.processor, name) for name in names}
-        return torch.from_numpy(np.stack(resize_and_crop(image, "the image", settings)))
+            return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
+        return stored.fit(self.processor)
 
     def _as_it_is(self, image: Image.Image | PhotoPart) -> torch.Tensor:
         """The image, which has its size already."""
