@@ -60,6 +60,7 @@ FORMATS = {
         "e2195b2", CLASSIFIER, {"head_bias_init": -6.9, "problem_type": "multi_label_classification"}, {},
     ),
     "temperature": ("c3f5a03", CLASSIFIER, {"temperature": 1.75}, {}),
+    "fast_resize": ("8c7e83f", CLASSIFIER, {}, {"do_fast_resize": True}),
 }  # fmt: skip
 
 
