@@ -77,10 +77,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _affine(images: Tensor, *coefficients: Tensor | float) -> Tensor:
     """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f); what is outside the image is grey."""
     height, width = images.shape[-2:]
-    a, b, c, d, e, f = (
-        value[:, None, None] if isinstance(value, Tensor) else torch.tensor(value, device=images.device)
-        for value in coefficients
-    )
+    a, b, c, d, e, f = (value[:, None, None] if isinstance(value, Tensor) else value for value in coefficients)
     columns, rows = (torch.arange(side, device=images.device) + 0.5 for side in (width, height))
     columns, rows = columns[None, None, :], rows[None, :, None]
     shape = (len(images), height, width)
@@ -103,8 +100,8 @@ def _luma(images: Tensor) -> Tensor:
     """(B, 1, H, W), int32, 0 to 255: Pillow's conversion to mode L."""
     if images.shape[1] == 1:
         return images.int()
-    weights = torch.tensor((19595, 38470, 7471), dtype=torch.int32, device=images.device)
-    return (torch.einsum("bchw,c->bhw", images.int(), weights)[:, None] + 0x8000) >> 16
+    red, green, blue = images.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
 def _blend(images: Tensor, degenerate: Tensor | float, change: Tensor) -> Tensor:

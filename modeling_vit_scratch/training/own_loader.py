@@ -25,4 +25,6 @@ def own_loader(
         **batching,
     )
     # As for one process: accelerate would deal the batches once more.
-    return prepare_data_loader(loader, arguments.device, num_processes=1, process_index=0, put_on_device=True)
+    return prepare_data_loader(
+        loader, arguments.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+    )

@@ -69,6 +69,26 @@ _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 1}
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
 
+@dataclasses.dataclass(frozen=True)
+class LookedAt:
+    """
+    A step, before the optimizer's, and whether it is sick.
+
+    Attributes:
+        number: counted from 1.
+        losses, norm: of the batches that are accumulated, (N,), and of their gradient, ().
+        keys: what the batches are made of.
+        is_sick: on the host; of a GPU, only after `arrival`.
+    """
+
+    number: int
+    losses: torch.Tensor
+    norm: torch.Tensor
+    keys: list[torch.Tensor | None]
+    is_sick: torch.Tensor
+    arrival: torch.cuda.Event | None = None
+
+
 class SafeTrainer(Trainer):
     """
     See the module. Batches may hold, beside what the model takes, "keys" (B, 3) int64: seed, epoch and index of each
@@ -77,6 +97,7 @@ class SafeTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
         self.processes = Processes(self.args.ddp_timeout)
         self.signals = SaveOnSignal(self.processes)
         self.add_callback(self.signals)
@@ -86,6 +107,7 @@ class SafeTrainer(Trainer):
         # Of the batches that are accumulated to the latest step: what they are made of, (B, 3) each, and their losses.
         self.last_keys: list[torch.Tensor | None] = []
         self._losses: list[torch.Tensor] = []
+        self._looked_at: LookedAt | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Starting and ending
@@ -115,7 +137,9 @@ class SafeTrainer(Trainer):
         self._check_room()
         try:
             with self._explained():
-                return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                outcome = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                self._stop_if_sick()
+                return outcome
         finally:
             # Those of streams and of repeated images are not accelerate's.
             release_workers([*self.accelerator._dataloaders, self.callback_handler.train_dataloader])
@@ -124,6 +148,7 @@ class SafeTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, with clear errors."""
         with self._explained():
+            self._stop_if_sick()
             return super().evaluate(*args, **kwargs)
 
     @contextmanager
@@ -219,6 +244,7 @@ class SafeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer; the checkpoint gets its name when all of it is on the disk, and then older ones go."""
+        self._stop_if_sick()
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         staged, checkpoint = folder / checkpoints.STAGING / name, folder / name
         with self._writing(name, folder):
@@ -378,7 +404,10 @@ class SafeTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """
         As in Trainer, which calls it between the gradient and the optimizer's step. Raises TrainingStopped for a loss
-        or a gradient that is no number: once for each step, since looking at a number means to wait for the device.
+        or a gradient that is no number.
+
+        Looking at a number means to wait for the device. Where the optimizer can leave out a step by itself, it is told
+        to do so on the device, and the run stops when the next step has its gradient: nothing waits.
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm = torch.as_tensor(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).detach()
@@ -386,16 +415,43 @@ class SafeTrainer(Trainer):
         # With float16 a gradient may overflow: the scaler leaves out that step, and lowers its scale.
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
         looked_at = losses if is_scaled else torch.cat([losses, norm.to(losses).reshape(1)])
-        if not looked_at.isfinite().all():
-            self._stop_sick(losses.tolist(), float(norm), is_everywhere=not (is_scaled or norm.isfinite()))
+        is_sick, arrival = looked_at.isfinite().all().logical_not(), None
+        self._stop_if_sick()  # the step before
+        if optimizer := self._skipping_optimizer():
+            optimizer.found_inf = is_sick.float()
+            if is_sick.is_cuda:
+                is_sick = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_sick, non_blocking=True)
+                arrival = torch.cuda.Event()
+                arrival.record()
+        self._looked_at = LookedAt(self.state.global_step + 1, losses, norm, self.last_keys, is_sick, arrival)
+        if optimizer is None:
+            self._stop_if_sick()
         return grad_norm
 
-    def _stop_sick(self, losses: list[float], norm: float, is_everywhere: bool) -> None:
+    def _skipping_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, if it leaves out a step that its `found_inf` is 1 for: torch's fused ones, on a GPU."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside of accelerate's, torch's own
+        is_able = getattr(optimizer, "_step_supports_amp_scaling", False) and self.accelerator.scaler is None
+        return optimizer if is_able and self.args.device.type == "cuda" and not self.is_fsdp_enabled else None
+
+    def _stop_if_sick(self) -> None:
+        """Raises TrainingStopped if the step that was looked at last is."""
+        step, self._looked_at = self._looked_at, None
+        if step is None:
+            return
+        if step.arrival is not None:
+            step.arrival.synchronize()
+        if step.is_sick:
+            is_scaled = getattr(self.accelerator, "scaler", None) is not None
+            self._stop_sick(step, is_everywhere=not (is_scaled or step.norm.isfinite()))
+
+    def _stop_sick(self, step: LookedAt, is_everywhere: bool) -> None:
         """Every process names its images. They have one gradient: where that is sick, all of them are here."""
+        losses, norm = step.losses.tolist(), float(step.norm)
         who = f"process {self.args.process_index}, " if self.args.world_size > 1 else ""
         lines = [
             f"    {who}batch {number} of {len(losses)}, loss {loss:.4g}: {', '.join(self._names(keys))}"
-            for number, (loss, keys) in enumerate(zip(losses, self.last_keys), start=1)
+            for number, (loss, keys) in enumerate(zip(losses, step.keys), start=1)
         ]
         sick_loss = next((loss for loss in losses if not torch.tensor(loss).isfinite()), None)
         if is_everywhere:
@@ -404,7 +460,7 @@ class SafeTrainer(Trainer):
             sick_loss = next((loss for loss, _ in everyones if loss is not None), None)
         found = f"The gradient's norm is {norm:g}" if sick_loss is None else f"The loss is {sick_loss:g}"
         raise TrainingStopped(
-            f"{found} at step {self.state.global_step + 1} of {self.state.max_steps}. The weights are those of the "
+            f"{found} at step {step.number} of {self.state.max_steps}. The weights are those of the "
             "step before. The images of this step:\n" + "\n".join(lines) + "\nUsual ways out: a lower --learning_rate "
             f"({self.args.learning_rate:g} now), more --warmup_steps, --max_grad_norm 1, --bf16 False. "
             + self._how_to_go_on(),
