@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the card of a model, README.md, from the records in its folder: those of its training and of its evaluations.
+Writes the card of a model, README.md, from the records in its folder: its training, evaluations and transfer table.
 
     python scripts/card.py outputs/pets --license apache-2.0
     python scripts/card.py outputs/pets --evaluation outputs/pets-evaluated       takes the report into the folder first
+    python scripts/card.py outputs/pretrained --transfer outputs/transfer         the same with a transfer table
     python scripts/card.py outputs/pets --dry_run                                 shows it, and writes nothing
 
 Training and evaluation write it by themselves; this is for what only a person knows, and for reports from elsewhere.
@@ -24,6 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--evaluation", type=Path, nargs="+", default=[], metavar="FOLDER",
         help="reports of scripts/evaluate.py that lie elsewhere: results.json and figures are copied to "
         "evaluation/NAME in the model's folder. Those that are there already need not be named",
+    )  # fmt: skip
+    parser.add_argument(
+        "--transfer", type=Path, metavar="FOLDER",
+        help="the --output_dir of scripts/transfer.py for this model: its table and picture are copied to transfer/ in "
+        "the model's folder",
     )  # fmt: skip
     parser.add_argument("--license", help="of the model, by the Hub's name, e.g. apache-2.0. Default: that of the data")
     parser.add_argument("--base_model", metavar="USER/NAME", help="on the Hub, what the training started from")
@@ -59,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("Give the folder of a finished model, e.g. outputs/digits.")
     names = ("license", "base_model", "hub_model_id", "power_watts", "carbon_intensity")
     wishes = Wishes(**{name: getattr(arguments, name) for name in names})
-    text = write_card(arguments.folder, wishes, arguments.evaluation, arguments.overwrite, arguments.dry_run)
+    own = (arguments.folder, wishes, arguments.evaluation, arguments.overwrite, arguments.dry_run)
+    text = write_card(*own, arguments.transfer)
     if arguments.dry_run:
         print(text)
     else:

@@ -488,9 +488,10 @@ def test_the_template_is_what_the_code_writes_and_all_its_numbers_are_names():
     assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == text, "python scripts/card.py --template > ..."
     card = text[text.index("# {NAME}") : text.index("```bibtex")]
     digits = set(re.findall(r"\d+", re.sub(r"\{[^{}]*\}", "", card)))
-    # top_k; F1; bins of ECE; the width of figures; fewer than 10 images of a class; 1 file; CO2; Apache-2.0
-    assert digits <= {"3", "1", "15", "49", "10", "2", "0"}
-    for section in ("Use", "Architecture", "Training data", "Training", "Evaluation", "Limits", "Environmental cost"):
+    # top_k; F1; bins of ECE; the width of figures; fewer than 10 images of a class; 1 file; CO2; Apache-2.0; 5 images
+    assert digits <= {"3", "1", "15", "49", "10", "2", "0", "5"}
+    sections = ("Use", "Architecture", "Training data", "Training", "Evaluation", "Transfer", "Limits")
+    for section in (*sections, "Environmental cost"):
         assert f"\n## {section}\n" in card
 
 
@@ -509,6 +510,40 @@ def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monk
     }
     assert prepare_card(folder, None, "me/digits", None)[1] == []
     assert not re.search(r"-dirty|/tmp/|/home/", (folder / "README.md").read_text())
+
+
+def transfer_table(place, **changes):
+    """What scripts/transfer.py leaves, for one data set."""
+    cells = [
+        {
+            "data": "pets", "start": start, "how": "fine-tuned", "metric": "accuracy", "mean": mean, "std": 0.012,
+            "n": 3, "num_training_images": 1527, "num_held_out_images": 270, "learning_rate": 0.001, "hardware": "GPU",
+            "versions": {"torch": "2", "transformers": "5"}, "command": f"python scripts/finetune.py --{start}",
+        }
+        for start, mean in (("scratch", 0.75), ("pretrained", 0.9))
+    ]  # fmt: skip
+    place.mkdir(parents=True, exist_ok=True)
+    record = {"model": "pets", "weights": {}, "notes": {"pets": "Two kinds"}, "cells": cells, **changes}
+    (place / "transfer.json").write_text(json.dumps(record))
+    Image.new("RGB", (3, 3)).save(place / "transfer.png")
+
+
+def test_a_transfer_table_is_taken_into_the_card_and_published(folder, tmp_path):
+    train(folder)
+    transfer_table(tmp_path / "table")
+    (tmp_path / "table" / "runs").mkdir()
+    text = write("--transfer", "table").text
+    assert "| pets | 1,527, 270 | 75.0 ± 1.2 % | 90.0 ± 1.2 % | +15.0 |" in text
+    assert "python scripts/finetune.py --scratch\npython scripts/finetune.py --pretrained\n" in text
+    assert "(transfer/transfer.png)" in text
+    assert "## Transfer" in write("--license", "mit").text  # it stays
+    uploads = {upload.path for upload in collect(folder)[0]}
+    assert {"transfer/transfer.json", "transfer/transfer.png"} <= uploads
+    transfer_table(tmp_path / "table", weights={"model.safetensors": "0" * 64})
+    assert "is of other weights than those in pets" in refused("--transfer", "table")
+    transfer_table(tmp_path / "table", cells=[])
+    assert "has no cells of a transfer table" in refused("--transfer", "table")
+    assert "can't be read" in refused("--transfer", "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

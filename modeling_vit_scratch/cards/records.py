@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What a card is written from, read and checked: the configuration, the record of the training (results.json), those of
-evaluations (results.json in evaluation/ or below), and what a person adds. Without a record there is no number.
+evaluations (results.json in evaluation/ or below), that of a transfer table (transfer/transfer.json), and what a person
+adds. Without a record there is no number.
 """
 
 import json
@@ -19,6 +20,8 @@ from ..evaluation.weights import digests
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..training.errors import InputError
 from .emissions import Estimate, estimate
+from .transfer import FIGURE, FOLDER, Transfer, check_transfer
+from .transfer import RECORD as TRANSFER
 
 
 RECORD, CARD = "results.json", "README.md"
@@ -154,6 +157,7 @@ class Facts:
         has_curves: whether the figure of the training is in the folder.
         wishes: what a person has added.
         cost: of the training; None without a record of it.
+        transfer: the record of a transfer table; None without.
     """
 
     name: str
@@ -166,6 +170,7 @@ class Facts:
     has_curves: bool
     wishes: Wishes
     cost: Estimate | None
+    transfer: Transfer | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -200,6 +205,7 @@ def gather(
     training: dict[str, Any] | None,
     evaluations: list[Evaluation],
     wishes: Wishes,
+    transfer: Transfer | None = None,
 ) -> Facts:
     """
     The facts, if the records have all that a card tells and are about this model.
@@ -236,10 +242,11 @@ def gather(
         has_curves=(folder / CURVES).is_file(),
         wishes=wishes,
         cost=cost,
+        transfer=transfer,
     )
 
 
-def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = ()) -> Facts:
+def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = (), transfer: Path | None = None) -> Facts:
     """
     As `gather`, with everything that is in the folder of a finished model.
 
@@ -247,6 +254,7 @@ def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = ()) -> Fac
         folder: of the model.
         wishes: what a person adds.
         others: folders of reports that lie elsewhere: see `take`.
+        transfer: the folder of a transfer table that lies elsewhere.
 
     Raises:
         InputError: also if the folder has no configuration, or if a file can't be read.
@@ -266,7 +274,17 @@ def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = ()) -> Fac
     places = {file.parent.relative_to(folder): file.parent for file in (folder / EVALUATIONS).rglob(RECORD)}
     places |= {_target(place, folder).relative_to(folder): place for place in others}
     evaluations = [_read_evaluation(place, where.as_posix()) for where, place in sorted(places.items())]
-    return gather(folder, config, processor, training, evaluations, wishes)
+    return gather(folder, config, processor, training, evaluations, wishes, _read_transfer(transfer, folder))
+
+
+def _read_transfer(place: Path | None, folder: Path) -> Transfer | None:
+    """The one there, or that of the model's folder, if it has one."""
+    if place is None and not (folder / FOLDER / TRANSFER).is_file():
+        return None
+    place = place or folder / FOLDER
+    record = read_json(place / TRANSFER)
+    check_transfer(record, place, folder)
+    return Transfer(record, (place / FIGURE).is_file())
 
 
 def _read_evaluation(place: Path, where: str) -> Evaluation:

@@ -10,9 +10,12 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..transfer.plan import PRETRAINED, SCRATCH
+from ..transfer.summary import FINE_TUNED, SHOWN_PROBES
 from .emissions import Estimate
 from .metadata import metadata
 from .records import Evaluation, Facts, Wishes
+from .transfer import Transfer
 from .writing import card_body
 
 
@@ -20,9 +23,9 @@ _INTRODUCTION = """# Template of the model cards
 
 Made by `python scripts/card.py --template` with the code that writes the cards. In braces is where a value comes from:
 `config` is config.json, `processor` preprocessor_config.json, `results` the results.json of the training, `evaluation`
-that of scripts/evaluate.py, `cost` what cards/emissions.py makes of wall time and hardware. What has no record is left
-out, up to whole sections. Models that give an image several labels, and encoders without a classifier, have sentences
-of their own.
+that of scripts/evaluate.py, `transfer` the transfer.json of scripts/transfer.py, `cost` what cards/emissions.py makes
+of wall time and hardware. What has no record is left out, up to whole sections. Models that give an image several
+labels, and encoders without a classifier, have sentences of their own.
 """
 
 
@@ -35,6 +38,9 @@ class _Named:
         return f"{{{self.label}}}"
 
     __str__ = __repr__ = lambda self: f"{{{self.label}}}"
+
+    def __sub__(self, other: Any) -> Any:
+        return _real(float(self) - float(other), f"{self.label} - {getattr(other, 'label', other)}")
 
     def __mul__(self, other: Any) -> Any:
         return self
@@ -156,6 +162,17 @@ _EVALUATION: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _cell(start: str, how: str) -> dict[str, Any]:
+    found = {"mean": 0.9, "std": 0.1, "n": 3, "num_held_out_images": 60, "num_training_images": 1000}
+    place = f"transfer.{start}.{how}"
+    words = {"data": "{DATA}", "start": start, "how": how, "metric": "accuracy", "hardware": "{transfer.hardware}"}
+    words |= {"command": f"{{{place}.command}}", "versions": {"torch": "{version}", "transformers": "{version}"}}
+    rates = (
+        {} if how != FINE_TUNED else _named({"learning_rate": 0.001, "tried": {"{RATE}": 0.9, "{RATE 2}": 0.8}}, place)
+    )
+    return _named(found, place) | words | rates
+
+
 def _facts() -> Facts:
     config = ViTScratchConfig.from_variant("S/16", id2label=dict(enumerate(_CLASSES)))
     fields = {name: getattr(config, name) for name in type(config).__dataclass_fields__ if not name.startswith("_")}
@@ -176,6 +193,7 @@ def _facts() -> Facts:
     evaluation = Evaluation(
         _named(_EVALUATION, "evaluation"), "evaluation/DATA", figures, _EVALUATION["dataset"]["name"]
     )
+    cells = [_cell(start, how) for how in (FINE_TUNED, *SHOWN_PROBES) for start in (SCRATCH, PRETRAINED)]
     cost = _named({"seconds": 100.0, "watts": 24.0, "grams_per_kwh": 473.0, "watt_hours": 1.0, "grams": 1.0}, "cost")
     return Facts(
         name="{NAME}",
@@ -188,4 +206,5 @@ def _facts() -> Facts:
         has_curves=True,
         wishes=Wishes(license="license-of-the-model", hub_model_id="{USER/NAME}"),
         cost=Estimate(**cost, power="{cost.power}", grid="{cost.grid}"),
+        transfer=Transfer({"model": "{NAME}", "notes": {"{DATA}": "{transfer.notes.DATA}"}, "cells": cells}, True),
     )

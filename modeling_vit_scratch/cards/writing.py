@@ -16,6 +16,7 @@ from ..training.errors import InputError
 from . import evidence, sections
 from .metadata import metadata
 from .records import CARD, CURVES, EVALUATIONS, Facts, Wishes, gather, read_facts, read_json, take
+from .transfer import take_transfer, transfer
 from .words import paragraphs
 
 
@@ -40,6 +41,7 @@ def card_body(facts: Facts) -> str:
         sections.data(facts),
         sections.training(facts),
         evidence.evaluation(facts),
+        transfer(facts.transfer),
         evidence.limits(facts),
         sections.cost(facts),
         sections.terms(facts),
@@ -85,7 +87,12 @@ def earlier_wishes(folder: Path) -> dict[str, Any] | None:
 
 
 def write_card(
-    folder: Path, wishes: Wishes, others: Sequence[Path] = (), overwrite: bool = False, dry_run: bool = False
+    folder: Path,
+    wishes: Wishes,
+    others: Sequence[Path] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    transfer_table: Path | None = None,
 ) -> str:
     """
     Writes README.md, and the figure of the training, from everything that is in the folder of a finished model.
@@ -96,6 +103,7 @@ def write_card(
         others: folders of reports that lie elsewhere, which are copied into that of the model.
         overwrite: also over a card that a person has written or changed.
         dry_run: write nothing.
+        transfer_table: the folder of one that lies elsewhere, which is copied, too.
 
     Returns:
         The text.
@@ -111,10 +119,12 @@ def write_card(
             f"scripts/card.py {folder} --overwrite"
         )
     wishes = wishes.over(earlier or {})
-    facts = read_facts(folder, wishes, others)
+    facts = read_facts(folder, wishes, others, transfer_table)
     if not dry_run:
         for place in others:
             take(place, folder)
+        if transfer_table is not None:
+            take_transfer(transfer_table, folder)
         state = folder / "trainer_state.json"
         if state.is_file():
             _draw(read_json(state).get("log_history", []), folder)

@@ -33,7 +33,7 @@ _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["'
 # Of these, text() has nothing to read. In a checkpoint they are large.
 _BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp"}
 # Where figures and records of evaluations are, beside the folder itself.
-_FIGURE_FOLDERS = {"figures", "evaluation"}
+_FIGURE_FOLDERS = {"figures", "evaluation", "transfer"}
 _REASONS = (
     (re.compile(r"(.*/)?[._].*"), "hidden or temporary"),
     (re.compile(rf"{CHECKPOINT.pattern}.*"), "a checkpoint to resume from, with the optimizer's state"),
@@ -122,7 +122,9 @@ def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
         return True
     if len(path.parts) == 1:
         return path.name in _MODEL_FILES or _WEIGHTS.fullmatch(path.name) is not None or path.suffix in _FIGURES
-    return path.parts[0] in _FIGURE_FOLDERS and (path.suffix in _FIGURES or path.name == "results.json")
+    return path.parts[0] in _FIGURE_FOLDERS and (
+        path.suffix in _FIGURES or path.name in ("results.json", "transfer.json")
+    )
 
 
 def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:

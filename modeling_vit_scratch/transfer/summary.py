@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.weights import digests
 from ..training.record import METRIC_TITLES, command_line
 from .plan import PRETRAINED, SCRATCH, Run
 
@@ -77,11 +78,12 @@ def _cell(found: list[tuple[Run, dict[str, Any]]], how: str) -> dict[str, Any]:
 
 
 def build_record(cells: list[dict[str, Any]], arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """What transfer.json has: the command, the model's name, the notes on data sets and all cells."""
+    """What transfer.json has: the command, the model's name and weights, the notes on data sets and all cells."""
     model, notes = arguments.model_name_or_path, dict(entry.partition("=")[::2] for entry in arguments.notes)
     name = Path(model).resolve().name if Path(model).exists() else model
     return {
-        "command": command_line(), "model": name, "jobs": arguments.jobs, "wall_time_seconds": round(seconds, 1),
+        "command": command_line(), "model": name, "weights": digests(Path(model)), "jobs": arguments.jobs,
+        "wall_time_seconds": round(seconds, 1),
         "selection": "the last step of every run; where learning rates from scratch were tried, the one with the best "
         "mean on the held-out images, in favour of from scratch",
         "notes": notes, "cells": cells,
