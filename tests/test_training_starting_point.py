@@ -15,7 +15,7 @@ from modeling_vit_scratch import (
 )
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.errors import InputError
-from modeling_vit_scratch.training.starting_point import build_model
+from modeling_vit_scratch.training.starting_point import build_model, load_encoder
 
 
 NAMES = ["cat", "dog", "owl"]
@@ -60,6 +60,24 @@ def test_from_the_configuration_of_another_model(saved):
     assert (model.config.num_labels, model.config.image_hw, model.config.hidden_size) == (2, (32, 32), 32)
     assert model.config.id2label == {0: "a", 1: "b"}
     assert "From scratch" in lines[0]
+
+
+@pytest.mark.parametrize("image_size", [None, [32]])
+def test_weights_that_are_stored_in_16_bits_are_trained_in_32(saved, tmp_path, image_size):
+    saved[0].bfloat16().save_pretrained(tmp_path / "half")
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(tmp_path / "half")
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "half"), image_size=image_size)
+    models = [
+        build_model(arguments, NAMES, 3, 0)[0],
+        build_model(arguments, ["a"], 3, 0)[0],
+        load_encoder(arguments)[0],
+    ]
+    for model in models:
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    weight = models[0].vit.embeddings.patch_embeddings.projection.weight
+    assert torch.equal(weight, saved[0].vit.embeddings.patch_embeddings.projection.weight.float())
+    models[1].save_pretrained(tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_the_same_labels_keep_the_classifier(saved, pixel_values):

@@ -67,6 +67,8 @@ def _from_checkpoint(
     arguments: ModelArguments, label_names: list[str], overrides: dict[str, Any], is_multi_label: bool
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     name = arguments.model_name_or_path
+    # Also weights that are stored in 16 bits: most steps of training are smaller than these can tell apart.
+    overrides = {"dtype": torch.float32, **overrides}
     model, processor, missing = load_stored_model(
         ViTScratchForImageClassification, f"--model_name_or_path {name}", name, _hub(arguments), **overrides
     )
@@ -95,7 +97,7 @@ def load_encoder(
     Raises:
         InputError: if it can't be loaded, or lacks weights.
     """
-    name, overrides = arguments.model_name_or_path, {}
+    name, overrides = arguments.model_name_or_path, {"dtype": torch.float32}
     for field in ("image_size", "patch_size"):
         if (size := pixels(getattr(arguments, field))) is not None:
             overrides[field] = size

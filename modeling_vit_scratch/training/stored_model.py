@@ -36,7 +36,7 @@ def load_stored_model(
         what: what a message calls it, e.g. "MODEL outputs/pets".
         name: whatever `from_pretrained` reads: a folder, a file, an id on the Hub.
         hub: `revision` and `cache_dir`.
-        overrides: further arguments of `from_pretrained`.
+        overrides: further arguments of `from_pretrained`, e.g. `dtype`: else weights have that of the file.
 
     Returns:
         The model, the image processor, and the names of the weights that were not there.
