@@ -14,6 +14,7 @@ the tanh form of GELU.
 import difflib
 from typing import Any
 
+from .own_recipes import own_recipes
 from .pretraining_recipes import pretraining_recipes
 from .recipe import COSINE, IMAGENET, LINEAR, Recipe, slug
 
@@ -387,6 +388,7 @@ def _all() -> dict[str, Recipe]:
         *(deit3(variant) for variant in _DEIT3),
         *(deit3_finetuning(variant) for variant in _DEIT3_384),
         *pretraining_recipes(),
+        *own_recipes(),
         digits(),
         small_photos(),
     ]

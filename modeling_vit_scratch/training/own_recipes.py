@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named runs that were measured with this repository, whose models are in model_cards/: see `recipes`."""
+
+from .recipe import COSINE, Recipe
+
+
+# DeiT's augmentation (Touvron et al., arXiv:2012.12877, Table 9), with larger parts: the images are small.
+_AUGMENTATION = {
+    "smallest_area": 0.25,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing_factor": 0.1,
+    "images_on_device": True,
+}
+
+
+def tiny_imagenet() -> Recipe:
+    """A plain ViT of 7.2 million weights on 100,000 images of 64 x 64 pixels and 200 classes, from scratch."""
+    return Recipe(
+        name="tiny_imagenet",
+        source="this repository",
+        batch_size=2048,
+        fields={
+            "variant": "Ti/16",
+            "image_size": [64],
+            "patch_size": [8],
+            "config_overrides": "hidden_size=256,num_hidden_layers=9,num_attention_heads=4,intermediate_size=1024,"
+            "drop_path_rate=0.1,representation_size=None",
+            "num_train_epochs": 300.0,
+            "learning_rate": 2.5e-3,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.05,
+            "warmup_steps": 0.05,
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.9995,
+            **_AUGMENTATION,
+            **COSINE,
+        },
+        data="--dataset_name tiny-imagenet --torch_compile True --per_device_train_batch_size 2048",
+        script="pretrain",
+    )
+
+
+def tiny_imagenet_128() -> Recipe:
+    """The paper's fine-tuning at a higher resolution (section 3.2), on the same images, enlarged."""
+    return Recipe(
+        name="tiny_imagenet_128",
+        source="this repository",
+        batch_size=1024,
+        fields={
+            "image_size": [128],
+            "num_train_epochs": 40.0,
+            "learning_rate": 5e-4,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.05,
+            "warmup_steps": 0.05,
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.999,
+            **_AUGMENTATION,
+            **COSINE,
+        },
+        data="--model_name_or_path MODEL --dataset_name tiny-imagenet --torch_compile True "
+        "--per_device_train_batch_size 1024",
+    )
+
+
+def own_recipes() -> list[Recipe]:
+    """All of them."""
+    return [tiny_imagenet(), tiny_imagenet_128()]
