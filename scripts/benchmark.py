@@ -5,6 +5,7 @@ Measures how fast this library is beside what one would use without it, on this 
     python scripts/benchmark.py data                          photos that the script makes: 12 megapixels and 500 x 375
     python scripts/benchmark.py data --train_dir photos       your own
     python scripts/benchmark.py processor                     the image processor, beside transformers'
+    python scripts/benchmark.py finetune                      training on photos, beside transformers' example
     python scripts/benchmark.py prediction                    photos to a table of labels, beside transformers' pipeline
     python scripts/benchmark.py inference --variant B/16      the network, beside those of transformers, timm, ...
     python scripts/benchmark.py training --dtype bfloat16     the same, whole training steps
@@ -12,12 +13,12 @@ Measures how fast this library is beside what one would use without it, on this 
     python scripts/benchmark.py loading                       imports and from_pretrained
 
 `data`: from photo files to a normalised batch for training, on one core. `processor`: images for the network, exactly.
-`prediction`: what predict.py does once its model is loaded. `packing`: without padding. `loading`: until there is a
-model, in fresh processes. `inference`, `training`: the same
-weights in everybody's implementation, where it is installed (timm, torchvision and vit-pytorch in an environment of
-their own: see README); the logits must be equal before anything is timed. Ways that are compared take turns, round by
-round; the table has medians over the rounds, and the ratio of each way to ours within a round, with its quartiles. All
-numbers, with the hardware, the versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
+`finetune`: whole runs of finetune.py's trainer. `prediction`: what predict.py does once its model is loaded. `packing`:
+without padding. `loading`: until there is a model, in fresh processes. `inference`, `training`: the same weights in
+everybody's implementation, where it is installed (timm, torchvision and vit-pytorch in an environment of their own: see
+README); the logits must be equal before anything is timed. Ways that are compared take turns, round by round; the table
+has medians over the rounds, and the ratio of each way to ours within a round, with its quartiles. All numbers, with the
+hardware, the versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
 """
 
 import importlib.util

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.benchmarking.comparison import Comparison
 from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
+from modeling_vit_scratch.benchmarking.finetuning import STOCK, FinetuneBenchmark, normalized
 from modeling_vit_scratch.benchmarking.kernels import IDLE, device_kernels, group_of, summarize_kernels
 from modeling_vit_scratch.benchmarking.loading import in_process_ways, load_ways, save_models
 from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
@@ -114,6 +115,44 @@ def test_prediction_is_measured_on_a_whole_run_and_its_scores_are_compared(photo
     assert measured["photos"] == 3
     assert 0 < measured["difference_in_scores"]["mean"] <= measured["difference_in_scores"]["maximum"] < 0.1
     assert f"{measured['difference_in_scores']['other_label']} of 3 photos get another label" in shown
+
+
+def test_both_fine_tune_the_same_network_on_the_same_pixels(tmp_path):
+    (tmp_path / "photos").mkdir()
+    photos = make_photos(tmp_path / "photos", (160, 120), 8)
+    benchmark = FinetuneBenchmark(photos, tmp_path / "run", "Mi/8", batch_size=2, steps=3, num_workers=0, image_size=32)
+    ours, stock = benchmark.our_trainer("--fast_decode", "False"), benchmark.stock_trainer()
+    batch = ours._prepare_inputs(ours.data_collator([ours.train_dataset[index] for index in range(4)]))
+    for index in range(4):  # the same random part
+        with Image.open(ours.train_dataset.examples.name(index)) as photo:
+            part = ours.train_dataset.augmentation(photo.convert("RGB"), np.random.default_rng((42, 0, index)))
+        assert torch.allclose(batch["pixel_values"][index], normalized(part), atol=1e-6)
+    theirs = stock.data_collator(stock.train_dataset.__getitems__([0, 1, 2, 3]))
+    assert torch.equal(theirs["labels"], batch["labels"])
+    assert (theirs["pixel_values"].shape, theirs["pixel_values"].dtype) == ((4, 3, 32, 32), torch.float32)
+    settings = ("max_steps", "per_device_train_batch_size", "dataloader_num_workers", "bf16", "optim", "max_grad_norm")
+    assert [getattr(ours.args, name) for name in settings] == [getattr(stock.args, name) for name in settings]
+    with torch.no_grad():
+        logits = [trainer.model.eval()(batch["pixel_values"]).logits for trainer in (ours, stock)]
+    assert torch.allclose(*logits, atol=1e-4)
+    for name in (OURS, STOCK):
+        trainer = benchmark.ways()[name]()
+        assert (trainer.state.global_step, trainer._train_batch_size) == (3, 2)
+
+
+def test_the_script_tells_how_long_fine_tuning_takes(photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    photos += [file.with_stem(f"{file.stem}_again") for file in photos]
+    for file, again in zip(photos[:3], photos[3:]):
+        again.write_bytes(file.read_bytes())
+    argv = ["benchmark.py", "finetune", "--train_dir", str(photos[0].parent), "--rounds", "1", "--steps", "1"]
+    argv += ["--batch_size", "2", "--num_workers", "0", "--variant", "Mi/16", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    load_script("benchmark").main()
+    record, shown = json.loads((out / "finetune.json").read_text()), capsys.readouterr().out
+    (measured,) = record["sets"].values()
+    assert measured["summary"][STOCK]["images_per_second"] == pytest.approx(2 / measured["seconds"][STOCK][0])
+    assert f"{STOCK:46} {measured['summary'][STOCK]['milliseconds_per_image']:10.2f}" in shown
 
 
 def test_mistakes_are_told(monkeypatch, capsys):

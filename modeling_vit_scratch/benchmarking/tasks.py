@@ -44,6 +44,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add_common_flags(prediction, rounds=7)
     prediction.set_defaults(measure=measure_prediction)
+    finetune = tasks.add_parser("finetune", help="training on photos", description=measure_finetune.__doc__)
+    finetune.add_argument("--train_dir", help="Measure on the images in this folder. Default: photos made here.")
+    finetune.add_argument("--count", type=int, default=24, help="Photos of each kind. Default: %(default)s")
+    finetune.add_argument("--variant", default="Mi/16", help="Which network. Default: %(default)s, so small that "
+                          "reading photos takes longer, as beside a GPU.")  # fmt: skip
+    finetune.add_argument("--batch_size", type=int, default=8, help="Photos in a step. Default: %(default)s")
+    finetune.add_argument("--steps", type=int, default=16, help="Of a run, all of which is timed. Default: %(default)s")
+    finetune.add_argument("--num_workers", type=int, default=2, help="Processes that read. Default: %(default)s")
+    finetune.add_argument("--num_threads", type=int, help="Of the CPU. Default: as torch chooses, usually all cores.")
+    add_common_flags(finetune, rounds=7)
+    finetune.set_defaults(measure=measure_finetune)
     for task, what in (("inference", "logits, without gradients"), ("training", "training steps: forward to update")):
         add_model_task(tasks.add_parser(task, help=what, description=measure_models.__doc__))
     return parser
@@ -291,3 +302,38 @@ def measure_prediction(arguments: argparse.Namespace) -> None:
             print(f"    Scores differ from full decoding by {mean:.5f} on average, {most:.4f} at most.")
             print(f"    {other} of {len(files)} photos get another label.\n")
     write_benchmark(record, Path(arguments.output_dir), "prediction")
+
+
+def measure_finetune(arguments: argparse.Namespace) -> None:
+    """
+    Runs of scripts/finetune.py's trainer on a folder of photos, from the first batch to the last, beside the example of
+    transformers: its Trainer and its ViT, from the same weights, with the same batches, steps and processes that read.
+    On a CPU times are the processor's, of all processes of a run: what other programs take does not count.
+    """
+    import time
+
+    import torch
+    from transformers.utils import logging
+
+    from .data import photo_sets, summarize_files
+    from .finetuning import FinetuneBenchmark, processor_seconds
+    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
+
+    if arguments.num_threads is not None:
+        torch.set_num_threads(arguments.num_threads)
+    logging.disable_progress_bar()
+    on_device = torch.cuda.is_available()
+    clock, told = (time.perf_counter, "wall clock") if on_device else (processor_seconds, "processor")
+    settings = {name: getattr(arguments, name) for name in ("variant", "batch_size", "steps", "num_workers")}
+    record = {"machine": describe_machine(), **settings, "clock": told, "sets": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, files) in enumerate(photo_sets(arguments.train_dir, Path(folder), arguments.count).items()):
+            benchmark = FinetuneBenchmark(files, Path(folder, str(number)), **settings)
+            seconds = time_in_turns(benchmark.ways(), arguments.rounds, clock)
+            summary = summarize(seconds, benchmark.images, OURS)
+            record["sets"][name] = {**summarize_files(files), "seconds": seconds, "summary": summary}
+            title = (
+                f"{name}: {arguments.variant}, {arguments.steps} steps of {arguments.batch_size} photos, {told} time"
+            )
+            print(format_table(title, summary), "\n", flush=True)
+    write_benchmark(record, Path(arguments.output_dir), "finetune")
