@@ -470,15 +470,14 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"The keys of id2label must be 0 to {len(id2label) - 1} without a gap, got {sorted(id2label)[:10]}."
             )
-        if self.label2id is not None:
+        label2id = self.label2id  # once: transformers makes every look at a field a long way
+        if label2id is not None:
             wrong = [
-                label
-                for index, label in id2label.items()
-                if label not in self.label2id or int(self.label2id[label]) != index
+                label for index, label in id2label.items() if label not in label2id or int(label2id[label]) != index
             ]
-            if wrong or len(self.label2id) != len(set(id2label.values())):
+            if wrong or len(label2id) != len(set(id2label.values())):
                 raise ValueError(
-                    f"label2id must be the inverse of id2label; they differ at {(wrong or list(self.label2id))[:3]}."
+                    f"label2id must be the inverse of id2label; they differ at {(wrong or list(label2id))[:3]}."
                     " Leave label2id out: it is derived."
                 )
 

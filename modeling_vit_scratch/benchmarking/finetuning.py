@@ -2,7 +2,6 @@
 """Fine-tuning on a folder of photos from the first batch to the last, beside what transformers' example does."""
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +29,6 @@ from .timing import OURS
 
 STOCK = "Pillow; transformers: ViT, Trainer"
 _LABELS = ("one", "other")  # the time does not depend on what is in the photos
-
-
-def processor_seconds() -> float:
-    """Of this process and of those that it has started and seen end: what other programs take does not count."""
-    return sum(os.times()[:4])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the start of Python to a model with its weights, in fresh processes: ours beside transformers' ViT."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,8 +43,11 @@ def load_ways(folders: dict[str, Path]) -> dict[str, Callable[[], None]]:
 
 
 def _process(code: str, *words: str) -> Callable[[], None]:
+    # With compiled modules on the disk, as after any first run.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
     def run() -> None:
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"The process that is timed has failed:\n{done.stderr}")
 

@@ -222,15 +222,24 @@ def measure_processor(arguments: argparse.Namespace) -> None:
 def measure_loading(arguments: argparse.Namespace) -> None:
     """
     How long it takes until there is a model, ours and transformers' ViT with the same weights: a fresh process that
-    imports the class; one that loads the weights too; and from_pretrained alone.
+    imports the class; one that loads the weights too; and from_pretrained alone. Times are the processor's: what other
+    programs take of a core does not count.
     """
     from transformers.utils import logging
 
     from .loading import import_ways, in_process_ways, load_ways, save_models
-    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
+    from .timing import (
+        OURS,
+        describe_machine,
+        format_table,
+        processor_seconds,
+        summarize,
+        time_in_turns,
+        write_benchmark,
+    )  # fmt: skip
 
     logging.disable_progress_bar()
-    record = {"machine": describe_machine(), "variant": arguments.variant, "sets": {}}
+    record = {"machine": describe_machine(), "variant": arguments.variant, "clock": "processor", "sets": {}}
     with tempfile.TemporaryDirectory() as folder:
         folders = save_models(Path(folder), arguments.variant)
         for title, ways in (
@@ -238,7 +247,7 @@ def measure_loading(arguments: argparse.Namespace) -> None:
             (f"a process that loads {arguments.variant}", load_ways(folders)),
             (f"from_pretrained of {arguments.variant} alone", in_process_ways(folders)),
         ):
-            seconds = time_in_turns(ways, arguments.rounds)
+            seconds = time_in_turns(ways, arguments.rounds, processor_seconds)
             summary = summarize(seconds, 1, OURS)
             record["sets"][title] = {"seconds": seconds, "summary": summary}
             print(format_table(title, summary, item="model"), "\n")
@@ -310,14 +319,20 @@ def measure_finetune(arguments: argparse.Namespace) -> None:
     transformers: its Trainer and its ViT, from the same weights, with the same batches, steps and processes that read.
     On a CPU times are the processor's, of all processes of a run: what other programs take does not count.
     """
-    import time
-
     import torch
     from transformers.utils import logging
 
     from .data import photo_sets, summarize_files
-    from .finetuning import FinetuneBenchmark, processor_seconds
-    from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
+    from .finetuning import FinetuneBenchmark
+    from .timing import (
+        OURS,
+        describe_machine,
+        format_table,
+        processor_seconds,
+        summarize,
+        time_in_turns,
+        write_benchmark,
+    )  # fmt: skip
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)

@@ -53,6 +53,12 @@ def time_in_turns(
     return seconds
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it has started and seen end: what other programs take does not count."""
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
+
+
 def summarize(seconds: dict[str, list[float]], items: int, ours: str) -> dict[str, dict[str, Any]]:
     """
     Args:

@@ -64,8 +64,9 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     is_own, own_config = (False, None) if isinstance(source, Checkpoint) else _is_own(source, hub)
     if is_own:
-        _refuse_absurd(source, own_config, hub, kwargs)
-        differences = _differences(cls, own_config, kwargs)
+        stored = None if own_config is None else ViTScratchConfig.from_dict(own_config)
+        _refuse_absurd(source, stored, hub, kwargs)
+        differences = _differences(cls, stored, kwargs)
         if differences == {"num_labels"} and _has_classifier(source, hub):
             # Programs rely on transformers here: an error, or with ignore_mismatched_sizes=True a new classifier.
             if "config" not in kwargs:
@@ -135,7 +136,7 @@ def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] |
 
 
 def _refuse_absurd(
-    source: Any, own_config: dict[str, Any] | None, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
+    source: Any, config: ViTScratchConfig | None, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
     """
     What weights lack is made anew: a config.json that describes far more than they are must not fill the memory.
@@ -143,14 +144,14 @@ def _refuse_absurd(
     Raises:
         CheckpointError: for more than ten times the parameters that are there, and 100 million more.
     """
-    if own_config is None or kwargs.get("variant") is not None:
+    if config is None or kwargs.get("variant") is not None:
         return
     try:
         file = open_tensors(find_files(source, **hub)[0])
     except CheckpointError:  # transformers tells what is wrong
         return
     stored = sum(map(math.prod, file.shapes.values()))
-    described = parameters_at_least(ViTScratchConfig.from_dict(own_config))
+    described = parameters_at_least(config)
     if described > 10 * stored + 100_000_000:
         raise CheckpointError(
             f"{source}: its config.json describes at least {described:,} parameters, and its weights have {stored:,}. "
@@ -174,11 +175,10 @@ def parameters_at_least(config: ViTScratchConfig) -> int:
     return count + width * (config.num_register_tokens + head) + (head or width) * config.num_labels
 
 
-def _differences(cls: type, own_config: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> set[str]:
+def _differences(cls: type, old: ViTScratchConfig | None, kwargs: Mapping[str, Any]) -> set[str]:
     """Which of what can be adapted the caller wants otherwise than a folder of this package has it."""
-    if own_config is None:
+    if old is None or kwargs.keys().isdisjoint({"config", *_overridable()}):  # a configuration takes its time to check
         return set()
-    old = ViTScratchConfig.from_dict(own_config)
     new, _ = _target_config(old, kwargs)
     fields = ["image_hw", "patch_hw", "num_channels"]
     if issubclass(cls, ViTScratchForImageClassification):
@@ -198,13 +198,18 @@ def _target_config(config: ViTScratchConfig, kwargs: Mapping[str, Any]) -> tuple
         return copy.deepcopy(target), rest
     if target is not None:
         config = ViTScratchConfig.from_pretrained(target)
-    known = {"num_labels", "output_attentions", "output_hidden_states", "return_dict", "name_or_path"}
-    known |= {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
+    known = _overridable()
     overrides = {name: rest.pop(name) for name in list(rest) if name in known}
     fields = config.to_dict()
     if "num_labels" in overrides and overrides["num_labels"] == config.num_labels:
         del overrides["num_labels"]
     return ViTScratchConfig.from_dict(fields, **overrides), rest
+
+
+def _overridable() -> set[str]:
+    """The arguments of `from_pretrained` that are fields of the configuration."""
+    known = {"num_labels", "output_attentions", "output_hidden_states", "return_dict", "name_or_path"}
+    return known | {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
 
 
 def _model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
