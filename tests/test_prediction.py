@@ -325,6 +325,27 @@ def test_pixels_are_the_processor_s_or_of_a_photo_decoded_small(here):
     assert 0 < difference.mean() < 3  # --help: about one level on photos; these are noise
 
 
+def test_threads_with_images_of_their_own_answer_for_these(place):
+    flags = ["--top_k", "3", "--embeddings", "--output", "any.csv"]
+    predictor, before = load_predictor(parse_arguments([str(place / "model"), "x", *flags])), torch.get_num_threads()
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 3, 16, 24), dtype=np.uint8))
+    answers = {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            many = [predictor(pixels) for _ in range(5)]
+            assert all(np.array_equal(one, other) for answer in many for one, other in zip(answer, many[0]))
+            assert torch.get_num_threads() == threads
+            answers[threads] = many[0]
+    finally:
+        torch.set_num_threads(before)
+    one_by_one = [np.concatenate(values) for values in zip(*(predictor(image[None]) for image in pixels))]
+    for answer in answers.values():
+        assert np.array_equal(answer.labels, one_by_one[0])
+        np.testing.assert_allclose(answer.scores, one_by_one[1], atol=1e-6)
+        np.testing.assert_allclose(answer.embeddings, one_by_one[2], atol=1e-5)
+
+
 def test_embeddings_of_a_model_without_a_classifier(here, tmp_path, monkeypatch, capsys):
     config = ViTScratchConfig.from_variant("test/4", num_labels=0)
     ViTScratchForImageClassification(config).save_pretrained(tmp_path / "encoder")
