@@ -238,7 +238,9 @@ def test_what_it_is_not_for(pets, tmp_path, more, message):
 
 def test_images_that_do_not_fit_are_told_of_before_they_are_decoded(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(device_images, "_free_memory", lambda device: 20_000)
-    with pytest.raises(InputError, match=r"24 images of 3 x 16 x 24 values take 2.76e-05 GB, and cpu has 2e-05"):
+    with pytest.raises(
+        InputError, match=r"24 images of 3 x 16 x 24 values take 4.84e-05 GB, those to train on twice, and cpu"
+    ):
         build(tmp_path, *flags(pets, *KEPT))
 
 

@@ -371,9 +371,9 @@ class ImageTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Decode all images once, resized to --image_size, keep their pixels in the memory of the device "
-            "that trains (a byte for each value), and augment whole batches there. For small images that fit, e.g. "
-            "100,000 of 64 x 64 in 1.2 GB: reading and augmenting them one by one would take longer than learning from "
-            "them. Photos keep no more detail than --image_size has."
+            "that trains (two bytes for each value), and augment them there, all at the beginning of an epoch. For "
+            "small images that fit, e.g. 100,000 of 64 x 64 in 2.5 GB: reading and augmenting them one by one would "
+            "take longer than learning from them. Photos keep no more detail than --image_size has."
         },
     )
     max_broken_images: int = field(

@@ -2,8 +2,9 @@
 """
 All images of a run decoded once, and kept as 8-bit pixels in the memory of the device that trains.
 
-For data that fits: 100,000 images of 64 x 64 are 1.2 GB. From the second epoch on nothing is read, decoded or sent, and
-`device_augmentation` makes of a batch what one-by-one augmentation would.
+For data that fits: 100,000 images of 64 x 64 are 1.2 GB, and as much once more for what an epoch makes of them. After
+the start nothing is read, decoded or sent. `device_augmentation` augments all images of an epoch at its beginning, some
+thousand at a time: launching its many small operations for every batch would take longer than learning from it.
 """
 
 from typing import Any
@@ -26,6 +27,8 @@ from .examples import ImageClassificationDataset
 _STREAM = 0x64657669
 # Of what is free on the device: the rest is for the network.
 _SHARE_OF_MEMORY = 0.7
+# Images that are augmented at a time.
+_CHUNK = 4096
 
 
 class DeviceImages(torch.utils.data.Dataset):
@@ -53,14 +56,26 @@ class DeviceImages(torch.utils.data.Dataset):
         self.pixels, self.augmentation, self.seed = pixels, augmentation, seed
         labels = torch.as_tensor(images.examples.labels)
         self.labels = (labels.float() if labels.ndim == 2 else labels).to(pixels.device)
-        self._epoch, self._draws = 0, np.empty((0, 0))
-        self.set_epoch(0)
+        self._epoch, self._augmented, self._augmented_epoch = 0, pixels, None
 
     def set_epoch(self, epoch: int) -> None:
         """Changes the random numbers: a row of them for each image, the same for any batches that it may be in."""
         if self.augmentation is not None:
-            self._epoch, generator = epoch, np.random.default_rng((_STREAM, self.seed, epoch))
-            self._draws = generator.random((len(self), self.augmentation.num_draws), dtype=np.float32)
+            self._epoch = epoch
+
+    def _pixels_of_epoch(self) -> Tensor:
+        """uint8 (N, C, H, W)."""
+        if self.augmentation is None or self._augmented_epoch == self._epoch:
+            return self._augmented
+        generator = np.random.default_rng((_STREAM, self.seed, self._epoch))
+        draws = generator.random((len(self), self.augmentation.num_draws), dtype=np.float32)
+        if self._augmented_epoch is None:
+            self._augmented = torch.empty_like(self.pixels)
+        for first in range(0, len(self), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            self._augmented[part] = self.augmentation(self.pixels[part], draws[part])
+        self._augmented_epoch = self._epoch
+        return self._augmented
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -75,10 +90,7 @@ class DeviceImages(torch.utils.data.Dataset):
         """`pixel_values` uint8 (B, C, H, W), `labels` (B, ...), and perhaps `keys` (B, 3), these on the host."""
         rows = torch.tensor(indices)
         places = (rows.pin_memory() if self.pixels.is_cuda else rows).to(self.pixels.device, non_blocking=True)
-        pixels = self.pixels[places]
-        if self.augmentation is not None:
-            pixels = self.augmentation(pixels, self._draws[rows.numpy()])
-        batch = {"pixel_values": pixels, "labels": self.labels[places]}
+        batch = {"pixel_values": self._pixels_of_epoch()[places], "labels": self.labels[places]}
         if self.augmentation is not None or self.with_keys:
             run = torch.tensor([[self.seed, self._epoch]]).expand(len(rows), 2)
             batch["keys"] = torch.cat((run, rows[:, None]), dim=1)
@@ -111,12 +123,12 @@ def build_device_images(
     first = train[0]["pixel_values"]
     if first.dtype != torch.uint8:
         raise InputError("--images_on_device needs this library's image processor. Leave out --image_processor_name.")
-    size, free = (len(train) + len(held_out)) * first.numel(), _free_memory(arguments.device)
+    size, free = (2 * len(train) + len(held_out)) * first.numel(), _free_memory(arguments.device)
     if size > _SHARE_OF_MEMORY * free:
         raise InputError(
             f"--images_on_device: {len(train) + len(held_out):,} images of {' x '.join(map(str, first.shape))} values "
-            f"take {size / 1e9:.3g} GB, and {arguments.device} has {free / 1e9:.3g} GB free, of which it may take "
-            f"{100 * _SHARE_OF_MEMORY:g} %. Leave it out, or give a smaller --image_size."
+            f"take {size / 1e9:.3g} GB, those to train on twice, and {arguments.device} has {free / 1e9:.3g} GB free, "
+            f"of which it may take {100 * _SHARE_OF_MEMORY:g} %. Leave it out, or give a smaller --image_size."
         )
     pixels = [decode_images(images, arguments) for images in (train, held_out)]
     arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False
