@@ -43,7 +43,6 @@ def draw_benchmark(record: dict[str, Any], file: Path) -> Path:
         axes.set_title(title, loc="left", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        item = "models" if "variant" in record else "images"
-        axes.set_xlabel(f"{item} per second: median and quartiles of the rounds", fontsize=8)
+        axes.set_xlabel(f"{record.get('item', 'image')}s per second: median and quartiles of the rounds", fontsize=8)
     figure.savefig(file, dpi=150)
     return file

@@ -236,10 +236,16 @@ def measure_loading(arguments: argparse.Namespace) -> None:
         summarize,
         time_in_turns,
         write_benchmark,
-    )  # fmt: skip
+    )
 
     logging.disable_progress_bar()
-    record = {"machine": describe_machine(), "variant": arguments.variant, "clock": "processor", "sets": {}}
+    record = {
+        "machine": describe_machine(),
+        "variant": arguments.variant,
+        "clock": "processor",
+        "item": "model",
+        "sets": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         folders = save_models(Path(folder), arguments.variant)
         for title, ways in (
@@ -250,7 +256,7 @@ def measure_loading(arguments: argparse.Namespace) -> None:
             seconds = time_in_turns(ways, arguments.rounds, processor_seconds)
             summary = summarize(seconds, 1, OURS)
             record["sets"][title] = {"seconds": seconds, "summary": summary}
-            print(format_table(title, summary, item="model"), "\n")
+            print(format_table(title, summary, item=record["item"]), "\n", flush=True)
     write_benchmark(record, Path(arguments.output_dir), "loading")
 
 
@@ -332,7 +338,7 @@ def measure_finetune(arguments: argparse.Namespace) -> None:
         summarize,
         time_in_turns,
         write_benchmark,
-    )  # fmt: skip
+    )
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
