@@ -189,9 +189,12 @@ class ViTScratchEmbeddings(nn.Module):
             wanted, got = tuple(tokens.shape[:2]), tuple(bool_masked_pos.flatten(1).shape)
             if wanted != got:
                 raise ValueError(f"bool_masked_pos must have the shape (batch, patches) = {wanted}, got {got}.")
-            tokens = torch.where(bool_masked_pos.flatten(1)[..., None].bool(), self.mask_token, tokens)
+            mask_token = self.mask_token.to(tokens.dtype)
+            tokens = torch.where(bool_masked_pos.flatten(1)[..., None].bool(), mask_token, tokens)
+        # Under autocast the patches are in half precision, and so is the sum of all branches, as in the authors'
+        # big_vision with dtype_mm; one token in float32 would make it float32, with twice the bytes in every layer.
         prefix = (self.cls_token, self.distillation_token, self.register_tokens)
-        prefix = [token for token in prefix if token is not None]
+        prefix = [token.to(tokens.dtype) for token in prefix if token is not None]
         tokens = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in prefix), tokens], dim=1)  # (B, T, D)
         if self.position_embeddings is not None:
             tokens = self.position_embeddings(tokens, *self.patch_embeddings.grid(pixel_values))
@@ -327,7 +330,7 @@ class ViTScratchLayerScale(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states * self.weight
+        return hidden_states * self.weight.to(hidden_states.dtype)
 
 
 class ViTScratchDropPath(nn.Module):

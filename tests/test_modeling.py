@@ -35,6 +35,34 @@ def classifier(**options) -> ViTScratchForImageClassification:
     return ViTScratchForImageClassification(config).eval()
 
 
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {**EVERYTHING, "drop_path_rate": 0.1}, {"position_embedding": "relative_1d"},
+        {"use_distillation_token": True, "position_embedding": "learned_2d"},
+        {"use_cls_token": False, "pooling": "mean", "position_embedding": "sincos_2d"},
+    ],
+    ids=["plain", "all", "relative", "distillation", "mean"],
+)  # fmt: skip
+def test_under_autocast_the_sum_of_branches_is_in_half_precision(pixel_values, options):
+    config = ViTScratchConfig.from_variant("test/4", num_labels=3, **options)
+    model = ViTScratchForMaskedImageModeling(config).train()
+    types = []
+    for layer in model.vit.layers:
+        layer.register_forward_hook(lambda module, inputs, output: types.extend([inputs[0].dtype, output.dtype]))
+    masked = torch.arange(24).reshape(1, 24).expand(len(pixel_values), -1) % 3 == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values, masked).loss.backward()
+    assert set(types) == {torch.bfloat16}
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert model.vit.embeddings.mask_token.grad.abs().max() > 0
+
+
 # Attention implementations --------------------------------------------------------------------------------------------
 
 
