@@ -156,7 +156,8 @@ class ViTScratchImageProcessor(PilBackend):
             channels = min(kwargs.get("num_channels") or self.num_channels, MAX_CHANNELS)  # more is refused below
             kwargs.setdefault(statistic, (0.5,) * channels)
         super().__init__(**kwargs)
-        self._validate_preprocess_kwargs(**{key: getattr(self, key) for key in self._valid_kwargs_names})
+        self._checked = {key: getattr(self, key) for key in self._valid_kwargs_names}
+        self._validate_preprocess_kwargs(**self._checked)
 
     def decode(
         self,
@@ -215,6 +216,16 @@ class ViTScratchImageProcessor(PilBackend):
             if isinstance(image, JpegImageFile):
                 image, settings["do_resize"] = resize_jpeg(image, name, settings), False
         return resize_and_crop(self.decode(image, name=name, **to_decode), name, settings)
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """As the parent's, which checks all settings in each call: here only if one is not what `__init__` checked."""
+        is_as_checked = all(getattr(self, key) is value for key, value in self._checked.items())
+        if args or kwargs.keys() - {"return_tensors"} or not is_as_checked:
+            return super().preprocess(images, *args, **kwargs)
+        return self._preprocess_image_like_inputs(images, **self._checked | kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "_checked"}
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -555,7 +566,11 @@ def fast_resize(
     is_whole, is_large = box in (None, (0, 0, *image.size)), image.width * image.height > LARGE
     if raw is None or resample not in TORCH_FILTERS or not is_whole or is_large:
         return image.resize(size, resample, box=box, reducing_gap=3.0)
-    pixels = torch.frombuffer(bytearray(image.tobytes("raw", raw)), dtype=torch.uint8)
+    content = image.tobytes("raw", raw)
+    try:  # the same memory, since a copy drives all else from the caches
+        pixels = torch.from_dlpack(np.frombuffer(content, np.uint8))
+    except BufferError:  # numpy before 2.1 does not share what may not be written to
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     resized = resize_interleaved(pixels.view(1, image.height, image.width, -1), size, resample)
     return Image.frombytes(image.mode, size, resized.permute(0, 2, 3, 1).contiguous().numpy(), "raw", raw)
 

@@ -3,6 +3,7 @@
 
 import base64
 import colorsys
+import copy
 import functools
 import http.server
 import io
@@ -583,6 +584,18 @@ def test_crop_pct(size, crop_pct):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     plain_resize = ViTScratchImageProcessor(size=size, resample=3)
     np.testing.assert_array_equal(values(processor, picture, crop_pct=None), values(plain_resize, picture))
+
+
+def test_settings_that_change_after_init_are_checked_and_those_that_do_not_are_as_given():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    processor, again = ViTScratchImageProcessor(size=16), ViTScratchImageProcessor(size=24, image_mean=0.25)
+    assert "_checked" not in processor.to_dict()
+    processor.size, processor.image_mean = {"height": 24, "width": 24}, np.array(0.25)  # of no type of ours
+    np.testing.assert_array_equal(values(processor, photo), values(again, photo))
+    np.testing.assert_array_equal(values(copy.deepcopy(again), photo), values(again, photo, size=24))
+    processor.crop_pct = 2.0
+    with pytest.raises(ValueError, match="crop_pct must be above 0 and at most 1, got 2"):
+        processor(photo, return_tensors="pt")
 
 
 def test_crop_pct_is_shortest_edge_and_center_crop():
