@@ -24,7 +24,7 @@ from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
 from modeling_vit_scratch.benchmarking.models import ModelBenchmark
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
-from modeling_vit_scratch.benchmarking.processor import FAST, THEIRS, differences, processor_ways, times_faster
+from modeling_vit_scratch.benchmarking.processor import FAST, THEIRS, differences, processor_ways, times_faster, to_time
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.training.errors import InputError
 
@@ -307,7 +307,8 @@ def test_kernels_are_grouped_and_what_is_left_is_idle():
 def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, capsys):
     decoded = [Image.open(file).convert("RGB") for file in photos]
     by_kind = [processor_ways(images, 32) for images in (decoded, photos)]
-    values = [way() for ways in by_kind for name, way in ways.items() if name != FAST]
+    assert not any(way() for ways in by_kind for way in to_time(ways).values())  # nothing is kept
+    values = [torch.cat(list(way())) for ways in by_kind for name, way in ways.items() if name != FAST]
     assert values[0].shape == (3, 3, 32, 32)
     assert all(torch.allclose(values[0], others, atol=1e-6) for others in values[1:])
     for ways, limit in zip(by_kind, (1, 12)):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image processor, from a decoded image or from a file to `pixel_values`, beside transformers' own."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from .timing import OURS
 FAST, THEIRS = "ours with do_fast_resize", "transformers, Pillow"
 
 
-def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[], torch.Tensor]]:
+def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[], Iterator[torch.Tensor]]]:
     """
-    Processors with the same settings, image by image. Each way gives (N, 3, S, S).
+    Processors with the same settings, image by image. Each way gives N tensors of (1, 3, S, S).
 
     Args:
         images: decoded ones, or the paths of files: ours opens those itself, and Pillow for transformers'.
@@ -35,19 +36,23 @@ def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[],
     def opened(image: Any) -> Image.Image:
         return Image.open(image).convert("RGB") if isinstance(image, Path) else image
 
-    def run(processor: Any, prepare: Callable[[Any], Any]) -> torch.Tensor:
-        values = [processor(prepare(image), return_tensors="pt")["pixel_values"] for image in images]
-        return torch.cat(values)
+    def run(processor: Any, prepare: Callable[[Any], Any]) -> Iterator[torch.Tensor]:
+        return (processor(prepare(image), return_tensors="pt")["pixel_values"] for image in images)
 
     return {OURS: lambda: run(ours, as_path), FAST: lambda: run(fast, as_path), THEIRS: lambda: run(stock, opened)}
 
 
-def differences(ways: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+def to_time(ways: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> dict[str, Callable[[], Any]]:
+    """The same, where each tensor makes way for the next one, as in a loop over images."""
+    return {name: lambda way=way: deque(way(), maxlen=0) for name, way in ways.items()}
+
+
+def differences(ways: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> dict[str, float]:
     """
     The largest between our exact and transformers' values, which have a range of -1 to 1; and from these of the fast
     way, in levels from 0 to 255: the mean and the largest.
     """
-    ours, fast, theirs = (ways[name]() for name in (OURS, FAST, THEIRS))
+    ours, fast, theirs = (torch.cat(list(ways[name]())) for name in (OURS, FAST, THEIRS))
     levels = 127.5 * (fast - theirs).abs()
     return {
         "largest_difference": (ours - theirs).abs().max().item(),

@@ -189,13 +189,13 @@ def measure_processor(arguments: argparse.Namespace) -> None:
     """
     The image processor as a model's user calls it, image by image, on one core: ours, exact and with do_fast_resize,
     beside transformers' ViTImageProcessorPil with the same settings. From images that are decoded already, and from
-    JPEG files.
+    JPEG files. Times are the processor's, for this process alone.
     """
     import torch
     from PIL import Image
 
     from .data import photo_sets, summarize_files
-    from .processor import differences, processor_ways, times_faster
+    from .processor import differences, processor_ways, times_faster, to_time
     from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
@@ -206,7 +206,7 @@ def measure_processor(arguments: argparse.Namespace) -> None:
             for title, images in ((f"{name}, decoded", decoded), (f"{name}, JPEG files", files)):
                 ways = processor_ways(images, arguments.image_size)
                 differs = differences(ways)
-                seconds = time_in_turns(ways, arguments.rounds)
+                seconds = time_in_turns(to_time(ways), arguments.rounds, time.process_time)
                 summary, faster = summarize(seconds, len(files), OURS), times_faster(seconds)
                 facts = {**summarize_files(files), **differs, **faster}
                 record["sets"][title] = {**facts, "seconds": seconds, "summary": summary}
