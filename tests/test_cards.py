@@ -550,6 +550,27 @@ def test_a_transfer_table_is_taken_into_the_card_and_published(folder, tmp_path)
 # What it cost
 
 
+def test_earlier_runs_are_told_and_counted(folder):
+    settings = {**RECORD["training"], "epochs": 7.0, "mixing": "Mixup 0.8"}
+    names = ("metric", "n", "seed", "versions", "hardware")
+    run = {name: RECORD[name] for name in names} | {"data": "the same", "started_from": "scratch", "training": settings}
+    run |= {"value": 0.5, "wall_time_seconds": 1000.0, "command": "python scripts/pretrain.py --before"}
+    other = {**run, "started_from": "first", "hardware": "1 x NVIDIA H200", "command": "python scripts/second.py"}
+    record = {**RECORD, "model": {**RECORD["model"], "started_from": "second"}, "earlier": [run, other]}
+    assert estimate(record).seconds == 1061.5
+    train(folder, model=record["model"], earlier=[run, other])
+    text = write().text
+    assert "trained from scratch, in 3 runs, the last on" in text
+    assert (
+        text.index("scripts/finetune.py") < text.index("scripts/second.py") < text.index("scripts/pretrain.py --before")
+    )
+    assert "from random weights ended with accuracy 50.00 % on 270 images; seed 7, 1,000 s on CPU" in text
+    assert text.count("Its other settings: epochs 7, mixing Mixup 0.8.") == 1  # the first run's are those of the second
+    assert "1,062 s (measured, all runs)" in text
+    assert "earlier runs on other hardware" in text
+    assert "the weights that it started from" not in text
+
+
 def test_the_cost_is_time_times_power_times_intensity(folder):
     one = estimate(RECORD)
     assert one.watt_hours == pytest.approx(61.5 / 3600 * 2 * 12)

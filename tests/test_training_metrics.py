@@ -117,6 +117,14 @@ def test_a_record_says_what_was_found_and_how(run, monkeypatch):
 def test_where_a_record_says_the_weights_come_from(run):
     tmp_path = run[2]
     assert record_of(run, model_name_or_path=str(tmp_path / "pets"))["model"]["started_from"] == "pets"
+    assert record_of(run)["earlier"] == []
+    first = record_of(run)
+    (tmp_path / "pets").mkdir(exist_ok=True)
+    write_record({**first, "earlier": [{"seed": 0}]}, tmp_path / "pets")
+    before, last = record_of(run, model_name_or_path=str(tmp_path / "pets"))["earlier"]
+    assert before == {"seed": 0}
+    assert last["started_from"] == "scratch"
+    assert all(last[name] == first[name] for name in ("value", "n", "command", "wall_time_seconds", "training"))
     facts = record_of(run, model_name_or_path="someone/vit")["model"]
     assert (facts["started_from"], facts["base_model"]) == ("someone/vit", "someone/vit")
 

@@ -320,6 +320,7 @@ def test_no_recipe_is_left_out_of_these_tables():
         "digits",
         "small_photos",
     }
+    tested |= {"tiny_imagenet", "tiny_imagenet_96"}  # beside the records of their runs: test_shipped_model
     tested |= {f"augreg_{level}" for level, *_ in AUGREG}
     tested |= {f"bv_transfer_{data}" for data in ("imagenet", "cifar10", "cifar100", "pets", "flowers")}
     tested |= {f"deit3{kind}_{model}" for kind in ("", "_finetune_384") for model in ("s16", "b16", "l16")}

@@ -43,7 +43,8 @@ def estimate(record: dict[str, Any], watts: float | None = None, grams_per_kwh: 
     Of the run that a record is about.
 
     Args:
-        record: with `wall_time_seconds`, `hardware` and `training`, as training writes it.
+        record: with `wall_time_seconds`, `hardware` and `training`, as training writes it. Those of its `earlier` runs
+            that were on the same hardware count, too.
         watts: of all processors together; None to assume it by their names.
         grams_per_kwh: of CO2 equivalent; None for the mean of the world.
     """
@@ -52,9 +53,14 @@ def estimate(record: dict[str, Any], watts: float | None = None, grams_per_kwh: 
         watts, power = _assumed_power(record["hardware"], record["training"].get("processes", 1))
     if grams_per_kwh is None:
         grams_per_kwh, grid = CARBON_INTENSITY, f"the world's mean of the year 2024: {EMBER}"
-    seconds = record["wall_time_seconds"]
+    seconds = record["wall_time_seconds"] + sum(run["wall_time_seconds"] for run in same_hardware(record))
     watt_hours = seconds / 3600 * watts
     return Estimate(seconds, watts, power, grams_per_kwh, grid, watt_hours, watt_hours / 1000 * grams_per_kwh)
+
+
+def same_hardware(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The earlier runs that were on the hardware of the last."""
+    return [run for run in record.get("earlier", []) if run["hardware"] == record["hardware"]]
 
 
 def _assumed_power(hardware: str, processes: int) -> tuple[float, str]:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from .. import __version__
 from ..evaluation.metrics import TITLES
+from .emissions import same_hardware
 from .metadata import base_model, interval_of, license_of, task
 from .records import CURVES, Facts
 from .words import by, count, name, names, paragraphs, picture, rough, score, setting, share, table
@@ -53,7 +54,10 @@ def summary(facts: Facts) -> str:
         origin = "How it was trained is not on record here."
     else:
         start = training["model"]["started_from"]
+        earlier = training.get("earlier", [])
         how = "trained from scratch" if start == "scratch" else f"fine-tuned from {_start(facts)}"
+        if earlier and earlier[0]["started_from"] == "scratch":
+            how = f"trained from scratch, in {len(earlier) + 1} runs, the last"
         origin = f"It was {how} on {_data_name(training['dataset'])}."
     if facts.is_encoder:
         learnt = ""
@@ -262,7 +266,29 @@ def training(facts: Facts) -> str | None:
         "To do it again:",
         again,
         ran,
+        *_earlier(record),
     )
+
+
+def _earlier(record: dict[str, Any]) -> list[str]:
+    """The runs before, the last first: what each ended with, its settings where they are others, and its command."""
+    parts, last = [], record["training"]
+    for run in reversed(record.get("earlier", [])):
+        settings = run["training"]
+        others = ", ".join(
+            f"{key.replace('_', ' ')} {setting(value)}"
+            for key, value in settings.items()
+            if value is not None and key not in _HIDDEN and value != last.get(key)
+        )
+        start = "random weights" if run["started_from"] == "scratch" else name(run["started_from"])
+        found = f"{TITLES[run['metric']].lower()} {score(run['metric'], run['value'])} on {count(run['n'])} images"
+        parts.append(
+            f"Before that, a run on {name(run['data'])} from {start} ended with {found}; seed {run['seed']}, "
+            f"{run['wall_time_seconds']:,.0f} s on {name(run['hardware'])}. Its other settings: {others}."
+        )
+        parts.append(f"```bash\n{run['command']}\n```")
+        last = settings
+    return parts
 
 
 def _selection(record: dict[str, Any]) -> str:
@@ -291,16 +317,19 @@ def cost(facts: Facts) -> str | None:
         return None
     record = facts.training
     left_out = ["other runs"]
-    if record["model"]["started_from"] != "scratch":
+    earlier, counted = record.get("earlier", []), same_hardware(record)
+    if (earlier[0] if earlier else record["model"])["started_from"] != "scratch":
         left_out.append("the training of the weights that it started from")
     if record.get("resumed_from"):
         left_out.append(f"the steps before {name(record['resumed_from'])}")
+    if len(counted) < len(earlier):
+        left_out.append("earlier runs on other hardware")
+    seconds = f"{one.seconds:,.0f} s (measured{', all runs' if counted else ''})"
     return paragraphs(
         "## Environmental cost",
         f"About **{rough(one.grams)} g of CO2 equivalent** for {rough(one.watt_hours)} Wh of electricity: an estimate, "
-        f"not a measurement. It is {one.seconds:,.0f} s (measured) x {rough(one.watts)} W ({one.power}) x "
-        f"{rough(one.grams_per_kwh)} g per kWh ({one.grid}). Left out: {', '.join(left_out)}, cooling, and the making "
-        "of the machine.",
+        f"not a measurement. It is {seconds} x {rough(one.watts)} W ({one.power}) x {rough(one.grams_per_kwh)} g per "
+        f"kWh ({one.grid}). Left out: {', '.join(left_out)}, cooling, and the making of the machine.",
     )
 
 

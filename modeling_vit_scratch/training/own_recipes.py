@@ -28,7 +28,7 @@ def tiny_imagenet() -> Recipe:
             "patch_size": [8],
             "config_overrides": "hidden_size=256,num_hidden_layers=9,num_attention_heads=4,intermediate_size=1024,"
             "drop_path_rate=0.1,representation_size=None",
-            "num_train_epochs": 300.0,
+            "num_train_epochs": 155.0,
             "learning_rate": 2.5e-3,
             "adam_beta2": 0.95,
             "weight_decay": 0.05,
@@ -39,6 +39,8 @@ def tiny_imagenet() -> Recipe:
             **COSINE,
         },
         data="--dataset_name tiny-imagenet --torch_compile True --per_device_train_batch_size 2048",
+        expected="42.24 % of Tiny ImageNet's validation images (n = 1); much more with more steps",
+        price="364 s on one NVIDIA H200",
         script="pretrain",
     )
 
@@ -51,7 +53,7 @@ def tiny_imagenet_96() -> Recipe:
         batch_size=512,
         fields={
             "image_size": [96],
-            "num_train_epochs": 100.0,
+            "num_train_epochs": 91.0,
             "learning_rate": 3e-3,
             "adam_beta2": 0.95,
             "weight_decay": 0.05,
@@ -64,7 +66,9 @@ def tiny_imagenet_96() -> Recipe:
             **COSINE,
         },
         data="--model_name_or_path MODEL --dataset_name tiny-imagenet --torch_compile True "
-        "--per_device_train_batch_size 512",
+        "--torch_compile_mode reduce-overhead --per_device_train_batch_size 512",
+        expected="from tiny_imagenet: 53.77 % of Tiny ImageNet's validation images (n = 1)",
+        price="354 s on one NVIDIA H200",
         script="pretrain",
     )
 

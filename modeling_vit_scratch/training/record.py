@@ -96,6 +96,7 @@ def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArgumen
         "seed": trainer.args.seed,
         "dataset": _dataset_facts(data),
         "model": _model_facts(trainer.model, model_arguments),
+        "earlier": earlier_runs(model_arguments.model_name_or_path),
         "training": _training_facts(trainer),
         **_circumstances(),
         "wall_time_seconds": round(wall_time, 1),
@@ -205,6 +206,22 @@ def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str,
         "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
         "base_model": None if is_local else start,
     }
+
+
+def earlier_runs(start: str | None) -> list[dict[str, Any]]:
+    """
+    The runs that made a starting point, in their order, as far as the records in its folder tell.
+
+    Args:
+        start: what the training starts from; of other than a folder of this machine nothing is known.
+    """
+    try:
+        record = json.loads(Path(start or "", "results.json").read_text(encoding="utf-8"))
+        names = ("metric", "value", "n", "seed", "training", "command", "versions", "hardware", "wall_time_seconds")
+        run = {"data": record["dataset"]["name"], "started_from": record["model"]["started_from"]}
+        return [*record.get("earlier", []), run | {name: record[name] for name in names}]
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or not one of ours
+        return []
 
 
 def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
