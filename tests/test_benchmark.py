@@ -25,7 +25,10 @@ from modeling_vit_scratch.benchmarking.models import ModelBenchmark
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
 from modeling_vit_scratch.benchmarking.processor import FAST, THEIRS, differences, processor_ways, times_faster, to_time
+from modeling_vit_scratch.benchmarking.soak import commands, summarize_samples, watch
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
+from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
+from modeling_vit_scratch.training.command_line import parse_arguments as parse_finetuning
 from modeling_vit_scratch.training.errors import InputError
 
 
@@ -349,3 +352,35 @@ def test_the_script_tells_how_long_models_take_to_load(tmp_path, monkeypatch, ca
     record, shown = json.loads((tmp_path / "loading.json").read_text()), capsys.readouterr().out
     assert len(record["sets"]) == 3
     assert "ms / model" in shown
+
+
+def test_long_runs_are_looked_at_with_all_their_processes_and_stopped(tmp_path):
+    holds = "import os, time; held = [open(os.devnull) for _ in range(50)] + [bytes([7]) * 50_000_000]; os.fork()"
+    lines = {"holds": [sys.executable, "-c", f"{holds}; time.sleep(60)"]}
+    with open(tmp_path / "log", "w") as log:
+        samples = watch(lines, 1.5, 0.5, log)["holds"]
+    assert len(samples) == 3
+    assert samples[-1]["processes"] == 2
+    assert samples[-1]["open_files"] >= 2 * 53
+    assert 50 < samples[-1]["megabytes"] < 95  # what both have counts once
+    with open(tmp_path / "log", "w") as log, pytest.raises(RuntimeError, match="ends ended with exit status 3"):
+        watch({"ends": [sys.executable, "-c", "raise SystemExit(3)"]}, 30, 0.5, log)
+
+
+def test_the_quarters_of_a_long_run_show_what_grows():
+    samples = [
+        {"seconds": 10.0 * number, "processes": 3, "megabytes": 500.0 - 400 * (number < 12), "open_files": number}
+        for number in range(93)
+    ]
+    summary = summarize_samples(samples)
+    assert summary["megabytes"] == {"quarters": [500.0] * 4, "most": 500.0}  # without the start
+    assert summary["open_files"] == {"quarters": [22.5, 42.5, 62.5, 82.5], "most": 92}
+
+
+def test_a_soak_s_commands_are_known_to_their_scripts(photos, tmp_path):
+    lines = commands(tmp_path / "scripts", [*photos, tmp_path / "photos" / "b" / "1.jpg"], "model", tmp_path, 2, 1)
+    assert (tmp_path / "photos.txt").read_text().splitlines()[4] == str(photos[0])
+    for name, parse in (("predict.py", parse_prediction), ("finetune.py", parse_finetuning)):
+        line = lines[name]
+        assert line[1] == str(tmp_path / "scripts" / name)
+        parse(line[2:])

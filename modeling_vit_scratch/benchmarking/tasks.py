@@ -55,6 +55,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     finetune.add_argument("--num_threads", type=int, help="Of the CPU. Default: as torch chooses, usually all cores.")
     add_common_flags(finetune, rounds=7)
     finetune.set_defaults(measure=measure_finetune)
+    soak = tasks.add_parser("soak", help="memory and open files of long runs", description=measure_soak.__doc__)
+    soak.add_argument("--minutes", type=int, default=15, help="How long the runs last. Default: %(default)s")
+    soak.add_argument("--num_workers", type=int, default=2, help="Processes that read, of each. Default: %(default)s")
+    soak.add_argument("--output_dir", default="outputs/benchmark", help="For the numbers. Default: %(default)s")
+    soak.set_defaults(measure=measure_soak)
     for task, what in (("inference", "logits, without gradients"), ("training", "training steps: forward to update")):
         add_model_task(tasks.add_parser(task, help=what, description=measure_models.__doc__))
     return parser
@@ -358,3 +363,35 @@ def measure_finetune(arguments: argparse.Namespace) -> None:
             )
             print(format_table(title, summary), "\n", flush=True)
     write_benchmark(record, Path(arguments.output_dir), "finetune")
+
+
+def measure_soak(arguments: argparse.Namespace) -> None:
+    """
+    predict.py and finetune.py side by side on the same photos, with processes that read them, evaluations and
+    checkpoints, for as long as is asked: the memory of all their processes together, where what they share counts once,
+    and their open files, every ten seconds.
+    """
+    from .data import make_photos
+    from .prediction import fresh_model
+    from .soak import commands, summarize_samples, watch
+    from .timing import describe_machine, write_numbers
+
+    record = {"machine": describe_machine(), "minutes": arguments.minutes, "sets": {}}
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, open(output_dir / "soak.log", "w", encoding="utf-8") as log:
+        photos = []
+        for label in ("a", "b"):
+            (place := Path(folder, "photos", label)).mkdir(parents=True)
+            photos += make_photos(place, (500, 375), 32)
+        model = fresh_model("Mi/16", Path(folder, "model"))
+        scripts = Path(__file__).parents[2] / "scripts"
+        lines = commands(scripts, photos, model, Path(folder), arguments.num_workers, arguments.minutes)
+        for name, samples in watch(lines, 60 * arguments.minutes, 10, log).items():
+            summary = summarize_samples(samples)
+            record["sets"][name] = {"summary": summary, "samples": samples}
+            print(f"{name}, medians of the four quarters of {arguments.minutes} minutes, and the most:")
+            for what, found in summary.items():
+                quarters = ", ".join(f"{value:,.0f}" for value in found["quarters"])
+                print(f"    {what.replace('_', ' '):12} {quarters}; {found['most']:,.0f}")
+    print(f"All numbers: {write_numbers(record, output_dir, 'soak')}")
