@@ -227,3 +227,13 @@ def test_what_pretraining_gives_is_on_record():
     table = table[: table.index("\n\n")]
     assert table.count(" ± ") == len(cells)
     assert all(cell[2:-2] in table for cell in cells)
+
+
+def test_how_fast_fine_tuning_is_is_on_record():
+    text = " ".join(README[README.index("## How fast is it?") :].split())
+    record = json.loads((ROOT / "model_cards" / "benchmark_finetune.json").read_text(encoding="utf-8"))
+    for measured in record["sets"].values():
+        row = list(measured["summary"].values())[-1]  # beside transformers
+        times, low, high = (f"{one:.1f}" for one in (row["times_faster"], *row["times_faster_quartiles"]))
+        assert f"{times} ({low} to {high}) times" in text
+        assert f"{record['variant']} at 224, {row['rounds']} rounds" in text
