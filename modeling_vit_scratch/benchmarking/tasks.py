@@ -122,7 +122,8 @@ def measure_models(arguments: argparse.Namespace) -> None:
     The same weights on the same batch in our network and in those of transformers, timm and torchvision, where they are
     installed; and vit-pytorch's, which has a few layers more. `of the peak` is the share of the fastest matrix product
     measured here that the operations of the whole network would need, the same for everybody. `memory` is what three
-    runs take beside the weights.
+    runs take beside the weights. With --dtype bfloat16 training is autocast's: ours adds up the branches of layers in
+    bfloat16, as big_vision does, the others in float32, which is what their class token makes of them.
     """
     import torch
     from transformers.utils import logging
