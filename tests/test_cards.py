@@ -550,6 +550,16 @@ def test_a_transfer_table_is_taken_into_the_card_and_published(folder, tmp_path)
 # What it cost
 
 
+def test_the_figures_of_what_is_inside_are_shown_with_their_credit(folder):
+    train(folder)
+    assert "What is inside" not in write().text
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "sheet.png").write_bytes(b"")
+    assert "![What is inside](figures/sheet.png)" in write().text
+    (folder / "figures" / "sheet.txt").write_text("Photo:\nsomebody.")
+    assert "`python scripts/visualize.py sheet`. Photo: somebody." in write().text
+
+
 def test_earlier_runs_are_told_and_counted(folder):
     settings = {**RECORD["training"], "epochs": 7.0, "mixing": "Mixup 0.8"}
     names = ("metric", "n", "seed", "versions", "hardware")

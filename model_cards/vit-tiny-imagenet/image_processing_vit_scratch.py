@@ -44,7 +44,6 @@ MAX_CHANNELS = 10_000
 # What `decode`, and after it `resize_and_crop`, go by.
 DECODE_SETTINGS = ("num_channels", "do_convert_rgb", "background_color", "input_data_format")
 FIT_SETTINGS = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size", "do_fast_resize")
-RESAMPLING = set(PILImageResampling)
 # torch's names of the filters that it has for 8 bits.
 TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 # The fast way: pixels of an image that Pillow resizes as fast as torch does, the copy included; and how many times the
@@ -275,7 +274,7 @@ def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
                     f"{key} has {len(settings[key])} values but num_channels is {num_channels}: "
                     "give one number, or one per channel"
                 )
-    if settings["do_normalize"] and not all(value > 0 for value in np.atleast_1d(settings["image_std"])):
+    if settings["do_normalize"] and not np.all(np.asarray(settings["image_std"]) > 0):
         yield f"image_std must be above 0, got {settings['image_std']}"
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         yield f"background_color must be three numbers from 0 to 255, got {background}"
@@ -291,7 +290,7 @@ def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
         yield "do_pad is not supported: use a size with height and width, or do_center_crop"
     if settings["do_resize"] and settings["size"].max_pixels is not None:
         yield "size with min_pixels and max_pixels is not supported: use height and width, or shortest_edge"
-    if settings["do_resize"] and settings["resample"] not in RESAMPLING:
+    if settings["do_resize"] and settings["resample"] not in set(PILImageResampling):
         yield f"resample must be one of PIL.Image.Resampling, got {settings['resample']!r}"
     if crop_pct is not None:
         if not 0 < crop_pct <= 1:

@@ -27,7 +27,7 @@ from .transfer import RECORD as TRANSFER
 RECORD, CARD = "results.json", "README.md"
 LICENSE = re.compile(r"[a-z0-9.-]+")
 # Within the model's folder: where evaluations are, and the figure of the training.
-EVALUATIONS, CURVES = "evaluation", "figures/learning_curves.png"
+EVALUATIONS, CURVES, SHEET = "evaluation", "figures/learning_curves.png", "figures/sheet.png"
 # What a record must have before anything is printed: keys, and keys in them.
 _TRAINING: dict[str, tuple[str, ...]] = {
     "metric": (),
@@ -158,6 +158,8 @@ class Facts:
         wishes: what a person has added.
         cost: of the training; None without a record of it.
         transfer: the record of a transfer table; None without.
+        has_sheet: whether the figures of what is inside (`visualize.py sheet`) are in the folder.
+        sheet_credit: whose photos these show: figures/sheet.txt.
     """
 
     name: str
@@ -171,6 +173,8 @@ class Facts:
     wishes: Wishes
     cost: Estimate | None
     transfer: Transfer | None = None
+    has_sheet: bool = False
+    sheet_credit: str | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -240,10 +244,17 @@ def gather(
         training=training,
         evaluations=evaluations,
         has_curves=(folder / CURVES).is_file(),
+        has_sheet=(folder / SHEET).is_file(),
+        sheet_credit=_credit(folder / SHEET),
         wishes=wishes,
         cost=cost,
         transfer=transfer,
     )
+
+
+def _credit(sheet: Path) -> str | None:
+    file = sheet.with_suffix(".txt")
+    return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else None
 
 
 def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = (), transfer: Path | None = None) -> Facts:

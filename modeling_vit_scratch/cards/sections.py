@@ -9,7 +9,7 @@ from .. import __version__
 from ..evaluation.metrics import TITLES
 from .emissions import same_hardware
 from .metadata import base_model, interval_of, license_of, task
-from .records import CURVES, Facts
+from .records import CURVES, SHEET, Facts
 from .words import by, count, name, names, paragraphs, picture, rough, score, setting, share, table
 
 
@@ -308,6 +308,18 @@ def _recipe(settings: dict[str, Any]) -> str | None:
     if settings.get("recipe_differs"):
         told += f" It differs from the published run: {name(settings['recipe_differs'])}."
     return told
+
+
+def inside(facts: Facts) -> str | None:
+    """The figures of visualize.py, where they are in the folder."""
+    if not facts.has_sheet:
+        return None
+    told = (
+        "Filters of the patches, similarity of the position embeddings, how far each head looks, and where the class "
+        "token looks in a photo: the paper's Figures 6 and 7, by `python scripts/visualize.py sheet`."
+    )
+    told = told if facts.sheet_credit is None else f"{told} {facts.sheet_credit}"
+    return paragraphs("## What is inside", picture(SHEET, "What is inside"), told)
 
 
 def cost(facts: Facts) -> str | None:

@@ -42,6 +42,7 @@ def card_body(facts: Facts) -> str:
         sections.training(facts),
         evidence.evaluation(facts),
         transfer(facts.transfer),
+        sections.inside(facts),
         evidence.limits(facts),
         sections.cost(facts),
         sections.terms(facts),
