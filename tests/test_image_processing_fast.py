@@ -112,6 +112,16 @@ def test_large_images_are_reduced_in_two_steps(resample, monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize(("size", "limit"), [((640, 424), 12), ((4001, 1000), 12), ((120, 100), 1)])
+def test_jpeg_files_that_torch_resizes_are_turned_too(orientation, size, limit):
+    content = encoded(PHOTOS[0].resize(size), orientation=orientation)
+    for settings in ({"size": {"height": 40, "width": 50}}, {"size": {"shortest_edge": 45}}):
+        mean, most = levels(content, **settings)
+        assert mean < 1.5
+        assert most <= limit
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
 @pytest.mark.parametrize("settings", [
     {"size": {"height": 50, "width": 34}}, {"size": 40, "crop_pct": 0.9}, {"size": {"shortest_edge": 45}},
     {"size": {"longest_edge": 70}}, {"size": 40, "do_center_crop": True, "crop_size": {"height": 50, "width": 20}},

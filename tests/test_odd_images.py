@@ -109,8 +109,8 @@ def test_prediction_has_a_row_for_each_odd_image_and_a_reason_for_each_broken_on
     for name, row in rows.items():
         with torch.no_grad():
             logits = model(processor(folder / "odd" / name, return_tensors="pt")["pixel_values"]).logits[0]
-        # Only wide.jpg is large enough to be decoded at a smaller scale.
-        tolerance = 0.05 if fast and name == "wide.jpg" else 1e-5
+        # Only wide.jpg is large enough to be decoded at a smaller scale; others differ by a level or two of 255.
+        tolerance = (0.05 if name == "wide.jpg" else 0.01) if fast else 1e-5
         assert float(row["score"]) == pytest.approx(logits.softmax(-1).max().item(), abs=tolerance), name
     with open(tmp_path / "a.csv.errors.csv", newline="") as file:
         errors = [(Path(row["image"]).name, row["reason"]) for row in csv.DictReader(file)]
