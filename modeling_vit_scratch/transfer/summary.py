@@ -157,7 +157,7 @@ def _circumstances(record: dict[str, Any]) -> str:
     draws = " Each seed has three draws of a few images of its own, and its own random weights." if probes else ""
     several = f"Mean ± standard deviation over {cell['n']} seeds" if cell["n"] > 1 else "One seed"
     return (
-        f"{several}, after the last step. The same flags from both starts, but for the learning rate: {told}.{best}"
+        f"{several}, after the last step. The same flags from both starts. Learning rate: {told}.{best}"
         f"{draws} {cell['hardware']}; torch {cell['versions']['torch']}, transformers "
         f"{cell['versions']['transformers']}."
     )
