@@ -234,6 +234,22 @@ def test_what_pretraining_gives_is_on_record():
     assert all(cell[2:-2] in table for cell in cells)
 
 
+def test_what_the_demo_gains_is_on_record():
+    record = json.loads((ROOT / "model_cards" / "demo.json").read_text(encoding="utf-8"))
+    row = next(line for line in README.splitlines() if line.startswith("| `make demo` |"))
+    told = {}
+    for cell in record["cells"]:
+        values = [100 * value for value in cell["values"]]
+        assert len(values) >= 3
+        told[cell["start"]] = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} %"
+    assert f"| {told['pretrained']} of 270 images; from scratch {told['scratch']} |" in row
+    assert f"{record['make_demo']['processor_seconds']:.0f} s of processor time" in row
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    budget = re.search(r"^BUDGET = (.*)$", makefile, flags=re.MULTILINE)[1]
+    assert budget in record["cells"][0]["command"]
+    assert re.search(r"^PRETRAINED = (.*)$", makefile, flags=re.MULTILINE)[1] in record["command"]
+
+
 def test_how_fast_fine_tuning_is_is_on_record():
     text = " ".join(README[README.index("## How fast is it?") :].split())
     record = json.loads((ROOT / "model_cards" / "benchmark_finetune.json").read_text(encoding="utf-8"))
