@@ -68,6 +68,7 @@ def workplace(tmp_path_factory) -> Path:
     # Looks like the paper's file, with a small model in it.
     config = ViTScratchConfig.from_variant("test/4", image_size=32, hidden_act="gelu_pytorch_tanh", num_labels=5)
     save_checkpoint(ViTScratchForImageClassification(config), folder / "B_16.npz", format="npz")
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
     return folder
 
 
@@ -103,6 +104,7 @@ def test_every_command_is_known_here():
 
 
 @pytest.mark.timeout(420)
+@pytest.mark.xdist_group("demo")
 def test_make_demo_ends_with_labels_from_a_process_without_the_package(demo, workplace):
     found = re.findall(r"Held-out accuracy: ([\d.]+) % on ([\d,]+) images", demo)
     (scratch, accuracy), (count, _) = (column for column in zip(*found))
@@ -207,6 +209,7 @@ def test_conversion_commands_run_and_the_file_comes_back(workplace):
 
 
 @pytest.mark.timeout(420)
+@pytest.mark.xdist_group("demo")
 def test_python_blocks_run_in_the_order_of_the_page(demo, workplace):
     program = "\n".join(PYTHON)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(workplace / "cache")}

@@ -571,7 +571,9 @@ def fast_resize(
     except BufferError:  # numpy before 2.1 does not share what may not be written to
         pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     resized = resize_interleaved(pixels.view(1, image.height, image.width, -1), size, resample)
-    return Image.frombytes(image.mode, size, resized.permute(0, 2, 3, 1).contiguous().numpy(), "raw", raw)
+    result = Image.frombytes(image.mode, size, resized.permute(0, 2, 3, 1).contiguous().numpy(), "raw", raw)
+    result.info = image.info.copy()  # the EXIF orientation among it
+    return result
 
 
 def resize_interleaved(pixels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
