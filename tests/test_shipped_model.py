@@ -17,6 +17,7 @@ from tiny_images import ROOT
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.publishing.contents import CODE, collect
 from modeling_vit_scratch.training.recipes import RECIPES
+from modeling_vit_scratch.transfer.summary import FINE_TUNED, find, gain_in_words, in_words, names_of
 
 
 FOLDER = ROOT / "model_cards" / "vit-tiny-imagenet"
@@ -92,3 +93,16 @@ def test_the_recipes_are_those_of_its_runs(record):
         assert settings["mixing"] == f"Mixup {recipe.fields['mixup']:g} or CutMix {recipe.fields['cutmix']:g}"
         assert f"{100 * run['value']:.2f} %" in recipe.expected
         assert f"{run['wall_time_seconds']:.0f} s" in recipe.price
+
+
+def test_readmes_table_is_that_of_the_record():
+    record = json.loads((FOLDER / "transfer" / "transfer.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for name in names_of(record):
+        row = find(record, name, FINE_TUNED)
+        assert len(row["scratch"]["values"]) == len(row["pretrained"]["values"]) == (2 if name == "clothing-96" else 3)
+        assert f"| {in_words(row['scratch'])} | {in_words(row['pretrained'])} | {gain_in_words(row)} |" in readme
+    linear = [find(record, name, "linear") for name in ("elpv", "clothing", "digits")]
+    for start in ("pretrained", "scratch"):
+        first, second, third = (f"{100 * row[start]['mean']:.1f}" for row in linear)
+        assert f"{first}, {second} and {third} %" in " ".join(readme.split())

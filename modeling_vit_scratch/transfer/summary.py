@@ -144,8 +144,12 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def _circumstances(record: dict[str, Any]) -> str:
-    cell = record["cells"][0]
-    rates, tried = {}, {}
+    rates, tried, machines = {}, {}, {}
+    for cell in record["cells"]:
+        machine = (
+            f"{cell['hardware']}; torch {cell['versions']['torch']}, transformers {cell['versions']['transformers']}"
+        )
+        machines.setdefault(machine, {})[cell["data"]] = None
     for name in names_of(record):
         row = find(record, name, FINE_TUNED)
         told = f"{row[SCRATCH]['learning_rate']:g} from scratch, {row[PRETRAINED]['learning_rate']:g} from the weights"
@@ -155,9 +159,9 @@ def _circumstances(record: dict[str, Any]) -> str:
     best = f" From scratch it is the best of {', '.join(tried)} on the held-out images." if len(tried) > 1 else ""
     probes = any(cell["how"] in SHOWN_PROBES for cell in record["cells"])
     draws = " Each seed has three draws of a few images of its own, and its own random weights." if probes else ""
-    several = f"Mean ± standard deviation over {cell['n']} seeds" if cell["n"] > 1 else "One seed"
+    seeds = sorted({cell["n"] for cell in record["cells"]})
+    several = f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds" if seeds[-1] > 1 else "One seed"
+    where = ". ".join(f"{one} ({', '.join(names)})" if len(machines) > 1 else one for one, names in machines.items())
     return (
-        f"{several}, after the last step. The same flags from both starts. Learning rate: {told}.{best}"
-        f"{draws} {cell['hardware']}; torch {cell['versions']['torch']}, transformers "
-        f"{cell['versions']['transformers']}."
+        f"{several}, after the last step. The same flags from both starts. Learning rate: {told}.{best}{draws} {where}."
     )
