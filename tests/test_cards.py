@@ -563,14 +563,18 @@ def test_the_figures_of_what_is_inside_are_shown_with_their_credit(folder):
 def test_earlier_runs_are_told_and_counted(folder):
     settings = {**RECORD["training"], "epochs": 7.0, "mixing": "Mixup 0.8"}
     names = ("metric", "n", "seed", "versions", "hardware")
-    run = {name: RECORD[name] for name in names} | {"data": "the same", "started_from": "scratch", "training": settings}
+    run = {name: RECORD[name] for name in names} | {
+        "data": RECORD["dataset"]["name"],
+        "started_from": "scratch",
+        "training": settings,
+    }
     run |= {"value": 0.5, "wall_time_seconds": 1000.0, "command": "python scripts/pretrain.py --before"}
     other = {**run, "started_from": "first", "hardware": "1 x NVIDIA H200", "command": "python scripts/second.py"}
     record = {**RECORD, "model": {**RECORD["model"], "started_from": "second"}, "earlier": [run, other]}
     assert estimate(record).seconds == 1061.5
     train(folder, model=record["model"], earlier=[run, other])
     text = write().text
-    assert "trained from scratch, in 3 runs, the last on" in text
+    assert "trained from scratch, in 3 runs, on [digits of scikit-learn]" in text
     assert (
         text.index("scripts/finetune.py") < text.index("scripts/second.py") < text.index("scripts/pretrain.py --before")
     )

@@ -56,8 +56,9 @@ def summary(facts: Facts) -> str:
         start = training["model"]["started_from"]
         earlier = training.get("earlier", [])
         how = "trained from scratch" if start == "scratch" else f"fine-tuned from {_start(facts)}"
-        if earlier and earlier[0]["started_from"] == "scratch":
-            how = f"trained from scratch, in {len(earlier) + 1} runs, the last"
+        on_the_same = {run["data"] for run in earlier} == {training["dataset"]["name"]}
+        if on_the_same and earlier[0]["started_from"] == "scratch":
+            how = f"trained from scratch, in {len(earlier) + 1} runs,"
         origin = f"It was {how} on {_data_name(training['dataset'])}."
     if facts.is_encoder:
         learnt = ""
