@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..image_processing_vit_scratch import ImageDecodeError
 from .arguments import ImageTrainingArguments
-from .device_augmentation import BatchAugmentation, batch_augmentation
+from .device_augmentation import BatchAugmentation, batch_augmentation, to_device
 from .errors import InputError
 from .examples import ImageClassificationDataset
 
@@ -89,7 +89,7 @@ class DeviceImages(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """`pixel_values` uint8 (B, C, H, W), `labels` (B, ...), and perhaps `keys` (B, 3), these on the host."""
         rows = torch.tensor(indices)
-        places = (rows.pin_memory() if self.pixels.is_cuda else rows).to(self.pixels.device, non_blocking=True)
+        places = to_device(rows.numpy(), self.pixels)
         batch = {"pixel_values": self._pixels_of_epoch()[places], "labels": self.labels[places]}
         if self.augmentation is not None or self.with_keys:
             run = torch.tensor([[self.seed, self._epoch]]).expand(len(rows), 2)

@@ -56,6 +56,7 @@ def build_trainer(
             arguments.metric_for_best_model = "mean_average_precision"
     elif arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
+    augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
     held_out = ImageClassificationDataset(
         data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
     )
@@ -67,7 +68,7 @@ def build_trainer(
             data.train,
             processor,
             channels,
-            build_augmentation(data.source.augmentation, processor, model.config, arguments),
+            augmentation,
             seed=arguments.seed,
             fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
             max_broken_images=arguments.max_broken_images,

@@ -4,8 +4,8 @@
 from .recipe import COSINE, Recipe
 
 
-# DeiT's augmentation (Touvron et al., arXiv:2012.12877, Table 9), with larger parts: the images are small.
-_AUGMENTATION = {
+# Of both. DeiT's augmentation (Touvron et al., arXiv:2012.12877, Table 9), with larger parts: the images are small.
+_COMMON = {
     "smallest_area": 0.25,
     "auto_augment": "rand-m9-mstd0.5-inc1",
     "random_erasing": 0.25,
@@ -13,6 +13,10 @@ _AUGMENTATION = {
     "cutmix": 1.0,
     "label_smoothing_factor": 0.1,
     "images_on_device": True,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.05,
+    "max_grad_norm": 1.0,
+    **COSINE,
 }
 
 
@@ -30,13 +34,9 @@ def tiny_imagenet() -> Recipe:
             "drop_path_rate=0.1,representation_size=None",
             "num_train_epochs": 155.0,
             "learning_rate": 2.5e-3,
-            "adam_beta2": 0.95,
-            "weight_decay": 0.05,
             "warmup_steps": 0.05,
-            "max_grad_norm": 1.0,
             "ema_decay": 0.9995,
-            **_AUGMENTATION,
-            **COSINE,
+            **_COMMON,
         },
         data="--dataset_name tiny-imagenet --torch_compile True --per_device_train_batch_size 2048",
         expected="42.24 % of Tiny ImageNet's validation images (n = 1); much more with more steps",
@@ -55,15 +55,11 @@ def tiny_imagenet_96() -> Recipe:
             "image_size": [96],
             "num_train_epochs": 91.0,
             "learning_rate": 3e-3,
-            "adam_beta2": 0.95,
-            "weight_decay": 0.05,
             "warmup_steps": 0.03,
-            "max_grad_norm": 1.0,
             "ema_decay": 0.999,
-            **_AUGMENTATION,
+            **_COMMON,
             "smallest_area": 0.35,
             "mixup": 0.2,
-            **COSINE,
         },
         data="--model_name_or_path MODEL --dataset_name tiny-imagenet --torch_compile True "
         "--torch_compile_mode reduce-overhead --per_device_train_batch_size 512",
