@@ -33,7 +33,7 @@ demo: $(VENV)/installed $(SERVE)
 	$(SERVE)/bin/python scripts/classify.py $(DEMO)/digits $(DEMO)/examples/*.png
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -72,14 +72,6 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def demo(workplace) -> str:
-    """What `make demo` prints, with this environment in place of a new one."""
-    places = [f"VENV={sys.prefix}", f"SERVE={workplace / 'serve'}", f"DEMO={workplace / 'outputs' / 'demo'}"]
-    shorter = "BUDGET=--image_size 24 --num_train_epochs 2 --learning_rate 1e-3"
-    return run(["make", "demo", shorter, "-o", f"{sys.prefix}/installed", *places], ROOT)
-
-
 def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_python():
     screen = README.splitlines()[:30]
     assert "make demo" in "\n".join(screen)
@@ -104,8 +96,22 @@ def test_every_command_is_known_here():
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.xdist_group("demo")
-def test_make_demo_ends_with_labels_from_a_process_without_the_package(demo, workplace):
+def test_the_demo_and_then_the_python_blocks_in_the_order_of_the_page(workplace):
+    demo_ends_with_labels_from_a_process_without_the_package(workplace)
+    program = "\n".join(PYTHON)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(workplace / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=workplace, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'score'" in result.stdout
+
+
+def demo_ends_with_labels_from_a_process_without_the_package(workplace):
+    # This environment in place of a new one, and half of the budget.
+    places = [f"VENV={sys.prefix}", f"SERVE={workplace / 'serve'}", f"DEMO={workplace / 'outputs' / 'demo'}"]
+    shorter = "BUDGET=--image_size 24 --num_train_epochs 2 --learning_rate 1e-3"
+    demo = run(["make", "demo", shorter, "-o", f"{sys.prefix}/installed", *places], ROOT)
     found = re.findall(r"Held-out accuracy: ([\d.]+) % on ([\d,]+) images", demo)
     (scratch, accuracy), (count, _) = (column for column in zip(*found))
     assert float(accuracy) >= 85
@@ -206,18 +212,6 @@ def test_conversion_commands_run_and_the_file_comes_back(workplace):
     first, again = (np.load(workplace / name) for name in ("B_16.npz", "vit_b16_again.npz"))
     assert set(first) == set(again)
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
-
-
-@pytest.mark.timeout(420)
-@pytest.mark.xdist_group("demo")
-def test_python_blocks_run_in_the_order_of_the_page(demo, workplace):
-    program = "\n".join(PYTHON)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(workplace / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=workplace, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, result.stderr
-    assert "'score'" in result.stdout
 
 
 def test_what_pretraining_gives_is_on_record():

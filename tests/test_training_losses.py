@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of classification against torch and numpy's float64, and under accumulation and two processes."""
 
-import socket
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_forked
 from sklearn.utils.class_weight import compute_class_weight
 from tiny_images import build, flags, weights
 
@@ -141,17 +140,14 @@ def test_the_update_is_that_of_the_whole_batch_however_it_is_cut(pets, tmp_path,
     assert changes[7].norm() > 0.003
 
 
-def train_as_process(rank: int, processes: int, port: int, pets: str, folder: str) -> None:
+def train_as_process(rank: int, processes: int, pets: str, folder: str) -> None:
     """One of the processes of a run with each of a few losses; the first one writes the weights."""
-    import os
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes), ACCELERATE_USE_CPU="true")
     for kind in ("sigmoid smoothed", "soft bce weights", "weights"):
         more = ["--optim", "sgd", "--learning_rate", "0.1", "--max_steps", "2", "--dataloader_num_workers", "0"]
         more += ["--dataloader_drop_last", "True"]  # the last batch would be filled up with other images
         more += ["--per_device_train_batch_size", str(4 // processes), *KINDS[kind]]
         trainer = build(f"{folder}/{kind}-{processes}", *flags(pets, *more))
+        assert trainer.args.world_size == processes
         trainer.train_dataset = Labelled(kind.startswith("soft"))
         trainer.train()
         if rank == 0:
@@ -159,11 +155,8 @@ def train_as_process(rank: int, processes: int, port: int, pets: str, folder: st
 
 
 def test_two_processes_give_the_weights_of_one(pets, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_as_process, (1, port, pets, str(tmp_path)), nprocs=1)
-    torch.multiprocessing.spawn(train_as_process, (2, port, pets, str(tmp_path)), nprocs=2)
+    for processes in (1, 2):
+        run_forked(train_as_process, processes, processes, pets, str(tmp_path))
     for kind in ("sigmoid smoothed", "soft bce weights", "weights"):
         one, two = (torch.load(tmp_path / f"{kind}-{processes}.pt") for processes in (1, 2))
         assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6, kind

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from sklearn.neighbors import KNeighborsClassifier
 from tiny_images import build, difference, flags, load_script, weights
 
@@ -225,12 +226,8 @@ def test_broken_weights_and_no_images_are_told(config):
         extract_features(model, Images())
 
 
-def features_of_process(rank: int, port: int, folder: str) -> None:
+def features_of_process(rank: int, folder: str) -> None:
     """One of two processes."""
-    import os
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     from accelerate import PartialState
 
     assert PartialState(cpu=True, backend="gloo").num_processes == 2
@@ -241,12 +238,7 @@ def features_of_process(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_count_every_image_once(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(features_of_process, (port, str(tmp_path)), nprocs=2)
+    run_forked(features_of_process, 2, str(tmp_path))
     torch.manual_seed(0)
     one = extract_features(ViTScratchModel(ViTScratchConfig.from_variant("test/4")), Images(), batch_size=7)
     for rank in range(2):

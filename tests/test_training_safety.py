@@ -2,6 +2,7 @@
 """Runs that get killed, filled up or sick: what is on the disk afterwards, what is told, and how they go on."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -326,6 +327,7 @@ def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(
     then = "No checkpoint was saved yet" if is_skipped else "checkpoint-1: to go on"
     with pytest.raises(TrainingStopped, match=f"{told} at step 2 of 9(?s:.*){then}") as stopped:
         trainer.train()
+    assert not multiprocessing.active_children()  # no reader waits for the garbage collector
     assert len(files) == len(set(files)) == 8
     assert all(file in str(stopped.value) and Path(file).is_file() for file in files)
     assert difference(weights(trainer), calls[2]) == 0.0
