@@ -536,3 +536,27 @@ def test_return_dict_false_gives_a_tuple_and_no_labels_give_features(pixel_value
     loss, logits = classifier()(pixel_values, labels=torch.tensor([0, 1]), return_dict=False)
     assert (loss.shape, logits.shape) == ((), (2, 3))
     assert classifier(num_labels=0)(pixel_values).logits.shape == (2, 32)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "gelu_python", "relu"])
+def test_without_gradients_the_activation_is_the_same(config, pixel_values, hidden_act):
+    config.hidden_act = hidden_act
+    model = ViTScratchForImageClassification(config).eval()
+    with torch.no_grad():
+        got = model(pixel_values).logits
+    assert torch.equal(got, model(pixel_values).logits)
+
+
+def test_who_looks_at_the_mlp_or_changes_it_gets_what_torch_would_give(config, pixel_values):
+    model = ViTScratchForImageClassification(config).eval()
+    seen = {}
+    first, second = (layer.mlp for layer in model.vit.layers)
+    first.fc1.register_forward_hook(lambda layer, inputs, output: seen.update(before=output))
+    second.activation.register_forward_hook(lambda layer, inputs, output: seen.update(inputs=inputs[0], after=output))
+    with torch.no_grad():
+        model(pixel_values, output_hidden_states=True)
+        assert (seen["before"] < -0.2).any()  # no GELU is
+        assert torch.equal(seen["after"], second.activation(seen["inputs"]))
+        tokens = torch.randn(1, 2, config.hidden_size)
+        first.activation = torch.nn.ReLU()
+        assert torch.equal(first(tokens), first.fc2(first.fc1(tokens).relu()))

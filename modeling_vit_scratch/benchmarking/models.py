@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..blocked_linear import block_weights, is_available
 from ..checkpoint.verification import model_output
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -20,6 +21,7 @@ from .timing import OURS
 
 
 TASKS = ("inference", "training")
+BLOCKED = "ours, block_weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -61,11 +63,17 @@ class ModelBenchmark:
     peers: tuple[str, ...] = PEERS
 
     def models(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
-        """Ours first, then everybody else's, whose logits are ours; and why others are missing: see `build_peers`."""
+        """
+        Ours first, in eager inference on a CPU also as `block_weights` makes it; then everybody else's, whose logits
+        are ours; and why others are missing: see `build_peers`.
+        """
         ours = plain_model(self.variant, self.image_size, self.num_labels)
         with tempfile.TemporaryDirectory() as folder:
             theirs, missing = build_peers(ours, folder, self.peers)
-            return {name: self._prepare(model) for name, model in {OURS: ours, **theirs}.items()}, missing
+        models = {name: self._prepare(model) for name, model in {OURS: ours, **theirs}.items()}
+        if self.task == "inference" and self.device == "cpu" and not self.compile and is_available():
+            models = {OURS: ours, BLOCKED: block_weights(copy.deepcopy(ours)), **models}
+        return models, missing
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         if self.task == "inference":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..blocked_linear import block_weights
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
@@ -55,7 +56,7 @@ class Predictor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model, self.processor = model.to(device, dtype).eval(), processor
+        self.model, self.processor = block_weights(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
         self._normalize, self._pooled = Normalize.from_processor(processor), threading.local()
