@@ -6,6 +6,7 @@ For float32 PyTorch calls MKL, which leaves a tenth of an AMD core unused; for b
 the weights in every pass. torch.compile does the same as this when it freezes a model, and takes a compiler for it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 from .modeling_vit_scratch import is_plain
 
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def is_available() -> bool:
-    """Whether this build of PyTorch has what is needed, on this processor."""
-    operators = torch.ops.mkldnn
-    has_operators = hasattr(operators, "_linear_pointwise") and hasattr(operators, "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and has_operators
+@functools.cache
+def is_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this PyTorch, on this processor, can do it for weights of this type. The operators are inductor's own."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        ones = torch.ones(2, 2, dtype=dtype)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(ones, None)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(ones, blocked, ones[0], "none", [], ""), 3 * ones)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 class BlockedLinear(nn.Linear):
@@ -41,7 +45,8 @@ class BlockedLinear(nn.Linear):
 
     def _fits(self, inputs: Tensor) -> bool:
         weight = self.weight
-        return inputs.device.type == weight.device.type == "cpu" and inputs.dtype == weight.dtype in DTYPES
+        is_here = inputs.device.type == weight.device.type == "cpu"
+        return is_here and inputs.dtype == weight.dtype and is_available(weight.dtype)
 
     def _blocked_weight(self) -> Tensor:
         weight = self.weight.detach()

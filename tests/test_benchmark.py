@@ -24,7 +24,15 @@ from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
 from modeling_vit_scratch.benchmarking.models import ModelBenchmark
 from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
 from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
-from modeling_vit_scratch.benchmarking.processor import FAST, THEIRS, differences, processor_ways, times_faster, to_time
+from modeling_vit_scratch.benchmarking.processor import (
+    FAST,
+    THEIRS,
+    differences,
+    processor_ways,
+    resizing_alone,
+    times_faster,
+    to_time,
+)
 from modeling_vit_scratch.benchmarking.soak import commands, summarize_samples, watch
 from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
@@ -318,6 +326,11 @@ def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, c
         found = differences(ways)
         assert found["largest_difference"] < 1e-6
         assert 0 < found["fast_mean_levels"] < found["fast_largest_levels"] < limit + 0.01
+    alone = {name: list(way()) for name, way in resizing_alone(decoded, 32).items()}
+    assert len(alone) == 2
+    for resized, exactly in zip(*alone.values()):
+        assert resized.size == exactly.size == (32, 32)
+        assert np.abs(np.int16(resized) - np.int16(exactly)).max() <= 1
     faster = times_faster({FAST: [1.0, 2.0, 4.0], OURS: [2.0, 4.0, 8.0], THEIRS: [3.0, 8.0, 20.0]})
     assert faster == {"fast_times_faster": 4.0, "fast_times_faster_quartiles": [3.5, 4.5]}
     more = ["--train_dir", str(photos[0].parent), "--image_size", "16", "--rounds", "2", "--output_dir", str(tmp_path)]
@@ -329,6 +342,7 @@ def test_processors_agree_before_they_are_timed(photos, tmp_path, monkeypatch, c
     assert [title.rpartition(", ")[2] for title in record["sets"]] == ["decoded", "JPEG files"]
     assert all(measured["largest_difference"] < 1e-6 for measured in record["sets"].values())
     assert "transformers, Pillow" in shown
+    assert [len(measured["seconds"]) for measured in record["sets"].values()] == [5, 3]
     assert all(f"{measured['fast_times_faster']:.2f} times as fast" in shown for measured in record["sets"].values())
 
 

@@ -116,3 +116,17 @@ def test_it_can_be_exported(pixel_values):
         got = program.module()(pixel_values).logits
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=0)
     assert "mkldnn" not in str(program.graph)
+
+
+def test_where_the_operators_fail_all_stays_as_it_was(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("not on this processor")
+
+    is_available.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", fail)
+    try:
+        assert not is_available()
+        _, model = both()
+        assert not any(isinstance(layer, BlockedLinear) for layer in model.modules())
+    finally:
+        is_available.cache_clear()

@@ -255,3 +255,29 @@ def test_how_fast_fine_tuning_is_is_on_record():
         times, low, high = (f"{one:.1f}" for one in (row["times_faster"], *row["times_faster_quartiles"]))
         assert f"{times} ({low} to {high}) times" in text
         assert f"{record['variant']} at 224, {row['rounds']} rounds" in text
+
+
+def test_how_fast_the_network_is_is_on_record():
+    def read(task):
+        return json.loads((ROOT / "model_cards" / f"benchmark_{task}.json").read_text(encoding="utf-8"))["batches"]["8"]
+
+    def times(batch, ours, other):
+        low, middle, high = np.percentile(np.divide(batch["seconds"][other], batch["seconds"][ours]), [25, 50, 75])
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    text = README[README.index("On a CPU, S/16") : README.index("## What is different here")]
+    inference, training = read("inference"), read("training")
+    blocked = "ours, block_weights"
+    for name in ("ours", blocked, "transformers", "timm", "torchvision", "vit-pytorch"):
+        cells = [f"{inference['summary'][name]['images_per_second']:.1f}"]
+        is_peer = not name.startswith("ours")
+        cells += [times(inference, ours, name) if is_peer else "" for ours in ("ours", blocked)]
+        row = training["summary"].get(name)
+        cells += [f"{row['images_per_second']:.2f}" if row else "", times(training, "ours", name) if is_peer else ""]
+        cells += [f"{row['memory_bytes'] / 1e6:.0f} MB" if row else ""]
+        shown = {"ours": "ours", blocked: "ours with `block_weights`"}.get(name, name)
+        assert "| ".join(["", shown + " ", *(f"{cell} " if cell else "" for cell in cells)]) + "|" in text, cells
+    for task, ours in (("inference_b16", blocked), ("inference_bfloat16", "ours"), ("training_b16", "ours")):
+        batch = read(task)
+        for name in ("transformers", "timm"):
+            assert times(batch, ours, name) in " ".join(text.split()), (task, name, times(batch, ours, name))

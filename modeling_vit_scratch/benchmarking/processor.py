@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..image_processing_vit_scratch import ViTScratchImageProcessor, fast_resize
 from .timing import OURS
 
 
 FAST, THEIRS = "ours with do_fast_resize", "transformers, Pillow"
+FLOOR, FAST_FLOOR = "Pillow's resizing alone", "resizing of do_fast_resize alone"
 
 
 def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[], Iterator[torch.Tensor]]]:
@@ -42,8 +43,17 @@ def processor_ways(images: list[Any], image_size: int) -> dict[str, Callable[[],
     return {OURS: lambda: run(ours, as_path), FAST: lambda: run(fast, as_path), THEIRS: lambda: run(stock, opened)}
 
 
-def to_time(ways: dict[str, Callable[[], Iterator[torch.Tensor]]]) -> dict[str, Callable[[], Any]]:
-    """The same, where each tensor makes way for the next one, as in a loop over images."""
+def resizing_alone(images: list[Image.Image], image_size: int) -> dict[str, Callable[[], Iterator[Image.Image]]]:
+    """What no way can be faster than: of decoded images, the step that exactness, or speed, leaves no choice in."""
+    size, resample = (image_size, image_size), ViTScratchImageProcessor.resample
+    return {
+        FLOOR: lambda: (image.resize(size, resample) for image in images),
+        FAST_FLOOR: lambda: (fast_resize(image, size, resample) for image in images),
+    }
+
+
+def to_time(ways: dict[str, Callable[[], Iterator[Any]]]) -> dict[str, Callable[[], Any]]:
+    """The same, where each result makes way for the next one, as in a loop over images."""
     return {name: lambda way=way: deque(way(), maxlen=0) for name, way in ways.items()}
 
 

@@ -201,7 +201,7 @@ def measure_processor(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
     from .data import photo_sets, summarize_files
-    from .processor import differences, processor_ways, times_faster, to_time
+    from .processor import differences, processor_ways, resizing_alone, times_faster, to_time
     from .timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
@@ -212,6 +212,8 @@ def measure_processor(arguments: argparse.Namespace) -> None:
             for title, images in ((f"{name}, decoded", decoded), (f"{name}, JPEG files", files)):
                 ways = processor_ways(images, arguments.image_size)
                 differs = differences(ways)
+                if images is decoded:
+                    ways |= resizing_alone(decoded, arguments.image_size)
                 seconds = time_in_turns(to_time(ways), arguments.rounds, time.process_time)
                 summary, faster = summarize(seconds, len(files), OURS), times_faster(seconds)
                 facts = {**summarize_files(files), **differs, **faster}
