@@ -150,8 +150,10 @@ def test_the_measured_table_is_that_of_the_record(name):
         values = [100 * run["value"] for run in entry["runs"]]
         cells[entry["name"]] = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} %"
     found = {}
-    for kind, *values in re.findall(r'^\| `"(\w+)"` \| ([^|]*)\| ([^|]*)\| [\d. %]*\|$', page, flags=re.MULTILINE):
-        found |= {f"digits, {n} patches, {kind}": v.strip() for n, v in zip((4, 16), values) if v.strip()}
+    sets = ("digits, 4 patches", "digits, 16 patches", "cifar10, 64 patches")
+    row = r'^\| `"(\w+)"` \| ([^|]*)\| ([^|]*)\| ([^|]*)\| [\d. %]*\|$'
+    for kind, *values in re.findall(row, page, flags=re.MULTILINE):
+        found |= {f"{name}, {kind}": value.strip() for name, value in zip(sets, values)}
     assert found == cells
     assert {"none", "learned_1d", "learned_2d", "relative_1d"} <= {key.split(", ")[2] for key in found}
 
