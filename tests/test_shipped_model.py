@@ -102,7 +102,7 @@ def test_readmes_table_is_that_of_the_record():
         row = find(record, name, FINE_TUNED)
         assert len(row["scratch"]["values"]) == len(row["pretrained"]["values"]) == (2 if name == "clothing-96" else 3)
         assert f"| {in_words(row['scratch'])} | {in_words(row['pretrained'])} | {gain_in_words(row)} |" in readme
-    linear = [find(record, name, "linear") for name in ("elpv", "clothing", "digits")]
+    linear = [find(record, name, "linear") for name in ("elpv", "clothing", "digits", "cifar10")]
     for start in ("pretrained", "scratch"):
-        first, second, third = (f"{100 * row[start]['mean']:.1f}" for row in linear)
-        assert f"{first}, {second} and {third} %" in " ".join(readme.split())
+        *first, last = (f"{100 * row[start]['mean']:.1f}" for row in linear)
+        assert f"{', '.join(first)} and {last} %" in " ".join(readme.split())
