@@ -36,8 +36,9 @@ def draw_benchmark(record: dict[str, Any], file: Path) -> Path:
         axes.barh(names, rates, xerr=np.transpose(spread), height=0.7, ecolor="#333333",
                   color=[_OURS if name.startswith(OURS) else _THEIRS for name in names])  # fmt: skip
         for place, (name, rate, error) in enumerate(zip(names, rates, spread)):
-            faster = part["summary"][name]["times_faster"]
-            told = f"{rate:,.3g}" if name == OURS else f"{rate:,.3g}  (ours: {faster:.2f} x)"
+            faster, told = part["summary"][name]["times_faster"], f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+            if name != OURS:  # of ours done otherwise, how many times faster it is; of others, how many times ours is
+                told += f"  ({1 / faster:.2f} x)" if name.startswith(OURS) else f"  (ours: {faster:.2f} x)"
             axes.text(rate + error[1] + 0.01 * max(rates), place, told, va="center", fontsize=8)
         axes.set_xlim(0, 1.4 * max(rate + error[1] for rate, error in zip(rates, spread)))
         axes.set_title(title, loc="left", fontsize=9)
