@@ -269,3 +269,16 @@ def test_the_migration_page_has_the_names_of_fields_and_flags(monkeypatch):
         ours += re.findall(r"--\w+", row)
     assert len(ours) > 40
     assert not [flag for flag in ours if not re.search(rf"^\s+{flag}\b", text, re.MULTILINE)]
+
+
+def test_the_soak_is_on_record():
+    page = " ".join((DOCS / "howto" / "predict.md").read_text(encoding="utf-8").split())
+    record = json.loads((ROOT / "model_cards" / "benchmark_soak.json").read_text(encoding="utf-8"))
+    assert record["minutes"] == 60
+    for name in ("predict.py", "finetune.py"):
+        summary = record["sets"][name]["summary"]
+        *first, last = (f"{megabytes:.0f}" for megabytes in summary["megabytes"]["quarters"])
+        assert f"{', '.join(first)} and {last} MB" in page
+    files = [record["sets"][name]["summary"]["open_files"]["quarters"][1:] for name in record["sets"]]
+    assert all(len(set(of_one)) == 1 for of_one in files)
+    assert "with {:.0f} and {:.0f} open files".format(*(of_one[0] for of_one in files)) in page
