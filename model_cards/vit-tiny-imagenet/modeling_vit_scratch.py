@@ -48,13 +48,13 @@ from .configuration_vit_scratch import ViTScratchConfig
 
 
 GELUS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # by torch's names: the exact one, and that of the paper's code
+PLAIN = (nn.Linear, nn.Conv2d, *(type(ACT2FN[name]) for name in GELUS))
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is what it was built as: no adapter, quantisation or hook that going around it would miss."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
-    types = (nn.Linear, nn.Conv2d, *(type(ACT2FN[name]) for name in GELUS))
-    return (type(layer) in types or getattr(layer, "is_plain", False)) and not hooked
+    return (type(layer) in PLAIN or getattr(layer, "is_plain", False)) and not hooked
 
 
 class ViTScratchPatchEmbeddings(nn.Module):
