@@ -10,6 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
 def _run(rank: int, function: Callable, processes: int, port: int, arguments: tuple) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT=str(port))
     os.environ.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
@@ -19,8 +25,5 @@ def _run(rank: int, function: Callable, processes: int, port: int, arguments: tu
 
 def run_forked(function: Callable, processes: int, *arguments: Any) -> None:
     """`function(rank, *arguments)` in that many processes, with the environment that torchrun would give them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = (function, processes, port, arguments)
+    given = (function, processes, free_port(), arguments)
     torch.multiprocessing.start_processes(_run, given, nprocs=processes, start_method="fork")

@@ -3,7 +3,6 @@
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from forked import free_port
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
 from two_processes import SGD
@@ -19,12 +19,6 @@ from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchFor
 from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
 from modeling_vit_scratch.checkpoint.loading import convert
 from modeling_vit_scratch.checkpoint.shards import open_shards
-
-
-def free_port() -> str:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return str(opened.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -61,7 +55,7 @@ def two(tmp_path_factory) -> dict:
     images = str(class_folders(folder / "images", each=11))
     command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(folder), images]
     command += [parquet_shards(folder / "shards")]
-    port = free_port()
+    port = str(free_port())
     processes = []
     for rank in range(2):
         own = environment(

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 import tarfile
 import tracemalloc
@@ -19,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from forked import run_forked
 from tiny_images import CLASSES, ROOT, encoded, image, load_script
 from transformers import pipeline
 
@@ -544,31 +543,15 @@ def test_two_processes_go_on_where_one_was_killed_and_write_the_same_bytes(runne
     monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
     run_until(lambda: runner(tmp_path / "two" / "a.parquet"), 8)
     assert len(list(tmp_path.glob("two/a.parquet.parts/[0-9]*.part"))) in (1, 2)  # of 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     argv = [str(here / "model"), str(here / "photos"), "--output", str(tmp_path / "two" / "a.parquet")]
     argv += ["--per_device_eval_batch_size", "2", "--dataloader_num_workers", "1"]
 
-    def one_of_two(rank: int) -> int:
-        """What torchrun starts, without the seconds that importing takes."""
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        AcceleratorState._reset_state(reset_partial_state=True)
+    def one_of_two(rank: int) -> None:
         with open(tmp_path / f"{rank}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-            return predict(monkeypatch, *argv)
-
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            try:
-                os._exit(one_of_two(rank))
-            finally:
-                os._exit(99)
-    for rank, child in enumerate(children):
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            status = predict(monkeypatch, *argv)
         assert status == 0, (tmp_path / f"{rank}.log").read_text()
+
+    run_forked(one_of_two, 2)
     assert "Going on with" in (tmp_path / "0.log").read_text()
     assert "2 broken images" in (tmp_path / "0.log").read_text()
     assert "broken images" not in (tmp_path / "1.log").read_text()

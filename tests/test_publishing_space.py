@@ -3,7 +3,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forked import free_port
 from huggingface_hub import RepoCard
 from loopback_hub import Repository
 from test_publishing import connect, error, folder, hub, publish, saved  # noqa: F401
@@ -92,9 +92,7 @@ def test_a_space_runs_without_this_package(folder, hub, tmp_path):  # noqa: F811
     for path, content in hub.repositories["spaces/owner/pets"].files().items():
         (tmp_path / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / path).write_bytes(content)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, **hub.environment(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     environment |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "PYTHONPATH": ""}
     code = HIDDEN + "import runpy; sys.path.insert(0, '.'); runpy.run_path('app.py', run_name='__main__')"
