@@ -87,6 +87,7 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     exif[0x0112] = 99
     add("turned nowhere.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain))
     add("progressive.jpg", encoded(plain, "JPEG", progressive=True))
+    add("lossless.jpg", lossless_jpeg(), Image.new("L", (400, 300), 128))
     add("rubbish after the end.jpg", encoded(plain, "JPEG") + b"\0rubbish" * 50, _jpeg(plain))
     add("really a png.jpg", encoded(plain, "PNG"), plain)
     add("really a jpeg.png", encoded(plain, "JPEG"))
@@ -107,6 +108,19 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
 
 def _jpeg(image: Image.Image) -> Image.Image:
     return Image.open(io.BytesIO(encoded(image, "JPEG")))
+
+
+def lossless_jpeg(size: tuple[int, int] = (400, 300), frame: int = 0xC3) -> bytes:
+    """A grey JPEG of 128s whose frame is of another kind than what cameras write: 0xC3 is lossless, without a DCT."""
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+    width, height = size
+    header = segment(frame, struct.pack(">BHHB", 8, height, width, 1) + b"\x01\x11\x00")
+    one_code = segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00")  # one bit for a difference of 0
+    scan = segment(0xDA, b"\x01\x01\x00\x01\x00\x00") + bytes((width * height + 7) // 8)
+    return b"\xff\xd8" + header + one_code + scan + b"\xff\xd9"
 
 
 def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:

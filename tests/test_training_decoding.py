@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from odd_images import lossless_jpeg
 from PIL import Image
 from tiny_images import build, flags
 
 from modeling_vit_scratch import ViTScratchImageProcessor
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError, is_scalable_jpeg
 from modeling_vit_scratch.training.augmentation import PhotoAugmentation
 from modeling_vit_scratch.training.decoding import PhotoPart, StoredImage, open_photo
 
@@ -207,3 +208,26 @@ def test_training_decodes_reduced_if_wanted_and_evaluation_never(tmp_path):
     digits = build(tmp_path / "c", "--dataset_name", "digits", "--max_train_samples", "20", "--verify_images", "False")
     assert not digits.train_dataset.fast_decode
     assert digits.train_dataset[0]["pixel_values"].shape == (1, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "padding", [b"", b"\xff\xe1\x00\x06Exif", b"\xff\xfe\x00\x02junk\xff\x00\xff\xff\xff\xfe\x00\x02"]
+)
+def test_lossless_jpeg_files_are_decoded_at_full_size(padding):
+    # libjpeg can't scale them, and Pillow would write past the end of an image that `draft` has made smaller.
+    content = lossless_jpeg((400, 300))
+    content = content[:2] + padding + content[2:]
+    processor = ViTScratchImageProcessor(size={"height": 32, "width": 32}, do_fast_resize=True)
+    assert (np.stack(processor.fit(content, name="photo")) == 128).all()
+    photo = StoredImage(content, "photo").open_photo(DECODER)
+    assert not photo.is_decoded
+    assert (PhotoPart(photo, (32, 32), 2, (0, 0, 400, 300)).pixels() == 128).all()
+
+
+@pytest.mark.parametrize("frame", [0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF])
+def test_only_frames_that_libjpeg_scales_are_scaled(frame):
+    image = Image.open(io.BytesIO(lossless_jpeg(frame=frame)))
+    assert not is_scalable_jpeg(image)
+    assert Image.open(io.BytesIO(lossless_jpeg(frame=0xC3))).fp.tell() == image.fp.tell()
+    for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(300)}):
+        assert is_scalable_jpeg(Image.open(io.BytesIO(encoded(photo(), **options))))

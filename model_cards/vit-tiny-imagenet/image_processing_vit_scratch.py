@@ -49,6 +49,11 @@ TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BIC
 # The fast way: pixels of an image that Pillow resizes as fast as torch does, the copy included; and how many times the
 # sides of the result JPEG files have at least after they are decoded. Less than 1.5 shows, more is slower.
 LARGE, JPEG_GAP = 4_000_000, 1.5
+# Second bytes of JPEG markers: the frames that libjpeg can scale (baseline, extended, progressive, and the latter two
+# with arithmetic coding), the markers after which no frame header comes, and those that have no length.
+SCALABLE_FRAMES = {b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca"}
+LAST_MARKERS = {b"\xc3", b"\xc5", b"\xc6", b"\xc7", b"\xcb", b"\xcd", b"\xce", b"\xcf", b"\xd9", b"\xda", b""}
+MARKERS_ALONE = {b"\x00", b"\x01", *(bytes([0xD0 + n]) for n in range(9))}
 # What transformers writes into preprocessor_config.json beside the settings.
 FILE_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -592,8 +597,39 @@ def resize_jpeg(image: JpegImageFile, name: str, settings: dict[str, Any]) -> Im
     size = target_size(image.size[::-1] if is_turned else image.size, name, settings)
     size = size[::-1] if is_turned else size
     with decode_errors(name):
-        _, box = image.draft(None, (math.ceil(JPEG_GAP * size[0]), math.ceil(JPEG_GAP * size[1])))
+        box = None
+        if is_scalable_jpeg(image):
+            _, box = image.draft(None, (math.ceil(JPEG_GAP * size[0]), math.ceil(JPEG_GAP * size[1])))
         return fast_resize(image, size, settings["resample"], box)
+
+
+def is_scalable_jpeg(image: JpegImageFile) -> bool:
+    """
+    Whether libjpeg can decode a JPEG file, which is not decoded yet, at a part of its sides: `Image.draft` asks it to.
+
+    It can't scale a lossless frame (SOF3, 7, 11, 15: medical scanners write such) and decodes it at full size. Pillow
+    does not compare the sizes, and writes past the end of an image that `draft` has made smaller. So only the frames
+    that are known to scale are drafted.
+    """
+    file, start = image.fp, image.fp.tell()
+    try:
+        file.seek(2)  # after the marker that starts the image
+        while byte := file.read(1):
+            if byte != b"\xff":
+                continue  # as libjpeg, past what is between segments
+            while (marker := file.read(1)) == b"\xff":
+                pass
+            if marker in SCALABLE_FRAMES:
+                return True
+            if marker in LAST_MARKERS:
+                return False
+            if marker not in MARKERS_ALONE:
+                file.seek(int.from_bytes(file.read(2), "big") - 2, os.SEEK_CUR)
+        return False
+    except (OSError, ValueError):  # a length that leads out of the file
+        return False
+    finally:
+        file.seek(start)
 
 
 # --- 4. rescale and normalize ---------------------------------------------------------------------------------------

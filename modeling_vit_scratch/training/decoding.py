@@ -25,6 +25,7 @@ from ..image_processing_vit_scratch import (
     ViTScratchImageProcessor,
     binary_source,
     decode_errors,
+    is_scalable_jpeg,
     resize_interleaved,
 )
 
@@ -83,10 +84,13 @@ class ReducedJpeg:
         ImageDecodeError for a broken file.
         """
         left, top, right, bottom = box
-        scale = reduction((right - left, bottom - top), size)
+        with decode_errors(self._name):
+            is_scalable = is_scalable_jpeg(self._image)
+        scale = reduction((right - left, bottom - top), size) if is_scalable else 1
         with decode_errors(self._name):
             stored_width, stored_height = self._image.size
-            self._image.draft(None, (stored_width // scale, stored_height // scale))
+            if scale > 1:
+                self._image.draft(None, (stored_width // scale, stored_height // scale))
         image = self._decoder.decode(self._image, name=self._name)
         # A side that the scale does not divide is rounded up, at the end of the stored axis.
         x = image.width - self.width / scale if self._orientation in _X_IS_REVERSED else 0.0
