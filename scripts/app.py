@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
 
     # After the command line, so that --help is quick.
-    from modeling_vit_scratch.training.errors import InputError
+    from modeling_vit_scratch.common.errors import InputError
 
     try:
         from modeling_vit_scratch.page.layout import build, launch
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     """What the Auto classes load; if they can't, what `from_pretrained` of this package reads beside that."""
+    from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.page.model import Viewer, load
-    from modeling_vit_scratch.training.errors import InputError
     from modeling_vit_scratch.visualization.photos import open_model
 
     try:
@@ -72,6 +72,6 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

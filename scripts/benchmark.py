@@ -48,7 +48,7 @@ if importlib.util.find_spec("torchvision") is not None:
 
 
 def main() -> None:
-    from modeling_vit_scratch.benchmarking.tasks import build_parser, check
+    from benchmarks.tasks import build_parser, check
 
     parser = build_parser(__doc__)
     arguments = parser.parse_args()
@@ -57,6 +57,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

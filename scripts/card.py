@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.cards.records import Wishes
     from modeling_vit_scratch.cards.template import template
     from modeling_vit_scratch.cards.writing import write_card
-    from modeling_vit_scratch.training.errors import InputError
+    from modeling_vit_scratch.common.errors import InputError
 
     if arguments.template:
         print(template(), end="")
@@ -74,6 +74,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

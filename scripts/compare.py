@@ -17,12 +17,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="run", help="the --output_dir of a run; the first is compared with")
     arguments = parser.parse_args()
 
-    from modeling_vit_scratch.transfer.comparison import compare_runs, read_runs
+    from experiments.comparison import compare_runs, read_runs
 
     print(compare_runs(read_runs(arguments.runs)))
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from modeling_vit_scratch.checkpoint.files import CheckpointError
 from modeling_vit_scratch.checkpoint.formats import FORMATS
 from modeling_vit_scratch.checkpoint.loading import convert
+from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 
 
 def main() -> None:

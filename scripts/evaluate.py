@@ -16,8 +16,8 @@ from pathlib import Path
 
 
 # Python puts this folder first on its path, where the name of this file would hide the library `evaluate`, also from
-# the other scripts here: to `import evaluate`, this file gives way to the library.
-sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+# the other scripts here. This folder goes to the end of the path, and to `import evaluate` gives the library.
+sys.path.sort(key=lambda place: Path(place or ".").resolve() == Path(__file__).resolve().parent)
 if __name__ == "evaluate" and getattr(sys.modules.get(__name__), "__file__", None) == __file__:
     del sys.modules[__name__]
     import evaluate  # noqa: F401
@@ -38,7 +38,8 @@ def main() -> None:
     from modeling_vit_scratch.cards.writing import refresh_card
     from modeling_vit_scratch.evaluation.data import read_evaluation_data
     from modeling_vit_scratch.evaluation.predictions import predict
-    from modeling_vit_scratch.evaluation.report import build_report, load_model, tell_report, write_report
+    from modeling_vit_scratch.evaluation.report import build_report, load_model
+    from modeling_vit_scratch.evaluation.writing import tell_report, write_report
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
@@ -65,6 +66,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     # After the command line, so that --help is quick.
     from transformers.utils import logging
 
-    from modeling_vit_scratch.benchmarking.timing import format_table
+    from modeling_vit_scratch.common.errors import InputError
+    from modeling_vit_scratch.common.timing import format_table
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.report import load_model
     from modeling_vit_scratch.exporting.export import check, compare, export, missing_packages, save
     from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
     from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
-    from modeling_vit_scratch.training.errors import InputError
 
     logging.disable_progress_bar()
     if missing := missing_packages(arguments.format):
@@ -101,6 +101,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

@@ -24,9 +24,8 @@ def main() -> None:
 
     # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.cards.writing import write_training_card
-    from modeling_vit_scratch.training.data import read_data
-    from modeling_vit_scratch.training.files import export_examples
-    from modeling_vit_scratch.training.finetuning import build_trainer
+    from modeling_vit_scratch.data.splits import export_examples, read_data
+    from modeling_vit_scratch.training.build import build_trainer
     from modeling_vit_scratch.training.record import build_record, tell_result, write_record
     from modeling_vit_scratch.training.starting_point import build_model
 
@@ -57,6 +56,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

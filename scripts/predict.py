@@ -54,6 +54,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

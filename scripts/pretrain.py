@@ -25,7 +25,7 @@ def main() -> None:
 
     # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.cards.writing import write_training_card
-    from modeling_vit_scratch.training.data import read_data
+    from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.training.pretraining import build_pretraining
     from modeling_vit_scratch.training.record import build_pretraining_record, tell_pretraining, write_record
 
@@ -56,6 +56,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

@@ -30,8 +30,8 @@ def main() -> None:
     )
     own, flags = parser.parse_known_args()
 
+    from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.training.command_line import parse_arguments
-    from modeling_vit_scratch.training.errors import InputError
 
     defaults = ["--model_name_or_path", own.model, "--output_dir", "outputs/probe", "--report_to", "none"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
@@ -41,10 +41,10 @@ def main() -> None:
     if data_arguments.streaming:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
-    from modeling_vit_scratch.training.data import check_for_probes, read_data
-    from modeling_vit_scratch.training.examples import ImageClassificationDataset
-    from modeling_vit_scratch.training.pixels import Normalize
-    from modeling_vit_scratch.training.probes import extract_features, run_probes, table
+    from modeling_vit_scratch.data.dataset import ImageClassificationDataset
+    from modeling_vit_scratch.data.pixels import Normalize
+    from modeling_vit_scratch.data.splits import check_for_probes, read_data
+    from modeling_vit_scratch.evaluation.probes import extract_features, run_probes, table
     from modeling_vit_scratch.training.record import build_probe_record, write_record
     from modeling_vit_scratch.training.starting_point import load_encoder
 
@@ -79,6 +79,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

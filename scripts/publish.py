@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     from huggingface_hub import get_token
     from transformers.utils.logging import disable_progress_bar
 
-    from modeling_vit_scratch.publishing.contents import leaks_in
-    from modeling_vit_scratch.publishing.hub import ConnectionLost, check_permission, commit, look_up, prepare
-    from modeling_vit_scratch.publishing.space import check_served, plan_space
-    from modeling_vit_scratch.training.errors import InputError, Problems
+    from modeling_vit_scratch.common.errors import InputError, Problems
+    from modeling_vit_scratch.hub.commit import ConnectionLost, check_permission, commit, look_up, prepare
+    from modeling_vit_scratch.hub.contents import leaks_in
+    from modeling_vit_scratch.hub.space import check_served, plan_space
 
     disable_progress_bar()
     repo_id, problems, served = arguments.repo_id, Problems(), None
@@ -110,8 +110,8 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
     from modeling_vit_scratch.cards.records import Wishes, stale_reports
     from modeling_vit_scratch.cards.writing import signed_again
-    from modeling_vit_scratch.publishing.checks import changed_code, check_model, prepare_card
-    from modeling_vit_scratch.publishing.contents import Upload, collect
+    from modeling_vit_scratch.hub.checks import changed_code, check_model, prepare_card
+    from modeling_vit_scratch.hub.contents import Upload, collect
 
     faults = check_model(folder)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
@@ -128,6 +128,6 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

@@ -27,14 +27,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
-    from modeling_vit_scratch.transfer.plan import build_parser
+    from experiments.plan import build_parser
 
     arguments, common = build_parser(__doc__).parse_known_args()
 
-    from modeling_vit_scratch.transfer.plan import plan_runs
-    from modeling_vit_scratch.transfer.running import run_all
-    from modeling_vit_scratch.transfer.summary import build_cells, build_record
-    from modeling_vit_scratch.transfer.writing import write_transfer
+    from experiments.plan import plan_runs
+    from experiments.running import run_all
+    from experiments.summary import build_cells, build_record
+    from experiments.writing import write_transfer
 
     begin, folder = time.perf_counter(), Path(arguments.output_dir)
     runs = plan_runs(arguments, common)
@@ -44,6 +44,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.training.errors import run_command_line
+    from modeling_vit_scratch.common.errors import run_command_line
 
     sys.exit(run_command_line(main))

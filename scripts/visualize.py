@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_vit_scratch.training.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.visualization.commands import FIGURES, LIMITS, Subject
 from modeling_vit_scratch.visualization.figures import check_drawing
 from modeling_vit_scratch.visualization.photos import find_photos, open_model
@@ -105,10 +105,10 @@ def draw_augmentation(flags: list[str]) -> None:
     defaults = ["--output_dir", "outputs/preview", "--verify_images", "False", "--report_to", "none"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
 
-    from modeling_vit_scratch.training.data import read_data
-    from modeling_vit_scratch.training.finetuning import build_trainer
-    from modeling_vit_scratch.training.preview import augmentation_grid, draw_grid
+    from modeling_vit_scratch.data.splits import read_data
+    from modeling_vit_scratch.training.build import build_trainer
     from modeling_vit_scratch.training.starting_point import build_model
+    from modeling_vit_scratch.visualization.preview import augmentation_grid, draw_grid
 
     seed = training_arguments.seed
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=False)

@@ -14,30 +14,22 @@ from PIL import Image
 from tiny_images import load_script
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.comparison import Comparison
+from benchmarks.data import OURS, DataBenchmark, find_photos, make_photos
+from benchmarks.finetuning import STOCK, FinetuneBenchmark, normalized
+from benchmarks.kernels import IDLE, device_kernels, group_of, summarize_kernels
+from benchmarks.loading import in_process_ways, load_ways, save_models
+from benchmarks.memory import memory_in_this_process
+from benchmarks.models import ModelBenchmark
+from benchmarks.peers import build_peers, check_equal, random_batch
+from benchmarks.prediction import PredictionBenchmark, fresh_model
+from benchmarks.processor import FAST, THEIRS, differences, processor_ways, resizing_alone, times_faster, to_time
+from benchmarks.soak import commands, summarize_samples, watch
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.benchmarking.comparison import Comparison
-from modeling_vit_scratch.benchmarking.data import OURS, DataBenchmark, find_photos, make_photos
-from modeling_vit_scratch.benchmarking.finetuning import STOCK, FinetuneBenchmark, normalized
-from modeling_vit_scratch.benchmarking.kernels import IDLE, device_kernels, group_of, summarize_kernels
-from modeling_vit_scratch.benchmarking.loading import in_process_ways, load_ways, save_models
-from modeling_vit_scratch.benchmarking.memory import memory_in_this_process
-from modeling_vit_scratch.benchmarking.models import ModelBenchmark
-from modeling_vit_scratch.benchmarking.peers import build_peers, check_equal, random_batch
-from modeling_vit_scratch.benchmarking.prediction import PredictionBenchmark, fresh_model
-from modeling_vit_scratch.benchmarking.processor import (
-    FAST,
-    THEIRS,
-    differences,
-    processor_ways,
-    resizing_alone,
-    times_faster,
-    to_time,
-)
-from modeling_vit_scratch.benchmarking.soak import commands, summarize_samples, watch
-from modeling_vit_scratch.benchmarking.timing import format_table, summarize, time_in_turns
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
 from modeling_vit_scratch.training.command_line import parse_arguments as parse_finetuning
-from modeling_vit_scratch.training.errors import InputError
 
 
 @pytest.fixture
@@ -273,7 +265,7 @@ def test_peers_that_are_not_asked_for_are_not_built(tmp_path, monkeypatch):
     ours = ViTScratchForImageClassification(config).eval()
     models, missing = build_peers(ours, str(tmp_path), ["transformers"])
     assert [*models, *missing] == ["transformers"]
-    monkeypatch.setattr("modeling_vit_scratch.benchmarking.peers.TOLERANCE", -1.0)
+    monkeypatch.setattr("benchmarks.peers.TOLERANCE", -1.0)
     models, missing = build_peers(ours, str(tmp_path), ["transformers"])
     assert not models
     assert "transformers does not compute what ours does" in missing["transformers"]

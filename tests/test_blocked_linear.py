@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.blocked_linear import BlockedLinear, block_weights, is_available
+from modeling_vit_scratch.acceleration.block_weights import BlockedLinear, block_weights, is_available
 
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")

@@ -4,6 +4,7 @@
 import ast
 import dataclasses
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,25 +56,60 @@ def test_the_page_imports_what_a_space_has():
     assert absolute - {"gradio", "torch", "transformers", "numpy", "PIL"} - set(sys.stdlib_module_names) == set()
 
 
+# What a folder of the package may import, beside the Hub files. A folder names only those above it.
+ALLOWED = {
+    "common": set(),
+    "acceleration": {"common"},
+    "checkpoint": {"common"},
+    "data": {"common"},
+    "augmentation": {"common", "data"},
+    "recipes": {"common"},
+    "visualization": {"common", "data"},
+    "evaluation": {"common", "acceleration", "data", "visualization"},
+    "prediction": {"common", "acceleration", "data"},
+    "exporting": {"common", "data", "evaluation"},
+    "cards": {"common", "evaluation"},
+    "hub": {"common"},
+    "page": set(),
+    "training": {"common", "acceleration", "data", "augmentation", "recipes", "evaluation", "hub"},
+}
+
+
+def modules_imported(path: Path) -> set[Path]:
+    """The package's files that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith(PACKAGE.name)):
+            continue
+        folder = path.parents[node.level - 1] if node.level else ROOT
+        target = folder.joinpath(*(node.module or "").split("."))
+        candidates = [target.with_suffix(".py"), *(target / f"{alias.name}.py" for alias in node.names)]
+        found |= {file for file in candidates if file.is_file()}
+    return found - {path}
+
+
 def test_arrows_point_one_way():
-    # scripts -> training, checkpoint, visualization -> the Hub files; checkpoint meets the others in scripts only.
-    # training -> publishing, which knows of training what a mistake is, and nothing else.
-    # cards -> evaluation, training; scripts bring cards and what they are of together.
-    forbidden = {
-        "modeling_vit_scratch/training": ("modeling_vit_scratch.checkpoint", "..checkpoint", "..cards", "scripts"),
-        "modeling_vit_scratch/evaluation": ("..checkpoint", "..cards", "scripts"),
-        "modeling_vit_scratch/cards": ("modeling_vit_scratch.", "..checkpoint", "..publishing", "scripts"),
-        "modeling_vit_scratch/checkpoint": ("modeling_vit_scratch.training", "..training", "scripts"),
-        "modeling_vit_scratch/publishing": ("modeling_vit_scratch.", "..checkpoint", "..training", "..evaluation"),
-        "modeling_vit_scratch/visualization": ("modeling_vit_scratch.checkpoint", "..checkpoint", "scripts"),
-    }
-    for folder, names in forbidden.items():
-        paths = source(folder)
+    names = list(ALLOWED)
+    for index, (folder, allowed) in enumerate(ALLOWED.items()):
+        assert allowed <= set(names[:index])
+        paths = source(f"modeling_vit_scratch/{folder}")
         assert paths
         for path in paths:
-            bad = {name for name in imports(path) if name.startswith(names)}
-            bad -= {"..training.errors"} if folder.endswith("publishing") else set()
-            assert not bad, f"{path.name} imports {bad}"
+            others = {file.parent.name for file in modules_imported(path) if file.parent != PACKAGE} - {folder}
+            assert others <= allowed, f"{folder}/{path.name} imports {others - allowed}"
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == set(ALLOWED)
+
+
+def test_files_import_each_other_in_no_circle():
+    paths = source("modeling_vit_scratch")
+    order = TopologicalSorter({path: modules_imported(path) for path in paths if path.name != "__init__.py"})
+    assert len(list(order.static_order())) > 100  # raises CycleError with the circle
+
+
+def test_the_package_imports_no_script():
+    scripts = {"scripts", *(path.stem for path in (ROOT / "scripts").iterdir())} - {"evaluate"}  # a library, too
+    for path in source("modeling_vit_scratch"):
+        assert not {name.partition(".")[0] for name in imports(path)} & scripts, path.name
 
 
 def attributes_read(paths: list[Path]) -> set[str]:
@@ -97,7 +133,7 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
 
 
 def test_every_flag_of_ours_is_read():
-    files = (PACKAGE / "training").glob("*arguments.py")
+    files = [*(PACKAGE / "training").glob("*arguments.py"), PACKAGE / "data" / "arguments.py"]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
     flags = {
@@ -108,7 +144,7 @@ def test_every_flag_of_ours_is_read():
     }
     ours = flags - {field.name for field in dataclasses.fields(TrainingArguments)}
     assert len(ours) > 15
-    paths = source("modeling_vit_scratch/training", "scripts")
+    paths = source("modeling_vit_scratch/training", "modeling_vit_scratch/data", "scripts")
     read = attributes_read(paths)
     # Also where a loop goes over names: getattr(arguments, name) for name in ("image_size", ...).
     named = {
@@ -129,7 +165,14 @@ def test_no_file_outgrows_its_purpose():
     for path in source("modeling_vit_scratch", "scripts"):
         assert len(path.read_text().splitlines()) <= limits.get(path.name, 560), f"{path.name} is too long"
     assert not list(PACKAGE.rglob("utils.py"))
-    for path in source("scripts"):
+    for folder in {path.parent for path in source("modeling_vit_scratch")}:
+        files = sorted(folder.glob("*.py"))
+        lines = sum(len(path.read_text().splitlines()) for path in files)
+        files = [path for path in files if path.name != "__init__.py"]
+        most_files, most_lines = {"training": (18, 3800)}.get(folder.name, (16, 2800))
+        assert len(files) <= most_files, f"{folder.name}/ has {len(files)} files: it wants to be two rooms"
+        assert lines <= most_lines, f"{folder.name}/ has {lines} lines"
+    for path in sorted((ROOT / "scripts").glob("*.py")):
         functions = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
         assert len(path.read_text().splitlines()) <= 150, f"{path.name} is no table of contents any more"
         assert "main" in functions

@@ -20,12 +20,12 @@ from modeling_vit_scratch.cards.emissions import estimate
 from modeling_vit_scratch.cards.records import Wishes, read_facts
 from modeling_vit_scratch.cards.template import template
 from modeling_vit_scratch.cards.writing import card_text, earlier_wishes
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.weights import digests
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
 from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
-from modeling_vit_scratch.evaluation.weights import digests
-from modeling_vit_scratch.publishing.checks import prepare_card
-from modeling_vit_scratch.publishing.contents import collect
-from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.hub.checks import prepare_card
+from modeling_vit_scratch.hub.contents import collect
 
 
 NAMES = ["zero", "one", "two"]

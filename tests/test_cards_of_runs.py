@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 from tiny_images import class_folders, load_script
 
-from modeling_vit_scratch.evaluation.examples import choose
-from modeling_vit_scratch.training.errors import run_command_line
+from modeling_vit_scratch.common.errors import run_command_line
+from modeling_vit_scratch.evaluation.report import choose
 
 
 def run(script, *argv):

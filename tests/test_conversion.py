@@ -27,7 +27,8 @@ from modeling_vit_scratch import (
     ViTScratchModel,
 )
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
-from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors, write_tensors
+from modeling_vit_scratch.checkpoint.files import open_tensors, write_tensors
+from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 
 
 GOLDEN = json.loads(golden_checkpoints.FILE.read_text())["cases"]

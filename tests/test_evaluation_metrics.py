@@ -18,6 +18,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.evaluation import image_classification_scores
 from modeling_vit_scratch.evaluation.calibration import fit_temperature
 from modeling_vit_scratch.evaluation.metrics import (
@@ -29,7 +30,6 @@ from modeling_vit_scratch.evaluation.metrics import (
     score,
 )
 from modeling_vit_scratch.evaluation.multi_label import per_label, score_labels
-from modeling_vit_scratch.training.errors import InputError
 
 
 @pytest.fixture

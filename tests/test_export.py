@@ -13,9 +13,9 @@ from tiny_images import CLASSES, class_folders, load_script
 from transformers.exporters import ExportedModel
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.exporting.export import check, compare, missing_packages
 from modeling_vit_scratch.exporting.images import photographs
-from modeling_vit_scratch.training.errors import InputError, run_command_line
 
 
 def needs(name: str):

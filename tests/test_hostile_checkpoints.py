@@ -16,15 +16,16 @@ from tiny_images import CLASSES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint
-from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
+from modeling_vit_scratch.checkpoint.files import open_tensors
 from modeling_vit_scratch.checkpoint.loading import parameters_at_least
+from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.stored_model import load_stored_model
 from modeling_vit_scratch.configuration_vit_scratch import MOST, VARIANTS
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.inputs import Rows
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.running import print_table
-from modeling_vit_scratch.training.errors import InputError
-from modeling_vit_scratch.training.stored_model import load_stored_model
 
 
 BIG = 10**9

@@ -19,8 +19,8 @@ from test_remote_code import HIDDEN
 from tiny_images import build, difference, flags, load_script, weights
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.publishing.contents import CODE
-from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted
+from modeling_vit_scratch.hub.contents import CODE
 from modeling_vit_scratch.training.pushing import whole_checkpoint
 
 

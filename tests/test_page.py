@@ -22,9 +22,9 @@ from transformers import (
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.page import pictures
 from modeling_vit_scratch.page.model import PhotoError, Viewer, load, seen_part
-from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.visualization.attention import head_maps, rollout_maps
 from modeling_vit_scratch.visualization.positions import position_similarity
 

@@ -23,6 +23,7 @@ from tiny_images import CLASSES, ROOT, encoded, image, load_script
 from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, run_command_line
 from modeling_vit_scratch.prediction import job as jobs
 from modeling_vit_scratch.prediction import reading, tables
 from modeling_vit_scratch.prediction.arguments import parse_arguments
@@ -30,7 +31,6 @@ from modeling_vit_scratch.prediction.finishing import finish, open_job
 from modeling_vit_scratch.prediction.inputs import Item, Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.running import StopOnSignal, on_screen, run_job
-from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, run_command_line
 
 
 SCRIPT = ROOT / "scripts" / "predict.py"

@@ -12,8 +12,8 @@ from tiny_images import build, build_pretrainer, difference, flags, image, load_
 from transformers import AutoImageProcessor, pipeline
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.pretraining_arguments import OBJECTIVES, PRETRAIN
 
 

@@ -16,10 +16,10 @@ from tiny_images import load_script
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards import writing
 from modeling_vit_scratch.cards.records import Wishes
-from modeling_vit_scratch.publishing import hub as publishing_hub
-from modeling_vit_scratch.publishing.contents import CODE, collect
-from modeling_vit_scratch.publishing.privacy import find_leaks, shareable, without_leaks
-from modeling_vit_scratch.training.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError, run_command_line
+from modeling_vit_scratch.hub import commit as publishing_hub
+from modeling_vit_scratch.hub.contents import CODE, collect
+from modeling_vit_scratch.hub.privacy import find_leaks, shareable, without_leaks
 
 
 CARD = """---

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_vit_scratch import ViTScratchBackbone, ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
-from modeling_vit_scratch.token_merging import match, merge_tokens
+from modeling_vit_scratch.acceleration.token_merging import match, merge_tokens
 
 
 def build(kind=ViTScratchForImageClassification, **changes):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from modeling_vit_scratch.training.augmentation import DigitAugmentation, PhotoAugmentation
+from modeling_vit_scratch.augmentation.photo import DigitAugmentation, PhotoAugmentation
 
 
 def picture(width, height, mode="RGB"):

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchImageProcessor
+from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
+from modeling_vit_scratch.common.errors import InputError, Problems
+from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDataset
+from modeling_vit_scratch.data.pixels import Normalize
+from modeling_vit_scratch.data.splits import export_examples
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
-from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.errors import InputError, Problems
-from modeling_vit_scratch.training.examples import Examples, ImageClassificationDataset
-from modeling_vit_scratch.training.files import export_examples
-from modeling_vit_scratch.training.pixels import Normalize
 
 
 DECODER = ViTScratchImageProcessor()
@@ -142,7 +142,7 @@ def test_elpv_counts_are_those_of_its_authors():
 
 
 def test_elpv_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("modeling_vit_scratch.training.sources.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("modeling_vit_scratch.data.sources.importlib.util.find_spec", lambda name: None)
     assert "pip install elpv-dataset" in refusal(dataset_name="elpv")
 
 

@@ -8,9 +8,8 @@ from golden_policies import picture
 from PIL import Image
 from tiny_images import build, build_pretrainer, difference, flags, weights
 
-from modeling_vit_scratch.training import device_images, policies
-from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.device_augmentation import (
+from modeling_vit_scratch.augmentation import device_images, policies
+from modeling_vit_scratch.augmentation.batches import (
     OPERATIONS,
     BatchColorJitter,
     BatchErasing,
@@ -19,9 +18,10 @@ from modeling_vit_scratch.training.device_augmentation import (
     batch_augmentation,
     operate,
 )
-from modeling_vit_scratch.training.errors import InputError
-from modeling_vit_scratch.training.policies import ColorJitter, RandomErasing, auto_augment
-from modeling_vit_scratch.training.preview import augmentation_grid
+from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
+from modeling_vit_scratch.augmentation.policies import ColorJitter, RandomErasing, auto_augment
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.visualization.preview import augmentation_grid
 
 
 SIZE = (40, 48)

@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tiny_images import build, flags, weights
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.losses import LOSSES, ClassificationLoss, class_weights
 
 

@@ -13,10 +13,15 @@ from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 from tiny_images import build, class_folders
 from transformers import EvalPrediction
 
+from modeling_vit_scratch.common.provenance import command_line, git_commit
+from modeling_vit_scratch.evaluation.compute_metrics import (
+    ImageClassificationMetric,
+    build_compute_metrics,
+    rank_labels,
+)
 from modeling_vit_scratch.training import record as record_module
 from modeling_vit_scratch.training.arguments import ModelArguments
-from modeling_vit_scratch.training.metrics import ImageClassificationMetric, build_compute_metrics, rank_labels
-from modeling_vit_scratch.training.record import build_record, command_line, git_commit, tell_result, write_record
+from modeling_vit_scratch.training.record import build_record, tell_result, write_record
 
 
 def test_by_hand():

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForMaskedImageModeling
-from modeling_vit_scratch.training.masking import corrupted_patches, masked_squares, visible_patches
+from modeling_vit_scratch.augmentation.masking import corrupted_patches, masked_squares, visible_patches
 from modeling_vit_scratch.training.objectives import (
     MPP_TARGETS,
     MaskedAutoencoder,

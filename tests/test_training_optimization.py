@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.optimization import (
     WeightAverage,
     decay_parameter_names,

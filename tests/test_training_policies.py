@@ -11,8 +11,8 @@ import torch
 from golden_policies import FILE, picture, unpack
 from PIL import Image, ImageFilter, ImageOps
 
-from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.policies import (
+from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
+from modeling_vit_scratch.augmentation.policies import (
     BIG_VISION_RANDAUGMENT,
     OPERATIONS,
     TIMM_RANDAUGMENT,
@@ -230,7 +230,7 @@ def test_settings_out_of_range_are_refused(make):
 def test_operations_are_drawn_evenly_and_as_often_as_asked(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "modeling_vit_scratch.training.policies._operate",
+        "modeling_vit_scratch.augmentation.policies._operate",
         lambda image, name, scale, fraction, generator: (seen.append((name, fraction)), image)[1],
     )
     generator, image, times = np.random.default_rng(0), noise(), 3000

@@ -16,8 +16,8 @@ from modeling_vit_scratch import (
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
 )
-from modeling_vit_scratch.training.errors import InputError
-from modeling_vit_scratch.training.probes import (
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.evaluation.probes import (
     Features,
     balanced_subset,
     choose_shots,

@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.data.collation import MixingCollator
+from modeling_vit_scratch.recipes.paper import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
-from modeling_vit_scratch.training.augmentation import PhotoAugmentation
-from modeling_vit_scratch.training.collation import MixingCollator
 from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
-from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.optimization import WeightAverage
 from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
-from modeling_vit_scratch.training.recipes import RECIPES
 
 
 EVERYTHING = [

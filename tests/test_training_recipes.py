@@ -10,10 +10,10 @@ import pytest
 from tiny_images import ROOT
 
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig
+from modeling_vit_scratch.augmentation.policies import auto_augment
+from modeling_vit_scratch.recipes.paper import RECIPES, find_recipe
+from modeling_vit_scratch.recipes.recipe import fit_batch_size, scale_learning_rate
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.policies import auto_augment
-from modeling_vit_scratch.training.recipe import fit_batch_size, scale_learning_rate
-from modeling_vit_scratch.training.recipes import RECIPES, find_recipe
 
 
 def overrides(recipe):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_images import build, difference, flags, weights
 
-from modeling_vit_scratch.training.errors import InputError
-from modeling_vit_scratch.training.repetition import RepeatedAugmentation
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.data.repetition import RepeatedAugmentation
 
 
 def published(order, repeats, replicas, rank, selected):

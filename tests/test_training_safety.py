@@ -17,10 +17,11 @@ from forked import run_forked
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, load_script, weights
 
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
+from modeling_vit_scratch.common.processes import launcher
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
-from modeling_vit_scratch.training import callbacks, checkpoints
-from modeling_vit_scratch.training.errors import InputError, TrainingInterrupted, TrainingStopped
-from modeling_vit_scratch.training.processes import launcher
+from modeling_vit_scratch.training import callbacks
+from modeling_vit_scratch.training import run_folder as checkpoints
 from modeling_vit_scratch.training.safe_trainer import SafeTrainer
 
 
@@ -265,7 +266,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from tiny_images import build
 from transformers import TrainerCallback
 from pathlib import Path
-from modeling_vit_scratch.training.errors import run_command_line
+from modeling_vit_scratch.common.errors import run_command_line
 
 class Fill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

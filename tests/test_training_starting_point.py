@@ -13,8 +13,8 @@ from modeling_vit_scratch import (
     ViTScratchForMaskedImageModeling,
     ViTScratchImageProcessor,
 )
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.arguments import ModelArguments
-from modeling_vit_scratch.training.errors import InputError
 from modeling_vit_scratch.training.starting_point import build_model, load_encoder
 
 

@@ -9,11 +9,11 @@ import datasets
 import pytest
 from tiny_images import CLASSES, build, difference, read, rows, table, webdataset, weights
 
-from modeling_vit_scratch.training.arguments import DataArguments
-from modeling_vit_scratch.training.data import read_data
-from modeling_vit_scratch.training.errors import InputError, Problems, TrainingStopped
-from modeling_vit_scratch.training.streaming import StreamBatches, StreamDataset
-from modeling_vit_scratch.training.streams import ROWS_PER_SHARD, ImageStream, RecordOrder, Shard
+from modeling_vit_scratch.common.errors import InputError, Problems, TrainingStopped
+from modeling_vit_scratch.data.arguments import DataArguments
+from modeling_vit_scratch.data.splits import read_data
+from modeling_vit_scratch.data.streaming import StreamBatches, StreamDataset
+from modeling_vit_scratch.data.streams import ROWS_PER_SHARD, ImageStream, RecordOrder, Shard
 
 
 COUNTS = (5, 1, 8, 3)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from tiny_images import class_folders, load_script
 
+from experiments.plan import Run, build_parser, plan_runs, source_flags
+from experiments.running import environment, run_all
+from experiments.summary import build_cells, build_record
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH, find, gain_in_words, markdown
+from modeling_vit_scratch.common.errors import InputError, TrainingStopped, run_command_line
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.errors import InputError, TrainingStopped, run_command_line
 from modeling_vit_scratch.training.starting_point import build_model, load_encoder
-from modeling_vit_scratch.transfer.plan import PRETRAINED, SCRATCH, Run, build_parser, plan_runs, source_flags
-from modeling_vit_scratch.transfer.running import environment, run_all
-from modeling_vit_scratch.transfer.summary import build_cells, build_record, find, gain_in_words, markdown
 
 
 @pytest.fixture
@@ -177,9 +178,9 @@ def test_a_run_that_fails_stops_all_and_says_why(scripts, tmp_path, monkeypatch)
 def test_sigterm_ends_all_processes(scripts, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
-        "from modeling_vit_scratch.training.errors import run_command_line\n"
-        "from modeling_vit_scratch.transfer.plan import Run\n"
-        "from modeling_vit_scratch.transfer.running import run_all\n"
+        "from modeling_vit_scratch.common.errors import run_command_line\n"
+        "from experiments.plan import Run\n"
+        "from experiments.running import run_all\n"
         "runs = [Run('finetune', 'pets', 'pretrained', seed, None, ('hang',)) for seed in range(3)]\n"
         "sys.exit(run_command_line(lambda: run_all(runs, Path('scripts'), Path('runs'), jobs=2)))\n"
     )
@@ -245,7 +246,7 @@ def test_the_command_makes_the_table(workplace, monkeypatch, capsys):
             load_script(run.kind).main()
         return 1.0
 
-    monkeypatch.setattr("modeling_vit_scratch.transfer.running._Crew._run", run_here)
+    monkeypatch.setattr("experiments.running._Crew._run", run_here)
     flags = [*PETS, "--seeds", "1", "--dataloader_num_workers", "0"]
     monkeypatch.setattr(sys, "argv", ["transfer.py", "--model_name_or_path", "model", *flags])
     assert run_command_line(load_script("transfer").main) == 0

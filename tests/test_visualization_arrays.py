@@ -11,7 +11,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
-from modeling_vit_scratch.training.errors import InputError
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.visualization.attention import (
     attention_distances,
     attention_rollout,

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchImageProcessor
-from modeling_vit_scratch.training.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.visualization import figures
 from modeling_vit_scratch.visualization.attention import attention_distances, head_maps, rollout_maps
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject

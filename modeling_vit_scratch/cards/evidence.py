@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.metrics import NUM_BINS, TITLES
+from ..common.metric_titles import METRIC_TITLES, title_of
+from ..evaluation.metrics import NUM_BINS
 from .metadata import interval_of
 from .records import Evaluation, Facts
 from .words import by, count, name, names, paragraphs, picture, score, share, table
@@ -28,7 +29,7 @@ def evaluation(facts: Facts) -> str:
 
 def _of_training(facts: Facts) -> str:
     record = facts.training
-    rows = [(TITLES.get(key, key), score(key, value)) for key, value in record["metrics"].items() if key in TITLES]
+    rows = [(title_of(key), score(key, value)) for key, value in record["metrics"].items() if key in METRIC_TITLES]
     if not rows:
         rows = [(name(record["metric"]), f"{record['value']:.4f}")]
     rows += [
@@ -54,9 +55,7 @@ def _report(one: Evaluation) -> str:
         interval = interval_of(result)
         shown = "" if interval is None else " to ".join(score(result["metric"], bound) for bound in interval)
         n = count(result["n"])
-        rows.append(
-            (TITLES.get(result["metric"], result["metric"]), score(result["metric"], result["value"]), shown, n)
-        )
+        rows.append((title_of(result["metric"]), score(result["metric"], result["value"]), shown, n))
     which = re.sub(r"^all images", "all there are", dataset["images"])
     told = [f"{count(record['n'])} images: {name(which)}."]
     if dataset.get("seen_in_training"):
@@ -197,7 +196,7 @@ def _of_the_report(one: Evaluation, facts: Facts) -> list[str]:
         low, high = (score(record["metric"], bound) for bound in interval)
         lines.append(
             f"{where} it was tested on {count(record['n'])} images only: by chance alone, its "
-            f"{_lower(TITLES[record['metric']])} on all such images may be anything from {low} to {high}."
+            f"{METRIC_TITLES[record['metric']]} on all such images may be anything from {low} to {high}."
         )
     absent = [row["label"] for row in record["per_class"] if not row["n"]]
     few = [row["label"] for row in record["per_class"] if 0 < row["n"] < _FEW_OF_A_CLASS]
@@ -212,10 +211,6 @@ def _of_the_report(one: Evaluation, facts: Facts) -> list[str]:
     if broken := len(record["dataset"]["broken_images"]):
         lines.append(f"{where} {count(broken)} image{'s' * (broken > 1)} could not be read: not counted.")
     return lines
-
-
-def _lower(title: str) -> str:
-    return title[0].lower() + title[1:]
 
 
 def _worst(record: dict[str, Any], where: str) -> list[str]:

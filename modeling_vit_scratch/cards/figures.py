@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..evaluation.metrics import TITLES
+from ..common.metric_titles import METRIC_TITLES, title_of
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart, and more of theirs.
@@ -26,7 +26,7 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> bool:
         Whether there was anything to draw: a curve has two points.
     """
     losses = {"training": _points(history, "loss"), "held-out images": _points(history, "eval_loss")}
-    scores = {title: _points(history, f"eval_{metric}") for metric, title in TITLES.items()}
+    scores = {title_of(metric): _points(history, f"eval_{metric}") for metric in METRIC_TITLES}
     scores |= {
         name: _points(history, name) for name in sorted({key for log in history for key in log}) if _is_probe(name)
     }

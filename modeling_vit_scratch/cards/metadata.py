@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.metrics import TITLES
+from ..common.metric_titles import title_of
 from .records import LICENSE, Evaluation, Facts
 from .words import count
 
@@ -117,7 +117,7 @@ def _result(dataset: dict[str, Any], images: str, metric: str, value: float, mor
         dataset_split=_split(images),
         dataset_args={"images": images},
         metric_type=kind,
-        metric_name=f"{TITLES[metric]} (n = {count(more['n'])})",
+        metric_name=f"{title_of(metric)} (n = {count(more['n'])})",
         metric_value=round(value, 4),
         metric_args={**arguments, **more},
     )

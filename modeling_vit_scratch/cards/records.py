@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..common.errors import InputError
+from ..common.weights import digests
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..evaluation.weights import digests
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..training.errors import InputError
 from .emissions import Estimate, estimate
 from .transfer import FIGURE, FOLDER, Transfer, check_transfer
 from .transfer import RECORD as TRANSFER

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from .. import __version__
-from ..evaluation.metrics import TITLES
+from ..common.metric_titles import METRIC_TITLES, title_of
 from .emissions import same_hardware
 from .metadata import base_model, interval_of, license_of, task
 from .records import CURVES, SHEET, Facts
@@ -87,14 +87,14 @@ def _headline(facts: Facts) -> str:
         main, record = evaluation.main, evaluation.record
         unseen = " that it was not trained on" if record["dataset"].get("seen_in_training") is False else ""
         return (
-            f"{TITLES[main['metric']]} on {count(main['n'])} images of {name(evaluation.title)}{unseen}: "
+            f"{title_of(main['metric'])} on {count(main['n'])} images of {name(evaluation.title)}{unseen}: "
             f"**{score(main['metric'], main['value'])}**{_between(main, record['confidence_level'])}."
         )
     if facts.training is None:
         return ""
     record = facts.training
     value = score(record["metric"], record["value"])
-    return f"{TITLES[record['metric']]} on {count(record['n'])} held-out images: **{value}**."
+    return f"{title_of(record['metric'])} on {count(record['n'])} held-out images: **{value}**."
 
 
 def _between(result: dict[str, Any], level: float) -> str:
@@ -282,7 +282,7 @@ def _earlier(record: dict[str, Any]) -> list[str]:
             if value is not None and key not in _HIDDEN and value != last.get(key)
         )
         start = "random weights" if run["started_from"] == "scratch" else name(run["started_from"])
-        found = f"{TITLES[run['metric']].lower()} {score(run['metric'], run['value'])} on {count(run['n'])} images"
+        found = f"{METRIC_TITLES[run['metric']]} {score(run['metric'], run['value'])} on {count(run['n'])} images"
         parts.append(
             f"Before that, a run on {name(run['data'])} from {start} ended with {found}; seed {run['seed']}, "
             f"{run['wall_time_seconds']:,.0f} s on {name(run['hardware'])}. Its other settings: {others}."

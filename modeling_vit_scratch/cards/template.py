@@ -10,12 +10,10 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..transfer.plan import PRETRAINED, SCRATCH
-from ..transfer.summary import FINE_TUNED, SHOWN_PROBES
 from .emissions import Estimate
 from .metadata import metadata
 from .records import Evaluation, Facts, Wishes
-from .transfer import Transfer
+from .transfer import FINE_TUNED, PRETRAINED, SCRATCH, SHOWN_PROBES, Transfer
 from .writing import card_body
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..evaluation.metrics import NO_PERCENT
+from ..common.metric_titles import NO_PERCENT
 
 
 def count(number: int) -> str:

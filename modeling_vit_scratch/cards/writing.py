@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from ..training.checkpoints import write_text
-from ..training.errors import InputError
+from ..common.errors import InputError
+from ..common.files import write_text
 from . import evidence, sections
 from .metadata import metadata
 from .records import CARD, CURVES, EVALUATIONS, Facts, Wishes, gather, read_facts, read_json, take

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from .files import CheckpointError
 from .formats import Format
+from .tensor_file import CheckpointError
 
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

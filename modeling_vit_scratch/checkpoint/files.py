@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file, is_offline_mode
+
+from ..common.files import atomic_write
+from .tensor_file import CheckpointError, TensorFile
 
 
 # What a checkpoint file is called where it has a usual name; an index lists the parts of one in several files.
@@ -40,34 +43,6 @@ _SAFETENSORS_TYPES = {
 # Where training scripts keep the weights, best first: DINO's teacher and an average are what is published.
 _NESTED = ("model_ema", "state_dict_ema", "teacher", "model", "state_dict", "module", "params", "student")
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or not exactly. The message has the file's name, the reason and a way out."""
-
-
-class TensorFile(Mapping[str, Tensor]):
-    """Names to tensors, each read when it is asked for. `shapes` has all shapes without reading one."""
-
-    def __init__(self, path: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
-        self.path, self.shapes, self._read = path, shapes, read
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        try:
-            return self._read(name)
-        except Exception as error:  # parsers of damaged files raise anything
-            raise CheckpointError(f"{self.path}: {name} can't be read ({error}). Is the file damaged?") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
@@ -243,8 +218,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}, to say what to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with atomic_write(path) as unfinished:
         if path.suffix == ".npz":
             with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 for name in tensors:
@@ -254,9 +228,6 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
         else:
             torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()}, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, dict]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .files import CheckpointError, TensorFile
+from .tensor_file import CheckpointError, TensorFile
 
 
 _PREFIX = "model."  # accelerate's

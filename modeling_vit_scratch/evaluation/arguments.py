@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..training.errors import Problems
-from ..training.parsing import Parser, refuse_unknown
+from ..common.errors import Problems
+from ..common.parsing import Parser, refuse_unknown
 
 
 # Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.

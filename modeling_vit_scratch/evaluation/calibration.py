@@ -9,9 +9,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.errors import InputError
 
 
 # Beyond these a temperature is no correction: with every image right, the likelihood has no maximum.

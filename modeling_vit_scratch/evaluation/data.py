@@ -11,12 +11,12 @@ import datasets
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from ..training.arguments import SOURCE_DEFAULTS, DataArguments
-from ..training.data import LabelledSplit, hold_out, read_split, sample
-from ..training.errors import InputError, Problems
-from ..training.examples import Examples
-from ..training.files import find_broken, listed_below
-from ..training.sources import Source, listed, read_source
+from ..common.errors import InputError, Problems
+from ..data.arguments import SOURCE_DEFAULTS, DataArguments
+from ..data.checking import find_broken, listed_below
+from ..data.dataset import Examples
+from ..data.sources import Source, listed, read_source
+from ..data.splits import LabelledSplit, hold_out, read_split, sample
 from .arguments import EvaluationArguments
 from .label_map import read_label_map
 

@@ -2,56 +2,25 @@
 """A few images that a model gets right and a few that it gets wrong, at random, and where it looks (rollout)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.dataset import ImageClassificationDataset
+from ..data.pixels import Normalize
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.examples import ImageClassificationDataset
-from ..training.pixels import Normalize
 from ..visualization.attention import rollout_maps
 from ..visualization.figures import over_photo
 from ..visualization.photos import as_pixels
 from .data import EvaluationData
+from .report import Report
 
 
-if TYPE_CHECKING:
-    from .report import Report
-
-FIGURE = "examples.png"
 _NAME = 18  # letters of a class that are shown
 
 
-def choose(correct: np.ndarray, number: int, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Indices of up to `number` images that are right and as many that are wrong, drawn at random.
-
-    Args:
-        correct: (N,), whether an image is right.
-        number: of each kind.
-        seed: of the draw.
-    """
-    generator, chosen = np.random.default_rng(seed), []
-    for kind in (True, False):
-        rows = np.flatnonzero(correct == kind)
-        chosen.append(sorted(generator.choice(rows, min(number, len(rows)), replace=False).tolist()))
-    return chosen[0], chosen[1]
-
-
-def example_facts(correct: np.ndarray, number: int, seed: int, credit: str) -> dict[str, Any] | None:
-    """What the record says of the figure; None without one. `rows` are those of predictions.csv, from 0."""
-    if number < 1:
-        return None
-    right, wrong = choose(correct, number, seed)
-    return {
-        "figure": FIGURE, "right": len(right), "wrong": len(wrong), "rows": [*right, *wrong],
-        "chosen": f"chosen at random with seed {seed}", "credit": credit,
-    }  # fmt: skip
-
-
 def draw_examples(
-    report: "Report",
+    report: Report,
     data: EvaluationData,
     model: ViTScratchForImageClassification,
     processor: BaseImageProcessor,
@@ -92,7 +61,7 @@ def draw_examples(
     figure.savefig(file, dpi=120)
 
 
-def _told(report: "Report", row: int, kind: str) -> str:
+def _told(report: Report, row: int, kind: str) -> str:
     """What an image is and what the model takes it for."""
     names, values, labels = report.label_names, report.probabilities[row], report.labels[row]
     if report.threshold is None:

@@ -5,7 +5,6 @@ reliability diagram; scores of each class.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart.
@@ -27,7 +24,7 @@ _NUMBERS_UP_TO = 20  # classes of which each cell is labelled
 _NAMES_UP_TO = 60  # classes of which each row is labelled
 
 
-def draw_report(report: "Report", folder: Path) -> list[Path]:
+def draw_report(report: Report, folder: Path) -> list[Path]:
     """Writes the figures into the folder, and returns the files."""
     first = {"confusion_matrix.png": _confusion}
     if report.threshold is not None:
@@ -45,12 +42,12 @@ def _short(names: list[str], length: int = 32) -> list[str]:
     return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
 
 
-def _title(report: "Report") -> str:
+def _title(report: Report) -> str:
     record = report.record
     return f"{record['model']['name']} on {record['dataset']['name']}, n = {record['n']:,}"
 
 
-def _confusion(report: "Report") -> Figure:
+def _confusion(report: Report) -> Figure:
     counts, names = report.confusion, _short(report.label_names)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
@@ -75,7 +72,7 @@ def _confusion(report: "Report") -> Figure:
     return figure
 
 
-def _reliability(report: "Report") -> Figure:
+def _reliability(report: Report) -> Figure:
     diagram = report.reliability
     of_labels = report.threshold is not None
     share, confidence = ("share with the label", "probability of a label") if of_labels else ("accuracy", "confidence")
@@ -104,7 +101,7 @@ def _reliability(report: "Report") -> Figure:
     return figure
 
 
-def _precision_recall(report: "Report") -> Figure:
+def _precision_recall(report: Report) -> Figure:
     """One curve for all labels together, and of few labels each its own; a point is the threshold of the answers."""
     values, labels, names = report.probabilities, report.labels, _short(report.label_names)
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
@@ -140,7 +137,7 @@ def _precision_recall(report: "Report") -> Figure:
     return figure
 
 
-def _per_class(report: "Report") -> Figure:
+def _per_class(report: Report) -> Figure:
     main, title, kind = "f1", "F1", "classes"
     if report.threshold is not None:
         main, title, kind = "average_precision", "average precision", "labels"

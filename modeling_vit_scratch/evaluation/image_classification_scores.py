@@ -5,8 +5,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from modeling_vit_scratch.evaluation.metrics import score
-from modeling_vit_scratch.evaluation.multi_label import score_labels
+from .metrics import score
+from .multi_label import score_labels
 
 
 class ImageClassificationScores(evaluate.Metric):

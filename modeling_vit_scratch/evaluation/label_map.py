@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import Problems
+from ..common.errors import Problems
 
 
 def read_label_map(file: str, label_names: list[str], problems: Problems) -> dict[str, str]:

@@ -21,16 +21,6 @@ TOP_K = 5
 # A probability below this counts as this in a logarithm: the smallest normal float64.
 _TINY = np.finfo(np.float64).tiny
 
-# For people, of one label and of several.
-TITLES = {
-    "accuracy": "Accuracy", "top5_accuracy": "Top-5 accuracy", "macro_f1": "Macro F1", "nll": "NLL (nats)",
-    "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
-    "mean_average_precision": "Mean average precision", "micro_average_precision": "Micro average precision",
-    "micro_f1": "Micro F1", "samples_f1": "Samples F1", "exact_match": "Exact match", "hamming_loss": "Hamming loss",
-}  # fmt: skip
-# The others are shares of one.
-NO_PERCENT = ("nll", "brier")
-
 DEFINITIONS = {
     "accuracy": "sklearn.metrics.accuracy_score of the likeliest class",
     "top5_accuracy": "sklearn.metrics.top_k_accuracy_score(k=5)",

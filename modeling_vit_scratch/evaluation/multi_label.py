@@ -18,7 +18,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from ..training.metrics import multi_label_scores
+from .compute_metrics import multi_label_scores
 from .metrics import NUM_BINS, Score, bootstrap_interval, brier_scores, negative_log_likelihoods, reliability, wilson
 
 

@@ -13,13 +13,12 @@ from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
+from ..common.errors import InputError
+from ..data.collation import ImageCollator
+from ..data.dataset import Examples, ImageClassificationDataset
+from ..data.decoding import StoredImage
+from ..data.pixels import Normalize, input_size
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.collation import ImageCollator
-from ..training.decoding import StoredImage
-from ..training.errors import InputError
-from ..training.examples import Examples, ImageClassificationDataset
-from ..training.finetuning import input_size
-from ..training.pixels import Normalize
 
 
 @dataclass(frozen=True)

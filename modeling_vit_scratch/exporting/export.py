@@ -19,8 +19,8 @@ from transformers import exporters
 from transformers.exporters import ExportedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.errors import InputError
 
 
 # Of logits, between the program and the model.

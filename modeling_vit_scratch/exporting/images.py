@@ -10,13 +10,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..common.errors import InputError
+from ..data.collation import ImageCollator
+from ..data.dataset import ImageClassificationDataset
+from ..data.pixels import Normalize
 from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.data import read_evaluation_data
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..training.collation import ImageCollator
-from ..training.errors import InputError
-from ..training.examples import ImageClassificationDataset
-from ..training.pixels import Normalize
 
 
 def photographs() -> list[Image.Image]:

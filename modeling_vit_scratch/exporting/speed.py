@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.exporters import ExportedModel
 
-from ..benchmarking.timing import summarize, time_in_turns
+from ..common.timing import summarize, time_in_turns
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..training.errors import Problems
-from ..training.parsing import Parser, refuse_unknown
+from ..common.errors import Problems
+from ..common.parsing import Parser, refuse_unknown
 
 
 # What --output may end in.

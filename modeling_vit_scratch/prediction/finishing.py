@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..training.errors import InputError, TrainingStopped
-from ..training.processes import Processes
+from ..common.errors import InputError, TrainingStopped
+from ..common.processes import Processes
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
 from .job import Job

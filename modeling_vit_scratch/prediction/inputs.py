@@ -21,10 +21,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from ..training.arguments import SOURCE_DEFAULTS
-from ..training.columns import IMAGE_COLUMNS, find_column
-from ..training.errors import InputError, Problems
-from ..training.sources import image_endings, read_digits, read_elpv
+from ..common.errors import InputError, Problems
+from ..data.arguments import SOURCE_DEFAULTS
+from ..data.columns import IMAGE_COLUMNS, find_column
+from ..data.sources import image_endings, read_digits, read_elpv
 from .arguments import PredictionArguments
 
 

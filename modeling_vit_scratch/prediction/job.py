@@ -21,8 +21,8 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from ..training.checkpoints import write_text
-from ..training.errors import InputError
+from ..common.errors import InputError
+from ..common.files import atomic_write, write_text
 from .inputs import Item
 
 
@@ -101,7 +101,7 @@ class Job:
         if not before:
             self._clear()
             write_text(self.folder / JOB, json.dumps(facts, indent=2) + "\n")
-        for file in self.folder.glob("_*.part"):  # of a process that was killed as it wrote
+        for file in self.folder.glob(".*.unfinished"):  # of a process that was killed as it wrote
             file.unlink()
         return bool(before)
 
@@ -182,12 +182,8 @@ class Job:
     def write_part(self, first: int, end: int, rows: pyarrow.Table) -> None:
         """Writes rows of batches; all of them, or after a kill or a power cut none."""
         file = self.folder / f"{first:06d}-{end:06d}.part"
-        staged = file.with_name(f"_{file.name}")
-        with open(staged, "wb") as opened:
-            pyarrow.parquet.write_table(rows, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(staged, file)
+        with atomic_write(file) as unfinished:
+            pyarrow.parquet.write_table(rows, unfinished)
 
     def read_parts(self) -> Iterator[pyarrow.Table]:
         """

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..blocked_linear import block_weights
+from ..acceleration.block_weights import block_weights
+from ..common.errors import InputError
+from ..common.stored_model import load_stored_model
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.pixels import Normalize
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
-from ..training.errors import InputError
-from ..training.pixels import Normalize
-from ..training.stored_model import load_stored_model
 from .arguments import PredictionArguments
 
 

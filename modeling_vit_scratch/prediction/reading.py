@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..common.errors import InputError
+from ..data.loader import prepare_workers
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
-from ..training.errors import InputError
-from ..training.safe_trainer import prepare_workers
 from .inputs import Item, Rows
 
 

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..training.errors import InputError, TrainingInterrupted, TrainingStopped
-from ..training.processes import launcher
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
+from ..common.processes import launcher
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
 from .job import BLOCK, Job

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+
+from ..common.files import atomic_write
 
 
 # Rows in a row group of a .parquet: about 50 MB with the embeddings of B/16.
@@ -94,16 +95,6 @@ def to_output(rows: pyarrow.Table, label_names: list[str], schema: pyarrow.Schem
     return pyarrow.table(columns, schema=schema)
 
 
-@contextmanager
-def staged(file: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own when all of it is on the disk."""
-    unfinished = file.with_name(f"_{file.name}")
-    yield unfinished
-    with open(unfinished, "r+b") as opened:
-        os.fsync(opened.fileno())
-    os.replace(unfinished, file)
-
-
 def write_output(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> int:
     """
     Writes the format that the ending names. The bytes do not depend on how the rows are cut into tables.
@@ -119,7 +110,7 @@ def write_output(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Sc
             count += len(table)
             yield table
 
-    with staged(file) as unfinished:
+    with atomic_write(file) as unfinished:
         write(unfinished, counted(), schema)
     return count
 
@@ -172,7 +163,7 @@ def write_errors(file: Path, parts: Iterable[pyarrow.Table]) -> int:
         How many there are.
     """
     count = 0
-    with staged(file) as unfinished:
+    with atomic_write(file) as unfinished:
         with open(unfinished, "w", newline="", encoding="utf-8") as opened:
             writer = csv.writer(opened, lineterminator="\n")
             writer.writerow(["image", "reason"])

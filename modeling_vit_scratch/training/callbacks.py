@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import gather
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
+from ..common.processes import Processes, launcher
+from ..data.dataset import ImageClassificationDataset
 from .arguments import ImageTrainingArguments
-from .examples import ImageClassificationDataset
-from .processes import Processes, launcher
 
 
 class SetEpoch(TrainerCallback):

@@ -9,25 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..common.errors import InputError, Problems
+from ..common.parsing import Parser, refuse_unknown
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..publishing.checks import license_problem
-from ..publishing.hub import check_wish
+from ..data.arguments import SOURCE_DEFAULTS, DataArguments
+from ..hub.checks import license_problem
+from ..hub.commit import check_wish
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,
     FROM_SCRATCH_LEARNING_RATE,
     FROM_SCRATCH_VARIANT,
     REFUSED_FLAGS,
-    SOURCE_DEFAULTS,
-    DataArguments,
     ImageTrainingArguments,
     ModelArguments,
     config_fields,
     pixels,
 )
-from .checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
-from .errors import InputError, Problems
-from .parsing import Parser, refuse_unknown
 from .recipe_arguments import RecipeArguments, add_recipe_defaults
+from .run_folder import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 
 
 _Arguments = TypeVar("_Arguments")

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .errors import InputError
+from ..common.errors import InputError
 
 
 HEADS = ("classifier.", "distillation_classifier.")

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..augmentation.masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
+from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from .arguments import ImageTrainingArguments, ModelArguments
-from .data import ImageData
-from .errors import InputError
-from .finetuning import build_trainer
-from .masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
+from .build import build_trainer
 from .objectives import MPP_TARGETS, MaskedAutoencoder, MaskedPatchPrediction
 from .pretraining_arguments import PretrainingArguments
 from .starting_point import build_model

@@ -5,9 +5,9 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.errors import Problems
 from .arguments import FROM_SCRATCH_LEARNING_RATE, ImageTrainingArguments
 from .command_line import Script
-from .errors import Problems
 from .objectives import MPP_TARGETS
 
 

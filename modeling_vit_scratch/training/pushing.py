@@ -18,12 +18,12 @@ from huggingface_hub import get_token
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from ..publishing.checks import prepare_card
-from ..publishing.contents import Upload, collect, leaks_in
-from ..publishing.hub import Remote, commit, look_up, prepare
-from ..publishing.privacy import shareable, without_leaks
-from .checkpoints import latest_whole
-from .errors import InputError, TrainingInterrupted, TrainingStopped
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
+from ..hub.checks import prepare_card
+from ..hub.commit import Remote, commit, look_up, prepare
+from ..hub.contents import Upload, collect, leaks_in
+from ..hub.privacy import shareable, without_leaks
+from .run_folder import latest_whole
 from .safe_trainer import SafeTrainer
 
 

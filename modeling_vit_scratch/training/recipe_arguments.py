@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import Problems
+from ..augmentation.policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasing, auto_augment
+from ..common.errors import Problems
+from ..recipes.paper import RECIPES, find_recipe
+from ..recipes.recipe import Recipe, fit_batch_size
 from .losses import LOSSES
-from .policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasing, auto_augment
-from .recipe import Recipe, fit_batch_size
-from .recipes import RECIPES, find_recipe
 
 
 @dataclass

@@ -3,32 +3,20 @@
 
 import json
 import os
-import platform
-import re
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from .. import __version__
+from ..common.files import write_text
+from ..common.metric_titles import METRIC_TITLES
+from ..common.provenance import provenance
+from ..data.collation import MixingCollator
+from ..data.splits import ImageData
+from ..recipes.paper import find_recipe
 from .arguments import ImageTrainingArguments, ModelArguments
-from .checkpoints import write_text
-from .collation import MixingCollator
-from .data import ImageData
 from .pretraining_arguments import PretrainingArguments
-from .recipes import find_recipe
 from .trainer import ImageTrainer
-
-
-# What held-out images are judged by, the first that there is before the others.
-METRIC_TITLES = {
-    "accuracy": "accuracy", "mean_average_precision": "mean average precision", "top5_accuracy": "top-5 accuracy",
-    "micro_f1": "micro F1", "macro_f1": "macro F1", "samples_f1": "samples F1", "exact_match": "exact match",
-}  # fmt: skip
 
 
 def build_record(
@@ -98,7 +86,7 @@ def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArgumen
         "model": _model_facts(trainer.model, model_arguments),
         "earlier": earlier_runs(model_arguments.model_name_or_path),
         "training": _training_facts(trainer),
-        **_circumstances(),
+        **provenance(),
         "wall_time_seconds": round(wall_time, 1),
         "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
     }
@@ -124,21 +112,7 @@ def build_probe_record(
         "random_weights": random_weights,
         "dataset": _dataset_facts(data),
         "model": _model_facts(model, model_arguments),
-        **_circumstances(),
-    }
-
-
-def _circumstances() -> dict[str, Any]:
-    """What was run, from which code, on what."""
-    return {
-        "command": command_line(),
-        "git_commit": git_commit(),
-        "versions": {
-            "modeling_vit_scratch": __version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
-        },
-        "hardware": hardware(),
+        **provenance(),
     }
 
 
@@ -264,43 +238,3 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "processes": arguments.world_size,
         "broken_images": len(trainer.broken_images),
     }
-
-
-def command_line(argv: list[str] | None = None) -> str:
-    """The command of this process as a card may show it: of absolute paths the last part only, and no tokens."""
-    script, *flags = sys.argv if argv is None else argv
-    processes = os.environ.get("WORLD_SIZE", "1")
-    # --multi_gpu: without, accelerate starts one process on a machine that has only a CPU.
-    launch = f"accelerate launch --multi_gpu --num_processes {processes}" if processes != "1" else "python"
-    words = [f"'{word}'" if re.search(r"[*?\s]", word) else word for word in map(_without_folder, flags)]
-    return " ".join([launch, f"scripts/{Path(script).name}", *words])
-
-
-def _without_folder(word: str) -> str:
-    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    if re.fullmatch(r"hf_\w{8,}", value):
-        value = "TOKEN"
-    elif Path(value).expanduser().is_absolute():
-        value = Path(value).name
-    return name + equals + value
-
-
-def git_commit() -> str | None:
-    """The commit of this library, with "-dirty" if files were changed; None if it does not run from its repository."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def hardware() -> str:
-    """What computes: the accelerators, or the processor and its cores."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu_info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text()) if cpu_info.exists() else []
-    return f"CPU, {os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"

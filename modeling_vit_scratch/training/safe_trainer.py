@@ -7,16 +7,12 @@ number never reaches the weights; whatever else stops a run is told in one messa
 """
 
 import dataclasses
-import functools
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,17 +20,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
+from ..common.processes import Processes
+from ..data.loader import release_workers
 from ..image_processing_vit_scratch import ImageDecodeError
-from . import checkpoints
+from . import run_folder as checkpoints
 from .callbacks import SaveOnSignal
-from .errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
-from .processes import Processes
 
 
 # The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
@@ -471,52 +466,6 @@ class SafeTrainer(Trainer):
 
     def _names(self, keys: torch.Tensor | None) -> list[str]:
         return ["?"] if keys is None else [self.train_dataset.name(int(index)) for index in keys[:, 2]]
-
-
-def prepare_workers(loader: DataLoader) -> None:
-    """Tells the processes that read images to leave signals to the one that trains: it needs them to finish a step."""
-    loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
-    loader.running = weakref.WeakSet()
-    loader._get_iterator = functools.partial(_start_reading, weakref.ref(loader))  # a loader must not hold itself
-
-
-def _start_reading(loader: weakref.ref[DataLoader]) -> Iterator:
-    """What DataLoader does, which remembers its iterators only while their processes are persistent."""
-    loader = loader()
-    iterator = type(loader)._get_iterator(loader)
-    loader.running.add(iterator)
-    return iterator
-
-
-def release_workers(loaders: list[DataLoader]) -> None:
-    """
-    Ends the processes that read images, now. Persistent ones, and those of a run that failed, would stay until somebody
-    collects garbage; what torch ends them with may then be gone already, and it waits for each for five seconds.
-    """
-    for loader in loaders:
-        loader = getattr(loader, "base_dataloader", loader)
-        for iterator in [*getattr(loader, "running", ())]:
-            if isinstance(iterator, _MultiProcessingDataLoaderIter):
-                iterator._shutdown_workers()
-        if getattr(loader, "_iterator", None) is not None:
-            loader._iterator = None
-
-
-def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    if prepare is not None:
-        prepare(number)
-
-
-def _end_with_parent() -> None:
-    """SIGTERM from the process that trains ends this one; from anyone else, e.g. a launcher, it does not."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-        pass
-    os._exit(0)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoImageProcessor, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..common.errors import InputError
+from ..common.stored_model import default_processor, load_stored_model, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .arguments import ModelArguments, config_fields, pixels
-from .errors import InputError
-from .stored_model import default_processor, load_stored_model, loading
 
 
 def build_model(

@@ -14,17 +14,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.loader import prepare_workers
+from ..data.pixels import Normalize, mix
+from ..data.repetition import repeating_loader
+from ..data.streaming import StreamDataset, StreamPlace, stream_loader
 from .arguments import ImageTrainingArguments
 from .callbacks import SamplesSeen
-from .errors import InputError
 from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
-from .pixels import Normalize, mix
 from .pushing import PushingTrainer
-from .repetition import repeating_loader
-from .safe_trainer import prepare_workers
-from .streaming import StreamDataset, StreamPlace, stream_loader
 
 
 class ImageTrainer(PushingTrainer):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from ..training.errors import InputError
 from . import figures
 from .attention import attention_distances, head_maps, patch_distances, rollout_maps
 from .filters import patch_filters

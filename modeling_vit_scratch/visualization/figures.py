@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..training.errors import InputError
+from ..common.errors import InputError
 from .filters import Filters
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from ..training.errors import InputError
 from .photos import encoder, evaluating
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.errors import InputError
+from ..common.stored_model import load_stored_model
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from ..training.errors import InputError
-from ..training.stored_model import load_stored_model
 
 
 def encoder(model: ViTScratchPreTrainedModel) -> ViTScratchModel:

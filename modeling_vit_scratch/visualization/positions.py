@@ -4,8 +4,8 @@
 import numpy as np
 import torch
 
+from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from ..training.errors import InputError
 from .photos import encoder
 
 

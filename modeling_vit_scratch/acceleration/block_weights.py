@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Inference on a CPU in less time: linear layers with their weights as oneDNN wants them, reordered into blocks once.
+
+For float32 PyTorch calls MKL, which leaves a tenth of an AMD core unused; for bfloat16 it calls oneDNN, which reorders
+the weights in every pass. torch.compile does the same as this when it freezes a model, and takes a compiler for it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling_vit_scratch import is_plain
+
+
+@functools.cache
+def is_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this PyTorch, on this processor, can do it for weights of this type. The operators are inductor's own."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        ones = torch.ones(2, 2, dtype=dtype)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(ones, None)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(ones, blocked, ones[0], "none", [], ""), 3 * ones)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class BlockedLinear(nn.Linear):
+    """
+    A linear layer that is faster on a CPU while no gradients are computed, and in all else the one it was. The
+    reordered weight is a second copy, in no state dict, and made anew when the weight has changed.
+    """
+
+    is_plain = True  # for the network's own shortcuts, which read the weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or is_traced or torch.is_autocast_enabled("cpu") or not self._fits(inputs):
+            return super().forward(inputs)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._blocked_weight(), self.bias, "none", [], "")
+
+    def _fits(self, inputs: Tensor) -> bool:
+        weight = self.weight
+        is_here = inputs.device.type == weight.device.type == "cpu"
+        return is_here and inputs.dtype == weight.dtype and is_available(weight.dtype)
+
+    def _blocked_weight(self) -> Tensor:
+        weight = self.weight.detach()
+        # A tensor made in inference mode has no count of its changes; it can't be a trained one.
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        known, blocked, _ = self.__dict__.get("_blocked", (None, None, None))
+        if known != state:
+            blocked = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            # All at once, since other threads may be here too; with the weight, so that its address stays its own.
+            self.__dict__["_blocked"] = (state, blocked, weight)
+        return blocked
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or another process, reorders for itself: such a tensor can be neither copied nor pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "_blocked"}
+
+
+def block_weights(model: nn.Module) -> nn.Module:
+    """
+    Lets the plain linear layers of a model, in place, have their weights in blocks when they compute on a CPU without
+    gradients. Logits differ by the rounding of another order of sums. Layers with adapters or hooks stay; where PyTorch
+    has no oneDNN, all do.
+    """
+    if is_available():
+        for layer in model.modules():
+            if type(layer) is nn.Linear and is_plain(layer):
+                layer.__class__ = BlockedLinear
+    return model

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Images of many sizes in one pass: their tokens in one sequence, and no padding (Dehghani et al., arXiv:2307.06304).
+
+Every token goes through the same matrix products; only attention looks at one image at a time, which is what a
+block-diagonal mask would say, without the products that it would throw away.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
+
+
+PACKED = "vit_scratch_packed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images of one size, next to each other in the sequence: `count` times `length` tokens from `start` on."""
+
+    start: int
+    count: int
+    length: int
+    grid: tuple[int, int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count * self.length
+
+    def of(self, sequence: Tensor) -> Tensor:
+        """The block's part of a sequence (1, T, D) as a batch (count, length, D)."""
+        return sequence[0, self.start : self.end].unflatten(0, (self.count, self.length))
+
+
+def packed_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
+    dropout: float = 0.0, *, blocks: Sequence[Block], **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention within each image: queries, keys and values (1, A, T, E) of all of them -> (1, T, A, E)."""
+    attended = []
+    for block in blocks:
+        parts = (part[0, :, block.start : block.end] for part in (query, key, value))  # (A, count * length, E)
+        batch = (part.unflatten(1, (block.count, block.length)).transpose(0, 1) for part in parts)  # (count, A, ., E)
+        result = F.scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
+        attended.append(result.transpose(1, 2).flatten(0, 1))  # (count * length, A, E)
+    return torch.cat(attended)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention_forward)
+
+
+def classify_packed(
+    model: ViTScratchForImageClassification, images: Sequence[Tensor], labels: Tensor | None = None
+) -> ImageClassifierOutput:
+    """
+    What the model says of images of any sizes, each as if it were alone.
+
+    Args:
+        model: a classifier. In training without drop path, which leaves out whole images and finds one sequence here.
+        images: N tensors (C, H, W), normalised as the image processor does; any H and W that the patch divides.
+        labels: as for the model, in the order of the images.
+
+    Returns:
+        `logits` (N, K), and with labels the `loss`.
+
+    Raises:
+        ValueError: if there is no image, or one that the model can't take; for relative positions; for drop path.
+    """
+    config, vit = model.config, model.vit
+    if config.position_embedding == "relative_1d":
+        raise ValueError(
+            "Images can't be packed with position_embedding='relative_1d': it needs a batch for each size."
+        )
+    if model.training and config.drop_path_rate:
+        raise ValueError(
+            f"drop_path_rate={config.drop_path_rate:g} leaves out whole images, and packed ones are one sequence. Set "
+            "it to 0 to train on packed images, or call model.eval()."
+        )
+    if not images:
+        raise ValueError("There is no image to pack.")
+    order, batches = _sort_by_size(images)
+    hidden_states, blocks = _embed(vit, batches)
+    with _attention(vit, PACKED):
+        for index, layer in enumerate(vit.layers):
+            hidden_states = _place_again(vit, index, hidden_states, blocks)
+            hidden_states = layer(hidden_states, None, blocks[0].grid, None, blocks=blocks)
+    sequence = vit.layernorm(hidden_states)  # equation 4
+    parts = [block.of(sequence) for block in blocks]
+    logits = model.classifier(torch.cat([vit.pooler(part) for part in parts]))
+    if model.distillation_classifier is not None:
+        logits = (logits + model.distillation_classifier(torch.cat([part[:, 1] for part in parts]))) / 2
+    logits = logits[torch.argsort(torch.tensor(order, device=logits.device))]
+    loss = None if labels is None else model.loss_function(labels, logits, config)
+    if config.calibrated and not model.training:
+        logits = logits / config.temperature
+    return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def _sort_by_size(images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """Which image is where, and a batch (count, C, H, W) for each size."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(tuple(image.shape), []).append(index)
+    order = [index for indices in by_size.values() for index in indices]
+    return order, [torch.stack([images[index] for index in indices]) for indices in by_size.values()]
+
+
+def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Block]]:
+    """Equation 1 for each size: all tokens (1, T, D), and where they are."""
+    patches, tokens, blocks, start = vit.embeddings.patch_embeddings, [], [], 0
+    for batch in batches:
+        grid = patches.grid(batch)
+        embedded = vit.embeddings(batch.to(patches.projection.weight.dtype))
+        block = Block(start, embedded.shape[0], embedded.shape[1], grid)
+        tokens.append(embedded.flatten(0, 1))
+        blocks.append(block)
+        start = block.end
+    return torch.cat(tokens)[None], blocks
+
+
+def _place_again(vit: ViTScratchModel, index: int, hidden_states: Tensor, blocks: list[Block]) -> Tensor:
+    """The positions that come in again before a later layer, where the model has any (Table 8)."""
+    placement = vit.config.position_embedding_placement
+    if index == 0 or placement not in ("every_layer", "every_layer_shared"):
+        return hidden_states
+    own = vit.later_position_embeddings[index - 1] if placement == "every_layer" else vit.embeddings.position_embeddings
+    return torch.cat([own(block.of(hidden_states), *block.grid).flatten(0, 1) for block in blocks])[None]
+
+
+@contextmanager
+def _attention(vit: ViTScratchModel, implementation: str) -> Iterator[None]:
+    before = vit.config._attn_implementation
+    vit.config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        vit.config._attn_implementation = before

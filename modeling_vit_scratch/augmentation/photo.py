@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Random changes of training images: PIL image in, PIL image of the model's size out, one resampling in between.
+
+`PhotoAugmentation` also takes a `decoding.TrainingPhoto`, which is the fast way.
+
+All randomness comes from the generator that is passed in, so that an image looks the same whenever (seed, epoch, index)
+are the same: a resumed run sees what the uninterrupted one would have seen, with any number of worker processes.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from ..data.decoding import PhotoPart, TrainingPhoto, reduction
+
+
+PHOTO_SMALLEST_AREA = 0.35
+
+
+class PhotoAugmentation:
+    """
+    A random part of the image, resized, and mirrored half of the time (Szegedy et al., arXiv:1409.4842, section 6).
+
+    Args:
+        size: (height, width) of the result in pixels.
+        resample: the PIL filter of the image processor.
+        smallest_area: the part keeps at least this share of the pixels. The common 0.08 is for a million images.
+    """
+
+    def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA) -> None:
+        self.size, self.resample, self.smallest_area = size, resample, smallest_area
+        self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
+
+    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image | PhotoPart:
+        """A PIL image of a PIL image; of a `TrainingPhoto` the same part, not yet decoded."""
+        size = self.size[::-1]
+        box = self._random_box(image.width, image.height, generator)
+        is_mirrored = generator.random() < 0.5
+        if isinstance(image, TrainingPhoto):
+            return PhotoPart(image, size, self.resample, box, is_mirrored)
+        image = image.crop(box).resize(size, self.resample)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
+
+    def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+        """
+        Left, top, right, bottom of a random part whose shape is that of the result, give or take a third: as in
+        torchvision's `RandomResizedCrop`, but that a part which a JPEG decoder can reduce is of multiples of its scale.
+        """
+        result_shape = self.size[1] / self.size[0]
+        for _ in range(10):
+            area = width * height * generator.uniform(self.smallest_area, 1.0)
+            shape = result_shape * math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+            part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            is_inside = 0 < part_width <= width and 0 < part_height <= height
+            if is_inside:
+                break
+        if not is_inside:  # a very long image: the largest centred part of the result's shape
+            part_width = max(1, round(min(width, height * result_shape)))
+            part_height = max(1, round(min(height, width / result_shape)))
+        scale = reduction((part_width, part_height), self.size[::-1])
+        columns, part_columns, rows, part_rows = (
+            length // scale for length in (width, part_width, height, part_height)
+        )
+        left, top = (columns - part_columns) // 2, (rows - part_rows) // 2
+        if is_inside:
+            left, top = (int(generator.integers(count + 1)) for count in (columns - part_columns, rows - part_rows))
+        return scale * left, scale * top, scale * (left + part_columns), scale * (top + part_rows)
+
+
+class DigitAugmentation:
+    """
+    A small rotation, zoom and shift, in one bilinear resampling; never mirrored, which would make another sign of it.
+
+    Args:
+        size: (height, width) of the result in pixels.
+        rotation: at most so many degrees to either side.
+        zoom: at most this share smaller or larger.
+        shift: at most this share of the side, in both directions.
+    """
+
+    def __init__(self, size: tuple[int, int], rotation: float = 10.0, zoom: float = 0.1, shift: float = 0.09) -> None:
+        self.size, self.rotation, self.zoom, self.shift = size, rotation, zoom, shift
+        self.description = f"rotation to {rotation:g} degrees, zoom to {100 * zoom:g} %, shift to {100 * shift:g} %"
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        angle, zoom, right, down = generator.uniform(-1.0, 1.0, size=4)
+        angle, zoom = math.radians(angle * self.rotation), 1.0 + zoom * self.zoom
+        (height, width), scale = self.size, (image.height / self.size[0], image.width / self.size[1])
+        cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
+        # PIL asks, for each pixel (x, y) of the result, where in the image it comes from: a x + b y + c, d x + e y + f.
+        a, b, d, e = cosine * scale[1], -sine * scale[1], sine * scale[0], cosine * scale[0]
+        c = image.width * (0.5 + right * self.shift) - a * width / 2 - b * height / 2
+        f = image.height * (0.5 + down * self.shift) - d * width / 2 - e * height / 2
+        return image.transform(
+            (width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=Image.Resampling.BILINEAR
+        )

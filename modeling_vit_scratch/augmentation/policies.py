@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The named augmentation policies, on PIL images alone: RandAugment in its three dialects, TrivialAugment, 3-Augment,
+colour jitter, random erasing. For images of mode L or RGB, after they have the model's size.
+
+What an operation does at which magnitude is what the named code does, and is tested against its output. Two things are
+the same for all dialects: pixels from outside the image, and erased ones, are the grey 128 (0 after the usual
+normalisation; timm's default), and geometric operations are bilinear (torchvision: nearest; timm: bilinear or bicubic
+by chance). As in `augmentation`, all randomness comes from the generator that is passed in.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from ..data.dataset import Augmentation
+from ..data.decoding import PhotoPart, TrainingPhoto
+
+
+GREY = 128
+BILINEAR = Image.Resampling.BILINEAR
+
+
+class Chain:
+    """One augmentation after the other, with the same generator."""
+
+    def __init__(self, *steps: Augmentation) -> None:
+        self.steps = steps
+        self.description = "; ".join(step.description for step in steps)
+
+    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image:
+        for step in self.steps:
+            image = step(image, generator)
+            image = image.to_image() if isinstance(image, PhotoPart) else image
+        return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations
+
+
+def _grey(image: Image.Image) -> int | tuple[int, ...]:
+    bands = len(image.getbands())
+    return GREY if bands == 1 else (GREY,) * bands
+
+
+def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample=BILINEAR, fillcolor=_grey(image))
+
+
+def _add_to_dark(image: Image.Image, amount: float) -> Image.Image:
+    table = [min(255, level + int(amount)) if level < 128 else level for level in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _erased(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
+    image = image.copy()
+    image.paste(_grey(image), (left, top, right, bottom))
+    return image
+
+
+# Each takes the image and a strength: a slope, pixels, degrees, bits to keep, a threshold, or the change of a factor
+# from 1.
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Identity": lambda image, _: image,
+    "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
+    "Equalize": lambda image, _: ImageOps.equalize(image),
+    "Invert": lambda image, _: ImageOps.invert(image),
+    "ShearX": lambda image, slope: _affine(image, 1, slope, 0, 0, 1, 0),
+    "ShearY": lambda image, slope: _affine(image, 1, 0, 0, slope, 1, 0),
+    "TranslateX": lambda image, pixels: _affine(image, 1, 0, pixels, 0, 1, 0),
+    "TranslateY": lambda image, pixels: _affine(image, 1, 0, 0, 0, 1, pixels),
+    "Rotate": lambda image, degrees: image.rotate(degrees, resample=BILINEAR, fillcolor=_grey(image)),
+    "Posterize": lambda image, bits: image if bits >= 8 else _posterized(image, int(bits)),
+    "Solarize": lambda image, threshold: ImageOps.solarize(image, threshold),
+    "SolarizeAdd": _add_to_dark,
+    "Color": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
+    "Contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
+    "Brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
+    "Sharpness": lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change),
+}
+
+
+def _posterized(image: Image.Image, bits: int) -> Image.Image:
+    """Also with no bit left, which is black: PIL refuses that."""
+    kept = ~(2 ** (8 - bits) - 1) & 255
+    return image.point([level & kept for level in range(256)] * len(image.getbands()))
+
+
+# Strength at a fraction of the greatest magnitude on an image whose side is given, and whether its sign is random.
+_Scale = tuple[Callable[[float, int], float], bool]
+
+
+def _scales(shear: float, shift: Callable[[int], float], rotation: float, change: float) -> dict[str, _Scale]:
+    """Those that grow with the magnitude and have a random sign in all dialects but one."""
+    return {
+        "ShearX": (lambda fraction, side: shear * fraction, True),
+        "ShearY": (lambda fraction, side: shear * fraction, True),
+        "TranslateX": (lambda fraction, side: shift(side) * fraction, True),
+        "TranslateY": (lambda fraction, side: shift(side) * fraction, True),
+        "Rotate": (lambda fraction, side: rotation * fraction, True),
+        **{
+            name: (lambda fraction, side: change * fraction, True)
+            for name in ("Brightness", "Color", "Contrast", "Sharpness")
+        },
+    }
+
+
+def _whole_pixels(scales: dict[str, _Scale]) -> dict[str, _Scale]:
+    """torchvision shifts by whole pixels."""
+    shifts = {name: scales[name] for name in ("TranslateX", "TranslateY")}
+    return scales | {
+        name: (lambda fraction, side, scale=scale: float(int(scale(fraction, side))), signed)
+        for name, (scale, signed) in shifts.items()
+    }
+
+
+_NOTHING: _Scale = (lambda fraction, side: 0.0, False)
+
+# torchvision/transforms/autoaugment.py: RandAugment._augmentation_space, 31 magnitudes from 0 to 30.
+TORCHVISION_RANDAUGMENT: dict[str, _Scale] = {
+    "Identity": _NOTHING,
+    **_whole_pixels(_scales(shear=0.3, shift=lambda side: 150.0 / 331.0 * side, rotation=30.0, change=0.9)),
+    "Posterize": (lambda fraction, side: 8 - round(4 * fraction), False),
+    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
+    "AutoContrast": _NOTHING,
+    "Equalize": _NOTHING,
+}
+# The same file: TrivialAugmentWide._augmentation_space (Müller and Hutter, arXiv:2103.10158).
+TORCHVISION_TRIVIALAUGMENT: dict[str, _Scale] = {
+    "Identity": _NOTHING,
+    **_whole_pixels(_scales(shear=0.99, shift=lambda side: 32.0, rotation=135.0, change=0.99)),
+    "Posterize": (lambda fraction, side: 8 - round(6 * fraction), False),
+    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
+    "AutoContrast": _NOTHING,
+    "Equalize": _NOTHING,
+}
+# timm/data/auto_augment.py: _RAND_INCREASING_TRANSFORMS, magnitudes from 0 to 10.
+TIMM_RANDAUGMENT: dict[str, _Scale] = {
+    "AutoContrast": _NOTHING,
+    "Equalize": _NOTHING,
+    "Invert": _NOTHING,
+    **_scales(shear=0.3, shift=lambda side: 0.45 * side, rotation=30.0, change=0.9),
+    "Posterize": (lambda fraction, side: 4 - int(4 * fraction), False),
+    "Solarize": (lambda fraction, side: 256 - min(256, int(256 * fraction)), False),
+    "SolarizeAdd": (lambda fraction, side: min(128, int(110 * fraction)), False),
+}
+# big_vision/pp/archive/autoaugment.py: distort_image_with_randaugment. Magnitudes of 10 are fractions of 1; AugReg goes
+# to 20, where solarising and posterising have come back to nothing.
+BIG_VISION_RANDAUGMENT: dict[str, _Scale] = {
+    "AutoContrast": _NOTHING,
+    "Equalize": _NOTHING,
+    "Invert": _NOTHING,
+    **_scales(shear=0.3, shift=lambda side: 100.0, rotation=30.0, change=0.0),
+    **{
+        name: (lambda fraction, side: 1.8 * fraction - 0.9, False)
+        for name in ("Brightness", "Color", "Contrast", "Sharpness")
+    },
+    "Posterize": (lambda fraction, side: int(4 * fraction), False),
+    "Solarize": (lambda fraction, side: int(256 * fraction), False),
+    "SolarizeAdd": (lambda fraction, side: int(110 * fraction), False),
+    "Cutout": (lambda fraction, side: int(40 * fraction), False),
+}
+
+
+def _operate(
+    image: Image.Image, name: str, scale: _Scale, fraction: float, generator: np.random.Generator
+) -> Image.Image:
+    """One operation at a fraction of its greatest magnitude."""
+    strength_at, is_signed = scale
+    strength = strength_at(fraction, image.height if name == "TranslateY" else image.width)
+    if is_signed and generator.random() < 0.5:
+        strength = -strength
+    if name == "Cutout":
+        x, y = int(generator.integers(image.width)), int(generator.integers(image.height))
+        half = int(strength)
+        return _erased(image, x - half, y - half, x + half, y + half)
+    return OPERATIONS[name](image, strength)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+class RandAugment:
+    """
+    A number of random operations, all at the same magnitude (Cubuk et al., arXiv:1909.13719).
+
+    Args:
+        dialect: "torchvision" (magnitudes 0 to 30), "timm" (0 to 10, its increasing set) or "big_vision" (0 to 10 and
+            beyond). They share little but the name.
+        num_operations: drawn with replacement.
+        magnitude: of each.
+        magnitude_std: standard deviation of a normal noise on the magnitude: timm's `mstd`.
+        probability: of each drawn operation to happen: timm's `p`.
+    """
+
+    SCALES = {
+        "torchvision": (TORCHVISION_RANDAUGMENT, 30.0, 30.0),
+        "timm": (TIMM_RANDAUGMENT, 10.0, 10.0),
+        "big_vision": (BIG_VISION_RANDAUGMENT, 10.0, math.inf),
+    }
+
+    def __init__(
+        self,
+        dialect: str,
+        num_operations: int = 2,
+        magnitude: float = 9.0,
+        magnitude_std: float = 0.0,
+        probability: float = 1.0,
+    ) -> None:
+        self.dialect, self.num_operations, self.magnitude = dialect, num_operations, magnitude
+        self.magnitude_std, self.probability = magnitude_std, probability
+        _, _, most = self.SCALES[dialect]
+        if not 0 <= magnitude <= most:
+            raise ValueError(f"The magnitude {magnitude:g} must be between 0 and {most:g} for {dialect}'s RandAugment.")
+        if num_operations < 1 or not 0 <= probability <= 1 or magnitude_std < 0:
+            raise ValueError(
+                f"RandAugment needs at least 1 operation, a probability from 0 to 1 and a spread of at least 0, not "
+                f"{num_operations}, {probability:g} and {magnitude_std:g}."
+            )
+        noise = f" ± {magnitude_std:g}" if magnitude_std else ""
+        chance = f", each with probability {probability:g}" if probability < 1 else ""
+        self.description = (
+            f"RandAugment as in {dialect}: {num_operations} operations at magnitude {magnitude:g}{noise}{chance}"
+        )
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        scales, unit, most = self.SCALES[self.dialect]
+        for name in generator.choice(list(scales), size=self.num_operations):
+            if generator.random() < self.probability:
+                magnitude = self.magnitude
+                if self.magnitude_std:
+                    magnitude = min(max(generator.normal(magnitude, self.magnitude_std), 0.0), most)
+                image = _operate(image, str(name), scales[name], magnitude / unit, generator)
+        return image
+
+
+class TrivialAugmentWide:
+    """One random operation at one of 31 random magnitudes: no settings (Müller and Hutter, arXiv:2103.10158)."""
+
+    description = "TrivialAugment (wide) as in torchvision"
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        name = str(generator.choice(list(TORCHVISION_TRIVIALAUGMENT)))
+        return _operate(image, name, TORCHVISION_TRIVIALAUGMENT[name], int(generator.integers(31)) / 30, generator)
+
+
+class ThreeAugment:
+    """
+    Grey, solarised (from 128 up) or blurred (a Gaussian of 0.1 to 2 pixels), one of them for every image: Touvron et
+    al., DeiT III (arXiv:2204.07118), section 3.3, and its augment.py. Its colour jitter is `ColorJitter(0.3)`.
+    """
+
+    description = "one of grey, solarised and blurred (3-Augment)"
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        choice = int(generator.integers(3))
+        if choice == 0:
+            return image.convert("L").convert(image.mode)
+        if choice == 1:
+            return ImageOps.solarize(image, 128)
+        return image.filter(ImageFilter.GaussianBlur(radius=generator.uniform(0.1, 2.0)))
+
+
+class ColorJitter:
+    """
+    Brightness, contrast and saturation, each changed by up to `strength`, in random order: torchvision's
+    `ColorJitter(strength, strength, strength)`.
+    """
+
+    def __init__(self, strength: float) -> None:
+        if not 0 < strength <= 1:
+            raise ValueError(f"The strength {strength:g} of colour jitter must be above 0 and at most 1.")
+        self.strength = strength
+        self.description = f"brightness, contrast and saturation changed by up to {100 * strength:g} %"
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        for index in generator.permutation(3):
+            change = generator.uniform(-self.strength, self.strength)
+            image = OPERATIONS[("Brightness", "Contrast", "Color")[index]](image, change)
+        return image
+
+
+class RandomErasing:
+    """
+    A random rectangle of 2 to 33 % of the area, of shape 0.3 to 3.3, is made grey (Zhong et al., arXiv:1708.04896;
+    where and how large, as in timm and torchvision).
+
+    Args:
+        probability: of an image to lose a rectangle.
+    """
+
+    def __init__(self, probability: float) -> None:
+        if not 0 < probability <= 1:
+            raise ValueError(f"The probability {probability:g} of random erasing must be above 0 and at most 1.")
+        self.probability = probability
+        self.description = f"a random rectangle erased with probability {probability:g}"
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        if generator.random() >= self.probability:
+            return image
+        for _ in range(10):
+            area = image.width * image.height * generator.uniform(0.02, 1 / 3)
+            shape = math.exp(generator.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if width < image.width and height < image.height:
+                top = int(generator.integers(image.height - height + 1))
+                left = int(generator.integers(image.width - width + 1))
+                return _erased(image, left, top, left + width, top + height)
+        return image
+
+
+AUTO_AUGMENT_HELP = (
+    "ra, ta_wide (RandAugment(2, 9) and TrivialAugment, as in torchvision), 3a (3-Augment, as in DeiT III), timm's "
+    "rand-m9-mstd0.5-inc1 (also -n and -p), or big_vision's randaug(2,10)"
+)
+
+
+def auto_augment(name: str) -> Augmentation:
+    """
+    The policy of a name as its home spells it: see `AUTO_AUGMENT_HELP`.
+
+    Raises:
+        ValueError: for any other name; the message lists them.
+    """
+    if name in ("ra", "ta_wide", "3a"):
+        return {"ra": RandAugment("torchvision"), "ta_wide": TrivialAugmentWide(), "3a": ThreeAugment()}[name]
+    if match := re.fullmatch(r"randaug\((\d+),\s*(\d+)\)", name):
+        return RandAugment("big_vision", int(match[1]), float(match[2]))
+    if name.startswith("rand-"):
+        return _timm_rand_augment(name)
+    raise ValueError(f"There is no augmentation policy {name!r}. Choose {AUTO_AUGMENT_HELP}.")
+
+
+def _timm_rand_augment(name: str) -> RandAugment:
+    """The mini-language of `timm.data.auto_augment.rand_augment_transform`, for its increasing operations."""
+    settings = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "inc": 0.0}
+    for part in name.split("-")[1:]:
+        match = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part)
+        if match is None:
+            raise ValueError(f"{part!r} in {name!r} is not understood. Parts are m9, n2, p0.5, mstd0.5 and inc1.")
+        settings[match[1]] = float(match[2])
+    if settings["inc"] != 1:
+        raise ValueError(f"{name!r} must have -inc1: operations that grow stronger with the magnitude, all of them.")
+    return RandAugment("timm", int(settings["n"]), settings["m"], settings["mstd"], settings["p"])

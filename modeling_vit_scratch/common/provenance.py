@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a result came about: the command, the commit of the code, the versions and the hardware."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+
+def provenance() -> dict[str, Any]:
+    """`command`, `git_commit`, `versions` and `hardware`: what it takes to find a result again."""
+    return {
+        "command": command_line(),
+        "git_commit": git_commit(),
+        "versions": {
+            "modeling_vit_scratch": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
+        },
+        "hardware": hardware(),
+    }
+
+
+def command_line(argv: list[str] | None = None) -> str:
+    """The command of this process as a card may show it: of absolute paths the last part only, and no tokens."""
+    script, *flags = sys.argv if argv is None else argv
+    processes = os.environ.get("WORLD_SIZE", "1")
+    # --multi_gpu: without, accelerate starts one process on a machine that has only a CPU.
+    launch = f"accelerate launch --multi_gpu --num_processes {processes}" if processes != "1" else "python"
+    words = [f"'{word}'" if re.search(r"[*?\s]", word) else word for word in map(_without_folder, flags)]
+    return " ".join([launch, f"scripts/{Path(script).name}", *words])
+
+
+def _without_folder(word: str) -> str:
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.fullmatch(r"hf_\w{8,}", value):
+        value = "TOKEN"
+    elif Path(value).expanduser().is_absolute():
+        value = Path(value).name
+    return name + equals + value
+
+
+def git_commit() -> str | None:
+    """The commit of this library, with "-dirty" if files were changed; None if it does not run from its repository."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> str:
+    """What computes: the accelerators, or the processor and its cores."""
+    import torch  # not before it is needed: the tools that only read records start without it
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpu_info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text()) if cpu_info.exists() else []
+    return f"CPU, {os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"

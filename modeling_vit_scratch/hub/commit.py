@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository of the Hub: what is in it, and a commit that happens as a whole or not at all. Errors for people."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    get_token,
+    is_offline_mode,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the HTTP library that huggingface_hub is built on, whichever that is
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from ..common.errors import InputError
+from ..configuration_vit_scratch import ViTScratchConfig
+from .contents import CHECKPOINT, OUTDATED, Upload
+
+
+# How often a commit is tried when the connection is lost, and the seconds before it is tried again.
+ATTEMPTS = 3
+WAIT = 2.0
+# The folder of a Space's code, by which one knows a Space of ours; and what a new repository has.
+PAGE = "page"
+_EMPTY = {".gitattributes", "README.md", "LICENSE"}
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with the role write (hf.co/settings/tokens)."
+
+
+class ConnectionLost(InputError):
+    """The Hub can't be reached, or has trouble of its own: what did not work may work later."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """
+    A repository as it was when it was looked at.
+
+    Attributes:
+        repo_id: USER/NAME.
+        exists: whether this user can see it.
+        private: whether others can't.
+        revision: the branch; None for main.
+        head: the latest commit of the branch; None if there is no such branch.
+        files: of the branch.
+        repo_type: "model" or "space".
+    """
+
+    repo_id: str
+    exists: bool = False
+    private: bool | None = None
+    revision: str | None = None
+    head: str | None = None
+    files: tuple[str, ...] = ()
+    repo_type: str = "model"
+
+    @property
+    def has_model(self) -> bool:
+        return "config.json" in self.files
+
+    def outdated(self, uploads: list[Upload]) -> list[str]:
+        """Weights and pickles of an earlier version, which a commit of a new model removes; of a Space, its code."""
+        new = {upload.path for upload in uploads}
+        if self.repo_type == "space":
+            return [path for path in self.files if path.startswith(f"{PAGE}/") and path not in new]
+        if "config.json" not in new:  # no model
+            return []
+        return [path for path in self.files if OUTDATED.fullmatch(path) and path not in new]
+
+
+def check_wish(name: str) -> None:
+    """
+    What can be said of a wish to publish without asking the Hub.
+
+    Raises:
+        InputError: if `name` is none of a repository, if there is no token, or if the Hub must not be asked.
+    """
+    with _explained(name):
+        validate_repo_id(name)
+        if get_token() is None:
+            raise LocalTokenNotFoundError
+        if is_offline_mode():
+            raise OfflineModeIsEnabled
+
+
+def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Remote:
+    """
+    What the Hub has under a name. Changes nothing; asks again when the connection is lost.
+
+    Raises:
+        InputError: if the Hub does not say it, or if the repository is no model, or no Space, of this library.
+        ConnectionLost: if it can't be reached.
+    """
+    for number in range(1, ATTEMPTS):
+        try:
+            return _look_up(repo_id, revision, repo_type)
+        except ConnectionLost:
+            time.sleep(WAIT * number)
+    return _look_up(repo_id, revision, repo_type)
+
+
+def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
+    api = HfApi()
+    with _explained(repo_id):
+        try:
+            info = api.repo_info(repo_id, repo_type=repo_type)
+        except RepositoryNotFoundError:
+            return Remote(repo_id, revision=revision, repo_type=repo_type)
+        files = tuple(file.rfilename for file in info.siblings or ())
+        if repo_type == "space":
+            is_ours = any(path.startswith(f"{PAGE}/") for path in files) or set(files) <= _EMPTY
+            kind = None if is_ours else "another app"
+        elif "config.json" in files:
+            config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text("utf-8"))
+            kind = config.get("model_type") if isinstance(config, dict) else None
+        else:
+            others = {path for path in files if not CHECKPOINT.match(path)}
+            kind = None if others <= _EMPTY else "no config.json"
+        if kind not in (None, ViTScratchConfig.model_type):
+            raise InputError(
+                f"{repo_id} exists and holds something else ({kind}). Nothing was changed. Choose another name."
+            )
+        remote = Remote(repo_id, True, info.private, revision, info.sha, files, repo_type)
+        if revision is not None:
+            try:
+                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+                files = tuple(file.rfilename for file in info.siblings or ())
+                remote = replace(remote, head=info.sha, files=files)
+            except RevisionNotFoundError:
+                remote = replace(remote, head=None)
+    return remote
+
+
+def find_model(model: str) -> ModelInfo:
+    """
+    A model of anybody's on the Hub.
+
+    Raises:
+        InputError: if there is none that this user can see, or the Hub does not say it.
+        ConnectionLost: if it can't be reached.
+    """
+    with _explained(model):
+        return HfApi().model_info(model)
+
+
+def check_permission(repo_id: str, repo_type: str = "model") -> None:
+    """Changes nothing. Raises InputError if the token of this machine may not write to a repository that is there."""
+    with _explained(repo_id):
+        HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
+
+
+def prepare(
+    name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
+    repo_type: str = "model",
+) -> Remote:  # fmt: skip
+    """
+    A repository to commit to: the one there is, or a new one; with the branch.
+
+    Args:
+        name: USER/NAME, or NAME for one of one's own.
+        private: whether a new repository is private; None for the user's or organization's default.
+        revision: a branch, made from main if there is none of that name.
+        create_pr: for a pull request, which needs no right to write to a repository that is there.
+        repo_type: "model" or "space".
+
+    Raises:
+        InputError: without a token, with one that may not write there, if the name is taken by something else, or if
+            it is public and should be private.
+        ConnectionLost: if the Hub can't be reached.
+    """
+    check_wish(name)
+    api = HfApi()
+    with _explained(name):
+        user = api.whoami()["name"]
+    repo_id = name if "/" in name else f"{user}/{name}"
+    remote = look_up(repo_id, revision, repo_type)
+    if not remote.exists:
+        with _explained(repo_id):
+            sdk = "gradio" if repo_type == "space" else None
+            api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk)
+        remote = look_up(repo_id, revision, repo_type)
+    elif private and not remote.private:
+        raise InputError(
+            f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose another "
+            "name, or leave out the wish for a private one."
+        )
+    elif not create_pr:
+        check_permission(repo_id, repo_type)
+    if remote.head is None:
+        with _explained(repo_id):
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        remote = look_up(repo_id, revision, repo_type)
+    return remote
+
+
+def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool = False, strict: bool = True) -> str:
+    """
+    Publishes files in one commit: all of them are there afterwards, or none. Tries again when the connection is lost.
+
+    Args:
+        remote: of `prepare`.
+        uploads: what to publish. Weights of earlier versions that are not among them are removed.
+        message: the commit's title.
+        create_pr: a pull request in place of a commit to the branch.
+        strict: refuse if somebody else has committed since `remote` was looked at.
+
+    Returns:
+        The URL of the commit or of the pull request.
+
+    Raises:
+        InputError: if the Hub refuses.
+        ConnectionLost: after several attempts.
+    """
+    disable_progress_bars()  # here: what was loaded meanwhile may have turned them on again
+    api, outdated = HfApi(), remote.outdated(uploads)
+
+    def attempt() -> CommitInfo:
+        # New ones for each attempt: these remember what they have uploaded.
+        adding = [CommitOperationAdd(upload.path, _source(upload)) for upload in uploads]
+        with _explained(remote.repo_id):
+            return api.create_commit(
+                remote.repo_id,
+                repo_type=remote.repo_type,
+                operations=[*adding, *(CommitOperationDelete(path) for path in outdated)],
+                commit_message=message,
+                revision=remote.revision,
+                create_pr=create_pr,
+                parent_commit=remote.head if strict and not create_pr else None,
+            )
+
+    def made() -> str | None:
+        """The URL of the commit, if it was made and only its answer got lost."""
+        with _explained(remote.repo_id):
+            latest = api.list_repo_commits(remote.repo_id, repo_type=remote.repo_type, revision=remote.revision)[0]
+        if latest.commit_id == remote.head or latest.title != message:
+            return None
+        folder = "spaces/" if remote.repo_type == "space" else ""
+        return f"{api.endpoint}/{folder}{remote.repo_id}/commit/{latest.commit_id}"
+
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            info = attempt()
+            return str(info.pr_url if create_pr else info.commit_url)
+        except ConnectionLost as error:
+            # A pull request whose answer got lost can't be told from one that was not opened: never twice.
+            if create_pr:
+                raise ConnectionLost(f"{error} Look among the pull requests before you try again.") from error
+            if number == ATTEMPTS:
+                raise ConnectionLost(
+                    f"{error} Tried {ATTEMPTS} times. Nothing of it is to be seen in {remote.repo_id}: files show up "
+                    "with the commit, all of them or none."
+                ) from error
+        time.sleep(WAIT * number)
+        with contextlib.suppress(ConnectionLost):
+            url = made()
+            if url is not None:
+                return url
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _source(upload: Upload) -> bytes | str:
+    return upload.content if isinstance(upload.content, bytes) else str(upload.content)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one message for people."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
+        # An upload of a large file puts a RuntimeError around what has happened.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        explanation = _explain(name, cause)
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _explain(name: str, error: BaseException | None) -> InputError | None:
+    if isinstance(error, HFValidationError):
+        return InputError(
+            f"{name} is no name for a repository: USER/NAME, of letters, digits, '-', '_' and '.', at most 96."
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return InputError(f"There is no token of the Hub on this machine. {_LOG_IN}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return InputError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to publish.")
+    if isinstance(error, HfHubHTTPError):
+        return _from_status(name, error)
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        return ConnectionLost(f"The connection to the Hub was lost ({reason}).")
+    return None
+
+
+def _from_status(name: str, error: HfHubHTTPError) -> InputError:
+    status = error.response.status_code
+    said = (error.server_message or "").strip().rstrip(".")
+    said = f" ({said})" if said else ""
+    if status == 401 and get_token() is None:
+        return _explain(name, LocalTokenNotFoundError())
+    if status == 401:
+        return InputError(f"The Hub does not accept the token of this machine{said}. {_LOG_IN}")
+    if status == 403:
+        return InputError(
+            f"The token of this machine may not write to {name}{said}. Take a token with the role write, a name of "
+            "your own, or ask the organization."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(f"There is no repository {name} that the token of this machine may see. {_LOG_IN}")
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"{name} has no such branch or commit.")
+    if status in (409, 412):
+        return InputError(f"{name} was changed by somebody else meanwhile{said}. Look at it, then run this again.")
+    if status == 429 or status >= 500:
+        return ConnectionLost(f"The Hub answers {status}{said}.")
+    return InputError(f"The Hub refuses {name} with {status}{said}.")

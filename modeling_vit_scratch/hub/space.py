@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Space of the Hub: the page of scripts/app.py for one model, with all that it needs and nothing of this package."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from ..common.errors import InputError
+from .checks import check_model
+from .commit import PAGE, ConnectionLost, find_model
+from .contents import Upload
+
+
+CODE = sorted((Path(__file__).parents[1] / "page").glob("*.py"))
+# What the tests run the page with.
+GRADIO, PYTHON = "6.31.0", "3.11"
+
+_CARD = """---
+title: {title}
+emoji: 👀
+colorFrom: indigo
+colorTo: gray
+sdk: gradio
+sdk_version: {gradio}
+python_version: "{python}"
+app_file: app.py
+license: apache-2.0
+short_description: What it is, and what the model looks at
+models:
+- {model}
+---
+
+# {title}
+
+A page to try [{model}](https://huggingface.co/{model}) on: the classes of a photo, attention rollout and every head
+over it, the patches, the position embeddings; several photos at once as a table.
+
+`app.py` loads the model from the Hub; `{page}/` is the page. Written by `scripts/publish.py --space` of
+modeling_vit_scratch.
+"""
+_APP = '''# SPDX-License-Identifier: Apache-2.0
+"""The page of a model. Written by scripts/publish.py --space."""
+
+from {page}.layout import build, launch
+from {page}.model import load
+
+
+MODEL, REVISION = "{model}", "{revision}"
+
+launch(build(load(MODEL, trust_remote_code={trust}, revision=REVISION), link=f"https://huggingface.co/{{MODEL}}"))
+'''
+_REQUIREMENTS = """# The small builds that compute on the CPU. For a Space with a GPU, leave out the next line.
+--extra-index-url https://download.pytorch.org/whl/cpu
+torch=={torch}
+transformers=={transformers}
+"""
+
+
+def space_files(model: str, title: str, has_code: bool, revision: str = "main") -> list[Upload]:
+    """
+    The files of a Space.
+
+    Args:
+        model: the Hub id of the model that it shows.
+        title: of the Space.
+        has_code: whether the model comes with code, which the Space then runs.
+        revision: branch or commit of the model.
+    """
+    names = {"model": model, "title": title, "page": PAGE, "gradio": GRADIO, "python": PYTHON}
+    packages = {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+    texts = {
+        "README.md": _CARD.format(**names),
+        "app.py": _APP.format(**names, trust=has_code, revision=revision),
+        "requirements.txt": _REQUIREMENTS.format(**packages),
+    }
+    uploads = [Upload(path, text.encode()) for path, text in texts.items()]
+    return sorted([*uploads, *(Upload(f"{PAGE}/{file.name}", file) for file in CODE)], key=lambda upload: upload.path)
+
+
+def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]:
+    """
+    A Space for a model that is on the Hub.
+
+    Args:
+        source: the folder that is published under the Space's own name; or the Hub id of any model.
+        repo_id: the Space's name.
+
+    Returns:
+        The files; what is wrong with the folder, a line each; the model's Hub id.
+
+    Raises:
+        InputError: if there is no such folder, nor a model of that name on the Hub.
+        ConnectionLost: if the Hub can't be asked of a model that is not in a folder.
+    """
+    folder, title = Path(source), repo_id.rpartition("/")[2]
+    if folder.is_dir():
+        faults = check_model(folder)
+        if not faults and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
+            faults = [f"{folder} holds no image classifier, and the page shows classes. Fine-tune it first."]
+        return space_files(repo_id, title, has_code=True), faults, repo_id
+    if source.count("/") != 1:
+        raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
+    found = find_model(source)
+    has_code = any(file.rfilename.endswith(".py") for file in found.siblings or ())
+    # Code of others is run as it is now.
+    return space_files(source, title, has_code, found.sha if has_code else "main"), [], source
+
+
+def check_served(model: str) -> str | None:
+    """
+    Whether a Space can load its model.
+
+    Returns:
+        What is to be done for it, if anything.
+
+    Raises:
+        InputError: if there is no such model on the Hub.
+    """
+    try:
+        private = find_model(model).private
+    except ConnectionLost:
+        raise
+    except InputError as error:
+        raise InputError(f"{error} The page needs the model on the Hub: publish it first, without --space.") from error
+    return f"{model} is private: give the Space the secret HF_TOKEN, a token that may read it." if private else None
