@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores against scikit-learn, torch and plain loops; intervals against the binomial; the temperature's fit."""
 
-from pathlib import Path
-
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -19,7 +16,6 @@ from sklearn.metrics import (
 )
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.evaluation import image_classification_scores
 from modeling_vit_scratch.evaluation.calibration import fit_temperature
 from modeling_vit_scratch.evaluation.metrics import (
     brier_scores,
@@ -137,14 +133,6 @@ def test_intervals_of_an_accuracy_are_the_binomial_ones():
     again = score(values, labels, resamples=4000)[0]
     assert again.interval == accuracy.interval  # the seed says all
     assert score(values[100:], labels[100:], resamples=200)[0].wilson_interval[0] < 1.0
-
-
-def test_as_a_metric_of_evaluate_from_its_path(one_label, tmp_path):
-    logits, labels = one_label
-    metric = evaluate.load(str(Path(image_classification_scores.__file__)), cache_dir=str(tmp_path))
-    values = probabilities(logits)
-    theirs = metric.compute(predictions=values, references=labels)
-    assert theirs == pytest.approx(values_of(score(values, labels, resamples=0)), abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -541,7 +541,7 @@ def test_two_processes_go_on_where_one_was_killed_and_write_the_same_bytes(runne
     runner(tmp_path / "one" / "a.parquet")
     monkeypatch.setattr(jobs, "BLOCK", 4)
     monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
-    run_until(lambda: runner(tmp_path / "two" / "a.parquet"), 8)
+    run_until(lambda: runner(tmp_path / "two" / "a.parquet"), 12)
     assert len(list(tmp_path.glob("two/a.parquet.parts/[0-9]*.part"))) in (1, 2)  # of 4
     argv = [str(here / "model"), str(here / "photos"), "--output", str(tmp_path / "two" / "a.parquet")]
     argv += ["--per_device_eval_batch_size", "2", "--dataloader_num_workers", "1"]

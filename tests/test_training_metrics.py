@@ -13,13 +13,13 @@ from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 from tiny_images import build, class_folders
 from transformers import EvalPrediction
 
+from modeling_vit_scratch.common import provenance as provenance_module
 from modeling_vit_scratch.common.provenance import command_line, git_commit
 from modeling_vit_scratch.evaluation.compute_metrics import (
     ImageClassificationMetric,
     build_compute_metrics,
     rank_labels,
 )
-from modeling_vit_scratch.training import record as record_module
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.record import build_record, tell_result, write_record
 
@@ -151,10 +151,10 @@ def test_commands_are_told_without_folders_and_tokens(monkeypatch):
 
 
 def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
-    module = tmp_path / "modeling_vit_scratch" / "training" / "record.py"
+    module = tmp_path / "modeling_vit_scratch" / "common" / "provenance.py"
     module.parent.mkdir(parents=True)
     module.write_text("")
-    monkeypatch.setattr(record_module, "__file__", str(module))
+    monkeypatch.setattr(provenance_module, "__file__", str(module))
     assert git_commit() is None
 
     def git(*words):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -184,7 +185,10 @@ def test_sigterm_ends_all_processes(scripts, tmp_path):
         "runs = [Run('finetune', 'pets', 'pretrained', seed, None, ('hang',)) for seed in range(3)]\n"
         "sys.exit(run_command_line(lambda: run_all(runs, Path('scripts'), Path('runs'), jobs=2)))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "scripts")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True
+    )
     started, logs = tmp_path / "started", tmp_path / "runs"
     end = time.monotonic() + 60
     while not (started.exists() and started.read_text() == "xx" and len(list(logs.glob("*.part"))) == 2):

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from ..data.dataset import Augmentation
 from ..data.decoding import PhotoPart, TrainingPhoto
+from ..data.interfaces import Augmentation
 
 
 GREY = 128

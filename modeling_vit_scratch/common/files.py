@@ -19,8 +19,9 @@ def atomic_write(file: str | os.PathLike[str]) -> Iterator[Path]:
         yield unfinished
         sync_file(unfinished)
         os.replace(unfinished, file)
-    finally:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
+        raise
     sync_folder(file.parent)
 
 

@@ -3,7 +3,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 from .decoding import PhotoPart, StoredImage, to_pixels
+from .interfaces import Augmentation
 
 
 # Keeps the random numbers that choose another image apart from those of the augmentation.
@@ -71,14 +72,6 @@ class Examples:
     def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
         """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
         return self.stored([index])[0].decode(decoder)
-
-
-class Augmentation(Protocol):
-    """Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards."""
-
-    description: str
-
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image: ...
 
 
 class ImageClassificationDataset(torch.utils.data.Dataset):

@@ -182,8 +182,8 @@ class Job:
     def write_part(self, first: int, end: int, rows: pyarrow.Table) -> None:
         """Writes rows of batches; all of them, or after a kill or a power cut none."""
         file = self.folder / f"{first:06d}-{end:06d}.part"
-        with atomic_write(file) as unfinished:
-            pyarrow.parquet.write_table(rows, unfinished)
+        with atomic_write(file) as unfinished, open(unfinished, "wb") as opened:
+            pyarrow.parquet.write_table(rows, opened)
 
     def read_parts(self) -> Iterator[pyarrow.Table]:
         """

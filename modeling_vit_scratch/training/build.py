@@ -13,7 +13,8 @@ from ..augmentation.policies import Chain, ColorJitter, RandomErasing, auto_augm
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator
-from ..data.dataset import Augmentation, ImageClassificationDataset
+from ..data.dataset import ImageClassificationDataset
+from ..data.interfaces import Augmentation
 from ..data.pixels import input_size
 from ..data.splits import ImageData, check_for_probes
 from ..data.streaming import StreamDataset, StreamPlace, check_stream
@@ -75,7 +76,7 @@ def build_trainer(
             max_broken_images=arguments.max_broken_images,
         )
     if isinstance(data.train, ImageStream):
-        check_stream(data.train, arguments)
+        check_stream(data.train, arguments, arguments.recipe_arguments.aug_repeats)
         train_set, stream_place = StreamDataset(data.train, train_set, data.shuffle_buffer_size), StreamPlace()
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     average = None if decay is None else WeightAverage(decay, warmup)

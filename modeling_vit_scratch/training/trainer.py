@@ -134,8 +134,9 @@ class ImageTrainer(PushingTrainer):
         if isinstance(self.train_dataset, StreamDataset):
             loader, self.stream_place.batches = stream_loader(self.train_dataset, self.args, self.data_collator)
             return _separated(loader)
-        if self.args.recipe_arguments.aug_repeats > 1:
-            return _separated(repeating_loader(self.train_dataset, self.args, self.data_collator))
+        repeats = self.args.recipe_arguments.aug_repeats
+        if repeats > 1:
+            return _separated(repeating_loader(self.train_dataset, self.args, repeats, self.data_collator))
         return _separated(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
