@@ -24,11 +24,12 @@ from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, run_command_line
+from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
 from modeling_vit_scratch.prediction import reading, tables
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.finishing import finish, open_job
-from modeling_vit_scratch.prediction.inputs import Item, Rows, list_inputs
+from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.running import StopOnSignal, on_screen, run_job
 
@@ -135,7 +136,7 @@ def test_lists_and_tables_name_files_beside_them(here, tmp_path, monkeypatch):
         arguments = parse_arguments(["model", str(here / file)])
         items = list(list_inputs(arguments, Rows(arguments)))
         assert [item.name for item in items] == wanted
-        assert all(os.path.exists(item.place) for item in items)
+        assert all(os.path.exists(item.path) for item in items)
         monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "stdin", io.StringIO("photos/0.JPG\nphotos/b/1.png"))
     assert names_of("-") == wanted

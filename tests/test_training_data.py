@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of source on eight tiny images, the order of labels, and every mistake that is found before training."""
 
+import os
 import shutil
 
 import datasets
@@ -21,6 +22,8 @@ from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDatas
 from modeling_vit_scratch.data.pixels import Normalize
 from modeling_vit_scratch.data.splits import export_examples
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
+from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 
 
 DECODER = ViTScratchImageProcessor()
@@ -65,6 +68,61 @@ def test_class_folders_below_class_folders_and_files_that_are_no_images(tmp_path
     (tmp_path / "cat" / "._0.png").write_bytes(b"what macOS leaves behind")
     (tmp_path / ".cache").mkdir()
     assert len(contents(read(train_dir=str(tmp_path), train_val_split=0.25))["cat"]) == 4
+
+
+def test_training_and_prediction_find_the_same_images(tmp_path, monkeypatch):
+    place = class_folders(tmp_path / "photos")
+    for folder in (".thumbnails", ".ipynb_checkpoints"):
+        (place / "cat" / folder).mkdir()
+        image(1, 9).save(place / "cat" / folder / "9.png")
+    class_folders(tmp_path / "elsewhere", classes=("zebra",), each=2)
+    (place / "zebra" / "linked").symlink_to(tmp_path / "elsewhere" / "zebra")
+    (place / "zebra" / "circle").symlink_to(place / "zebra")
+    data = read(train_dir=str(place), train_val_split=0.25)
+    found = {split.name(index) for split in (data.train, data.validation) for index in range(len(split))}
+    arguments = parse_prediction(["model", str(place)])
+    assert found == {item.path for item in list_inputs(arguments, Rows(arguments))}
+    assert len(found) == 14
+    assert sum("linked" in path for path in found) == 2
+    with pytest.raises(InputError, match=r"cat/closed: the folder can't be read: Permission denied"):
+        read_with_a_closed_folder(place, monkeypatch)
+
+
+def read_with_a_closed_folder(place, monkeypatch):
+    (place / "cat" / "closed").mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    read(train_dir=str(place), train_val_split=0.25)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["007", "7", "01", "1"], ["007", "01", "1", "7"]),
+        (["None", "NA", "null", "NaN"], ["NA", "NaN", "None", "null"]),
+        (["2", "10", "9", "-1"], ["-1", "2", "9", "10"]),  # numbers are in the order of numbers
+        (["1.0", "1", "2", "3"], ["1", "1.0", "2", "3"]),
+    ],
+)
+def test_labels_in_csv_are_what_stands_in_the_file(tmp_path, labels, names):
+    lines = ["file_name,category"]
+    for number in range(8):
+        image(1, number).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{labels[number % 4]}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    data = read(train_dir=str(tmp_path / "table.csv"), train_val_split=0.5)
+    assert data.label_names == names
+    assert sorted(data.train.labels + data.validation.labels) == [0, 0, 1, 1, 2, 2, 3, 3]
+    lines[5] = "4.png,"
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="1 images of the training split have no label"):
+        read(train_dir=str(tmp_path / "table.csv"), train_val_split=0.5)
 
 
 def test_a_validation_folder_may_lack_a_class_but_not_shift_the_others(tmp_path):

@@ -236,7 +236,7 @@ def test_mistakes_are_told_in_one_message(folder, pets, tmp_path, call, monkeypa
     cat = f"{pets}/cat/1.png"
     mistakes = {
         ("rollout", folder, "nowhere.jpg"): (2, "There is no file nowhere.jpg"),
-        ("distance", folder, "empty"): (2, "no image in the folder empty"),
+        ("distance", folder, "empty"): (2, "empty has no files with the ending of an image"),
         ("heads", folder, "broken.png"): (1, "broken.png cannot be read as an image"),
         ("positions", str(tmp_path / "relative")): (2, "position_embedding='relative_1d'"),
         ("filters", "no/such-model"): (2, "no/such-model can't be loaded"),

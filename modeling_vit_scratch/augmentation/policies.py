@@ -16,8 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from ..data.decoding import PhotoPart, TrainingPhoto
-from ..data.interfaces import Augmentation
+from ..data.decoding import Augmentation, PhotoPart, TrainingPhoto
 
 
 GREY = 128

@@ -2,7 +2,9 @@
 """Images as they are stored, with their labels, and the torch data set that makes of them what the network takes."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,8 +14,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
-from .decoding import PhotoPart, StoredImage, to_pixels
-from .interfaces import Augmentation
+from .decoding import Augmentation, PhotoPart, StoredImage, to_pixels
 
 
 # Keeps the random numbers that choose another image apart from those of the augmentation.
@@ -44,7 +45,7 @@ class Examples:
         return Examples(self.images.select(indices), labels)
 
     def index(self, number: int) -> int:
-        """Numbers beyond the last index are the same images again: see `repetition`."""
+        """Numbers beyond the last index are the same images again: see `loader.RepeatedAugmentation`."""
         return number % len(self)
 
     def label(self, number: int) -> int | np.ndarray:
@@ -153,33 +154,29 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             example["key"] = (self.seed, int(self._epoch), index)
         return {**example, "broken": broken} if broken else example
 
-    def _begin(self, index: int, stored: StoredImage) -> Image.Image | PhotoPart | StoredImage | ImageDecodeError:
-        """All that comes before the decoding of a JPEG photo, with --fast_decode; else nothing but what is stored."""
+    def _begin(self, index: int, stored: StoredImage) -> Callable[[], torch.Tensor]:
+        """
+        What is left to do for the pixels (C, H, W); it may raise ImageDecodeError. With --fast_decode, all that comes
+        before the decoding of a JPEG photo is done here.
+        """
+        if self.augmentation is None:
+            return partial(self._fit, stored)
         if not self.fast_decode:
-            return stored
+            return lambda: self._as_it_is(self.augmentation(stored.decode(self.decoder), self._generator(index)))
         try:
             photo = stored.open_photo(self.decoder)
             part = self.augmentation(photo, self._generator(index))
-            # What is decoded is large, and not to be kept until its turn comes.
-            return part.to_image() if photo.is_decoded and isinstance(part, PhotoPart) else part
         except ImageDecodeError as error:
-            return error
-
-    def _pixels(self, index: int, begun: Image.Image | PhotoPart | StoredImage | ImageDecodeError) -> torch.Tensor:
-        """(C, H, W). Raises ImageDecodeError."""
-        if isinstance(begun, ImageDecodeError):
-            raise begun
-        if not isinstance(begun, StoredImage):
-            return self._as_it_is(begun)
-        if self.augmentation is None:
-            return self._fit(begun)
-        return self._as_it_is(self.augmentation(begun.decode(self.decoder), self._generator(index)))
+            return partial(_fail, error)
+        # What is decoded is large, and not to be kept until its turn comes.
+        part = part.to_image() if photo.is_decoded and isinstance(part, PhotoPart) else part
+        return partial(self._as_it_is, part)
 
     def _generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, int(self._epoch), index))
 
     def _first_readable(
-        self, index: int, begun: Image.Image | PhotoPart | StoredImage | ImageDecodeError
+        self, index: int, pixels: Callable[[], torch.Tensor]
     ) -> tuple[int, torch.Tensor, dict[int, str]]:
         """
         The image, or within the limit of broken ones another in its place: always the same in an epoch, after a
@@ -189,7 +186,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         wanted, others = index, None
         for attempt in itertools.count(1):
             try:
-                return index, self._pixels(index, begun), broken
+                return index, pixels(), broken
             except ImageDecodeError as error:
                 if self.max_broken_images == 0 and self.augmentation is None:
                     raise ImageDecodeError(
@@ -201,7 +198,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                     raise
                 others = others or np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), wanted))
                 index = self.examples.another(others)
-                begun = self._begin(index, *self.examples.stored([index]))
+                pixels = self._begin(index, *self.examples.stored([index]))
 
     def _fit(self, stored: StoredImage) -> torch.Tensor:
         """The image as the processor decodes, resizes and crops it."""
@@ -217,3 +214,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         # None of it is a setting that every processor knows.
         done = {name: False for name in ("do_resize", "do_center_crop") if hasattr(self.processor, name)}
         return self.processor(image, return_tensors="pt", **done)["pixel_values"][0]
+
+
+def _fail(error: ImageDecodeError) -> torch.Tensor:
+    raise error

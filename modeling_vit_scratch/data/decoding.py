@@ -11,7 +11,7 @@ Images that are evaluated or served are decoded in full and resized by Pillow, u
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow
@@ -192,3 +192,11 @@ def _interleaved(image: Image.Image, box: tuple[int, int, int, int]) -> torch.Te
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """uint8 (C, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
+
+
+class Augmentation(Protocol):
+    """Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards."""
+
+    description: str
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image: ...

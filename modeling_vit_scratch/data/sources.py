@@ -12,6 +12,7 @@ from PIL import Image
 from ..common.errors import Problems
 from .arguments import DataArguments
 from .columns import LABEL_COLUMNS
+from .listing import image_endings, read_csv, walk
 from .streams import ImageStream
 
 
@@ -213,7 +214,10 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
         return datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
     tables = []
     for file in files:
-        table = datasets.load_dataset(reader, data_files=str(file), split="train", cache_dir=cache_dir)
+        if reader == "csv":
+            table = datasets.Dataset.from_dict(read_csv(str(file)))
+        else:
+            table = datasets.load_dataset(reader, data_files=str(file), split="train", cache_dir=cache_dir)
         tables.append(table.add_column(FOLDER_COLUMN, [str(file.parent)] * len(table)))
     return datasets.concatenate_datasets(tables)
 
@@ -256,13 +260,16 @@ def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Da
 
 
 def _images_below(flag: str, folder: Path, problems: Problems) -> list[Path]:
-    """Also pipes and links to nothing: whoever checks the images tells why these are none."""
-    endings = image_endings()
-    found = [
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in endings and not file.is_dir() and not file.name.startswith(".")
-    ]
+    """
+    The images in a folder at any depth, sorted. Also pipes and links to nothing: whoever checks the images tells why
+    these are none.
+    """
+    endings, found = image_endings(), []
+    for item in walk(str(folder)):
+        if item.fault:
+            problems.add(f"{flag} {item.path}: {item.fault}. Change its permissions, or move it away.")
+        elif Path(item.path).suffix.lower() in endings:
+            found.append(Path(item.path))
     unnameable = [file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))]
     if unnameable:
         names = listed([ascii(file.name) for file in unnameable])
@@ -305,10 +312,6 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     return (
         f"{flag} {folder} has no class folders. Put the images of each class into a folder that is named as the class."
     )
-
-
-def image_endings() -> set[str]:
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def listed(names: list[str], limit: int = 10) -> str:

@@ -2,6 +2,7 @@
 """Opens what --streaming reads: Parquet, WebDataset, JSON lines and CSV files, and data sets of the Hub."""
 
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..common.errors import InputError, Problems, TrainingStopped
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
 from .labels import is_label_list
+from .listing import read_rows
 from .sources import VALIDATION_SPLITS, Source, own_files, place_name
 from .streams import ImageStream, Shard
 
@@ -51,9 +53,11 @@ def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problem
     reader, files = found
     names = [str(file) for file in files]
     try:
-        rows = datasets.load_dataset_builder(reader, data_files=names, cache_dir=cache_dir).as_streaming_dataset(
-            "train"
-        )
+        if reader == "csv":
+            rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
+        else:
+            builder = datasets.load_dataset_builder(reader, data_files=names, cache_dir=cache_dir)
+            rows = builder.as_streaming_dataset("train")
         shards = _shards(rows, names)
     except Exception as error:  # a broken file raises whatever its parser raises
         problems.add(f"--train_dir {place} can't be read as {reader}: {str(error).strip()}")
@@ -88,6 +92,12 @@ def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problem
         license=builder.info.license or None,
         url=None if is_local else f"https://huggingface.co/datasets/{name}",
     )
+
+
+def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
+    """Text as it stands in the files: "007" is not 7."""
+    for file in files:
+        yield from read_rows(file)
 
 
 def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from ..common.errors import InputError, TrainingStopped
 from .labels import multi_hot
+from .listing import is_whole_number
 
 
 # Keeps the random order of records apart from other random numbers with the same seed and epoch.
@@ -131,6 +132,8 @@ class ImageStream:
         known = len(self.label_names)
         if isinstance(value, str) and value in self.label_names:
             return self.label_names.index(value)
+        if isinstance(value, str) and is_whole_number(value):  # in CSV, which has no other type than text
+            value = int(value)
         if isinstance(value, int) and 0 <= value < known:
             return value
         raise InputError(

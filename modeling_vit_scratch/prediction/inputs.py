@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the INPUTs of a command line stand for: a stream of items in an order that never changes.
-
-Nothing is decoded, and nothing is held but the names in one folder: a million images are listed in constant memory.
+The images that the INPUTs of a command line stand for, in an order that never changes, and the rows of their tables.
 """
 
-import csv
-import fnmatch
-import json
 import os
 import re
-import stat
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow
@@ -23,36 +16,30 @@ import pyarrow.parquet
 
 from ..common.errors import InputError, Problems
 from ..data.arguments import SOURCE_DEFAULTS
-from ..data.columns import IMAGE_COLUMNS, find_column
-from ..data.sources import image_endings, read_digits, read_elpv
+from ..data.listing import (
+    LISTS,
+    TABLES,
+    URLS,
+    Item,
+    image_column_of,
+    image_endings,
+    image_features,
+    item_of_file,
+    list_folder,
+    list_lines,
+    list_shard,
+    list_table,
+    list_text_file,
+    match,
+)
+from ..data.sources import read_digits, read_elpv
 from .arguments import PredictionArguments
 
 
 STANDARD_INPUT = "-"
-_URLS = ("http://", "https://")
-_TABLES, _LISTS = (".csv", ".jsonl", ".json"), (".txt", ".lst")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Parquet rows that are read at a time.
 _ROWS = 64
-
-
-class Item(NamedTuple):
-    """
-    An image, and where it is.
-
-    Attributes:
-        name: what it is called in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW.
-        place: a file or URL; for a row, the table that `Rows` knows.
-        start: in a .tar, the byte that the image begins at; in a table, the row.
-        size: in a .tar, how many bytes it has.
-        fault: why it can't be read, where that shows as it is listed.
-    """
-
-    name: str
-    place: str
-    start: int | None = None
-    size: int | None = None
-    fault: str | None = None
 
 
 def list_inputs(arguments: PredictionArguments, rows: "Rows") -> Iterator[Item]:
@@ -71,15 +58,15 @@ def list_inputs(arguments: PredictionArguments, rows: "Rows") -> Iterator[Item]:
         try:
             yield from _list_one(given, rows)
         except InputError as error:
-            problems.add(str(error))
+            problems.add(f"INPUT {error}")
     if problems.messages:
         raise problems.as_error()
 
 
 def _list_one(given: str, rows: "Rows") -> Iterator[Item]:
     if given == STANDARD_INPUT:
-        yield from _list_lines(sys.stdin, "")
-    elif given.startswith(_URLS):
+        yield from list_lines(sys.stdin, "")
+    elif given.startswith(URLS):
         yield Item(given, given)
     elif os.path.lexists(given) and (given not in SOURCE_DEFAULTS or os.path.isfile(given)):
         yield from _list_path(given, rows)
@@ -89,223 +76,29 @@ def _list_one(given: str, rows: "Rows") -> Iterator[Item]:
             found = True
             yield from _list_path(path, rows)
         if not found:
-            raise InputError(f"INPUT {given}: nothing matches this pattern.")
+            raise InputError(f"{given}: nothing matches this pattern.")
     elif Path(given).suffix.lower() in image_endings():
         yield Item(given, given)  # one missing photo among others is no reason to stop
-    elif _HUB_NAME.fullmatch(given) and Path(given).suffix.lower() not in (*_TABLES, *_LISTS, ".parquet", ".tar"):
+    elif _HUB_NAME.fullmatch(given) and Path(given).suffix.lower() not in (*TABLES, *LISTS, ".parquet", ".tar"):
         yield from rows.list_hub(given)
     else:
-        raise InputError(f"INPUT {given} does not exist.")
+        raise InputError(f"{given} does not exist.")
 
 
 def _list_path(path: str, rows: "Rows") -> Iterator[Item]:
     ending = Path(path).suffix.lower()
     if os.path.isdir(path):
-        yield from _list_folder(path)
+        yield from list_folder(path)
     elif ending == ".parquet":
         yield from rows.list_parquet(path)
     elif ending == ".tar":
-        yield from _list_shard(path)
-    elif ending in _TABLES:
-        yield from _list_table(path, rows.image_column_name)
-    elif ending in _LISTS:
-        with _opened(path) as file:
-            yield from _list_lines(file, os.path.dirname(path))
+        yield from list_shard(path)
+    elif ending in TABLES:
+        yield from list_table(path, rows.image_column_name)
+    elif ending in LISTS:
+        yield from list_text_file(path)
     else:
-        yield _file(path, path)
-
-
-def _file(name: str, path: str) -> Item:
-    """A pipe or a device would be waited for without end."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return Item(name, path)  # whoever reads it tells why that can't be done
-    return Item(name, path, fault=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and patterns
-
-
-def _list_folder(folder: str) -> Iterator[Item]:
-    endings, is_empty, left_out = image_endings(), True, []
-    for path in walk(folder):
-        if isinstance(path, Item):
-            is_empty = False
-            yield path
-        elif Path(path).suffix.lower() in endings:
-            is_empty = False
-            yield _file(path, path)
-        elif len(left_out) < 3:
-            left_out.append(os.path.basename(path))
-    if is_empty:
-        others = f"; it has others: {', '.join(left_out)}. Give these by their names" if left_out else ""
-        raise InputError(f"INPUT {folder} has no files with the ending of an image{others}.")
-
-
-def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str | Item]:
-    """
-    All files in a folder at any depth, in the order of their names, folder by folder; hidden ones are left out. Links
-    are followed, but not in circles. A folder that can't be read is an item with a fault.
-    """
-    try:
-        facts = os.stat(folder)
-        names = _names_in(folder)
-    except OSError as error:
-        yield Item(folder, folder, fault=f"the folder can't be read: {error.strerror}")
-        return
-    place = (facts.st_dev, facts.st_ino)
-    if place in above:
-        return
-    for name, is_folder in names:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from walk(path, (*above, place))
-        else:
-            yield path
-
-
-def _names_in(folder: str) -> list[tuple[str, bool]]:
-    """What is in a folder and not hidden, sorted, and whether it is a folder itself."""
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; whoever opens it tells
-        return False
-
-
-def match(pattern: str) -> Iterator[str]:
-    """As `glob.iglob(pattern, recursive=True)`, but sorted, and with no more than a folder's names in memory."""
-    root = os.sep if pattern.startswith(os.sep) else ""
-    yield from _match(root, [part for part in pattern.split(os.sep) if part])
-
-
-def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    head, rest = parts[0], parts[1:]
-    if not any(sign in head for sign in "*?["):
-        path = os.path.join(folder, head)
-        if os.path.lexists(path):
-            yield from _match(path, rest) if rest else [path]
-        return
-    try:
-        facts = os.stat(folder or ".")
-        names = _names_in(folder or ".")
-    except OSError:
-        return
-    if head == "**":
-        place = (facts.st_dev, facts.st_ino)
-        if place in above:
-            return
-        if rest:  # no folder in between
-            yield from _match(folder, rest)
-        for name, is_folder in names:
-            path = os.path.join(folder, name)
-            if is_folder:
-                yield from _match(path, parts, (*above, place))
-            elif not rest:
-                yield path
-        return
-    for name, is_folder in names:
-        if fnmatch.fnmatchcase(name, head) and (is_folder or not rest):
-            path = os.path.join(folder, name)
-            yield from _match(path, rest) if rest else [path]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists and tables of paths
-
-
-def _opened(path: str) -> IO[str]:
-    try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise InputError(f"INPUT {path} can't be opened: {error.strerror}.") from error
-
-
-def _beside(folder: str, name: str) -> Item:
-    if name.startswith(_URLS):
-        return Item(name, name)
-    return _file(name, os.path.join(folder, name))
-
-
-def _list_lines(file: IO[str], folder: str) -> Iterator[Item]:
-    for line in file:
-        if name := line.rstrip("\r\n"):
-            yield _beside(folder, name)
-
-
-def _list_table(path: str, wish: str | None) -> Iterator[Item]:
-    """Paths are relative to the folder of the table, as in training."""
-    is_csv, column, number = path.lower().endswith(".csv"), None, 0
-    with _opened(path) as file:
-        try:
-            for row in csv.DictReader(file) if is_csv else map(json.loads, file):
-                number += 1
-                if column is None:
-                    if not isinstance(row, dict):
-                        raise ValueError("a row is no object with named values")
-                    column = _find_image_column(path, wish, [], [name for name in row if name is not None])
-                name = row[column]
-                if not isinstance(name, str) or not name:
-                    raise ValueError(f"column {column!r} holds {name!r}, and not a path")
-                yield _beside(os.path.dirname(path), name)
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            if isinstance(error, InputError):
-                raise
-            kind = "CSV" if is_csv else "JSON lines"
-            raise InputError(f"INPUT {path} can't be read as {kind}, row {number}: {error}.") from error
-
-
-def _find_image_column(table: str, wish: str | None, of_type: list[str], columns: list[str]) -> str:
-    problems = Problems()
-    column = find_column("image", wish, of_type, IMAGE_COLUMNS, columns, table, problems)
-    if column is None:
-        raise InputError(f"INPUT {table}: " + "; ".join(problems.messages))
-    return column
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-
-def _list_shard(path: str) -> Iterator[Item]:
-    """The images in a .tar by where they begin: nothing is unpacked, so no name in it can lead anywhere."""
-    endings, is_empty, after = image_endings(), True, "its start"
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while True:
-                try:
-                    member = archive.next()
-                except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-                    yield Item(path, path, fault=f"the shard can't be read after {after}: {error}")
-                    return
-                if member is None:
-                    # tarfile ends in silence at a damaged header, and where a file is cut between two members.
-                    archive.fileobj.seek(archive.offset)
-                    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                        is_empty = False
-                        yield Item(path, path, fault=f"the shard is cut short or damaged after {after}")
-                    break
-                archive.members = []  # or all would be kept
-                after = member.name
-                if Path(member.name).suffix.lower() not in endings or os.path.basename(member.name).startswith("."):
-                    continue
-                is_empty = False
-                name, fault = f"{path}/{member.name}", None
-                if not member.isreg() or member.issparse():
-                    fault = "it is no regular file in its shard"
-                yield Item(name, path, member.offset_data, member.size, fault)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise InputError(
-            f"INPUT {path} can't be read as an uncompressed .tar: {error}. Compressed ones have to be unpacked first."
-        ) from error
-    if is_empty:
-        raise InputError(f"INPUT {path} has no images in it.")
+        yield item_of_file(path, path)
 
 
 class Rows:
@@ -334,11 +127,11 @@ class Rows:
 
     def read(self, item: Item) -> bytes | str | None:
         """What a row holds: the file as bytes, or its path. Rows of Parquet files are best read in their order."""
-        if item.place.lower().endswith(".parquet"):
-            value = self._next_row(item.place, item.start)
-            folder = os.path.dirname(item.place)
+        if item.path.lower().endswith(".parquet"):
+            value = self._next_row(item.path, item.start)
+            folder = os.path.dirname(item.path)
         else:
-            table, column = self._hub(item.place)
+            table, column = self._hub(item.path)
             value, folder = table[item.start][column], ""
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -351,9 +144,8 @@ class Rows:
                 features = datasets.Features.from_arrow_schema(file.schema_arrow)
             except (OSError, ValueError, pyarrow.ArrowException) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise InputError(f"INPUT {path} can't be read as Parquet: {reason}") from error
-            is_image = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-            column = _find_image_column(path, self.image_column_name, is_image, list(features))
+                raise InputError(f"{path} can't be read as Parquet: {reason}") from error
+            column = image_column_of(path, self.image_column_name, image_features(features), list(features))
             self._tables = {path: (file, column)}  # one open file at a time
         return self._tables[path]
 
@@ -404,8 +196,8 @@ class Rows:
                 table = source.train
             else:
                 table = self._load(name)
-            is_image = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
-            column = _find_image_column(name, self.image_column_name, is_image, table.column_names)
+            is_image = image_features(table.features)
+            column = image_column_of(name, self.image_column_name, is_image, table.column_names)
             table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
             self._tables[name] = table, column
         return self._tables[name]
@@ -415,11 +207,11 @@ class Rows:
         try:
             splits = datasets.load_dataset(name, wishes.dataset_config_name, cache_dir=wishes.cache_dir)
         except Exception as error:  # the library raises a dozen types, all about the name or the connection
-            raise InputError(f"INPUT {name} does not exist here, and as a data set of the Hub it can't be read: "
+            raise InputError(f"{name} does not exist here, and as a data set of the Hub it can't be read: "
                              f"{str(error).strip()}") from error  # fmt: skip
         if wishes.split is None and len(splits) == 1:
             return next(iter(splits.values()))
         if wishes.split not in splits:
             given = "Give one with --split" if wishes.split is None else f"--split {wishes.split} is none of them"
-            raise InputError(f"INPUT {name} has the splits {', '.join(splits)}. {given}.")
+            raise InputError(f"{name} has the splits {', '.join(splits)}. {given}.")
         return splits[wishes.split]

@@ -23,7 +23,7 @@ import pyarrow.parquet
 
 from ..common.errors import InputError
 from ..common.files import atomic_write, write_text
-from .inputs import Item
+from ..data.listing import Item
 
 
 try:

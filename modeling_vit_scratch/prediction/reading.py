@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError
+from ..data.listing import Item
 from ..data.loader import prepare_workers
 from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
-from .inputs import Item, Rows
+from .inputs import Rows
 
 
 # The encoded image of a shard or a table may have so many bytes.
@@ -79,7 +80,7 @@ class ItemDataset(Dataset):
     def _read(self, item: Item, content: Any) -> torch.Tensor:
         if isinstance(content, ValueError):
             raise content
-        name, source = item.name, item.place if item.start is None else content
+        name, source = item.name, item.path if item.start is None else content
         if item.size is not None:
             source = _read_member(item)
         if source is None:
@@ -94,7 +95,7 @@ def _read_member(item: Item) -> bytes:
     if item.size > MAX_BYTES:
         raise ValueError(f"it has {item.size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a shard")
     try:
-        with open(item.place, "rb") as file:
+        with open(item.path, "rb") as file:
             file.seek(item.start)
             content = file.read(item.size)
     except OSError as error:

@@ -14,7 +14,7 @@ from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator
 from ..data.dataset import ImageClassificationDataset
-from ..data.interfaces import Augmentation
+from ..data.decoding import Augmentation
 from ..data.pixels import input_size
 from ..data.splits import ImageData, check_for_probes
 from ..data.streaming import StreamDataset, StreamPlace, check_stream

@@ -16,9 +16,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.loader import prepare_workers
+from ..data.loader import prepare_workers, repeating_loader
 from ..data.pixels import Normalize, mix
-from ..data.repetition import repeating_loader
 from ..data.streaming import StreamDataset, StreamPlace, stream_loader
 from .arguments import ImageTrainingArguments
 from .callbacks import SamplesSeen

@@ -4,16 +4,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..common.errors import InputError
 from ..common.stored_model import load_stored_model
+from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 
 
@@ -70,16 +69,11 @@ def find_photos(sources: list[str]) -> list[str]:
     Raises:
         InputError: if a path does not exist, or a folder has no image.
     """
-    suffixes, found = tuple(Image.registered_extensions()), []
+    found = []
     for source in sources:
-        if source.startswith(("http://", "https://")):
-            found.append(source)
-        elif os.path.isdir(source):
-            files = sorted(str(file) for file in Path(source).rglob("*") if file.suffix.lower() in suffixes)
-            if not files:
-                raise InputError(f"There is no image in the folder {source}. Images end in .jpg, .png and the like.")
-            found += files
-        elif os.path.exists(source):
+        if os.path.isdir(source):
+            found += [item.path for item in list_folder(source)]
+        elif source.startswith(URLS) or os.path.exists(source):
             found.append(source)
         else:
             raise InputError(f"There is no file {source}. Give images, or folders of images.")

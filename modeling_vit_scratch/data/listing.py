@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The files that a path stands for, in an order that never changes: what training, evaluation, prediction and pictures of
+the same folder or table have in common.
+
+Nothing is decoded, and no more is held than the names in one folder: a million images are listed in constant memory.
+"""
+
+import csv
+import fnmatch
+import json
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import datasets
+from PIL import Image
+
+from ..common.errors import InputError, Problems
+from .columns import IMAGE_COLUMNS, find_column
+
+
+URLS = ("http://", "https://")
+TABLES, LISTS = (".csv", ".jsonl", ".json"), (".txt", ".lst")
+
+
+class Item(NamedTuple):
+    """
+    An image, and where it is.
+
+    Attributes:
+        name: what it is called in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW.
+        path: a file or URL; for a row, the table.
+        start: in a .tar, the byte that the image begins at; in a table, the row.
+        size: in a .tar, how many bytes it has.
+        fault: why it can't be read, where that shows as it is listed.
+    """
+
+    name: str
+    path: str
+    start: int | None = None
+    size: int | None = None
+    fault: str | None = None
+
+
+def image_endings() -> set[str]:
+    """The endings of the formats that Pillow reads, in lower case and with the dot."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def item_of_file(name: str, path: str) -> Item:
+    """A pipe or a device has a fault: reading it would wait without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return Item(name, path)  # whoever reads it tells why that can't be done
+    return Item(name, path, fault=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and patterns
+
+
+def list_folder(folder: str) -> Iterator[Item]:
+    """The images in a folder at any depth, by their endings. Raises InputError if there are none."""
+    endings, is_empty, left_out = image_endings(), True, []
+    for item in walk(folder):
+        if item.fault or Path(item.path).suffix.lower() in endings:
+            is_empty = False
+            yield item if item.fault else item_of_file(item.name, item.path)
+        elif len(left_out) < 3:
+            left_out.append(os.path.basename(item.path))
+    if is_empty:
+        others = f"; it has others: {', '.join(left_out)}. Give these by their names" if left_out else ""
+        raise InputError(f"{folder} has no files with the ending of an image{others}.")
+
+
+def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
+    """
+    All files in a folder at any depth, in the order of their names, folder by folder; hidden ones are left out. Links
+    are followed, but not in circles. A folder that can't be read is an item with a fault.
+    """
+    try:
+        status = os.stat(folder)
+        names = _names_in(folder)
+    except OSError as error:
+        yield Item(folder, folder, fault=f"the folder can't be read: {error.strerror}")
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for name, is_folder in names:
+        path = os.path.join(folder, name)
+        if is_folder:
+            yield from walk(path, (*above, identity))
+        else:
+            yield Item(path, path)
+
+
+def _names_in(folder: str) -> list[tuple[str, bool]]:
+    """What is in a folder and not hidden, sorted, and whether it is a folder itself."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; whoever opens it tells
+        return False
+
+
+def match(pattern: str) -> Iterator[str]:
+    """As `glob.iglob(pattern, recursive=True)`, but sorted, and with no more than a folder's names in memory."""
+    root = os.sep if pattern.startswith(os.sep) else ""
+    yield from _match(root, [part for part in pattern.split(os.sep) if part])
+
+
+def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    head, rest = parts[0], parts[1:]
+    if not any(sign in head for sign in "*?["):
+        path = os.path.join(folder, head)
+        if os.path.lexists(path):
+            yield from _match(path, rest) if rest else [path]
+        return
+    try:
+        status = os.stat(folder or ".")
+        names = _names_in(folder or ".")
+    except OSError:
+        return
+    if head == "**":
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
+        if rest:  # no folder in between
+            yield from _match(folder, rest)
+        for name, is_folder in names:
+            path = os.path.join(folder, name)
+            if is_folder:
+                yield from _match(path, parts, (*above, identity))
+            elif not rest:
+                yield path
+        return
+    for name, is_folder in names:
+        if fnmatch.fnmatchcase(name, head) and (is_folder or not rest):
+            path = os.path.join(folder, name)
+            yield from _match(path, rest) if rest else [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists and tables
+
+
+def list_lines(file: IO[str], folder: str) -> Iterator[Item]:
+    """A path or URL in each line; paths are relative to the folder."""
+    for line in file:
+        if name := line.rstrip("\r\n"):
+            yield _beside(folder, name)
+
+
+def list_text_file(path: str) -> Iterator[Item]:
+    """As `list_lines`, relative to the folder of the file."""
+    with _opened(path) as file:
+        yield from list_lines(file, os.path.dirname(path))
+
+
+def list_table(path: str, image_column: str | None) -> Iterator[Item]:
+    """The images of a CSV or JSON lines file. Paths are relative to its folder."""
+    column, number = None, 0
+    try:
+        for row in read_rows(path):
+            number += 1
+            if column is None:
+                column = image_column_of(path, image_column, [], [name for name in row if name is not None])
+            name = row[column]
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"column {column!r} holds {name!r}, and not a path")
+            yield _beside(os.path.dirname(path), name)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        kind = "CSV" if path.lower().endswith(".csv") else "JSON lines"
+        raise InputError(f"{path} can't be read as {kind}, row {number}: {error}.") from error
+
+
+def read_rows(path: str) -> Iterator[dict[str, Any]]:
+    """
+    The rows of a CSV or JSON lines file. What stands in a CSV file stays text, as it stands there.
+
+    Raises:
+        InputError: if the file can't be opened.
+        ValueError: for JSON that is damaged or no object.
+        csv.Error: for damaged CSV.
+    """
+    with _opened(path) as file:
+        if path.lower().endswith(".csv"):
+            yield from csv.DictReader(file)
+            return
+        for line in file:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a row is no object with named values")
+            yield row
+
+
+def read_csv(path: str) -> dict[str, list[Any]]:
+    """
+    The columns of a CSV file: text as it stands there, None where there is nothing. A column of whole numbers that are
+    all written in the usual way, without a plus or zeros before them, is numbers.
+
+    Raises:
+        ValueError, csv.Error: if it can't be read, or a row has more values than there are columns.
+    """
+    columns: dict[str, list[Any]] = {}
+    for number, row in enumerate(read_rows(path), start=1):
+        if None in row:
+            raise ValueError(f"row {number} has {len(row) + len(row[None]) - 1} values for {len(row) - 1} columns")
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value or None)
+    for name, values in columns.items():
+        if all(value is None or is_whole_number(value) for value in values) and any(values):
+            columns[name] = [None if value is None else int(value) for value in values]
+    return columns
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a text is a whole number in the usual way of writing: 7, and not 007 or +7."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(text)) == text
+
+
+def image_column_of(table: str, wanted: str | None, of_type: list[str], columns: list[str]) -> str:
+    """The column that holds the images: see `find_column`. Raises InputError if that can't be told."""
+    problems = Problems()
+    column = find_column("image", wanted, of_type, IMAGE_COLUMNS, columns, table, problems)
+    if column is None:
+        raise InputError(f"{table}: " + "; ".join(problems.messages))
+    return column
+
+
+def image_features(features: datasets.Features) -> list[str]:
+    """The columns whose type says that they hold images."""
+    return [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+
+
+def _opened(path: str) -> IO[str]:
+    try:
+        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise InputError(f"{path} can't be opened: {error.strerror}.") from error
+
+
+def _beside(folder: str, name: str) -> Item:
+    if name.startswith(URLS):
+        return Item(name, name)
+    return item_of_file(name, os.path.join(folder, name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def list_shard(path: str) -> Iterator[Item]:
+    """The images in a .tar by where they begin: nothing is unpacked, so no name in it can lead anywhere."""
+    endings, is_empty, after = image_endings(), True, "its start"
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while True:
+                try:
+                    member = archive.next()
+                except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                    yield Item(path, path, fault=f"the shard can't be read after {after}: {error}")
+                    return
+                if member is None:
+                    # tarfile ends in silence at a damaged header, and where a file is cut between two members.
+                    archive.fileobj.seek(archive.offset)
+                    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        is_empty = False
+                        yield Item(path, path, fault=f"the shard is cut short or damaged after {after}")
+                    break
+                archive.members = []  # or all would be kept
+                after = member.name
+                if Path(member.name).suffix.lower() not in endings or os.path.basename(member.name).startswith("."):
+                    continue
+                is_empty = False
+                name, fault = f"{path}/{member.name}", None
+                if not member.isreg() or member.issparse():
+                    fault = "it is no regular file in its shard"
+                yield Item(name, path, member.offset_data, member.size, fault)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path} can't be read as an uncompressed .tar: {error}. Compressed ones have to be unpacked first."
+        ) from error
+    if is_empty:
+        raise InputError(f"{path} has no images in it.")
