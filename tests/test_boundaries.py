@@ -64,13 +64,13 @@ ALLOWED = {
     "data": {"common"},
     "augmentation": {"common", "data"},
     "recipes": {"common"},
-    "visualization": {"common", "data"},
+    "page": set(),
+    "visualization": {"common", "data", "page"},
     "evaluation": {"common", "acceleration", "data", "visualization"},
     "prediction": {"common", "acceleration", "data"},
     "exporting": {"common", "data", "evaluation"},
     "cards": {"common", "evaluation"},
     "hub": {"common"},
-    "page": set(),
     "training": {"common", "acceleration", "data", "augmentation", "recipes", "evaluation", "hub"},
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Where any Vision Transformer looks, from the attention weights that it gives.
+Where any Vision Transformer looks, from the attention weights that it gives; and how alike its positions are.
 
-`visualization/attention.py` watches the layers of this package's models; a Space has models only, of whatever kind.
+A Space has this file and models of whatever kind. `visualization/` uses the same arithmetic for this package's models.
 """
 
 from typing import Any
@@ -40,15 +40,40 @@ def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = Fa
         rows = weights[..., prefix:, :].mean(dim=-2) if pools_mean or prefix == 0 else weights[..., 0, :]
         return rows[..., prefix:].unflatten(-1, grid)
 
-    heads, rollouts, rollout = [], [], torch.eye(num_tokens, dtype=torch.float64)
+    heads, rollouts, rollout = [], [], None
     for layer in attentions:
         weights = layer[0].float().cpu()
         weights = weights / weights.sum(dim=-1, keepdim=True)  # half precision rounds them
         heads.append(to_patches(weights))
-        # Half of each token stays by the residual connection.
-        rollout = (weights.mean(dim=0).double() @ rollout + rollout) / 2
+        rollout = roll_out(weights, rollout)
         rollouts.append(to_patches(rollout))
     return torch.stack(rollouts), torch.stack(heads)
+
+
+def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
+    """
+    Attention rollout (Abnar & Zuidema, arXiv:2005.00928) through one more layer: its weights, averaged over the heads,
+    and as much of the identity for the residual connection, times the rollout of the layers before.
+
+    Args:
+        weights: (..., A, T, T), rows that sum to 1.
+        before: (..., T, T), float64; None for the first layer.
+
+    Returns:
+        (..., T, T), float64, rows that sum to 1.
+    """
+    mixing = weights.mean(dim=-3).double()
+    mixing = mixing + torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
+    mixing = mixing / mixing.sum(dim=-1, keepdim=True)
+    return mixing if before is None else mixing @ before
+
+
+def cosine_similarity(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
+    """
+    Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64. A vector of zeros is like no other: 0.
+    """
+    vectors = torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)
+    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
 
 
 @torch.no_grad()
@@ -67,5 +92,4 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor
             break
     if found is None or found.ndim != 2 or len(found) != grid[0] * grid[1]:
         return None
-    vectors = torch.nn.functional.normalize(found.double().cpu(), dim=-1)
-    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
+    return cosine_similarity(found, grid)

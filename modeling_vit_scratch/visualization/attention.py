@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from ..page.attention import roll_out
 from .photos import encoder, evaluating
 
 
@@ -146,16 +147,14 @@ def attention_rollout(model: ViTScratchPreTrainedModel, pixel_values: Tensor) ->
     Returns:
         (B, T, T), float64: row t says how much of each input token is in output token t, and sums to 1.
     """
-    rollout: list[Tensor] = []
+    rollout: Tensor | None = None
 
     def look(index: int, weights: Tensor) -> None:
-        mixing = weights.mean(dim=1).double()
-        mixing = mixing + torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
-        mixing = mixing / mixing.sum(dim=-1, keepdim=True)
-        rollout[:] = [mixing @ rollout[0] if rollout else mixing]
+        nonlocal rollout
+        rollout = roll_out(weights, rollout)
 
     watch_attention(model, pixel_values, look)
-    return rollout[0].cpu().numpy()
+    return rollout.cpu().numpy()
 
 
 def rollout_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch
 
 from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from ..page.attention import cosine_similarity
 from .photos import encoder
 
 
@@ -39,7 +40,5 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
             "Models with learned_1d, learned_2d or sincos_2d have them."
         )
     rows, columns = base.config.grid_hw if grid is None else grid
-    vectors = positions.patch_positions(rows, columns, base.device)[0].double().cpu().numpy()  # (N, D)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
-    return np.clip(vectors @ vectors.T, -1, 1).reshape(rows, columns, rows, columns)
+    vectors = positions.patch_positions(rows, columns, base.device)[0]  # (N, D)
+    return cosine_similarity(vectors, (rows, columns)).numpy()
