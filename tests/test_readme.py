@@ -26,21 +26,20 @@ from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line
 ]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
-# What makes a long command short, and what it must say in the end.
+# What makes a long command short.
 SHORTER = {
-    "accelerate launch scripts/finetune.py --model_name_or_path B_16.npz": "--image_size 32 --max_steps 2",
+    "python scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
     "accelerate launch scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
     "torchrun --nproc_per_node 2 scripts/finetune.py": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/finetune.py --dataset_name elpv": "--max_steps 2 --max_train_samples 32 "
-    "--max_eval_samples 32",
+    "python scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
+    "python scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
 }
 LAUNCHED = (
     "accelerate launch scripts/finetune.py --train_dir photos",
@@ -72,15 +71,26 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_first_screen_has_the_sentence_the_commands_and_three_lines_of_python():
-    screen = README.splitlines()[:30]
-    assert "make demo" in "\n".join(screen)
-    assert "make test" in "\n".join(screen)
+def test_the_first_screen_has_the_sentence_a_picture_and_the_installation():
+    screen = "\n".join(README.splitlines()[:40])
+    assert all(word in screen for word in ("make demo", "make test", "pip install -e .", "![", "pipeline("))
     assert len(PYTHON[0].splitlines()) == 3
+    assert len(README.splitlines()) <= 200
+
+
+def test_pictures_and_links_of_the_page_lead_somewhere():
+    targets = re.findall(
+        r"\]\(((?!https?:)[^)#]+)[^)]*\)", README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    )
+    assert len(targets) > 8
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    pictures = [ROOT / target for target in targets if target.endswith(".png")]
+    assert pictures
+    assert all(picture.stat().st_size < 300_000 for picture in pictures)
 
 
 def test_every_command_is_known_here():
-    known = ("make demo", "make test", 'pip install -e ".[samples]"', "python scripts/convert.py B_16.npz", *SHORTER)
+    known = ("make demo", "make test", "python scripts/convert.py B_16.npz", *SHORTER)
     known = (*known, "python scripts/convert.py outputs/vit-b16", "python scripts/probe.py outputs/pretrained")
     known = (
         *known,
@@ -91,6 +101,8 @@ def test_every_command_is_known_here():
     known = (*known, "python scripts/publish.py outputs/pets me/vit-pets")
     known = (*known, 'pip install -e ".[app]"', "python scripts/app.py outputs/pets")  # test_page.py starts it
     known = (*known, "python scripts/predict.py outputs/pets photos")
+    # How the environment of these tests was made.
+    known = (*known, "python3 -m venv .venv", "source .venv/bin/activate", "pip install torch", "pip install -e .")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert all(any(command.startswith(name) for command in COMMANDS) for name in known)
 
@@ -166,7 +178,7 @@ def train(start: str, workplace: Path) -> tuple[Path, str]:
     folder = workplace / words[words.index("--output_dir") + 1]
     shutil.rmtree(folder, ignore_errors=True)  # of a test that needed it before: training writes over nothing
     if start not in LAUNCHED:
-        return folder, run_here(words[2:], workplace)
+        return folder, run_here(words[1:], workplace)
     launchers = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
     arguments = words[words.index("launch") + 1 :] if "launch" in words else words[1:]
     return folder, run([sys.executable, "-m", launchers[words[0]], *arguments], workplace)
@@ -225,7 +237,7 @@ def test_what_pretraining_gives_is_on_record():
         assert len({run["seed"] for run in entry["runs"]}) == len(values)
         cells.append(f"| {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} % |")
     assert len(cells) == 12
-    table = README[README.index("| pooled output | start") :]
+    table = MEASUREMENTS[MEASUREMENTS.index("| pooled output | start") :]
     table = table[: table.index("\n\n")]
     assert table.count(" ± ") == len(cells)
     assert all(cell[2:-2] in table for cell in cells)
@@ -233,7 +245,7 @@ def test_what_pretraining_gives_is_on_record():
 
 def test_what_the_demo_gains_is_on_record():
     record = json.loads((ROOT / "model_cards" / "demo.json").read_text(encoding="utf-8"))
-    row = next(line for line in README.splitlines() if line.startswith("| `make demo` |"))
+    row = next(line for line in MEASUREMENTS.splitlines() if line.startswith("| `make demo` |"))
     told = {}
     for cell in record["cells"]:
         values = [100 * value for value in cell["values"]]
@@ -248,7 +260,7 @@ def test_what_the_demo_gains_is_on_record():
 
 
 def test_how_fast_fine_tuning_is_is_on_record():
-    text = " ".join(README[README.index("## How fast is it?") :].split())
+    text = " ".join(MEASUREMENTS[MEASUREMENTS.index("## Speed") :].split())
     record = json.loads((ROOT / "model_cards" / "benchmark_finetune.json").read_text(encoding="utf-8"))
     for measured in record["sets"].values():
         row = list(measured["summary"].values())[-1]  # beside transformers
@@ -265,7 +277,7 @@ def test_how_fast_the_network_is_is_on_record():
         low, middle, high = np.percentile(np.divide(batch["seconds"][other], batch["seconds"][ours]), [25, 50, 75])
         return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
-    text = README[README.index("On a CPU, S/16") : README.index("## What is different here")]
+    text = MEASUREMENTS[MEASUREMENTS.index("On a CPU, S/16") :]
     inference, training = read("inference"), read("training")
     blocked = "ours, block_weights"
     for name in ("ours", blocked, "transformers", "timm", "torchvision", "vit-pytorch"):
