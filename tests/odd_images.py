@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import PngInfo
 
 
 SIDES = (12, 10)
@@ -88,6 +89,44 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     add("turned nowhere.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain))
     add("progressive.jpg", encoded(plain, "JPEG", progressive=True))
     add("lossless.jpg", lossless_jpeg(), Image.new("L", (400, 300), 128))
+    # Uncompressed, Pillow maps these by their names, and mixes up the sides of those that are turned.
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16"):
+        source = plain.quantize(16) if mode == "P" else in_mode(mode)
+        shown = in_mode("L") if mode == "I;16" else source.convert("RGBA" if mode == "RGBA" else "RGB")
+        for orientation, turn in ((5, "TRANSPOSE"), (6, "ROTATE_270"), (7, "TRANSVERSE"), (8, "ROTATE_90")):
+            exif[0x0112] = orientation
+            content = encoded(source, "TIFF", exif=exif)
+            add(f"turned {mode.replace(';', ' ')} {orientation}.tif", content, shown.transpose(Image.Transpose[turn]))
+    # The pixels are fine, and so is the density before a damaged EXIF block, at which Pillow looks for it again.
+    jpeg = encoded(plain, "JPEG", dpi=(72, 72))
+    for words in (b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0not a TIFF header"):
+        segment = b"\xff\xe1" + struct.pack(">H", len(words) + 2) + words
+        add(f"damaged EXIF of {len(words)}.jpg", jpeg[:20] + segment + jpeg[20:], _jpeg(plain))
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n      10\nno hexadecimal digits\n")
+    add("EXIF without digits.png", encoded(plain, "PNG", pnginfo=text), plain)
+    levels = np.arange(8)
+    for depth, row, values in (
+        (1, bytes([0b01010101]), levels % 2 * 255),
+        (2, bytes([0b00011011] * 2), levels % 4 * 85),
+        (4, bytes([0x01, 0x23, 0x45, 0x67]), levels * 17),
+        (16, (levels * 9000).astype(">u2").tobytes(), (levels * 9000 + 128) // 257),
+    ):
+        key = 3 * 9000 if depth == 16 else 1
+        alpha = np.where(values == values[3 if depth == 16 else 1], 0, 255)
+        pixels = np.stack([np.stack([values, alpha], -1)] * 2).astype(np.uint8)
+        content = png_of(8, 2, (b"tRNS", struct.pack(">H", key)), depth=depth, color=0, rows=[row] * 2)
+        add(f"one gray of {depth} bits is transparent.png", content, Image.fromarray(pixels))
+    deep = np.stack([levels * 9000] * 3, -1)
+    pixels = np.concatenate([deep >> 8, np.where(levels == 3, 0, 255)[:, None]], -1)
+    content = png_of(
+        8, 2, (b"tRNS", struct.pack(">HHH", *[27000] * 3)), depth=16, rows=[deep.astype(">u2").tobytes()] * 2
+    )
+    add("one colour of 16 bits is transparent.png", content, Image.fromarray(np.stack([pixels] * 2).astype(np.uint8)))
+    dark = np.arange(120, dtype=np.uint16).reshape(10, 12)
+    add("dark 16 bits.pgm", b"P5 12 10 65535\n" + dark.astype(">u2").tobytes(), Image.new("L", SIDES, 0))
+    negative = Image.fromarray((65535 - np.asarray(in_mode("I;16"))).astype(np.uint16))
+    add("white is zero.tif", encoded(negative, "TIFF", tiffinfo={262: 0}), gray)
     add("rubbish after the end.jpg", encoded(plain, "JPEG") + b"\0rubbish" * 50, _jpeg(plain))
     add("really a png.jpg", encoded(plain, "PNG"), plain)
     add("really a jpeg.png", encoded(plain, "JPEG"))
@@ -123,10 +162,18 @@ def lossless_jpeg(size: tuple[int, int] = (400, 300), frame: int = 0xC3) -> byte
     return b"\xff\xd8" + header + one_code + scan + b"\xff\xd9"
 
 
-def png_of(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG that says it has so many pixels; one row of them is there."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(bytes(width + 1))), (b"IEND", b"")]
+def png_of(
+    width: int,
+    height: int,
+    *chunks: tuple[bytes, bytes],
+    depth: int = 8,
+    color: int = 2,
+    rows: list[bytes] | None = None,
+) -> bytes:
+    """A PNG of so many pixels, of gray (`color` 0) or RGB (2). By itself one row of them is there, too short."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    data = bytes(width + 1) if rows is None else b"".join(b"\0" + row for row in rows)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     written = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
                for kind, data in parts)  # fmt: skip
     return b"\x89PNG\r\n\x1a\n" + b"".join(written)

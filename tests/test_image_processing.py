@@ -3,8 +3,10 @@
 
 import base64
 import colorsys
+import contextlib
 import copy
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import ChannelDimension
 
+from modeling_vit_scratch import image_processing_vit_scratch
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
 
 
@@ -341,6 +345,52 @@ def test_url(plain, rgb, tmp_path, server):
     for missing, reason in (("missing.png", "404"), ("page.jpg", "no image format")):
         with pytest.raises(ImageDecodeError, match=rf"{server}/{missing} cannot be read as an image: .*{reason}"):
             plain(f"{server}/{missing}")
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Bodies without an end: /fast, /slow, and /bomb, which is small before it is unpacked; redirects in a circle."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if self.path == "/circle":
+            self.send_response(302)
+            self.send_header("Location", "/circle")
+            self.end_headers()
+            return
+        self.send_response(200)
+        if self.path == "/bomb":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        pieces = {"/bomb": gzip.compress(bytes(10_000_000)), "/slow": bytes(1000), "/fast": bytes(100_000)}
+        with contextlib.suppress(OSError):  # the reader has gone
+            while True:
+                self.wfile.write(pieces[self.path])
+                time.sleep(0.05 if self.path == "/slow" else 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("fast", "more than 1 MB"),
+        ("bomb", "more than 1 MB"),
+        ("slow", "did not arrive within 0.5 seconds"),
+        ("circle", "redirects"),
+    ],
+)
+def test_a_url_costs_no_more_than_its_limits(plain, monkeypatch, path, words):
+    monkeypatch.setattr(image_processing_vit_scratch, "MAX_URL_BYTES", 1_000_000)
+    monkeypatch.setattr(image_processing_vit_scratch, "URL_TIMEOUT_SECONDS", 0.5)
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ImageDecodeError, match=words):
+            plain(f"http://127.0.0.1:{httpd.server_port}/{path}")
+    finally:
+        httpd.shutdown()
+        httpd.socket.close()
 
 
 # --- arrays and tensors ---------------------------------------------------------------------------------------------

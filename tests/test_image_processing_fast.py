@@ -217,3 +217,9 @@ def test_mistakes_are_those_of_the_exact_way():
     with pytest.raises(ImageDecodeError, match="does not exist"):
         processor("nowhere.jpg")
     assert levels(encoded(PHOTOS[0]), do_resize=False) == (0, 0)
+
+
+def test_jpeg_files_of_other_modes_are_converted_before_they_are_resized():
+    for orientation in (None, 6):
+        content = encoded(PHOTOS[0].convert("CMYK"), orientation=orientation)
+        assert levels(content, size={"height": 64, "width": 64})[1] <= 1

@@ -10,6 +10,7 @@ import base64
 import math
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -37,7 +39,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-URL_TIMEOUT_SECONDS = 60
+# What a URL may cost: seconds in all, redirects, and bytes after they are unpacked.
+URL_TIMEOUT_SECONDS, MAX_REDIRECTS, MAX_URL_BYTES = 60, 5, 256_000_000
 FLOAT_TOLERANCE = 1e-3
 # More than any camera has; a damaged or hostile preprocessor_config.json must not fill the memory.
 MAX_CHANNELS = 10_000
@@ -54,6 +57,14 @@ LARGE, JPEG_GAP = 4_000_000, 1.5
 SCALABLE_FRAMES = {b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca"}
 LAST_MARKERS = {b"\xc3", b"\xc5", b"\xc6", b"\xc7", b"\xcb", b"\xcd", b"\xce", b"\xcf", b"\xd9", b"\xda", b""}
 MARKERS_ALONE = {b"\x00", b"\x01", *(bytes([0xD0 + n]) for n in range(9))}
+# What to do to an image by its EXIF orientation.
+TRANSPOSITIONS = {
+    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR = 258, 262, 284
 # What transformers writes into preprocessor_config.json beside the settings.
 FILE_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -216,8 +227,9 @@ class ViTScratchImageProcessor(PilBackend):
         settings = {key: settings.get(key, getattr(self, key)) for key in FIT_SETTINGS}
         if settings["do_resize"] and settings["do_fast_resize"] and is_file(image):
             with decode_errors(name):
-                image = Image.open(binary_source(image))
-            if isinstance(image, JpegImageFile):
+                image = open_image(image)
+            # The modes that are resized before they are converted, with the same result: CMYK is not among them.
+            if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
                 image, settings["do_resize"] = resize_jpeg(image, name, settings), False
         return resize_and_crop(self.decode(image, name=name, **to_decode), name, settings)
 
@@ -342,12 +354,11 @@ def fetch(source: Any, name: str) -> Image.Image | np.ndarray:
     if isinstance(source, Image.Image):
         with decode_errors(name):
             if 0 not in source.size:
-                refuse_programs(source)
+                prepare_decoding(source)
                 source.load()
             return upright(source)
     if is_file(source):
-        with decode_errors(name), Image.open(binary_source(source)) as image:
-            refuse_programs(image)
+        with decode_errors(name), open_image(source) as image:
             image.load()
             return upright(image)
     raise TypeError(
@@ -361,10 +372,40 @@ def is_file(source: Any) -> bool:
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
-def refuse_programs(image: Image.Image) -> None:
-    """PostScript is no picture but a program that draws one: Pillow would run it, for as long as it likes to run."""
+def open_image(source: Any) -> Image.Image:
+    """A path, URL, bytes or binary file as a PIL image that is not decoded yet. Raises what Pillow raises."""
+    image = Image.open(binary_source(source))
+    prepare_decoding(image)
+    return image
+
+
+def prepare_decoding(image: Image.Image) -> None:
+    """
+    Sets right, before an image is decoded, what Pillow gets wrong in some files. Raises ValueError for what it would
+    run, or can't read.
+    """
     if image.format == "EPS":
         raise ValueError("it is PostScript, a program that draws, and is not run: export it as PNG")
+    if isinstance(image, TiffImageFile):
+        if image.mode == "RGB" and 16 in image.tag_v2.get(BITS_PER_SAMPLE, ()) and image.tag_v2.get(PLANAR) == 2:
+            raise ValueError("it is a TIFF with 16-bit colours in separate planes, which Pillow mixes up: save as PNG")
+        # Pillow maps uncompressed files into memory, and then takes the sides of a turned image for those that are
+        # stored: garbage for the EXIF orientations 5 to 8. It maps nothing that has no name.
+        image.filename = ""
+    elif image.format == "PNG" and "transparency" in image.info and image.tile:
+        rawmode = image.tile[0][3]
+        image.load()  # and has no tile afterwards: a second time nothing is scaled
+        image.info["transparency"] = scaled_transparency(image.info["transparency"], rawmode)
+
+
+def scaled_transparency(key: Any, rawmode: Any) -> Any:
+    """The transparent colour of a PNG for the 8 bits that it is decoded to. Pillow leaves it in the file's depth."""
+    factor = {"L;2": 85, "L;4": 17}.get(rawmode)
+    if factor is not None and isinstance(key, int):
+        return key * factor
+    if rawmode == "RGB;16B" and isinstance(key, tuple):
+        return tuple(value >> 8 for value in key)
+    return key
 
 
 def binary_source(source: Any) -> Any:
@@ -373,9 +414,7 @@ def binary_source(source: Any) -> Any:
         source = os.fspath(source)
     if isinstance(source, str):
         if source.startswith(("http://", "https://")):
-            # transformers' own client; not its `load_image`, which drops transparency and clips 16 bits
-            response = httpx.get(source, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-            source = response.raise_for_status().content
+            source = download(source)
         elif source.startswith("data:"):
             source = base64.b64decode(source.partition(",")[2])
         else:
@@ -388,6 +427,26 @@ def binary_source(source: Any) -> Any:
     if len(source) == 0:
         raise ValueError("it is empty (0 bytes)")
     return BytesIO(source)
+
+
+def download(url: str) -> bytes:
+    """
+    The content of a URL, by transformers' own client; not by its `load_image`, which drops transparency and clips 16
+    bits. Raises ValueError where it takes too long or is too large, also after it was unpacked.
+    """
+    content, deadline = bytearray(), time.monotonic() + URL_TIMEOUT_SECONDS
+    with (
+        httpx.Client(timeout=URL_TIMEOUT_SECONDS, follow_redirects=True, max_redirects=MAX_REDIRECTS) as client,
+        client.stream("GET", url) as response,
+    ):
+        response.raise_for_status()
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > MAX_URL_BYTES:
+                raise ValueError(f"it has more than {MAX_URL_BYTES / 1e6:,.0f} MB, the limit for an image from a URL")
+            if time.monotonic() > deadline:
+                raise ValueError(f"it did not arrive within {URL_TIMEOUT_SECONDS} seconds")
+    return bytes(content)
 
 
 @contextmanager
@@ -407,14 +466,27 @@ def decode_errors(name: str) -> Iterator[None]:
         raise ImageDecodeError(f"{name} cannot be read as an image: {reason}") from None
 
 
-def upright(image: Image.Image) -> Image.Image:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, or where it is damaged: the pixels may still be fine."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except SyntaxError:
-        # Pillow itself ignores a damaged EXIF block in JPEG files, but raises for PNG and WebP
-        return image
-    # exif_transpose copies upright images too
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception:  # parsers of damaged blocks raise anything
+        return 1
+    return orientation if orientation in TRANSPOSITIONS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as it is to be looked at, with an orientation of 1."""
+    orientation = orientation_of(image)
+    if orientation == 1:
+        return image  # exif_transpose would copy it
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # some other entry of the block is damaged
+        turned = image.transpose(TRANSPOSITIONS[orientation])
+        for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+            turned.info.pop(key, None)
+        return turned
 
 
 # --- 2. decode ------------------------------------------------------------------------------------------------------
@@ -482,11 +554,32 @@ def to_ordinary_mode(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: its width and height are {image.size}.")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(to_eight_bits(np.asarray(image), name))
+        return deep_to_gray(image, name)
     if image.mode == "P":
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "1" and "transparency" in image.info:
+        key = image.info["transparency"]
+        image = image.convert("L")
+        image.info["transparency"] = key  # Pillow drops it on the way
     mode = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA"}.get(image.mode)
     return image.convert(mode) if mode else image
+
+
+def deep_to_gray(image: Image.Image, name: str) -> Image.Image:
+    """A gray image of 16 or 32 bits, or of floats, as mode L; as mode LA if it has a transparent colour."""
+    values = np.asarray(image)
+    if image.format == "PPM" and image.mode == "I":
+        values = values.astype(np.uint16)  # Pillow has scaled them to 16 bits, however dark they are
+    if isinstance(image, TiffImageFile) and image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC) == 0:
+        values = 65535 - values  # white is zero, which Pillow inverts for 8 bits alone
+    try:
+        gray = Image.fromarray(to_eight_bits(values, name))
+    except ValueError as error:
+        raise ImageDecodeError(str(error)) from error
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))))
 
 
 def to_opaque(image: Image.Image, mode: str, background: tuple[int, ...]) -> Image.Image:
@@ -592,8 +685,7 @@ def resize_jpeg(image: JpegImageFile, name: str, settings: dict[str, Any]) -> Im
     A JPEG file that is not decoded yet, resized, not yet upright. libjpeg decodes it at 1, 1/2, 1/4 or 1/8 of its
     sides, whichever is the least that leaves `JPEG_GAP` times the sides of the result.
     """
-    with decode_errors(name):
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    is_turned = orientation_of(image) in (5, 6, 7, 8)
     size = target_size(image.size[::-1] if is_turned else image.size, name, settings)
     size = size[::-1] if is_turned else size
     with decode_errors(name):

@@ -16,16 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..image_processing_vit_scratch import (
     TORCH_FILTERS,
     ImageDecodeError,
     ViTScratchImageProcessor,
-    binary_source,
     decode_errors,
     is_scalable_jpeg,
+    open_image,
+    orientation_of,
     resize_interleaved,
 )
 
@@ -59,7 +60,7 @@ def open_photo(content: str | bytes, decoder: ViTScratchImageProcessor, name: st
         ImageDecodeError: it is missing, damaged or no image.
     """
     with decode_errors(name):
-        image = Image.open(binary_source(content))
+        image = open_image(content)
     return ReducedJpeg(image, decoder, name) if isinstance(image, JpegImageFile) else decoder.decode(image, name=name)
 
 
@@ -74,8 +75,7 @@ class ReducedJpeg:
 
     def __init__(self, image: JpegImageFile, decoder: ViTScratchImageProcessor, name: str) -> None:
         self._image, self._decoder, self._name = image, decoder, name
-        with decode_errors(name):
-            self._orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        self._orientation = orientation_of(image)
         self.width, self.height = image.size[::-1] if self._orientation in _IS_TURNED else image.size
 
     def decode(self, size: tuple[int, int], box: Box) -> tuple[Image.Image, Box]:
