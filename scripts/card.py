@@ -3,12 +3,15 @@
 Writes the card of a model, README.md, from the records in its folder: its training, evaluations and transfer table.
 
     python scripts/card.py outputs/pets --license apache-2.0
-    python scripts/card.py outputs/pets --evaluation outputs/pets-evaluated       takes the report into the folder first
+    python scripts/card.py outputs/pets --evaluation outputs/pets-evaluated       copies the report into it first
     python scripts/card.py outputs/pretrained --transfer outputs/transfer         the same with a transfer table
     python scripts/card.py outputs/pets --dry_run                                 shows it, and writes nothing
+    python scripts/card.py --template > mine.md                                   the default template, to edit it
+    python scripts/card.py outputs/pets --template mine.md
 
-Training and evaluation write it by themselves; this is for what only a person knows, and for reports from elsewhere.
-A number that no record has is not printed; a card that was changed by hand is not written over.
+Training and evaluation write the card by themselves; this is for what only a person knows, for reports from elsewhere
+and for a template of your own. A number that no record has is not printed; a card that was changed by hand is not
+written over.
 """
 
 import argparse
@@ -16,9 +19,36 @@ import sys
 from pathlib import Path
 
 
+NAMES = """
+names that a template may use (Jinja; see the default one):
+  card_data           the metadata, as YAML
+  name, location      the title; what the example loads: a path or a Hub id
+  task, is_encoder, is_multi_label, labels, num_parameters
+  config              config.json, and image_hw, patch_hw, grid_hw
+  processor           preprocessor_config.json, and interpolation
+  training            results.json of the training, and settings, results, probes, earlier (runs, the last first),
+                      runs_from_scratch, selected_on_held_out, held_out_from_same_source
+  evaluations         for each report its results.json, and title, folder, figures, main, metrics, num_bins, classes,
+                      num_classes, class_metric, most_frequent, is_multi_label, is_small, absent, few, few_images,
+                      worst, confusions, calibration
+  best_evaluation     the first of them on images that the model was not trained on
+  transfer            the tables of transfer.json: include "transfer.md"
+  emissions           what codecarbon measured (finetune.py --report_to codecarbon): grams, kwh, country, version
+  figures             the pictures in the folder, as paths; sheet_credit: whose photos figures/sheet.png shows
+  license, license_name, license_link, license_is_of_data, base_model, version
+
+filters, beside Jinja's own:
+  number, percent, score(metric), metric_name, metric_title, size, names, url, code, code_block(language)
+
+A name that does not exist is an error. What a model has no record of is false in a condition, and an error where it is
+printed. The template is kept in the model's folder as card_template.md, and later cards are written with it; remove
+that file to go back to the default.
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, epilog=NAMES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, nargs="?", help="of a finished model, e.g. outputs/pets")
     parser.add_argument(
@@ -32,20 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
         "the model's folder",
     )  # fmt: skip
     parser.add_argument("--license", help="of the model, by the Hub's name, e.g. apache-2.0. Default: that of the data")
+    parser.add_argument("--license_name", help="of a license that is other. Example: imagenet-terms")
+    parser.add_argument("--license_link", metavar="URL", help="where it can be read")
     parser.add_argument("--base_model", metavar="USER/NAME", help="on the Hub, what the training started from")
     parser.add_argument("--hub_model_id", metavar="USER/NAME", help="where it is published, for the example of use")
     parser.add_argument(
-        "--power_watts", type=float, help="that the training drew. Default: assumed by the names of the processors"
-    )
-    parser.add_argument(
-        "--carbon_intensity", type=float,
-        help="of the electricity, in grams of CO2 equivalent per kWh. Default: the world's mean. Example: 56",
+        "--template", nargs="?", const="", metavar="FILE",
+        help="a template of your own for this model's cards. Without FILE, show the default template",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="also over a card that was changed by hand")
     parser.add_argument("--dry_run", action="store_true", help="show the card and write nothing")
-    parser.add_argument(
-        "--template", action="store_true", help="show what all cards have in common, as in model_cards/TEMPLATE.md"
-    )
     return parser
 
 
@@ -53,20 +79,26 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
 
     # After the command line, so that --help is quick.
-    from modeling_vit_scratch.cards.records import Wishes
-    from modeling_vit_scratch.cards.template import template
-    from modeling_vit_scratch.cards.writing import write_card
+    from modeling_vit_scratch.cards.records import CardOptions
+    from modeling_vit_scratch.cards.writing import template_text, write_card
     from modeling_vit_scratch.common.errors import InputError
 
-    if arguments.template:
-        print(template(), end="")
+    if arguments.template == "":
+        print(template_text(), end="")
         return
     if arguments.folder is None:
         raise InputError("Give the folder of a finished model, e.g. outputs/digits.")
-    names = ("license", "base_model", "hub_model_id", "power_watts", "carbon_intensity")
-    wishes = Wishes(**{name: getattr(arguments, name) for name in names})
-    own = (arguments.folder, wishes, arguments.evaluation, arguments.overwrite, arguments.dry_run)
-    text = write_card(*own, arguments.transfer)
+    names = ("license", "license_name", "license_link", "base_model", "hub_model_id")
+    options = CardOptions(**{name: getattr(arguments, name) for name in names})
+    text = write_card(
+        arguments.folder,
+        options,
+        arguments.evaluation,
+        arguments.overwrite,
+        arguments.dry_run,
+        arguments.transfer,
+        Path(arguments.template) if arguments.template else None,
+    )
     if arguments.dry_run:
         print(text)
     else:

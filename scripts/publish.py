@@ -108,17 +108,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[Any], list[str], list[str]]:
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
-    from modeling_vit_scratch.cards.records import Wishes, stale_reports
-    from modeling_vit_scratch.cards.writing import signed_again
+    from modeling_vit_scratch.cards.records import CardOptions, stale_reports
+    from modeling_vit_scratch.cards.writing import card_to_publish
     from modeling_vit_scratch.hub.checks import changed_code, check_model, prepare_card
-    from modeling_vit_scratch.hub.contents import Upload, collect
+    from modeling_vit_scratch.hub.contents import collect
 
     faults = check_model(folder)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
-    card, lines = prepare_card(folder, architecture, repo_id, license)
-    if card is not None:
-        before, wishes = (folder / "README.md").read_text("utf-8"), Wishes(license=license, hub_model_id=repo_id)
-        card = Upload(card.path, signed_again(before, card.text(), wishes).encode())
+    text = card_to_publish(folder, CardOptions(license=license, hub_model_id=repo_id))
+    card, lines = prepare_card(folder, architecture, repo_id, license, text)
     uploads, left_out = collect(folder)
     uploads = [card if upload.path == "README.md" and card else upload for upload in uploads]
     notes = [f"  left out: {path} ({reason})" for path, reason in left_out.items()]

@@ -5,6 +5,8 @@ import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,16 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from matplotlib.axes import Axes
 from PIL import Image
 from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.cards.emissions import estimate
-from modeling_vit_scratch.cards.records import Wishes, read_facts
-from modeling_vit_scratch.cards.template import template
-from modeling_vit_scratch.cards.writing import card_text, earlier_wishes
+from modeling_vit_scratch.cards.figures import draw_curves
+from modeling_vit_scratch.cards.records import CardOptions, read_records
+from modeling_vit_scratch.cards.rendering import FILTERS, render
+from modeling_vit_scratch.cards.values import template_values
+from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.weights import digests
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
@@ -161,8 +165,7 @@ def test_metadata_is_what_the_hub_reads(folder):
         "metrics": ["accuracy", "brier_score", "f1"],
     }  # fmt: skip
     assert {key: data[key] for key in expected} == expected
-    assert set(data) == {*expected, "model-index", "co2_eq_emissions"}
-    assert set(data["co2_eq_emissions"]) == {"emissions", "source", "training_type", "hardware_used"}
+    assert set(data) == {*expected, "model-index"}
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "vit-pets"
     evaluated = [result for result in results if result.dataset_type == "user/digits"]
@@ -209,7 +212,7 @@ def test_results_on_images_that_it_was_trained_on_are_no_results(folder):
     card = write()
     assert {result.dataset_name for result in card.data.eval_results} == {"digits of scikit-learn"}
     assert "Accuracy on 270 held-out images: **98.77 %**" in card.text
-    assert "The model was trained on some or all of them" in card.text
+    assert "The model was trained on some or all of these images" in card.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,10 +321,11 @@ def test_what_people_read_of_the_training(folder):
     for part in (
         "# pets", "3 classes: zero, one, two", "trained from scratch", "| Accuracy | 98.77 % |",
         "on 270 held-out images", "| seed | 7 |", "The weights are those of the last step.",
-        "1,527 images to train on", "A note on the data.", "cc-by-4.0 (that of the data it was trained on)",
+        "1,527 training images and 270 held-out images", "A note on the data.",
+        "cc-by-4.0 (that of the data it was trained on)",
         "python scripts/finetune.py", "62 s on CPU, 2 cores", "commit 0123456789abcdef", "torch 2.13.0",
         "| learning rate | 0.001 |", "| input | 16 x 24 pixels, RGB |", 'model="pets"', "| parameters | 20,451 |",
-        "resized to 16 x 24 (bilinear)",
+        "| resizing | to 16 x 24 (bilinear) |",
     ):  # fmt: skip
         assert part in text, part
     assert "label smoothing" not in text  # there was none
@@ -331,9 +335,9 @@ def test_what_people_read_of_the_training(folder):
     ("settings", "told"),
     [
         ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
-         "resized to shortest edge 256 (bilinear); the centre of 224 x 224; values from 0 to 1, minus 0.5, divided"),
+         "to shortest edge 256 (bilinear) |\n| centre crop | 224 x 224 |\n| pixel values | 0 to 1, minus 0.5, divided"),
         ({"size": {"height": 16, "width": 24}, "crop_pct": 0.9, "resample": 3, "do_normalize": False},
-         "16 x 24 after a cut to the centre, 0.9 of the shorter side (bicubic); values from 0 to 1 |"),
+         "16 x 24 (bicubic), after a centre crop of 0.9 of the shorter side |\n| pixel values | 0 to 1 |"),
         ({"size": {"height": 16, "width": 24}, "image_mean": [0.1, 0.2, 0.3]}, "minus 0.1, 0.2, 0.3, divided by 0.5 |"),
     ],
 )  # fmt: skip
@@ -371,29 +375,29 @@ def test_limits_are_those_of_the_record(folder):
     train(folder, selection="the checkpoint with the best accuracy on these same images (step 5)")
     report(folder / "evaluation" / "digits", dataset={"broken_images": ["a.jpg", "b.jpg"]}, temperature=2.0)
     values, labels = values_and_labels()
-    limits = write().text.split("## Limits")[1].split("## Env")[0]
+    limits = write().text.split("## Limits")[1].split("## Terms")[0]
     matrix = confusion(values, labels)
     np.fill_diagonal(matrix, 0)
     row, column = np.unravel_index(matrix.argmax(), matrix.shape)
     for part in (
-        "always answers with one of its classes", "16 x 24 pixels", "One run with one seed (7)",
-        "chosen by how well they do on the 270 held-out images", "2 images could not be read: not counted",
-        "on 60 images only",
-        f"takes {NAMES[row]} for {NAMES[column]} ({matrix[row, column]} of {(labels == row).sum()})",
-        "with a temperature of 2, and the model has one of 1",
+        "always answers with one of its classes", "16 x 24 pixels", "one run with one seed (7)",
+        "chosen by their score on the 270 held-out images", "2 images could not be read and were not counted",
+        "on only 60 images",
+        f"{NAMES[row]} taken for {NAMES[column]} ({matrix[row, column]} of {(labels == row).sum()})",
+        "with a temperature of 2. The model has 1,",
     ):  # fmt: skip
         assert part in limits, part
-    assert "sure" not in limits  # the difference is within the interval of the accuracy
-    for confidence, verdict in ((0.97, "too sure"), (0.41, "not sure enough")):
+    assert "confident" not in limits  # the difference is within the interval of the accuracy
+    for confidence, verdict in ((0.97, "overconfident"), (0.41, "underconfident")):
         shutil.rmtree(folder / "evaluation")
         accuracy = (values.argmax(1) == labels).mean()
         means = {"mean_confidence": confidence, "mean_accuracy": float(accuracy)}
         report(folder / "evaluation" / "digits", reliability=means)
-        told = f"answers is {100 * confidence:.2f} %, and {100 * accuracy:.2f} % of them are right"
-        assert f"it is {verdict}: the mean probability of its {told}" in write().text
+        told = f"its mean confidence is {100 * confidence:.2f} %, its accuracy {100 * accuracy:.2f} %"
+        assert f"it is {verdict}: {told}" in write().text
     train(folder)
     (folder / "evaluation" / "digits" / "results.json").unlink()
-    limits = write().text.split("## Limits")[1].split("## Env")[0]
+    limits = write().text.split("## Limits")[1].split("## Terms")[0]
     assert len(re.findall("^- ", limits, re.M)) == 4
 
 
@@ -403,7 +407,7 @@ def test_several_labels(folder):
     report(folder / "evaluation" / "digits", is_multi_label=True)
     card = write()
     for part in (
-        "which of 3 labels an image has", "they don't sum to 1", "Mean average precision on 60 images",
+        "which of 3 labels an image has", "the scores don't sum to 1", "Mean average precision on 60 images",
         "| label | average precision | precision | recall | F1 | images |", "from a probability of 0.5 on",
     ):  # fmt: skip
         assert part in card.text, part
@@ -419,7 +423,7 @@ def test_an_encoder(folder):
         pretraining={"objective": "mae", "description": "75 % of patches hidden"},
     )  # fmt: skip
     card = write()
-    for part in ("75 % of patches hidden", "knn accuracy 75.00 %", "| loss | 0.5000 |", "he2022masked", "pool=True"):
+    for part in ("75 % of patches hidden", "knn accuracy 75.00 %", "| Loss | 0.5000 |", "he2022masked", "pool=True"):
         assert part in card.text, part
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None
@@ -428,7 +432,7 @@ def test_an_encoder(folder):
 def test_a_model_from_elsewhere_has_a_card_of_its_evaluation(folder):
     report(folder / "evaluation" / "digits")
     card = write("--license", "mit")
-    assert "How it was trained is not on record here." in card.text
+    assert "There is no record of its training." in card.text
     assert "## Training" not in card.text
     assert "co2_eq_emissions" not in card.data
     assert "| parameters | 20,451 |" in card.text
@@ -444,7 +448,7 @@ def test_an_evaluation_without_bootstrap_or_with_a_score_that_is_not_defined(fol
         one["value"] = float("nan") if one["metric"] == "nll" else one["value"]
     file.write_text(json.dumps(record))
     card = write()
-    assert "Intervals: Wilson's" in card.text
+    assert "Intervals are Wilson's for accuracies and exact match. The other metrics have none" in card.text
     assert "nan" not in str(card).lower()
     assert re.search(r"\| Brier score \| [\d.]+ \|  \| 60 \|", card.text)
     assert "confidence_interval" not in next(r for r in card.data.eval_results if r.metric_type == "f1").metric_args
@@ -465,8 +469,8 @@ def test_many_classes_are_not_all_listed(folder):
     assert "The 10 of 49 classes with the lowest F1" in text
     assert "| class 10 |" in text
     assert "| class 11 |" not in text
-    assert "no image was there of: class 0." in text
-    assert "fewer than 10 images were there of: class 1, " in text
+    assert "there were no images of: class 0." in text
+    assert "there were fewer than 10 images of: class 1, " in text
 
 
 def test_names_do_nothing_to_the_page(folder):
@@ -483,26 +487,141 @@ def test_names_do_nothing_to_the_page(folder):
     assert "\n# no" not in text
 
 
-def test_the_template_is_what_the_code_writes_and_all_its_numbers_are_names():
-    text = template()
-    assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == text, "python scripts/card.py --template > ..."
-    card = text[text.index("# {NAME}") : text.index("```bibtex")]
-    digits = set(re.findall(r"\d+", re.sub(r"\{[^{}]*\}", "", card)))
-    # top_k; F1; bins of ECE; the width of figures; fewer than 10 images of a class; 1 file; CO2; Apache-2.0; 5 images
-    assert digits <= {"3", "1", "15", "49", "10", "2", "0", "5"}
-    sections = ("Use", "Architecture", "Training data", "Training", "Evaluation", "Transfer", "Limits")
-    for section in (*sections, "Environmental cost"):
+# ---------------------------------------------------------------------------------------------------------------------
+# The template
+
+
+def test_the_template_has_all_sections_and_no_numbers_of_its_own():
+    text = template_text()
+    card = text[text.index("# {{ name }}") : text.index("```bibtex")]
+    prose = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", card, flags=re.DOTALL)
+    # Channels, indices, digits, and the largest value of a pixel.
+    code = " ".join(re.findall(r"\{\{.*?\}\}|\{%.*?%\}", card, flags=re.DOTALL))
+    assert set(re.findall(r"(?<![\w.])\d+", code)) <= {"0", "1", "3", "255"}
+    # top_k; F1; the width of figures; the paper's figures; scores that don't sum to 1; pixel values from 0; CO2; Apache
+    assert set(re.findall(r"\d+", prose)) <= {"3", "1", "49", "6", "7", "0", "2"}
+    for section in ("Use", "Architecture", "Training data", "Training", "Evaluation", "Transfer", "Limits"):
         assert f"\n## {section}\n" in card
+    assert "\n## Environmental impact\n" in card
+
+
+def test_the_template_is_shown_and_help_lists_its_names(folder, capsys):
+    load_script("card").main(["--template"])
+    assert capsys.readouterr().out == template_text()
+    train(folder)
+    report(folder / "evaluation" / "digits")
+    names = set(template_values(read_records(folder, CardOptions()))) | set(FILTERS)
+    told = load_script("card").build_parser().format_help()
+    assert {name for name in names if not re.search(rf"\b{name}\b", told.split("names that a template")[1])} == set()
+    # What is computed is listed too, beside the keys of the records.
+    values = template_values(read_records(folder, CardOptions()))
+    record = json.loads((folder / "evaluation" / "digits" / "results.json").read_text())
+    computed = {*values["evaluations"][0]} - {*record} | {*values["training"]} - {*RECORD}
+    computed -= {
+        "resumed_from",
+        "pretraining",
+        "threshold",
+        "throughput",
+        "examples",
+        "training",
+        "git_commit",
+    }  # of other records
+    assert {name for name in computed if not re.search(rf"\b{name}\b", told)} == set()
+
+
+def test_the_template_is_part_of_the_package(tmp_path):
+    command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build_py", "--build-lib", tmp_path]
+    egg = ["egg_info", "--egg-base", tmp_path]
+    subprocess.run([*command[:3], "-q", *egg, *command[4:]], cwd=ROOT, check=True, capture_output=True)
+    for name in ("template.md", "transfer.md"):
+        built = tmp_path / "modeling_vit_scratch" / "cards" / name
+        assert built.read_text() == (ROOT / "modeling_vit_scratch" / "cards" / name).read_text()
+
+
+def test_a_template_of_ones_own_changes_one_section_and_stays(folder, tmp_path):
+    train(folder)
+    mine = tmp_path / "mine.md"
+    mine.write_text(
+        '{% extends "template.md" %}\n{% block limits %}\n{{ super() }}\n'
+        "- Photographed in one street, see {{ training.dataset.name }}.\n{% endblock %}\n"
+    )
+    load_script("card").main(["pets", "--template", str(mine), "--dry_run"])
+    assert not (folder / "card_template.md").exists()
+    text = write("--template", mine).text
+    assert "another seed gives other numbers.\n" in text.lower()
+    assert "\n- Photographed in one street, see digits of scikit-learn.\n\n## Terms" in text
+    assert "Photographed" in write("--license", "mit").text
+    assert "card_template.md" not in {upload.path for upload in collect(folder)[0]}
+    (folder / "card_template.md").unlink()
+    assert "Photographed" not in write().text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("# {{ name }}\n{{ trainig.seed }}", r"mine\.md, line 2: 'trainig' is undefined"),
+        ("{% if trainig %}{% endif %}", r"mine\.md, line 1: 'trainig' is undefined"),
+        ("{{ training.sed }}", r"mine\.md, line 1: .* has no attribute 'sed'"),
+        (
+            "\n\n{{ training.dataset.hub_id }}",
+            r"mine\.md, line 3: the records of this model have no hub_id\. Put a cond",
+        ),
+        ("{{ transfer.model }}", r"mine\.md, line 1: the records of this model have no transfer"),
+        ("{{ training.dataset.hub_id | number }}", r"mine\.md, line 1: the records of this model have no hub_id"),
+        ("{% for row in emissions %}{% endfor %}", r"mine\.md, line 1: the records of this model have no emissions"),
+        ("{{ name | percent }}", r"mine\.md, line 1: "),
+        ("ok\n{% if %}", r"mine\.md, line 2: Expected an expression"),
+        ("{{ name | shout }}", r"mine\.md, line 1: No filter named 'shout'"),
+        ('{% extends "temlate.md" %}', r"temlate\.md"),
+        ("---\nmodel-index: 7\n---\n", r"mine\.md: the Hub would not take the metadata"),
+        ("{{ name.__class__.__mro__ }}", r"mine\.md, line 1: access to attribute '__class__' .* is unsafe"),
+    ],
+)
+def test_mistakes_in_a_template_are_told_with_their_line(folder, tmp_path, text, told):
+    train(folder)
+    (tmp_path / "mine.md").write_text(text)
+    assert re.search(told, refused("--template", tmp_path / "mine.md"))
+    assert not (folder / "README.md").exists()
+    assert not (folder / "card_template.md").exists()
+
+
+def test_a_template_that_is_not_there(folder):
+    train(folder)
+    assert "--template nothing.md is no file" in refused("--template", "nothing.md")
+
+
+def test_text_from_records_is_escaped_in_every_template():
+    text = render(
+        {"labels": ["a|b", "<i>"], "none": None},
+        "mine",
+        "{{ labels[0] }} {{ labels | names }}{% if none %}x{% endif %}",
+    )
+    assert text == "a\\|b a\\|b, \\<i\\>\n"
+
+
+def test_commands_of_earlier_runs_stay_in_their_fence(folder):
+    run = {
+        "data": "x", "started_from": "scratch", "metric": "loss", "value": 0.5, "n": 3, "seed": 1, "hardware": "CPU",
+        "training": {"<b>": 3}, "wall_time_seconds": 2.0, "versions": {}, "command": "a\n```\n# Owned\n````\nb",
+    }  # fmt: skip
+    train(folder, earlier=[run])
+    text = write().text
+    assert "\n`````bash\na\n```\n# Owned\n````\nb\n`````\n" in text
+    assert "from random weights reached loss 0.5000 on 3 images" in text
+    assert "\\<b\\> 3" in text
+    assert "<b>" not in text.replace("\\<b\\>", "")
 
 
 def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "model_cards" / "digits", tmp_path / "outputs" / "demo" / "digits")
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs", "demo", "digits")
-    wishes = earlier_wishes(folder)
-    assert wishes is not None, "changed by hand"
+    options = stored_options(folder)
+    assert options is not None, "changed by hand"
     told = "copy it to outputs/demo/digits, run scripts/card.py outputs/demo/digits, and copy README.md back"
-    assert card_text(read_facts(folder, Wishes().over(wishes))) == (folder / "README.md").read_text(), told
+    assert card_text(read_records(folder, CardOptions().over(options)), folder) == (folder / "README.md").read_text(), (
+        told
+    )
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 400_000
     assert {upload.path for upload in collect(folder, code=False)[0]} == {
@@ -547,20 +666,20 @@ def test_a_transfer_table_is_taken_into_the_card_and_published(folder, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it cost
+# Figures, earlier runs and what was measured
 
 
 def test_the_figures_of_what_is_inside_are_shown_with_their_credit(folder):
     train(folder)
-    assert "What is inside" not in write().text
+    assert "## What is inside" not in write().text
     (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures" / "sheet.png").write_bytes(b"")
-    assert "![What is inside](figures/sheet.png)" in write().text
+    assert "![Filters, position embeddings and attention](figures/sheet.png)" in write().text
     (folder / "figures" / "sheet.txt").write_text("Photo:\nsomebody.")
-    assert "`python scripts/visualize.py sheet`. Photo: somebody." in write().text
+    assert "`python scripts/visualize.py sheet`.\nPhoto: somebody." in write().text
 
 
-def test_earlier_runs_are_told_and_counted(folder):
+def test_earlier_runs_are_listed(folder):
     settings = {**RECORD["training"], "epochs": 7.0, "mixing": "Mixup 0.8"}
     names = ("metric", "n", "seed", "versions", "hardware")
     run = {name: RECORD[name] for name in names} | {
@@ -570,42 +689,55 @@ def test_earlier_runs_are_told_and_counted(folder):
     }
     run |= {"value": 0.5, "wall_time_seconds": 1000.0, "command": "python scripts/pretrain.py --before"}
     other = {**run, "started_from": "first", "hardware": "1 x NVIDIA H200", "command": "python scripts/second.py"}
-    record = {**RECORD, "model": {**RECORD["model"], "started_from": "second"}, "earlier": [run, other]}
-    assert estimate(record).seconds == 1061.5
-    train(folder, model=record["model"], earlier=[run, other])
+    train(folder, model={**RECORD["model"], "started_from": "second"}, earlier=[run, other])
     text = write().text
     assert "trained from scratch, in 3 runs, on [digits of scikit-learn]" in text
     assert (
         text.index("scripts/finetune.py") < text.index("scripts/second.py") < text.index("scripts/pretrain.py --before")
     )
-    assert "from random weights ended with accuracy 50.00 % on 270 images; seed 7, 1,000 s on CPU" in text
-    assert text.count("Its other settings: epochs 7, mixing Mixup 0.8.") == 1  # the first run's are those of the second
-    assert "1,062 s (measured, all runs)" in text
-    assert "earlier runs on other hardware" in text
-    assert "the weights that it started from" not in text
+    assert "from random weights reached accuracy 50.00 % on 270 images (seed 7, 1,000 s on CPU" in text
+    assert text.count("run after it: epochs 7, mixing Mixup 0.8.") == 1  # the first run's are those of the second
 
 
-def test_the_cost_is_time_times_power_times_intensity(folder):
-    one = estimate(RECORD)
-    assert one.watt_hours == pytest.approx(61.5 / 3600 * 2 * 12)
-    assert one.grams == pytest.approx(61.5 / 3.6e6 * 24 * 473)
-    two = estimate({**RECORD, "hardware": "2 x NVIDIA A100-SXM4-80GB", "training": {"processes": 8}})
-    assert two.watts == 8 * 400
-    assert estimate({**RECORD, "hardware": "1 x Something New"}).watts == 200
+def test_the_emissions_are_what_codecarbon_measured(folder):
     train(folder)
-    card = write("--power_watts", 100, "--carbon_intensity", 50)
-    grams = 61.5 / 3.6e6 * 100 * 50
-    assert card.data.co2_eq_emissions["emissions"] == round(grams, 3)
-    assert f"**{grams:.2g} g of CO2 equivalent**" in card.text
-    assert "stated by whoever trained it" in card.text
-    assert "--power_watts -1 must be a number from 0 on" in refused("--power_watts", -1)
+    assert "co2_eq_emissions" not in write().data
+    rows = [
+        "duration,emissions,energy_consumed,country_name,codecarbon_version",
+        "900.0,9.9,9.9,Norway,3.3.2",
+        "62.25,0.00125,0.0025,Norway,3.3.2",
+    ]
+    (folder / "emissions.csv").write_text("\n".join(rows))
+    card = write()
+    assert card.data.co2_eq_emissions == {
+        "emissions": 1.25, "source": "codecarbon 3.3.2", "training_type": "pre-training",
+        "hardware_used": RECORD["hardware"], "geographical_location": "Norway",
+    }  # fmt: skip
+    assert "used 0.0025 kWh of electricity and emitted 1.25 g of CO2 equivalent, as measured by codecarbon" in card.text
+    assert "emissions.csv" not in {upload.path for upload in collect(folder)[0]}
+    (folder / "emissions.csv").write_text("\n".join(rows[:2]))  # of another run, which took 900 s
+    assert "codecarbon" not in write().text
+    (folder / "emissions.csv").write_text("duration\nlong")
+    assert "emissions.csv can't be read" in refused()
+
+
+def test_the_learning_curve_ends_with_the_last_step_and_not_with_the_best_checkpoint(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *args, **more: (drawn.append((more["label"], args[1:])), plot(*args, **more))
+    )
+    end = [{"step": 30, "train_runtime": 9.0}, {"step": 30, "eval_loss": 0.01, "eval_accuracy": 0.99}]
+    draw_curves([*HISTORY, *end], tmp_path / "curves.png")
+    curves = {label: list(zip(*args[:2])) for label, args in drawn}
+    assert curves["Accuracy"] == [(10, 0.1), (20, 0.2), (30, 0.3)]
+    assert curves["held-out images"] == [(10, 0.2), (20, 0.1), (30, 2 / 30)]
 
 
 def test_the_time_of_a_resumed_run_is_that_of_its_last_part(folder):
     train(folder, resumed_from="checkpoint-480")
     text = write().text
     assert "62 s (the part after checkpoint-480) on CPU" in text
-    assert "the steps before checkpoint-480" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,18 +746,30 @@ def test_the_time_of_a_resumed_run_is_that_of_its_last_part(folder):
 
 def test_what_a_person_adds_stays_and_what_a_person_writes_is_not_written_over(folder):
     train(folder)
-    write("--license", "mit", "--power_watts", 100)
+    write("--license", "mit", "--base_model", "user/vit")
     again = write("--hub_model_id", "me/pets")
     assert again.data.license == "mit"
-    assert "100 W" in again.text
+    assert again.data.base_model == "user/vit"
     assert 'model="me/pets"' in again.text
     file = folder / "README.md"
     file.write_text(file.read_text().replace("A Vision Transformer", "My model"))
     assert "was written or changed by hand" in refused()
     assert "My model" in file.read_text()
     assert "My model" not in write("--overwrite").text
-    for flags in (("--license", "My own!"), ("--base_model", "vit")):
+    for flags in (("--license", "My own!"), ("--base_model", "vit"), ("--license", "other")):
         assert flags[1] in refused(*flags)
+
+
+def test_a_licence_that_is_other_has_a_name_and_a_link(folder):
+    train(folder)
+    card = write("--license", "other", "--license_name", "pets-terms", "--license_link", "https://example.org/terms")
+    data = (card.data.license, card.data.license_name, card.data.license_link)
+    assert data == ("other", "pets-terms", "https://example.org/terms")
+    assert "The model: [pets-terms](https://example.org/terms)." in card.text
+    assert prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)[1] == []
+    train(folder, dataset={"license": "other"})
+    (folder / "README.md").unlink()
+    assert write().data.license is None
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):

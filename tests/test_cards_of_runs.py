@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -64,10 +65,23 @@ def test_evaluation_puts_its_results_into_the_card(place):
     wrong = sum(row["label"] != row["prediction"] for row in rows)
     told = f"{min(2, 9 - wrong)} images that it gets right and {min(2, wrong)} that it gets wrong, chosen at random"
     assert told in card.text
-    assert "Images: made up." in card.text
+    assert "\nImages: made up.\n" in card.text
     for name in ("examples", "confusion_matrix", "reliability"):
         assert f"evaluation/photos/{name}.png" in card.text
         assert (place / "model" / "evaluation" / "photos" / f"{name}.png").is_file()
+
+
+def test_terminal_and_card_show_the_same_intervals(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    flags = ["--output_dir", tmp_path / "out", "--bootstrap_resamples", "20"]
+    assert run("evaluate", "model", "photos", *flags) == 0
+    printed = dict(re.findall(r"^(\w[^%\n]*?) +[\d.]+(?: %)?   (\S.* to .*\S)$", capsys.readouterr().out, re.M))
+    card = load_script("card")
+    card.main(["model", "--evaluation", str(tmp_path / "out"), "--dry_run"])
+    section = capsys.readouterr().out.split("### On photos, out")[1].split("### On")[0]
+    shown = dict(re.findall(r"^\| ([^|]+) \| [\d.]+(?: %)? \| (.* to .*) \| 9 \|$", section, re.M))
+    assert len(printed) >= 5
+    assert shown == printed
 
 
 def test_the_images_of_the_examples_are_right_and_wrong_as_the_figure_says(place):
@@ -175,6 +189,31 @@ def test_examples_of_several_labels(tmp_path, monkeypatch):
     card = ModelCard.load("model/README.md")
     assert "evaluation/pets/precision_recall.png" in card.text
     assert "evaluation/pets/examples.png" in card.text
-    assert "The model was trained on some or all of them" in card.text
+    assert "The model was trained on some or all of these images" in card.text
     with Image.open("model/evaluation/pets/examples.png") as figure:
         assert figure.width > 200
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim", "mpp"])
+def test_pretrained_without_labels_fine_tuned_described_and_published(tmp_path, monkeypatch, capsys, objective):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path / "photos", each=4)
+    common = ["--train_dir", "photos", "--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    common += ["--disable_tqdm", "True", "--save_strategy", "no", "--eval_strategy", "no"]
+    flags = ["--objective", objective, "--variant", "test/4", "--output_dir", "encoder"]
+    assert run("pretrain", *common, *flags) == 0
+    flags = ["--model_name_or_path", "encoder", "--load_best_model_at_end", "False", "--output_dir", "pets"]
+    assert run("finetune", *common, *flags) == 0
+    assert "warning" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "encoder" / "results.json").read_text())
+    for folder in ("encoder", "pets"):
+        assert run("card", folder, "--license", "mit") == 0
+        assert run("publish", folder, f"me/{folder}") == 0, capsys.readouterr()
+        assert "Nothing was uploaded" in capsys.readouterr().out
+    card = ModelCard.load("pets/README.md")
+    assert "It was fine-tuned from encoder on photos." in card.text
+    assert (
+        f"a run on photos from random weights reached loss {record['value']:.4f} on {record['n']} images" in card.text
+    )
+    assert card.data.pipeline_tag == "image-classification"
+    assert ModelCard.load("encoder/README.md").data.pipeline_tag == "image-feature-extraction"

@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub, Repository
 from PIL import Image
+from test_cards import RECORD
 from tiny_images import load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards import writing
-from modeling_vit_scratch.cards.records import Wishes
+from modeling_vit_scratch.cards.records import CardOptions
 from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.hub import commit as publishing_hub
 from modeling_vit_scratch.hub.contents import CODE, collect
@@ -246,21 +247,32 @@ def test_a_licence_can_be_given(folder, hub):
     assert b"license: cc-by-4.0" in hub.repositories["owner/pets"].files()["README.md"]
     assert "no name of the Hub's" in error(folder, "owner/pets", "--yes", "--license", "See our site!")
     assert "add license_name" in error(folder, "owner/pets", "--yes", "--license", "other")
+    other = "license: other\nlicense_name: pets-terms\nlicense_link: https://example.org/terms"
+    (folder / "README.md").write_text(CARD.replace("license: apache-2.0", other))
+    publish(folder, "owner/other", "--yes")
+    assert other.encode() in hub.repositories["owner/other"].files()["README.md"]
+    publish(folder, "owner/other", "--yes", "--license", "mit")
+    assert b"license_name" not in hub.repositories["owner/other"].files()["README.md"]
 
 
 def test_a_card_that_publishing_changes_counts_as_written_and_not_as_changed_by_hand(folder, hub):
     readme = folder / "README.md"
-    readme.write_text(CARD + writing._signature(CARD, Wishes(power_watts=60.0)))
+    readme.unlink()
+    (folder / "results.json").write_text(json.dumps(RECORD))
+    writing.write_card(folder, CardOptions(base_model="user/vit"))
+    assert "The model: cc-by-4.0 (that of the data" in readme.read_text()
     publish(folder, "owner/pets", "--yes", "--license", "mit")
     readme.write_bytes(hub.repositories["owner/pets"].files()["README.md"])
     assert "license: mit" in readme.read_text()
-    given = {"power_watts": 60.0, "license": "mit", "hub_model_id": "owner/pets"}
-    assert writing.earlier_wishes(folder) == given
+    assert "The model: mit." in readme.read_text()
+    assert 'model="owner/pets"' in readme.read_text()
+    given = {"base_model": "user/vit", "license": "mit", "hub_model_id": "owner/pets"}
+    assert writing.stored_options(folder) == given
     # One that was changed by hand stays so.
     readme.write_text(readme.read_text().replace("# pets", "# My pets"))
     publish(folder, "owner/hand", "--yes")
     readme.write_bytes(hub.repositories["owner/hand"].files()["README.md"])
-    assert writing.earlier_wishes(folder) is None
+    assert writing.stored_options(folder) is None
 
 
 def test_models_that_do_not_answer_are_refused(folder):

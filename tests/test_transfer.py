@@ -238,7 +238,7 @@ def test_cells_are_means_and_sample_deviations_and_scratch_takes_its_best_rate()
     text = markdown(record)
     assert "| pets | 24, 6 | 45.0 ± 21.8 % | 88.3 ± 7.6 % | +43.3 |" in text
     assert "| pets | 40.0 ± 10.0 %, 50.0 ± 34.6 % |" in text
-    assert "0.001 from scratch, 1e-05 from the weights. From scratch it is the best of 0.0001, 0.001" in text
+    assert "0.001 from scratch, 1e-05 from the weights.\nFrom scratch, it is the best of 0.0001, 0.001" in text
     assert "\npets: n.\n" in text
 
 

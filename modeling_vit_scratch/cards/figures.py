@@ -25,6 +25,10 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> bool:
     Returns:
         Whether there was anything to draw: a curve has two points.
     """
+    # Training ends with a log of its runtime. An evaluation after that is of the weights that were kept, which may be
+    # those of an earlier step.
+    end = next((index for index, log in enumerate(history) if "train_runtime" in log), len(history))
+    history = history[: end + 1]
     losses = {"training": _points(history, "loss"), "held-out images": _points(history, "eval_loss")}
     scores = {title_of(metric): _points(history, f"eval_{metric}") for metric in METRIC_TITLES}
     scores |= {
@@ -56,5 +60,5 @@ def _is_probe(name: str) -> bool:
 
 
 def _points(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Of each step the last value: a resumed run may have logged one twice, and the end of a run evaluates again."""
+    """Of each step the last value: a resumed run may have logged one twice."""
     return sorted({log["step"]: log[key] for log in history if key in log}.items())

@@ -7,9 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..common.licenses import license_problem
 from ..common.metric_titles import title_of
-from .records import LICENSE, Evaluation, Facts
-from .words import count
+from ..evaluation.metrics import interval_of
+from .records import Evaluation, ModelRecords
 
 
 # The names that the Hub knows metrics by, and what to hand their `compute`. A metric that is not here is not listed.
@@ -29,47 +30,51 @@ _TYPES: dict[str, tuple[str, dict[str, Any]]] = {
 _KNOWN = {"accuracy", "f1", "exact_match", "brier_score"}
 
 
-def metadata(facts: Facts) -> ModelCardData:
+def metadata(records: ModelRecords) -> ModelCardData:
     """Everything that the records tell: what they don't is left out."""
-    training, results = facts.training or {}, _results(facts)
-    sources = [training.get("dataset"), *(one.record["dataset"] for one in facts.evaluations if not training)]
+    training, results, license = records.training or {}, _results(records), license_of(records)
+    sources = [training.get("dataset"), *(one.record["dataset"] for one in records.evaluations if not training)]
     hub_ids = [source["hub_id"] for source in sources if source and source.get("hub_id")]
     kinds = {result.metric_type for result in results} & _KNOWN
     return ModelCardData(
-        license=license_of(facts),
+        license=license,
+        license_name=records.options.license_name if license == "other" else None,
+        license_link=records.options.license_link if license == "other" else None,
         library_name="transformers",
-        pipeline_tag=task(facts),
-        base_model=base_model(facts),
+        pipeline_tag=task(records),
+        base_model=base_model(records),
         datasets=list(dict.fromkeys(hub_ids)) or None,
-        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if facts.is_multi_label else [])],
+        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if records.is_multi_label else [])],
         metrics=sorted(kinds) or None,
-        co2_eq_emissions=_emissions(facts),
-        model_name=facts.name if results else None,
+        co2_eq_emissions=_emissions(records),
+        model_name=records.name if results else None,
         eval_results=results or None,
     )
 
 
-def task(facts: Facts) -> str:
+def task(records: ModelRecords) -> str:
     """The pipeline that the model is for."""
-    return "image-feature-extraction" if facts.is_encoder else "image-classification"
+    return "image-feature-extraction" if records.is_encoder else "image-classification"
 
 
-def base_model(facts: Facts) -> str | None:
+def base_model(records: ModelRecords) -> str | None:
     """The id on the Hub of what training started from, where that is known."""
-    return facts.wishes.base_model or (facts.training or {"model": {}})["model"].get("base_model")
+    return records.options.base_model or (records.training or {"model": {}})["model"].get("base_model")
 
 
-def license_of(facts: Facts) -> str | None:
-    """The licence of the model: as it was given, else that of the data it was trained on."""
-    license = facts.wishes.license or (facts.training or {"dataset": {}})["dataset"].get("license")
-    return license if isinstance(license, str) and LICENSE.fullmatch(license) else None
+def license_of(records: ModelRecords) -> str | None:
+    """The licence of the model: as it was given, else that of the data it was trained on, if the Hub knows it."""
+    if records.options.license is not None:
+        return records.options.license
+    license = (records.training or {"dataset": {}})["dataset"].get("license")
+    return None if license_problem(license) else license
 
 
-def _results(facts: Facts) -> list[EvalResult]:
+def _results(records: ModelRecords) -> list[EvalResult]:
     """Of images that it was not trained on: of evaluations, and of the training where none is of the same images."""
-    shown = [one for one in facts.evaluations if one.is_unseen]
+    shown = [one for one in records.evaluations if one.is_unseen]
     results = [result for one in shown for result in _of_evaluation(one)]
-    training = facts.training
+    training = records.training
     same = training and any(
         one.record["dataset"]["name"] == training["dataset"]["name"] and one.record["n"] == training["n"]
         for one in shown
@@ -102,11 +107,6 @@ def _of_evaluation(evaluation: Evaluation) -> list[EvalResult]:
     return results
 
 
-def interval_of(result: dict[str, Any]) -> list[float] | None:
-    """Of a share of images Wilson's, which says something also where all are right; of others the bootstrap's."""
-    return result.get("wilson_interval") or result.get("interval")
-
-
 def _result(dataset: dict[str, Any], images: str, metric: str, value: float, more: dict[str, Any]) -> EvalResult:
     kind, arguments = _TYPES[metric]
     return EvalResult(
@@ -117,7 +117,7 @@ def _result(dataset: dict[str, Any], images: str, metric: str, value: float, mor
         dataset_split=_split(images),
         dataset_args={"images": images},
         metric_type=kind,
-        metric_name=f"{title_of(metric)} (n = {count(more['n'])})",
+        metric_name=f"{title_of(metric)} (n = {more['n']:,})",
         metric_value=round(value, 4),
         metric_args={**arguments, **more},
     )
@@ -129,14 +129,16 @@ def _split(images: str) -> str | None:
     return found[1] if found else None
 
 
-def _emissions(facts: Facts) -> dict[str, Any] | None:
-    if facts.cost is None:
+def _emissions(records: ModelRecords) -> dict[str, Any] | None:
+    """What codecarbon measured, as hf.co/docs/hub/model-cards-co2 has it."""
+    training, found = records.training, records.emissions
+    if training is None or found is None:
         return None
-    training = facts.training
-    from_scratch = training["model"]["started_from"] == "scratch" or "pretraining" in training
-    return {
-        "emissions": round(facts.cost.grams, 3),  # grams of CO2 equivalent
-        "source": "estimated by modeling_vit_scratch: wall time x an assumed power x an assumed carbon intensity",
+    from_scratch = training["model"]["started_from"] == "scratch" or training["pretraining"]
+    emissions = {
+        "emissions": round(1000 * float(found["emissions"]), 3),  # grams of CO2 equivalent
+        "source": " ".join(filter(None, ("codecarbon", found.get("codecarbon_version")))),
         "training_type": "pre-training" if from_scratch else "fine-tuning",
         "hardware_used": training["hardware"],
     }
+    return emissions | ({"geographical_location": found["country_name"]} if found.get("country_name") else {})

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What a card is written from, read and checked: the configuration, the record of the training (results.json), those of
-evaluations (results.json in evaluation/ or below), that of a transfer table (transfer/transfer.json), and what a person
-adds. Without a record there is no number.
+evaluations (results.json in evaluation/ or below), that of a transfer table (transfer/transfer.json), codecarbon's
+emissions.csv, and what a person adds. Without a record there is no number.
 """
 
+import csv
 import json
 import re
 import shutil
@@ -16,85 +17,71 @@ from typing import Any
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
+from ..common.licenses import license_problem
 from ..common.weights import digests
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .emissions import Estimate, estimate
-from .transfer import FIGURE, FOLDER, Transfer, check_transfer
-from .transfer import RECORD as TRANSFER
+from .transfer import FOLDER as TRANSFER_FOLDER
+from .transfer import RECORD as TRANSFER_RECORD
+from .transfer import check_transfer
 
 
-RECORD, CARD = "results.json", "README.md"
-LICENSE = re.compile(r"[a-z0-9.-]+")
-# Within the model's folder: where evaluations are, and the figure of the training.
-EVALUATIONS, CURVES, SHEET = "evaluation", "figures/learning_curves.png", "figures/sheet.png"
+RECORD, CARD, EMISSIONS = "results.json", "README.md", "emissions.csv"
+# Within the model's folder: where evaluations are, and figures of the model itself.
+EVALUATIONS, FIGURES = "evaluation", "figures"
+CURVES, SHEET_CREDIT = "figures/learning_curves.png", "figures/sheet.txt"
 # What a record must have before anything is printed: keys, and keys in them.
 _TRAINING: dict[str, tuple[str, ...]] = {
-    "metric": (),
-    "value": (),
-    "n": (),
-    "metrics": (),
-    "selection": (),
-    "seed": (),
+    "metric": (), "value": (), "n": (), "metrics": (), "selection": (), "seed": (),
     "dataset": ("name", "num_labels", "num_training_images", "num_held_out_images", "held_out"),
     "model": ("num_parameters", "started_from"),
     "training": ("epochs", "steps", "batch_size", "optimizer", "learning_rate"),
-    "command": (),
-    "versions": (),
-    "hardware": (),
-    "wall_time_seconds": (),
-}
+    "command": (), "versions": (), "hardware": (), "wall_time_seconds": (),
+}  # fmt: skip
 _EVALUATION: dict[str, tuple[str, ...]] = {
-    "metric": (),
-    "value": (),
-    "n": (),
-    "results": (),
-    "confidence_level": (),
-    "bootstrap_resamples": (),
-    "seed": (),
+    "metric": (), "value": (), "n": (), "results": (), "confidence_level": (), "bootstrap_resamples": (), "seed": (),
     "model": ("name", "num_parameters"),
     "dataset": ("name", "images", "broken_images"),
-    "temperature": (),
-    "views": (),
-    "per_class": (),
+    "temperature": (), "views": (), "per_class": (),
     "confusion_matrix": ("labels",),
     "reliability": ("mean_confidence", "mean_accuracy"),
-    "command": (),
-    "versions": (),
-    "hardware": (),
-}
+    "command": (), "versions": (), "hardware": (),
+}  # fmt: skip
+# What it may have besides. It is None where a record lacks it, so that a template can ask for it.
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "git_commit": (), "resumed_from": (), "threshold": (), "examples": (),
+    "pretraining": ("objective", "description"),
+    "dataset": ("hub_id", "license", "url", "note", "seen_in_training"),
+    "model": ("base_model",),
+    "training": ("recipe", "recipe_source", "recipe_differs", "broken_images"),
+    "throughput": ("images_per_second", "note"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Wishes:
+class CardOptions:
     """
     What no record says and a person may add. It is kept in the card, so that the next one has it too.
 
     Attributes:
-        license: of the model, the Hub's name of one; without, that of the data is taken, which a model does not
-            inherit everywhere.
+        license: of the model, the Hub's name of one. Default: that of the data, which a model does not inherit
+            everywhere.
+        license_name, license_link: of a license that is "other".
         base_model: the id on the Hub of what the training started from.
         hub_model_id: where it is published.
-        power_watts: that training drew.
-        carbon_intensity: of its electricity, grams of CO2 equivalent per kWh.
     """
 
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     base_model: str | None = None
     hub_model_id: str | None = None
-    power_watts: float | None = None
-    carbon_intensity: float | None = None
 
     def check(self) -> None:
-        """Raises InputError for what is none."""
-        for key in ("power_watts", "carbon_intensity"):
-            if (value := getattr(self, key)) is not None and not 0 <= value < float("inf"):
-                raise InputError(f"--{key} {value:g} must be a number from 0 on.")
-        if self.license is not None and not LICENSE.fullmatch(self.license):
-            raise InputError(
-                f"--license {self.license} is no name of the Hub's, e.g. apache-2.0, cc-by-4.0: "
-                "hf.co/docs/hub/repositories-licenses"
-            )
+        """Raises InputError for a value that the Hub doesn't take."""
+        problem = self.license and license_problem(self.license, self.license_name, self.license_link)
+        if problem:
+            raise InputError(f"--license {self.license}: {problem}")
         for key in ("base_model", "hub_model_id"):
             if (value := getattr(self, key)) is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
                 raise InputError(f"--{key} {value}: give USER/NAME, as the Hub has it.")
@@ -103,10 +90,10 @@ class Wishes:
         """Those that are there."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-    def over(self, earlier: dict[str, Any]) -> "Wishes":
+    def over(self, earlier: dict[str, Any]) -> "CardOptions":
         """With those of an earlier card where this one has none."""
         known = {field.name for field in fields(self)}
-        return Wishes(**{**{key: value for key, value in earlier.items() if key in known}, **self.given()})
+        return CardOptions(**{**{key: value for key, value in earlier.items() if key in known}, **self.given()})
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,7 @@ class Evaluation:
         record: its results.json.
         folder: of it, within that of the model: "evaluation/pets".
         figures: the names of the pictures beside it.
-        title: what it is about: the data, and the name of the folder if others are about the same data.
+        title: the name of the data, and of the folder if other reports are about the same data.
     """
 
     record: dict[str, Any]
@@ -131,20 +118,16 @@ class Evaluation:
         """Whether nothing is known of the model having been trained on some of these images."""
         return not self.record["dataset"].get("seen_in_training")
 
-    def score(self, metric: str) -> dict[str, Any] | None:
-        """What the record says of a metric; None if nothing."""
-        return next((one for one in self.record["results"] if one["metric"] == metric), None)
-
     @property
     def main(self) -> dict[str, Any]:
         """The main result."""
-        return self.score(self.record["metric"])
+        return next(one for one in self.record["results"] if one["metric"] == self.record["metric"])
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelRecords:
     """
-    All that a card tells.
+    All that a card is written from.
 
     Attributes:
         name: the title.
@@ -154,12 +137,11 @@ class Facts:
         processor: what prepares its images; None if that is not known.
         training: the record of the training; None of a model that came from elsewhere.
         evaluations: in the order of their folders.
-        has_curves: whether the figure of the training is in the folder.
-        wishes: what a person has added.
-        cost: of the training; None without a record of it.
         transfer: the record of a transfer table; None without.
-        has_sheet: whether the figures of what is inside (`visualize.py sheet`) are in the folder.
-        sheet_credit: whose photos these show: figures/sheet.txt.
+        emissions: the last row of codecarbon's emissions.csv; None without, or if it is of another run.
+        figures: the pictures in the folder, as paths within it.
+        sheet_credit: whose photos figures/sheet.png shows, as Markdown; None if nobody said.
+        options: what a person has added.
     """
 
     name: str
@@ -169,25 +151,17 @@ class Facts:
     processor: BaseImageProcessor | None
     training: dict[str, Any] | None
     evaluations: list[Evaluation]
-    has_curves: bool
-    wishes: Wishes
-    cost: Estimate | None
-    transfer: Transfer | None = None
-    has_sheet: bool = False
-    sheet_credit: str | None = None
-
-    @property
-    def labels(self) -> list[str]:
-        """In the order of the logits; [] of a model without a classifier."""
-        if self.is_encoder:
-            return []
-        return [str(self.config.id2label[index]) for index in range(self.config.num_labels)]
+    transfer: dict[str, Any] | None
+    emissions: dict[str, str] | None
+    figures: frozenset[str]
+    sheet_credit: str | None
+    options: CardOptions
 
     @property
     def is_encoder(self) -> bool:
         """Whether it has no classifier. Where it is still being trained, its configuration does not know yet."""
         if self.training is not None:
-            return self.training.get("pretraining", {}).get("objective", "supervised") != "supervised"
+            return (self.training["pretraining"] or {}).get("objective", "supervised") != "supervised"
         architecture = (self.config.architectures or [""])[0]
         return bool(architecture) and not architecture.endswith("ForImageClassification")
 
@@ -196,75 +170,17 @@ class Facts:
         """Whether an image has any number of labels."""
         return self.config.problem_type == "multi_label_classification"
 
-    @property
-    def best_evidence(self) -> Evaluation | None:
-        """The evaluation to begin with: the first on images that it was not trained on."""
-        return next((one for one in self.evaluations if one.is_unseen), None)
 
-
-def gather(
-    folder: Path,
-    config: ViTScratchConfig,
-    processor: BaseImageProcessor | None,
-    training: dict[str, Any] | None,
-    evaluations: list[Evaluation],
-    wishes: Wishes,
-    transfer: Transfer | None = None,
-) -> Facts:
+def read_records(
+    folder: Path, options: CardOptions, reports: Iterable[Path] = (), transfer: Path | None = None
+) -> ModelRecords:
     """
-    The facts, if the records have all that a card tells and are about this model.
-
-    Raises:
-        InputError: with everything that is missing: then there is no card, rather than one with gaps.
-    """
-    if training is None and not evaluations:
-        raise InputError(
-            f"No card without a record: {folder} has neither {RECORD} of a training nor an evaluation. Run "
-            f"scripts/evaluate.py {folder} DATASET first."
-        )
-    if training is not None:
-        _check_training(training)
-    for one in evaluations:
-        _check_evaluation(one, config, training, folder)
-    names = [one.record["dataset"]["name"] for one in evaluations]
-    titles = [
-        name if names.count(name) == 1 else f"{name}, {one.folder.removeprefix(f'{EVALUATIONS}/')}"
-        for name, one in zip(names, evaluations)
-    ]
-    evaluations = [replace(one, title=title) for one, title in zip(evaluations, titles)]
-    cost = None if training is None else estimate(training, wishes.power_watts, wishes.carbon_intensity)
-    # A path that depends on this machine helps nobody.
-    location = wishes.hub_model_id or (folder.as_posix() if not folder.is_absolute() else folder.name)
-    return Facts(
-        name=(wishes.hub_model_id or folder.resolve().name).split("/")[-1],
-        location=location,
-        config=config,
-        num_parameters=(training or evaluations[0].record)["model"]["num_parameters"],
-        processor=processor,
-        training=training,
-        evaluations=evaluations,
-        has_curves=(folder / CURVES).is_file(),
-        has_sheet=(folder / SHEET).is_file(),
-        sheet_credit=_credit(folder / SHEET),
-        wishes=wishes,
-        cost=cost,
-        transfer=transfer,
-    )
-
-
-def _credit(sheet: Path) -> str | None:
-    file = sheet.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else None
-
-
-def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = (), transfer: Path | None = None) -> Facts:
-    """
-    As `gather`, with everything that is in the folder of a finished model.
+    Everything that is in the folder of a finished model, checked as in `gather`.
 
     Args:
         folder: of the model.
-        wishes: what a person adds.
-        others: folders of reports that lie elsewhere: see `take`.
+        options: what a person adds.
+        reports: folders of reports that lie elsewhere: see `copy_report`.
         transfer: the folder of a transfer table that lies elsewhere.
 
     Raises:
@@ -283,27 +199,94 @@ def read_facts(folder: Path, wishes: Wishes, others: Iterable[Path] = (), transf
     if training is not None and "results" in training:
         raise InputError(f"{file} is of an evaluation, not of a training. Move it into {folder / EVALUATIONS}/NAME/.")
     places = {file.parent.relative_to(folder): file.parent for file in (folder / EVALUATIONS).rglob(RECORD)}
-    places |= {_target(place, folder).relative_to(folder): place for place in others}
-    evaluations = [_read_evaluation(place, where.as_posix()) for where, place in sorted(places.items())]
-    return gather(folder, config, processor, training, evaluations, wishes, _read_transfer(transfer, folder))
+    places |= {_target(place, folder).relative_to(folder): place for place in reports}
+    evaluations = [
+        Evaluation(read_json(place / RECORD), where.as_posix(), _pictures(place))
+        for where, place in sorted(places.items())
+    ]
+    if transfer is None and (folder / TRANSFER_FOLDER / TRANSFER_RECORD).is_file():
+        transfer = folder / TRANSFER_FOLDER
+    return gather(folder, config, processor, training, evaluations, options, transfer)
 
 
-def _read_transfer(place: Path | None, folder: Path) -> Transfer | None:
-    """The one there, or that of the model's folder, if it has one."""
-    if place is None and not (folder / FOLDER / TRANSFER).is_file():
+def gather(
+    folder: Path,
+    config: ViTScratchConfig,
+    processor: BaseImageProcessor | None,
+    training: dict[str, Any] | None,
+    evaluations: list[Evaluation],
+    options: CardOptions,
+    transfer: Path | None = None,
+) -> ModelRecords:
+    """
+    The records, if they have all that a card tells and are about this model.
+
+    Raises:
+        InputError: with everything that is missing: then there is no card, rather than one with gaps.
+    """
+    if training is None and not evaluations:
+        raise InputError(
+            f"No card without a record: {folder} has neither {RECORD} of a training nor an evaluation. Run "
+            f"scripts/evaluate.py {folder} DATASET first."
+        )
+    if training is not None:
+        _check_training(training)
+        training = _completed(training)
+    for one in evaluations:
+        _check_evaluation(one, config, training, folder)
+    names = [one.record["dataset"]["name"] for one in evaluations]
+    titles = [
+        name if names.count(name) == 1 else f"{name}, {one.folder.removeprefix(f'{EVALUATIONS}/')}"
+        for name, one in zip(names, evaluations)
+    ]
+    evaluations = [replace(one, title=title, record=_completed(one.record)) for title, one in zip(titles, evaluations)]
+    figures = {f"{FIGURES}/{name}" for name in _pictures(folder / FIGURES)}
+    transfer_record = None
+    if transfer is not None:
+        transfer_record = read_json(transfer / TRANSFER_RECORD)
+        check_transfer(transfer_record, transfer, folder)
+        figures |= {f"{TRANSFER_FOLDER}/{name}" for name in _pictures(transfer)}
+    credit = folder / SHEET_CREDIT
+    return ModelRecords(
+        name=(options.hub_model_id or folder.resolve().name).split("/")[-1],
+        # A path that depends on this machine helps nobody.
+        location=options.hub_model_id or (folder.as_posix() if not folder.is_absolute() else folder.name),
+        config=config,
+        num_parameters=(training or evaluations[0].record)["model"]["num_parameters"],
+        processor=processor,
+        training=training,
+        evaluations=evaluations,
+        transfer=transfer_record,
+        emissions=_read_emissions(folder / EMISSIONS, training),
+        figures=frozenset(figures),
+        sheet_credit=" ".join(credit.read_text(encoding="utf-8").split()) if credit.is_file() else None,
+        options=options,
+    )
+
+
+def _pictures(folder: Path) -> frozenset[str]:
+    return frozenset(file.name for file in folder.glob("*.png"))
+
+
+def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, str] | None:
+    """
+    What codecarbon measured (`--report_to codecarbon`): it adds a row to its file for every run in this folder. The
+    last one counts if it took as long as the training; otherwise it is of an earlier run.
+    """
+    if training is None or not file.is_file():
         return None
-    place = place or folder / FOLDER
-    record = read_json(place / TRANSFER)
-    check_transfer(record, place, folder)
-    return Transfer(record, (place / FIGURE).is_file())
+    try:
+        with open(file, newline="", encoding="utf-8") as stream:
+            last = list(csv.DictReader(stream))[-1]
+        seconds = float(last["duration"])
+        is_of_this_run = abs(seconds - training["wall_time_seconds"]) <= 5 + 0.05 * seconds
+        float(last["emissions"]), float(last["energy_consumed"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{file} can't be read ({type(error).__name__}: {error}). Repair it, or remove it.") from error
+    return last if is_of_this_run else None
 
 
-def _read_evaluation(place: Path, where: str) -> Evaluation:
-    figures = frozenset(file.name for file in place.glob("*.png"))
-    return Evaluation(read_json(place / RECORD), where, figures)
-
-
-def take(place: Path, folder: Path) -> None:
+def copy_report(place: Path, folder: Path) -> None:
     """
     Copies a report, its record and figures, into the folder of the model, as evaluation/ and its name. Does nothing if
     it is there.
@@ -319,7 +302,7 @@ def take(place: Path, folder: Path) -> None:
 
 
 def _target(place: Path, folder: Path) -> Path:
-    """Where in the folder of the model a report is, or will be. Errors as in `take`."""
+    """Where in the folder of the model a report is, or will be. Errors as in `copy_report`."""
     if not (place / RECORD).is_file():
         raise InputError(f"{place} has no {RECORD}: give the --output_dir of scripts/evaluate.py.")
     inside = (folder / EVALUATIONS).resolve()
@@ -332,7 +315,7 @@ def _target(place: Path, folder: Path) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises InputError if it is none."""
+    """A record. Raises InputError if it is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -340,6 +323,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{file} is no record. Repair it, or remove it.")
     return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for each optional value that it lacks."""
+    parts = {
+        key: {**dict.fromkeys(_OPTIONAL[key]), **record[key]} for key in _OPTIONAL if isinstance(record.get(key), dict)
+    }
+    return {**dict.fromkeys(_OPTIONAL), **record, **parts}
 
 
 def _missing(record: dict[str, Any], required: dict[str, tuple[str, ...]]) -> list[str]:

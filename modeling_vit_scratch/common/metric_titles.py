@@ -8,8 +8,8 @@ METRIC_TITLES = {
     "micro_average_precision": "micro average precision", "hamming_loss": "Hamming loss", "nll": "NLL (nats)",
     "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
 }  # fmt: skip
-# The others are shares of one.
-NO_PERCENT = ("nll", "brier")
+# The others are fractions of one.
+NO_PERCENT = ("loss", "nll", "brier")
 
 
 def title_of(metric: str) -> str:

@@ -145,6 +145,14 @@ class Score:
         return facts | self.more
 
 
+def interval_of(result: dict[str, Any]) -> list[float] | None:
+    """
+    The interval to show for a result of results.json: for fractions of images Wilson's, which also says something where
+    all are right; for others the bootstrap's; None if it has none.
+    """
+    return result.get("wilson_interval") or result.get("interval")
+
+
 def score(
     values: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0, bins: int = NUM_BINS
 ) -> list[Score]:

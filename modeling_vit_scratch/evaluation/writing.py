@@ -17,6 +17,7 @@ from .arguments import EvaluationArguments
 from .calibration import store_temperature
 from .data import EvaluationData
 from .examples import draw_examples
+from .metrics import interval_of
 from .report import EXAMPLES_FIGURE, Report
 
 
@@ -85,13 +86,13 @@ def tell_report(report: Report, data: EvaluationData, arguments: EvaluationArgum
     record = report.record
     lines = [f"{record['model']['name']} on {record['dataset']['name']}: {record['n']:,} images."]
     lines += [f"Images: {record['dataset']['images']}.", ""]
-    has_interval = report.scores[0].interval is not None
-    lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if has_interval else ""))
-    for one in report.scores:
-        show = (lambda x: f"{x:.4f}") if one.metric in NO_PERCENT else (lambda x: f"{100 * x:.2f} %")
-        line = f"{title_of(one.metric):<28}{show(one.value):>9}"
-        if one.interval is not None:
-            line += f"   {show(one.interval[0])} to {show(one.interval[1])}"
+    intervals = [interval_of(result) for result in record["results"]]
+    lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if any(intervals) else ""))
+    for result, interval in zip(record["results"], intervals):
+        show = (lambda x: f"{x:.4f}") if result["metric"] in NO_PERCENT else (lambda x: f"{100 * x:.2f} %")
+        line = f"{title_of(result['metric']):<28}{show(result['value']):>9}"
+        if interval is not None:
+            line += f"   {show(interval[0])} to {show(interval[1])}"
         lines.append(line)
     main, title = ("f1", "F1") if report.threshold is None else ("average_precision", "average precision")
     worst = sorted((row for row in record["per_class"] if row["n"]), key=lambda row: row[main])[:5]

@@ -3,12 +3,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from ..common.licenses import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
@@ -19,7 +19,6 @@ _KINDS = {
     kind.__name__: kind
     for kind in (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
 }
-_LICENSE = re.compile(r"[a-z0-9.-]+")
 # The line of a card that loads the model: what is in it is replaced by the Hub's name.
 _LOCATION = re.compile(r"""(\bpipeline\([^)\n]*?\bmodel=|\bfrom_pretrained\()(["'])([^"'\n]+)\2""")
 
@@ -67,7 +66,7 @@ def check_model(folder: Path) -> list[str]:
 
 
 def prepare_card(
-    folder: Path, architecture: str | None, repo_id: str, license: str | None
+    folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
 ) -> tuple[Upload | None, list[str]]:
     """
     The card as it is published: it loads the model from the Hub, and has a licence.
@@ -77,29 +76,29 @@ def prepare_card(
         architecture: the class in config.json; decides the task.
         repo_id: where the card's examples load the model from.
         license: the Hub's name of one, for a card that has none or another.
+        text: of the card, in place of the folder's README.md.
 
     Returns:
         The card, None if there is none that can be read; and what is wrong, a line each.
     """
     file = folder / "README.md"
-    if not file.is_file():
+    if text is None and not file.is_file():
         return None, [
             "There is no README.md. Write one, or let scripts/card.py do it from a record of training or evaluation."
         ]
     try:
-        card = ModelCard(file.read_text(encoding="utf-8"))
+        card = ModelCard(file.read_text(encoding="utf-8") if text is None else text)
     except Exception as error:  # of the YAML reader, of model-index, of the text's encoding
         return None, [f"The metadata of README.md can't be read: {' '.join(str(error).split())}"]
     data, lines = card.data, []
-    if license is not None:
-        data.license = license
+    if license is not None and license != data.license:
+        data.license, data.license_name, data.license_link = license, None, None
     if data.license is None:
         lines.append(
             "README.md names no licence. Add --license, e.g. apache-2.0: without one nobody may use the model."
         )
-    elif not (data.license == "other" and data.get("license_name") and data.get("license_link")):
-        reason = license_problem(data.license)
-        lines += [f"The licence {data.license}: {reason}"] if reason else []
+    elif problem := license_problem(data.license, data.get("license_name"), data.get("license_link")):
+        lines.append(f"The licence {data.license}: {problem}")
     if data.library_name != "transformers":
         lines.append(f"library_name in README.md is {data.library_name}; the Hub needs transformers.")
     is_classifier = architecture == ViTScratchForImageClassification.__name__
@@ -110,15 +109,6 @@ def prepare_card(
     lines += [f"README.md shows {path}, which is not in {folder}." for path in absent]
     card.text = _LOCATION.sub(lambda found: f"{found[1]}{found[2]}{repo_id}{found[2]}", card.text)
     return Upload("README.md", str(card).encode()), lines
-
-
-def license_problem(name: Any) -> str | None:
-    """What is wrong with a licence on its own; None if nothing is."""
-    if not isinstance(name, str) or not _LICENSE.fullmatch(name):
-        return "it is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub)."
-    if name == "other":
-        return "add license_name and license_link to the metadata of README.md, which no flag can."
-    return None
 
 
 def changed_code(folder: Path) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..common.errors import InputError, Problems
+from ..common.licenses import license_problem
 from ..common.parsing import Parser, refuse_unknown
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.arguments import SOURCE_DEFAULTS, DataArguments
-from ..hub.checks import license_problem
 from ..hub.commit import check_wish
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,

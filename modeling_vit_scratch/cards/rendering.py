@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders a card from a Jinja template: wrong names are errors, and text from records is escaped for Markdown."""
+
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
+
+from ..common.errors import InputError
+from ..common.metric_titles import METRIC_TITLES, NO_PERCENT, title_of
+
+
+CARD_TEMPLATE, TRANSFER_TEMPLATE = "template.md", "transfer.md"
+
+
+class Absent(StrictUndefined):
+    """A value that this model's records don't have: false in a condition, an error where it is printed."""
+
+    __slots__ = ()
+    __format__ = StrictUndefined._fail_with_undefined_error
+
+    def __bool__(self) -> bool:
+        return False
+
+    @property
+    def _undefined_message(self) -> str:
+        return f"the records of this model have no {self._undefined_name}. Put a condition around it"
+
+
+class CardEnvironment(ImmutableSandboxedEnvironment):
+    """
+    Jinja's sandbox, since a template may come with somebody else's model. `ModelCard.from_template` can't be used: it
+    makes its own `jinja2.Template`, in which a misspelt name prints nothing and a name from a record may be HTML.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            loader=FileSystemLoader(Path(__file__).parent),
+            undefined=StrictUndefined,
+            autoescape=True,  # so that macros and blocks return Markup, which _escaped leaves alone
+            finalize=_escaped,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.filters |= FILTERS
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """As in Jinja; None, which JSON has for what is not known, becomes `Absent`."""
+        value = super().getitem(obj, argument)
+        return Absent(name=argument) if value is None else value
+
+    getattr = getitem  # keys of records before methods of dictionaries, e.g. a key named "values"
+
+
+def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | None = None) -> str:
+    """
+    Fills in a template.
+
+    Args:
+        values: by the names that the template has for them.
+        template: the name of one of this folder, or what to call `text` in messages.
+        text: of a template from elsewhere. It may extend those of this folder.
+
+    Raises:
+        InputError: with the line, if the template has a mistake or prints a value that is not there.
+    """
+    environment = CardEnvironment()
+    values = {name: Absent(name=name) if value is None else value for name, value in values.items()}
+    try:
+        chosen = environment.get_template(template) if text is None else environment.from_string(text)
+        rendered = chosen.render(values)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise InputError(f"{_where(error, template)}: {error}.") from error
+    return re.sub(r"\n{3,}", "\n\n", rendered).strip() + "\n"
+
+
+def _where(error: Exception, template: str) -> str:
+    """Template and line of an error."""
+    if isinstance(error, TemplateSyntaxError):
+        return f"{Path(error.filename).name if error.filename else template}, line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
+    if not frames:
+        return template
+    last = frames[-1]
+    name = Path(last.filename).name
+    return f"{template if name.startswith('<') else name}, line {last.lineno}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filters
+
+
+def escape(text: Any) -> Markup:
+    """Text with nothing in it that Markdown or HTML would take for markup, on one line."""
+    return Markup(re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s+", " ", str(text))))
+
+
+def _escaped(value: Any) -> Any:
+    if value is None:
+        raise UndefinedError("the records of this model have no value for it. Put a condition around it")
+    return value if hasattr(value, "__html__") else escape(value)
+
+
+def number(value: Any, digits: int | None = None) -> Any:
+    """A number as people write it: 1,797 or 0.001; several with commas; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(number(one, digits)) for one in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if digits is not None:
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A fraction as a percentage: 98.89 %."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def score(value: float, metric: str) -> str:
+    """The value of a metric, most of them as percentages."""
+    return f"{value:.4f}" if metric in NO_PERCENT else percent(value)
+
+
+def metric_name(metric: str) -> str:
+    """A metric within a sentence: top-5 accuracy."""
+    return METRIC_TITLES.get(metric, metric)
+
+
+def size(value: int | Sequence[int]) -> str:
+    """Height and width: 224 x 224."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return f"{height} x {width}"
+
+
+def names(values: Sequence[str], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(map(str, values[:limit]))
+    return shown + (f" and {len(values) - limit:,} more" if len(values) > limit else "")
+
+
+def url(address: str) -> Markup:
+    """A path or an address as the target of a link."""
+    return Markup(quote(address, safe="/:?&=#%+,;@!~*'"))
+
+
+def code(text: Any) -> Markup:
+    """A word of code within a sentence or a table."""
+    return Markup("`" + " ".join(str(text).split()).replace("`", "'").replace("|", r"\|") + "`")
+
+
+def code_block(text: Any, language: str = "text") -> Markup:
+    """Code in a fence that is longer than any in the code."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", str(text))), default=0))
+    return Markup(f"{fence}{language}\n{str(text).strip()}\n{fence}")
+
+
+FILTERS = {
+    "number": number, "percent": percent, "score": score, "metric_name": metric_name, "metric_title": title_of,
+    "size": size, "names": names, "url": url, "code": code, "code_block": code_block,
+}  # fmt: skip
