@@ -408,7 +408,7 @@ def test_several_labels(folder):
     card = write()
     for part in (
         "which of 3 labels an image has", "the scores don't sum to 1", "Mean average precision on 60 images",
-        "| label | average precision | precision | recall | F1 | images |", "from a probability of 0.5 on",
+        "| label | average precision | precision | recall | F1 | images |", "if its probability is at least 0.5",
     ):  # fmt: skip
         assert part in card.text, part
     assert "always answers" not in card.text
@@ -421,10 +421,13 @@ def test_an_encoder(folder):
     train(
         folder, metric="loss", value=0.5, metrics={"loss": 0.5, "probe_knn_accuracy": 0.75},
         pretraining={"objective": "mae", "description": "75 % of patches hidden"},
+        training={**RECORD["training"], "loss": "softmax"},
     )  # fmt: skip
     card = write()
     for part in ("75 % of patches hidden", "knn accuracy 75.00 %", "| Loss | 0.5000 |", "he2022masked", "pool=True"):
         assert part in card.text, part
+    for part in ("evaluate.py", "| loss |"):  # it has no classifier to evaluate, and its loss is not that of classes
+        assert part not in card.text, part
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None
 
@@ -607,7 +610,7 @@ def test_commands_of_earlier_runs_stay_in_their_fence(folder):
     train(folder, earlier=[run])
     text = write().text
     assert "\n`````bash\na\n```\n# Owned\n````\nb\n`````\n" in text
-    assert "from random weights reached loss 0.5000 on 3 images" in text
+    assert "a run without labels on x from random weights reached loss 0.5000 on 3 images" in text
     assert "\\<b\\> 3" in text
     assert "<b>" not in text.replace("\\<b\\>", "")
 

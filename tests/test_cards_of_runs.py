@@ -213,7 +213,8 @@ def test_pretrained_without_labels_fine_tuned_described_and_published(tmp_path, 
     card = ModelCard.load("pets/README.md")
     assert "It was fine-tuned from encoder on photos." in card.text
     assert (
-        f"a run on photos from random weights reached loss {record['value']:.4f} on {record['n']} images" in card.text
+        f"a run without labels on photos from random weights reached loss {record['value']:.4f} on {record['n']} images"
+        in card.text
     )
     assert card.data.pipeline_tag == "image-classification"
     assert ModelCard.load("encoder/README.md").data.pipeline_tag == "image-feature-extraction"

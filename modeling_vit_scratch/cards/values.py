@@ -94,6 +94,8 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
     first = earlier[-1] if earlier else record["model"]
     # Runs on the same labelled images are one training from scratch; on others, a fine-tuning.
     is_one_training = all(run["data"] == record["dataset"]["name"] and run["metric"] != "loss" for run in earlier)
+    # The loss of a pretraining without labels is that of its objective.
+    hidden = _HIDDEN | ({"loss"} if record["metric"] == "loss" else set())
     runs_from_scratch = len(earlier) + 1 if first["started_from"] == "scratch" and is_one_training else 0
     return {
         **record,
@@ -113,7 +115,7 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
         "settings": [
             (key.replace("_", " "), value)
             for key, value in record["training"].items()
-            if value is not None and key not in _HIDDEN and not (key in _NEUTRAL and value == _NEUTRAL[key])
+            if value is not None and key not in hidden and not (key in _NEUTRAL and value == _NEUTRAL[key])
         ],
         "earlier": earlier,  # the last first
         "runs_from_scratch": runs_from_scratch,
