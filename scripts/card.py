@@ -33,7 +33,7 @@ names that a template may use (Jinja; see the default one):
                       worst, confusions, calibration
   best_evaluation     the first of them on images that the model was not trained on
   transfer            the tables of transfer.json: include "transfer.md"
-  emissions           what codecarbon measured (finetune.py --report_to codecarbon): grams, kwh, country, version
+  emissions           what codecarbon reports (finetune.py --report_to codecarbon): grams, kwh, country, version
   figures             the pictures in the folder, as paths; sheet_credit: whose photos figures/sheet.png shows
   license, license_name, license_link, license_is_of_data, base_model, version
 

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
-from tiny_images import ROOT
+from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.cards.records import CardOptions, read_records
 from modeling_vit_scratch.cards.transfer import FINE_TUNED, find, gain_in_words, in_words, names_of
+from modeling_vit_scratch.cards.writing import card_text, stored_options
 from modeling_vit_scratch.hub.contents import CODE, collect
 from modeling_vit_scratch.recipes.paper import RECIPES
 
@@ -46,6 +48,18 @@ def test_the_folder_is_what_would_be_published():
     assert {"README.md", "config.json", "preprocessor_config.json", "model.safetensors", "results.json"} <= paths
     assert (FOLDER / "model.safetensors").stat().st_size <= 16_000_000
     assert not any(name.endswith((".bin", ".pt", ".npz")) for name in left_out)
+
+
+def test_it_is_ready_to_be_published(capsys):
+    load_script("publish").main([str(FOLDER), "me/vit-tiny-imagenet"])  # raises for whatever is wrong with it
+    assert "Nothing was uploaded" in capsys.readouterr().out
+
+
+def test_its_card_is_what_the_code_writes_of_its_records():
+    options = stored_options(FOLDER)
+    assert options is not None, "changed by hand"
+    text = card_text(read_records(FOLDER, CardOptions().over(options)), FOLDER)
+    assert text == (FOLDER / "README.md").read_text(), "run scripts/card.py model_cards/vit-tiny-imagenet"
 
 
 @pytest.mark.parametrize("file", CODE, ids=lambda file: file.name)

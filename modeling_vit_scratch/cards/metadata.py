@@ -130,15 +130,15 @@ def _split(images: str) -> str | None:
 
 
 def _emissions(records: ModelRecords) -> dict[str, Any] | None:
-    """What codecarbon measured, as hf.co/docs/hub/model-cards-co2 has it."""
+    """What codecarbon reports, as hf.co/docs/hub/model-cards-co2 has it."""
     training, found = records.training, records.emissions
     if training is None or found is None:
         return None
     from_scratch = training["model"]["started_from"] == "scratch" or training["pretraining"]
     emissions = {
-        "emissions": round(1000 * float(found["emissions"]), 3),  # grams of CO2 equivalent
-        "source": " ".join(filter(None, ("codecarbon", found.get("codecarbon_version")))),
+        "emissions": found["grams"],
+        "source": " ".join(filter(None, ("codecarbon", found["version"]))),
         "training_type": "pre-training" if from_scratch else "fine-tuning",
         "hardware_used": training["hardware"],
     }
-    return emissions | ({"geographical_location": found["country_name"]} if found.get("country_name") else {})
+    return emissions | ({"geographical_location": found["country"]} if found["country"] else {})

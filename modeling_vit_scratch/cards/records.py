@@ -138,7 +138,8 @@ class ModelRecords:
         training: the record of the training; None of a model that came from elsewhere.
         evaluations: in the order of their folders.
         transfer: the record of a transfer table; None without.
-        emissions: the last row of codecarbon's emissions.csv; None without, or if it is of another run.
+        emissions: what codecarbon reports of the training: `grams` of CO2 equivalent, `kwh`, the `country` whose
+            electricity it assumes, and its `version`; None without its emissions.csv.
         figures: the pictures in the folder, as paths within it.
         sheet_credit: whose photos figures/sheet.png shows, as Markdown; None if nobody said.
         options: what a person has added.
@@ -152,7 +153,7 @@ class ModelRecords:
     training: dict[str, Any] | None
     evaluations: list[Evaluation]
     transfer: dict[str, Any] | None
-    emissions: dict[str, str] | None
+    emissions: dict[str, Any] | None
     figures: frozenset[str]
     sheet_credit: str | None
     options: CardOptions
@@ -268,22 +269,23 @@ def _pictures(folder: Path) -> frozenset[str]:
     return frozenset(file.name for file in folder.glob("*.png"))
 
 
-def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, str] | None:
+def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, Any] | None:
     """
-    What codecarbon measured (`--report_to codecarbon`): it adds a row to its file for every run in this folder. The
-    last one counts if it took as long as the training; otherwise it is of an earlier run.
+    What codecarbon reports of the training (`--report_to codecarbon`): its file has a row for every run in this folder.
+    The last one counts if it took as long as the training; otherwise it is of an earlier run.
     """
     if training is None or not file.is_file():
         return None
     try:
         with open(file, newline="", encoding="utf-8") as stream:
             last = list(csv.DictReader(stream))[-1]
-        seconds = float(last["duration"])
-        is_of_this_run = abs(seconds - training["wall_time_seconds"]) <= 5 + 0.05 * seconds
-        float(last["emissions"]), float(last["energy_consumed"])
+        seconds, grams, kwh = float(last["duration"]), 1000 * float(last["emissions"]), float(last["energy_consumed"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{file} can't be read ({type(error).__name__}: {error}). Repair it, or remove it.") from error
-    return last if is_of_this_run else None
+    if abs(seconds - training["wall_time_seconds"]) > 5 + 0.05 * seconds:
+        return None
+    rounded = {"grams": float(f"{grams:.3g}"), "kwh": float(f"{kwh:.3g}")}
+    return rounded | {"country": last.get("country_name") or None, "version": last.get("codecarbon_version") or None}
 
 
 def copy_report(place: Path, folder: Path) -> None:

@@ -58,7 +58,7 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         "evaluations": evaluations,
         "best_evaluation": unseen[0] if unseen else None,
         "transfer": None if records.transfer is None else transfer_values(records.transfer),
-        "emissions": _emissions(records),
+        "emissions": records.emissions,
         "figures": sorted(records.figures),
         "sheet_credit": records.sheet_credit,
         "license": license,
@@ -190,15 +190,3 @@ def _calibration(record: dict[str, Any]) -> str | None:
     if interval is None or interval[0] <= confidence <= interval[1]:
         return None
     return "overconfident" if confidence > accuracy else "underconfident"
-
-
-def _emissions(records: ModelRecords) -> dict[str, Any] | None:
-    found = records.emissions
-    if found is None:
-        return None
-    return {
-        "grams": 1000 * float(found["emissions"]),
-        "kwh": float(found["energy_consumed"]),
-        "country": found.get("country_name") or None,
-        "version": found.get("codecarbon_version") or "",
-    }
