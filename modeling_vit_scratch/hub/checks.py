@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a folder is ready for strangers: its model answers, its card is valid and says where the model is."""
+"""Checks of a folder before it is published: its model loads and runs, its card is valid and says where it is."""
 
 import re
 from pathlib import Path
@@ -19,26 +19,26 @@ _KINDS = {
     kind.__name__: kind
     for kind in (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
 }
-# The line of a card that loads the model: what is in it is replaced by the Hub's name.
+# The line of a card that loads the model. Its path is replaced by the name on the Hub.
 _LOCATION = re.compile(r"""(\bpipeline\([^)\n]*?\bmodel=|\bfrom_pretrained\()(["'])([^"'\n]+)\2""")
 
 
 def check_model(folder: Path) -> list[str]:
     """
-    Loads the processor and the model, and shows it a grey image.
+    Loads the processor and the model, and runs it on a grey image.
 
     Returns:
-        What is wrong, a line each.
+        The problems, a line each.
     """
     pickles = [path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
     has_weights = any(folder.glob("model*.safetensors"))
     if not has_weights and pickles:
-        return [f"{pickles[0]} is a pickle, which can run anything when it is loaded. Convert it: scripts/convert.py."]
+        return [f"{pickles[0]} is a pickle: loading it can run any code. Convert it: scripts/convert.py."]
     needed = ("config.json", "preprocessor_config.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     missing += [] if has_weights else ["model.safetensors"]
     if missing:
-        return [f"{folder} has no {', no '.join(missing)}: it is no finished model. Train or convert one into it."]
+        return [f"{folder} has no {', no '.join(missing)}: it is not a finished model. Train or convert one into it."]
     try:
         config = ViTScratchConfig.from_pretrained(folder)
         name = (config.architectures or [""])[0]
@@ -57,8 +57,8 @@ def check_model(folder: Path) -> list[str]:
             outputs = model.eval()(processor(image, return_tensors="pt")["pixel_values"].to(model.dtype))
         values = [value for value in outputs.values() if isinstance(value, torch.Tensor)]
         if not all(value.isfinite().all() for value in values):
-            lines.append("The model's answer to a grey image is no number (NaN or infinite).")
-    except Exception as error:  # whatever a damaged folder makes a reader raise
+            lines.append("The model's output for a grey image is not finite (NaN or infinity).")
+    except Exception as error:  # a damaged folder can raise anything
         return [
             f"{folder} can't be loaded: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
         ]
@@ -69,23 +69,21 @@ def prepare_card(
     folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
 ) -> tuple[Upload | None, list[str]]:
     """
-    The card as it is published: it loads the model from the Hub, and has a licence.
+    The card to publish: its example loads the model from the Hub, and it has a licence.
 
     Args:
         folder: of the model.
-        architecture: the class in config.json; decides the task.
-        repo_id: where the card's examples load the model from.
-        license: the Hub's name of one, for a card that has none or another.
+        architecture: the class in config.json, which decides the task.
+        repo_id: the repository that the card's example loads the model from.
+        license: the Hub's name of a licence, to replace the card's.
         text: of the card, in place of the folder's README.md.
 
     Returns:
-        The card, None if there is none that can be read; and what is wrong, a line each.
+        The card, or None if it can't be read; and the problems, a line each.
     """
     file = folder / "README.md"
     if text is None and not file.is_file():
-        return None, [
-            "There is no README.md. Write one, or let scripts/card.py do it from a record of training or evaluation."
-        ]
+        return None, ["There is no README.md. Write one, or run scripts/card.py, which writes it from the records."]
     try:
         card = ModelCard(file.read_text(encoding="utf-8") if text is None else text)
     except Exception as error:  # of the YAML reader, of model-index, of the text's encoding
@@ -95,7 +93,7 @@ def prepare_card(
         data.license, data.license_name, data.license_link = license, None, None
     if data.license is None:
         lines.append(
-            "README.md names no licence. Add --license, e.g. apache-2.0: without one nobody may use the model."
+            "README.md names no licence. Add --license, e.g. apache-2.0: without a licence nobody may use the model."
         )
     elif problem := license_problem(data.license, data.get("license_name"), data.get("license_link")):
         lines.append(f"The licence {data.license}: {problem}")
@@ -112,7 +110,7 @@ def prepare_card(
 
 
 def changed_code(folder: Path) -> list[str]:
-    """The code files that the folder has in another version than this one, or not at all."""
+    """The code files that the folder lacks or has in another version than this one."""
     return [
         module.name
         for module in CODE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repository of the Hub: what is in it, and a commit that happens as a whole or not at all. Errors for people."""
+"""A repository on the Hub: its state, and commits that are made completely or not at all. Errors are readable."""
 
 import contextlib
 import json
@@ -34,28 +34,28 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from .contents import CHECKPOINT, OUTDATED, Upload
 
 
-# How often a commit is tried when the connection is lost, and the seconds before it is tried again.
+# Attempts at a commit when the connection is lost, and seconds between them.
 ATTEMPTS = 3
 WAIT = 2.0
-# The folder of a Space's code, by which one knows a Space of ours; and what a new repository has.
+# The folder of a Space's code, which marks a Space as ours; and the files of a new repository.
 PAGE = "page"
 _EMPTY = {".gitattributes", "README.md", "LICENSE"}
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with the role write (hf.co/settings/tokens)."
 
 
 class ConnectionLost(InputError):
-    """The Hub can't be reached, or has trouble of its own: what did not work may work later."""
+    """The Hub can't be reached or fails: the same request may work later."""
 
 
 @dataclass(frozen=True)
 class Remote:
     """
-    A repository as it was when it was looked at.
+    The state of a repository when it was looked up.
 
     Attributes:
         repo_id: USER/NAME.
         exists: whether this user can see it.
-        private: whether others can't.
+        private: whether others can't see it.
         revision: the branch; None for main.
         head: the latest commit of the branch; None if there is no such branch.
         files: of the branch.
@@ -75,7 +75,7 @@ class Remote:
         return "config.json" in self.files
 
     def outdated(self, uploads: list[Upload]) -> list[str]:
-        """Weights and pickles of an earlier version, which a commit of a new model removes; of a Space, its code."""
+        """Files of an earlier version that a commit removes: weights and pickles of a model, code of a Space."""
         new = {upload.path for upload in uploads}
         if self.repo_type == "space":
             return [path for path in self.files if path.startswith(f"{PAGE}/") and path not in new]
@@ -84,12 +84,12 @@ class Remote:
         return [path for path in self.files if OUTDATED.fullmatch(path) and path not in new]
 
 
-def check_wish(name: str) -> None:
+def check_can_publish(name: str) -> None:
     """
-    What can be said of a wish to publish without asking the Hub.
+    Checks what can be checked without the Hub.
 
     Raises:
-        InputError: if `name` is none of a repository, if there is no token, or if the Hub must not be asked.
+        InputError: if `name` is not a valid name of a repository, if there is no token, or in offline mode.
     """
     with _explained(name):
         validate_repo_id(name)
@@ -101,10 +101,11 @@ def check_wish(name: str) -> None:
 
 def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Remote:
     """
-    What the Hub has under a name. Changes nothing; asks again when the connection is lost.
+    The state of a repository. Changes nothing; asks again when the connection is lost.
 
     Raises:
-        InputError: if the Hub does not say it, or if the repository is no model, or no Space, of this library.
+        InputError: if the Hub refuses, or if the repository holds something else than a model or Space of this
+            library.
         ConnectionLost: if it can't be reached.
     """
     for number in range(1, ATTEMPTS):
@@ -149,10 +150,10 @@ def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
 
 def find_model(model: str) -> ModelInfo:
     """
-    A model of anybody's on the Hub.
+    Any model on the Hub.
 
     Raises:
-        InputError: if there is none that this user can see, or the Hub does not say it.
+        InputError: if this user can see none of that name, or if the Hub refuses.
         ConnectionLost: if it can't be reached.
     """
     with _explained(model):
@@ -160,7 +161,7 @@ def find_model(model: str) -> ModelInfo:
 
 
 def check_permission(repo_id: str, repo_type: str = "model") -> None:
-    """Changes nothing. Raises InputError if the token of this machine may not write to a repository that is there."""
+    """Raises InputError if this machine's token may not write to an existing repository. Changes nothing."""
     with _explained(repo_id):
         HfApi().auth_check(repo_id, repo_type=repo_type, write=True)
 
@@ -170,21 +171,21 @@ def prepare(
     repo_type: str = "model",
 ) -> Remote:  # fmt: skip
     """
-    A repository to commit to: the one there is, or a new one; with the branch.
+    The repository to commit to, and its branch. Both are created if they don't exist.
 
     Args:
-        name: USER/NAME, or NAME for one of one's own.
+        name: USER/NAME, or NAME for a repository of this user.
         private: whether a new repository is private; None for the user's or organization's default.
-        revision: a branch, made from main if there is none of that name.
-        create_pr: for a pull request, which needs no right to write to a repository that is there.
+        revision: a branch, created from main if it doesn't exist.
+        create_pr: for a pull request, which needs no permission to write to an existing repository.
         repo_type: "model" or "space".
 
     Raises:
-        InputError: without a token, with one that may not write there, if the name is taken by something else, or if
-            it is public and should be private.
+        InputError: without a token or permission to write, if the name is taken by something else, or if the
+            repository is public and should be private.
         ConnectionLost: if the Hub can't be reached.
     """
-    check_wish(name)
+    check_can_publish(name)
     api = HfApi()
     with _explained(name):
         user = api.whoami()["name"]
@@ -198,7 +199,7 @@ def prepare(
     elif private and not remote.private:
         raise InputError(
             f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose another "
-            "name, or leave out the wish for a private one."
+            "name, or don't ask for a private one."
         )
     elif not create_pr:
         check_permission(repo_id, repo_type)
@@ -211,14 +212,14 @@ def prepare(
 
 def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool = False, strict: bool = True) -> str:
     """
-    Publishes files in one commit: all of them are there afterwards, or none. Tries again when the connection is lost.
+    Publishes files in one commit: all of them or none. Tries again when the connection is lost.
 
     Args:
-        remote: of `prepare`.
-        uploads: what to publish. Weights of earlier versions that are not among them are removed.
+        remote: from `prepare`.
+        uploads: the files. Weights of earlier versions that are not among them are removed.
         message: the commit's title.
         create_pr: a pull request in place of a commit to the branch.
-        strict: refuse if somebody else has committed since `remote` was looked at.
+        strict: refuse if somebody else has committed since `remote` was looked up.
 
     Returns:
         The URL of the commit or of the pull request.
@@ -227,11 +228,11 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
         InputError: if the Hub refuses.
         ConnectionLost: after several attempts.
     """
-    disable_progress_bars()  # here: what was loaded meanwhile may have turned them on again
+    disable_progress_bars()  # here: libraries that were imported meanwhile may have enabled them
     api, outdated = HfApi(), remote.outdated(uploads)
 
     def attempt() -> CommitInfo:
-        # New ones for each attempt: these remember what they have uploaded.
+        # New objects for each attempt: they remember what they have uploaded.
         adding = [CommitOperationAdd(upload.path, _source(upload)) for upload in uploads]
         with _explained(remote.repo_id):
             return api.create_commit(
@@ -245,7 +246,7 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
             )
 
     def made() -> str | None:
-        """The URL of the commit, if it was made and only its answer got lost."""
+        """The URL of the commit if it was made and only the response was lost."""
         with _explained(remote.repo_id):
             latest = api.list_repo_commits(remote.repo_id, repo_type=remote.repo_type, revision=remote.revision)[0]
         if latest.commit_id == remote.head or latest.title != message:
@@ -258,13 +259,13 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
             info = attempt()
             return str(info.pr_url if create_pr else info.commit_url)
         except ConnectionLost as error:
-            # A pull request whose answer got lost can't be told from one that was not opened: never twice.
+            # A pull request may have been opened even if the response was lost: never open a second one.
             if create_pr:
                 raise ConnectionLost(f"{error} Look among the pull requests before you try again.") from error
             if number == ATTEMPTS:
                 raise ConnectionLost(
-                    f"{error} Tried {ATTEMPTS} times. Nothing of it is to be seen in {remote.repo_id}: files show up "
-                    "with the commit, all of them or none."
+                    f"{error} Tried {ATTEMPTS} times. If {remote.repo_id} does not show the commit, nothing was "
+                    "changed: a commit publishes all files or none."
                 ) from error
         time.sleep(WAIT * number)
         with contextlib.suppress(ConnectionLost):
@@ -280,11 +281,11 @@ def _source(upload: Upload) -> bytes | str:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one message for people."""
+    """Turns errors of huggingface_hub into InputError with one readable message."""
     try:
         yield
     except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
-        # An upload of a large file puts a RuntimeError around what has happened.
+        # An upload of a large file wraps the error in a RuntimeError.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         explanation = _explain(name, cause)
         if explanation is None:
@@ -295,12 +296,12 @@ def _explained(name: str) -> Iterator[None]:
 def _explain(name: str, error: BaseException | None) -> InputError | None:
     if isinstance(error, HFValidationError):
         return InputError(
-            f"{name} is no name for a repository: USER/NAME, of letters, digits, '-', '_' and '.', at most 96."
+            f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
         )
     if isinstance(error, LocalTokenNotFoundError):
-        return InputError(f"There is no token of the Hub on this machine. {_LOG_IN}")
+        return InputError(f"There is no token for the Hub on this machine. {_LOG_IN}")
     if isinstance(error, OfflineModeIsEnabled):
-        return InputError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to publish.")
+        return InputError("HF_HUB_OFFLINE is set. Unset it to publish.")
     if isinstance(error, HfHubHTTPError):
         return _from_status(name, error)
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
@@ -319,15 +320,17 @@ def _from_status(name: str, error: HfHubHTTPError) -> InputError:
         return InputError(f"The Hub does not accept the token of this machine{said}. {_LOG_IN}")
     if status == 403:
         return InputError(
-            f"The token of this machine may not write to {name}{said}. Take a token with the role write, a name of "
-            "your own, or ask the organization."
+            f"The token of this machine may not write to {name}{said}. Use a token with the role write, choose a name "
+            "of your own, or ask the organization."
         )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(f"There is no repository {name} that the token of this machine may see. {_LOG_IN}")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{name} has no such branch or commit.")
     if status in (409, 412):
-        return InputError(f"{name} was changed by somebody else meanwhile{said}. Look at it, then run this again.")
+        return InputError(
+            f"{name} was changed by somebody else meanwhile{said}. Look at the change, then run this again."
+        )
     if status == 429 or status >= 500:
         return ConnectionLost(f"The Hub answers {status}{said}.")
     return InputError(f"The Hub refuses {name} with {status}{said}.")

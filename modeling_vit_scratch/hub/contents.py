@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model's folder is published, and what stays here and why. Whatever is not known to be wanted stays."""
+"""Which files of a model's folder are published, and why the others are left out. Unknown files are left out."""
 
 import json
 import posixpath
@@ -17,8 +17,8 @@ from .privacy import find_leaks
 CODE = tuple(
     Path(module.__file__) for module in (configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch)
 )
-# Weights of earlier versions and of other libraries, which a loader may take for those of this one; and a pickle of the
-# stock Trainer, which has its token in clear. A commit removes them.
+# A commit removes weights of earlier versions and of other libraries, which a loader may prefer, and the pickle of the
+# stock Trainer, which contains its token.
 OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|training_args\.bin")
 # Where checkpoints to resume from are, here or in a repository.
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
@@ -28,16 +28,16 @@ _MODEL_FILES = {
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
-# What a card shows, in Markdown or HTML.
+# A picture in a card, in Markdown or HTML.
 _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
-# Of these, text() has nothing to read. In a checkpoint they are large.
+# Files without text, which may be large.
 _BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp"}
-# Where figures and records of evaluations are, beside the folder itself.
+# Subfolders with figures and records.
 _FIGURE_FOLDERS = {"figures", "evaluation", "transfer"}
 _REASONS = (
     (re.compile(r"(.*/)?[._].*"), "hidden or temporary"),
     (re.compile(rf"{CHECKPOINT.pattern}.*"), "a checkpoint to resume from, with the optimizer's state"),
-    (re.compile(r"(.*/)?training_args\.bin"), "a pickle that may hold tokens and local paths in clear"),
+    (re.compile(r"(.*/)?training_args\.bin"), "a pickle that may contain tokens and local paths"),
     (re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz)"), "a pickle or array, not weights as safetensors"),
     (re.compile(r"(.*/)?predictions\.csv"), "names the files that were evaluated"),
     (re.compile(r"(runs|logs|wandb|mlruns)/.*|.*\.log|(.*/)?events\.out\..*"), "a log"),
@@ -47,7 +47,7 @@ _REASONS = (
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of the repository: its path there, and a file of this machine or its content."""
+    """A file to upload: its path in the repository, and a local file or its content."""
 
     path: str
     content: Path | bytes
@@ -58,7 +58,7 @@ class Upload:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def text(self) -> str:
-        """What there is to read: of weights the header, of images and optimizers nothing."""
+        """Its text: of weights the metadata, of images and optimizers nothing."""
         suffix = PurePosixPath(self.path).suffix
         if suffix in _BINARY:
             return ""
@@ -66,7 +66,7 @@ class Upload:
             try:
                 with safe_open(self.content, framework="pt") as file:
                     return json.dumps(file.metadata() or {})
-            except SafetensorError:  # a damaged file: whoever loads it sees that
+            except SafetensorError:  # a damaged file, which check_model reports
                 return ""
         content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return content.decode("utf-8", errors="replace")
@@ -74,14 +74,14 @@ class Upload:
 
 def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, str]]:
     """
-    What is published of a folder.
+    Chooses the files of a folder to publish.
 
     Args:
         folder: of a model.
-        code: with the three code files of this version, whatever the folder has under these names.
+        code: whether to add the code files of this version, in place of the folder's own.
 
     Returns:
-        The uploads, and the paths that are left out with the reasons. A folder that is left out has a slash at its end.
+        The uploads, and the paths that are left out with the reasons. The path of a folder ends with a slash.
     """
     uploads, left_out, shown = [], {}, shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -101,7 +101,7 @@ def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, st
 
 
 def shown_figures(folder: Path) -> set[str]:
-    """The pictures of this folder that its card shows, as paths in it, whether they are there or not."""
+    """The local pictures that the card of a folder shows, as paths within the folder; they may not exist."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     links = {unquote(markdown or html).split("#")[0].split("?")[0] for markdown, html in _SHOWN.findall(text)}
@@ -110,7 +110,7 @@ def shown_figures(folder: Path) -> set[str]:
 
 
 def _folder_or_file(path: str, has_uploads: set[str]) -> str:
-    """One line for a folder of which nothing is published."""
+    """The path itself, or that of its folder if nothing of the folder is published."""
     top, slash, _ = path.partition("/")
     return path if not slash or top in has_uploads else f"{top}/"
 
@@ -128,7 +128,7 @@ def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
 
 
 def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:
-    """One line for each upload with something that must not be published. The code files are this library's own."""
+    """One line for each upload with a token or a local path. The library's own code files are not searched."""
     lines = []
     for upload in uploads:
         found = [] if upload.path.endswith(".py") else find_leaks(upload.text(), token)

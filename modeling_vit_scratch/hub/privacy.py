@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must not leave this machine: tokens, and paths that tell who uses it and how. Found, or taken out."""
+"""Finds and removes what must not be published: tokens, and local paths, which can name the user."""
 
 import re
 from pathlib import Path
@@ -18,14 +18,14 @@ _SECRET_NAME = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 def find_leaks(text: str, token: str | None = None) -> list[str]:
     """
-    What a text has that must not be published.
+    The tokens and local paths in a text.
 
     Args:
         text: of a file.
         token: of this user, found whatever it looks like.
 
     Returns:
-        A few words on each kind; of a token its beginning only.
+        A description of each; of a token only its beginning.
     """
     found = [match[0] for match in _TOKEN.finditer(text)]
     if token and token in text and token not in found:
@@ -37,14 +37,14 @@ def find_leaks(text: str, token: str | None = None) -> list[str]:
 
 
 def without_leaks(text: str) -> str:
-    """The text with TOKEN in place of tokens, and of local paths the last part only."""
+    """The text with TOKEN in place of each token, and each local path cut to its last part."""
     text = _TOKEN.sub("TOKEN", text)
     text = _POSIX_PATH.sub(lambda path: Path(path[0]).name if _is_of_this_machine(path["root"]) else path[0], text)
     return _WINDOWS_PATH.sub(lambda path: path[0].rsplit("\\", 1)[-1], text)
 
 
 def shareable(settings: Any) -> Any:
-    """Settings as JSON has them, at any depth: nothing whose name says that it is secret, no local paths, no tokens."""
+    """Settings as JSON values, without secrets (by their names), tokens and local paths, at any depth."""
     if isinstance(settings, dict):
         return {key: shareable(value) for key, value in settings.items() if not _is_secret(str(key), value)}
     if isinstance(settings, (list, tuple)):

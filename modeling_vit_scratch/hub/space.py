@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Space of the Hub: the page of scripts/app.py for one model, with all that it needs and nothing of this package."""
+"""A Space on the Hub: the page of scripts/app.py for one model. It needs nothing of this package."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from .contents import Upload
 
 
 CODE = sorted((Path(__file__).parents[1] / "page").glob("*.py"))
-# What the tests run the page with.
+# The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 
 _CARD = """---
@@ -57,12 +57,12 @@ transformers=={transformers}
 
 def space_files(model: str, title: str, has_code: bool, revision: str = "main") -> list[Upload]:
     """
-    The files of a Space.
+    Builds the files of a Space.
 
     Args:
-        model: the Hub id of the model that it shows.
+        model: the Hub id of its model.
         title: of the Space.
-        has_code: whether the model comes with code, which the Space then runs.
+        has_code: whether the model has code of its own, which the Space then runs.
         revision: branch or commit of the model.
     """
     names = {"model": model, "title": title, "page": PAGE, "gradio": GRADIO, "python": PYTHON}
@@ -85,23 +85,23 @@ def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]
         repo_id: the Space's name.
 
     Returns:
-        The files; what is wrong with the folder, a line each; the model's Hub id.
+        The files; the problems of the folder, a line each; the model's Hub id.
 
     Raises:
-        InputError: if there is no such folder, nor a model of that name on the Hub.
-        ConnectionLost: if the Hub can't be asked of a model that is not in a folder.
+        InputError: if there is neither such a folder nor a model of that name on the Hub.
+        ConnectionLost: if the model is not in a folder and the Hub can't be reached.
     """
     folder, title = Path(source), repo_id.rpartition("/")[2]
     if folder.is_dir():
         faults = check_model(folder)
         if not faults and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
-            faults = [f"{folder} holds no image classifier, and the page shows classes. Fine-tune it first."]
+            faults = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
         return space_files(repo_id, title, has_code=True), faults, repo_id
     if source.count("/") != 1:
         raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
     found = find_model(source)
     has_code = any(file.rfilename.endswith(".py") for file in found.siblings or ())
-    # Code of others is run as it is now.
+    # Other people's code is pinned to the commit that it has now.
     return space_files(source, title, has_code, found.sha if has_code else "main"), [], source
 
 
@@ -110,7 +110,7 @@ def check_served(model: str) -> str | None:
     Whether a Space can load its model.
 
     Returns:
-        What is to be done for it, if anything.
+        What the user has to do for it, if anything.
 
     Raises:
         InputError: if there is no such model on the Hub.

@@ -14,7 +14,7 @@ from ..common.licenses import license_problem
 from ..common.parsing import Parser, refuse_unknown
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.arguments import SOURCE_DEFAULTS, DataArguments
-from ..hub.commit import check_wish
+from ..hub.commit import check_can_publish
 from .arguments import (
     FROM_CHECKPOINT_LEARNING_RATE,
     FROM_SCRATCH_LEARNING_RATE,
@@ -248,7 +248,7 @@ def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
     if arguments.push_to_hub and arguments.process_index == 0:
         name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
         try:
-            check_wish(name)
+            check_can_publish(name)
         except InputError as error:
             problems.add(f"--push_to_hub to {name}: {error}")
     if arguments.license is not None and (reason := license_problem(arguments.license)):
