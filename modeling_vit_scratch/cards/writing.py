@@ -43,7 +43,7 @@ def card_text(records: ModelRecords, folder: Path, template: Path | None = None)
     text = render(values, str(template), _read(template)) if template.is_file() else render(values, CARD_TEMPLATE)
     try:
         ModelCard(text)
-    except ValueError as error:
+    except Exception as error:  # of the YAML reader, of model-index
         raise InputError(f"{template}: the Hub would not take the metadata of this card: {error}") from error
     return text + _signature(text, records.options)
 
