@@ -17,10 +17,10 @@ from forked import run_forked
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, load_script, weights
 
+from modeling_vit_scratch.common import signals
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.processes import launcher
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
-from modeling_vit_scratch.training import callbacks
 from modeling_vit_scratch.training import run_folder as checkpoints
 from modeling_vit_scratch.training.safe_trainer import SafeTrainer
 
@@ -205,7 +205,7 @@ def orphan(pets, tmp_path, monkeypatch):
 
 
 def test_the_end_of_the_launcher_counts_as_sigterm(orphan, monkeypatch, capfd):
-    monkeypatch.setattr(callbacks, "launcher", os.getppid)
+    monkeypatch.setattr(signals, "launcher", os.getppid)
     with pytest.raises(TrainingInterrupted, match=r"step 3 of 4.*checkpoint-3: to go on") as stopped:
         orphan().train()
     assert stopped.value.number == signal.SIGTERM

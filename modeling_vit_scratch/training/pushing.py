@@ -175,7 +175,7 @@ class PushingTrainer(SafeTrainer):
         try:
             return super().train(*args, **kwargs)
         except (TrainingInterrupted, TrainingStopped):
-            if not self.signals.is_urgent:
+            if not self.save_on_signal.signals.is_urgent:
                 with contextlib.suppress(KeyboardInterrupt):
                     self._finish_current_push()
                     if self._unpushed is not None and self._unpushed.is_dir():

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.processes import Processes
 from ..data.loader import release_workers
 from ..image_processing_vit_scratch import ImageDecodeError
@@ -96,8 +96,8 @@ class SafeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
         self.processes = Processes(self.args.ddp_timeout)
-        self.signals = SaveOnSignal(self.processes)
-        self.add_callback(self.signals)
+        self.save_on_signal = SaveOnSignal(self.processes)
+        self.add_callback(self.save_on_signal)
         # Images of the training set that could not be read so far, by index: why.
         self.broken_images: dict[int, str] = {}
         self.is_staging = False
@@ -140,7 +140,7 @@ class SafeTrainer(Trainer):
         finally:
             # Those of streams and of repeated images are not accelerate's.
             release_workers([*self.accelerator._dataloaders, self.callback_handler.train_dataloader])
-            self.signals.restore()
+            self.save_on_signal.signals.restore()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, with clear errors."""
@@ -156,20 +156,15 @@ class SafeTrainer(Trainer):
         except TrainingStopped:
             raise
         except (KeyboardInterrupt, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, KeyboardInterrupt) or self.signals.number:
+            if isinstance(error, KeyboardInterrupt) or self.save_on_signal.number:
                 # Where the launcher ends all processes, the others may be gone first: not an error either.
                 raise TrainingInterrupted(
                     f"Interrupted at step {self.state.global_step} of {self.state.max_steps}. {self._how_to_go_on()}",
-                    self.signals.number or signal.SIGINT,
+                    self.save_on_signal.number or signal.SIGINT,
                 ) from error
-            if "DataLoader worker" in text:
-                killed = re.search(r"killed by signal: (\w+)", text)
-                reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
+            if lost := lost_worker(error, f" at step {self.state.global_step + 1}"):
                 raise TrainingStopped(
-                    f"A process that reads images {reason} at step {self.state.global_step + 1}. Usually the memory "
-                    "was full, or in a container the shared memory (docker run --shm-size). Ways out: a lower "
-                    f"--dataloader_num_workers ({self.args.dataloader_num_workers} now) or "
+                    f"{lost} Ways out: a lower --dataloader_num_workers ({self.args.dataloader_num_workers} now) or "
                     f"--per_device_train_batch_size ({self.args.per_device_train_batch_size} now). "
                     + self._how_to_go_on()
                 ) from error
