@@ -136,6 +136,8 @@ def test_all_mistakes_of_a_command_line_are_told_at_once():
         (("--do_predict",), "no test split"),
         (("--do_train", "False"), "always trains"),
         (("--prediction_loss_only",), "accuracy"),
+        (("--enable_jit_checkpoint",), "its signal handler stays behind"),
+        (("--lamb",), "--lamb: is --optim lamb now"),
         (("photos",), "belongs to no flag"),
         (("--train", "photos"), "no such flag"),  # no abbreviations: this could be several
         (("--image_size",), "expected at least one argument"),

@@ -75,14 +75,6 @@ class RecipeArguments:
             "number of labels: how much more having a label counts than not having it. Example: balanced"
         },
     )
-    lamb: bool = field(
-        default=False,
-        metadata={
-            "help": "Optimize with LAMB in place of --optim: Adam's step, for each weight with decay as long as the "
-            "weight, times the learning rate. Takes --adam_beta1, --adam_beta2 and --adam_epsilon, and clips gradients "
-            "to a norm of 1 by itself. For large batches, as in DeiT III."
-        },
-    )
     layer_decay: float = field(
         default=1.0,
         metadata={

@@ -14,7 +14,7 @@ from ..common.provenance import provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..recipes.paper import find_recipe
-from .arguments import ImageTrainingArguments, ModelArguments
+from .arguments import LAMB, ImageTrainingArguments, ModelArguments
 from .pretraining_arguments import PretrainingArguments
 from .trainer import ImageTrainer
 
@@ -202,7 +202,10 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
     is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
-    is_adam, schedule = recipe.lamb or "adam" in arguments.optim.value, arguments.lr_scheduler_kwargs or {}
+    is_adam, schedule = (
+        arguments.optim == LAMB or "adam" in arguments.optimizer_name,
+        arguments.lr_scheduler_kwargs or {},
+    )
     # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
     published = None if recipe.recipe is None else find_recipe(recipe.recipe)
     precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
@@ -213,7 +216,7 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "samples_seen_by_process": trainer.samples.by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "optimizer": "lamb" if recipe.lamb else arguments.optim.value,
+        "optimizer": arguments.optimizer_name,
         "optimizer_settings": arguments.optim_args,
         "adam_betas": [arguments.adam_beta1, arguments.adam_beta2] if is_adam else None,
         "adam_epsilon": arguments.adam_epsilon if is_adam else None,

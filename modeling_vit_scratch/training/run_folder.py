@@ -141,6 +141,8 @@ def set_best_checkpoint(staged: Path, state: TrainerState, checkpoint: Path) -> 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each setting that a resumed run has and the first one had otherwise."""
     before, now = (json.loads(json.dumps(settings)) for settings in (before, now))  # a tuple comes back as a list
+    if before.pop("--lamb", False):  # as --optim lamb was once given
+        before["--optim"] = "lamb"
     return [
         f"{name}: {_shown(now.get(name))} now, {_shown(before.get(name))} in the checkpoint's run"
         for name in sorted(before.keys() | now.keys())

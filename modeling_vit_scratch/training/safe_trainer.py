@@ -61,7 +61,7 @@ DECIDING_ARGUMENTS = (
     "max_broken_images",
 )
 # How many numbers an optimizer keeps for each weight, where it is known.
-_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 1}
+_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
 # What torch and safetensors say where a file can't be written, in place of an OSError.
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
@@ -317,7 +317,7 @@ class SafeTrainer(Trainer):
         trained = sum(
             weight.numel() * weight.element_size() for weight in self.model.parameters() if weight.requires_grad
         )
-        states = 0 if self.args.save_only_model else _OPTIMIZER_STATES.get(self.args.optim, 0)
+        states = 0 if self.args.save_only_model else _OPTIMIZER_STATES.get(self.args.optimizer_name, 0)
         average = 0 if self.args.recipe_arguments.ema_decay is None else weights
         return weights + states * trained + average
 

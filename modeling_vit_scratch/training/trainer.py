@@ -19,7 +19,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.loader import prepare_workers, repeating_loader
 from ..data.pixels import Normalize, mix
 from ..data.streaming import StreamDataset, StreamPlace, stream_loader
-from .arguments import ImageTrainingArguments
+from .arguments import LAMB, ImageTrainingArguments
 from .callbacks import SamplesSeen
 from .lamb import Lamb
 from .optimization import WeightAverage, decay_parameter_names, describe_groups, parameter_groups
@@ -52,7 +52,7 @@ class ImageTrainer(PushingTrainer):
         self, args: ImageTrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, Any]:
         """As in Trainer, or LAMB; with groups of its own where layers or the head have rates of their own."""
-        if args.recipe_arguments.lamb:
+        if args.optim == LAMB:
             betas = (args.adam_beta1, args.adam_beta2)
             kind, settings = Lamb, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         else:
@@ -62,7 +62,7 @@ class ImageTrainer(PushingTrainer):
         if args.recipe_arguments.layer_decay != 1.0 or args.recipe_arguments.head_learning_rate_multiplier != 1.0:
             if is_optimizer_factory(kind) or "params" in settings or "model" in settings:
                 raise InputError(
-                    f"--optim {args.optim.value} makes groups of parameters of its own. Leave out --layer_decay and "
+                    f"--optim {args.optimizer_name} makes groups of parameters of its own. Leave out --layer_decay and "
                     "--head_learning_rate_multiplier, or take --optim adamw_torch_fused or sgd."
                 )
             settings["params"] = self.parameter_groups()
