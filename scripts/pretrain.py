@@ -26,7 +26,7 @@ def main() -> None:
     # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import read_data
-    from modeling_vit_scratch.training.pretraining import build_pretraining
+    from modeling_vit_scratch.pretraining.build import build_pretraining
     from modeling_vit_scratch.training.record import build_pretraining_record, tell_pretraining, write_record
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0

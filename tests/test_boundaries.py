@@ -72,6 +72,7 @@ ALLOWED = {
     "cards": {"common", "evaluation"},
     "hub": {"common"},
     "training": {"common", "acceleration", "data", "augmentation", "recipes", "evaluation", "hub"},
+    "pretraining": {"common", "data", "augmentation", "training"},
 }
 
 
@@ -144,7 +145,8 @@ def test_every_flag_of_ours_is_read():
     }
     ours = flags - {field.name for field in dataclasses.fields(TrainingArguments)}
     assert len(ours) > 15
-    paths = source("modeling_vit_scratch/training", "modeling_vit_scratch/data", "scripts")
+    rooms = ("training", "pretraining", "augmentation", "data", "evaluation")
+    paths = source(*(f"modeling_vit_scratch/{room}" for room in rooms), "scripts")
     read = attributes_read(paths)
     # Also where a loop goes over names: getattr(arguments, name) for name in ("image_size", ...).
     named = {

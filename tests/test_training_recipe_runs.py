@@ -18,8 +18,8 @@ from modeling_vit_scratch.data.collation import MixingCollator
 from modeling_vit_scratch.recipes.paper import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
 from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
-from modeling_vit_scratch.training.optimization import WeightAverage
 from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
+from modeling_vit_scratch.training.weight_average import WeightAverage
 
 
 EVERYTHING = [
@@ -253,7 +253,7 @@ def test_the_update_is_that_of_the_whole_batch_however_it_is_cut(pets, tmp_path,
 
 def test_the_loss_of_mixed_labels_is_their_cross_entropy(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--mixup", "0.8", "--label_smoothing_factor", "0.1"))
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = trainer.prepare_batch(next(iter(trainer.get_train_dataloader())))
     trainer.model.eval()
     loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     logits, labels = outputs.logits.detach().double().numpy(), batch["labels"].double().numpy()

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-LOSSES = ("softmax", "sigmoid", "bce")
+from ..common.errors import InputError
+from ..data.splits import ImageData
+from ..data.streams import ImageStream
+from .arguments import ImageTrainingArguments
+from .recipe_arguments import LOSSES
 
 
 class ClassificationLoss:
@@ -158,3 +161,26 @@ def _given_weights(wish: list[str], num_labels: int) -> np.ndarray:
     if not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"--class_weights {' '.join(wish)}: not all are positive. {way_out}")
     return weights
+
+
+def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
+    """What --loss and --class_weights ask for; None for the model's own loss. Raises InputError if it can't be had."""
+    recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
+    if not data.is_multi_label and (recipe.mixup or recipe.cutmix):
+        smoothing = 0.0  # the labels of mixed images are smooth already
+    if recipe.loss == "softmax" and not recipe.class_weights and not (data.is_multi_label and smoothing):
+        return None
+    weights = None
+    if recipe.class_weights:
+        if isinstance(data.train, ImageStream):
+            raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
+        try:
+            if data.is_multi_label:
+                weights = positive_weights(recipe.class_weights, data.train.labels)
+            else:
+                weights = class_weights(recipe.class_weights, data.train.labels, len(data.label_names))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if data.is_multi_label:
+        return MultiLabelLoss(recipe.loss, smoothing, weights)
+    return ClassificationLoss(recipe.loss, len(data.label_names), smoothing, weights)

@@ -10,7 +10,9 @@ from ..augmentation.policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasin
 from ..common.errors import Problems
 from ..recipes.paper import RECIPES, find_recipe
 from ..recipes.recipe import Recipe, fit_batch_size
-from .losses import LOSSES
+
+
+LOSSES = ("softmax", "sigmoid", "bce")
 
 
 @dataclass

@@ -239,5 +239,5 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_average": recipe.ema_decay,
         "precision": precision,
         "processes": arguments.world_size,
-        "broken_images": len(trainer.broken_images),
+        "broken_images": len(trainer.step_guard.broken_images),
     }
