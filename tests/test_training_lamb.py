@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_images import build, difference, flags, weights
 
-from modeling_vit_scratch.training.lamb import Lamb
+from modeling_vit_scratch.training.optimization import Lamb
 from modeling_vit_scratch.training.settings import differences
 
 

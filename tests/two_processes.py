@@ -104,7 +104,7 @@ def train(folder: Path, *flags: str, resume: Path | None = None) -> dict:
     return {
         "weights": weights(trainer),
         "keys": torch.stack(keys.seen),
-        "samples": trainer.samples.by_process,
+        "samples": trainer.samples_by_process,
         "scores": scores,
     }
 

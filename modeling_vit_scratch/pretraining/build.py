@@ -15,9 +15,9 @@ from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from ..training.arguments import ImageTrainingArguments, ModelArguments
 from ..training.build import Objective, build_trainer
-from ..training.pretraining_arguments import MPP_TARGETS, PretrainingArguments
-from ..training.starting_point import build_model
+from ..training.initial_model import build_model
 from ..training.trainer import ImageTrainer
+from .arguments import MPP_TARGETS, PretrainingArguments
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
 

@@ -26,7 +26,7 @@ from ..modeling_vit_scratch import (
     dense,
     sincos_positions,
 )
-from ..training.pretraining_arguments import MPP_TARGETS
+from .arguments import MPP_TARGETS
 
 
 @dataclass

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks: the epoch of the training set, images seen, a checkpoint at Ctrl-C and SIGTERM, the progress bar."""
+"""Callbacks: the epoch of the training set, a checkpoint at Ctrl-C and SIGTERM, the progress bar."""
 
 import os
 from typing import Any
 
-import torch
-from accelerate.utils import gather
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..common.errors import TrainingInterrupted
@@ -25,21 +23,6 @@ class SetEpoch(TrainerCallback):
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.train_set.set_epoch(int(state.epoch or 0))
-
-
-class SamplesSeen(TrainerCallback):
-    """
-    Counts the training images that go through the model, in each process, from the start or the resumption on. One that
-    fills up a last batch counts, too. The trainer adds to `own`.
-    """
-
-    def __init__(self) -> None:
-        self.own, self.by_process = 0, []
-
-    def on_train_end(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.by_process = gather(torch.tensor([self.own], device=args.device)).tolist()
 
 
 class SaveOnSignal(TrainerCallback):

@@ -16,32 +16,11 @@ from .arguments import ImageTrainingArguments
 
 # The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
 DECIDING_ARGUMENTS = (
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "torch_compile",
-    "dataloader_drop_last",
-    "smallest_area",
-    "images_on_device",
-    "max_broken_images",
-)
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
+    "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
+)  # fmt: skip
 # Fields of a configuration that a checkpoint and the model that resumes from it need not share.
 _NOT_COMPARED = {"transformers_version", "dtype", "auto_map", "architectures", "_name_or_path", "use_cache"}
 

@@ -6,7 +6,6 @@ replaces of the Trainer's private methods stands in trainer_overrides.py.
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import gather, recursively_apply, send_to_device
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -29,17 +28,16 @@ from transformers.trainer_utils import TrainOutput
 
 from ..common.checkpoints import STATE, read_manifest
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
-from ..common.processes import Processes
-from ..data.loader import prepare_workers, repeating_loader
+from ..common.processes import Processes, has_lost_contact
+from ..data.loader import repeating_loader
 from ..data.pixels import Normalize, mix
 from ..data.streaming import StreamDataset, StreamPlace, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_processing_vit_scratch import ImageDecodeError
 from .arguments import LAMB, ImageTrainingArguments
-from .callbacks import SamplesSeen, SaveOnSignal
-from .lamb import Lamb
-from .optimization import decay_parameter_names, describe_groups, parameter_groups
+from .callbacks import SaveOnSignal
+from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
 from .run_folder import RunFolder, checkpoint_size
 from .settings import check_same_model, run_settings
 from .step_guard import StepGuard
@@ -58,6 +56,11 @@ class ImageTrainer(TrainerOverrides, Trainer):
         objective: what it learns, in words, if that is not to classify.
         finished_model: from the model and its weights to what is saved in the end and pushed. Default: the model.
         others: further arguments of the Trainer.
+
+    Attributes:
+        settings: what decides the numbers of this run.
+        samples_by_process: training images that went through the model in each process, since the start or the
+            resumption; those that fill up a last batch count, too. Known after training.
     """
 
     def __init__(
@@ -78,10 +81,17 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
         self.step_guard = StepGuard(
-            args, self.processes, self._image_name, self.log_line, self.run_folder.resume_advice
+            args,
+            self.processes,
+            image_name=lambda index: self.train_dataset.name(index),
+            log=self.log_line,
+            resume_advice=self.run_folder.resume_advice,
         )
-        self.samples, self.save_on_signal = SamplesSeen(), SaveOnSignal(self.processes)
-        for callback in (self.samples, average, self.save_on_signal, stream_position):
+        kind = None if objective is None else f"{type(model).__name__}, {objective}"
+        self.settings = run_settings(args, self.train_dataset, kind)
+        self.save_on_signal = SaveOnSignal(self.processes)
+        self._samples, self.samples_by_process = 0, []
+        for callback in (average, self.save_on_signal, stream_position):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -89,9 +99,6 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """Prints a line for people, from one process, beside the progress bar."""
         if self.args.process_index == 0:
             tqdm.write(line, file=sys.stderr)
-
-    def _image_name(self, index: int) -> str:
-        return self.train_dataset.name(index)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is told before training
@@ -143,6 +150,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
                 with self._errors_explained():
                     outcome = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                     self.step_guard.stop_if_bad()
+                    samples = torch.tensor([self._samples], device=self.args.device)
+                    self.samples_by_process = gather(samples).tolist()
                     return outcome
             finally:
                 self.workers.release()
@@ -184,7 +193,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
                     f"{lost} Ways out: a lower --dataloader_num_workers ({arguments.dataloader_num_workers} now) or "
                     f"--per_device_train_batch_size ({arguments.per_device_train_batch_size} now). {advice}"
                 ) from error
-            if arguments.world_size > 1 and _has_lost_contact(error):
+            if arguments.world_size > 1 and has_lost_contact(error):
                 raise TrainingStopped(
                     f"Process {arguments.process_index} of {arguments.world_size} has lost the others at step "
                     f"{state.global_step + 1}: one of them has ended, see its message. {advice}"
@@ -213,7 +222,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As in Trainer, of a batch as the loader gives it."""
         inputs = self.prepare_batch(inputs)
-        self.samples.own += len(inputs["pixel_values"])
+        self._samples += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_guard.add_loss(loss)
         return loss
@@ -243,13 +252,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer gets: see `optimization.parameter_groups`."""
         arguments, recipe = self.args, self.args.recipe_arguments
-        return parameter_groups(
-            self.model,
-            arguments.learning_rate,
-            arguments.weight_decay,
-            recipe.layer_decay,
-            recipe.head_learning_rate_multiplier,
-        )
+        multipliers = recipe.layer_decay, recipe.head_learning_rate_multiplier
+        return parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, *multipliers)
 
     def get_optimizer_cls_and_kwargs(
         self, args: ImageTrainingArguments, model: nn.Module | None = None
@@ -313,43 +317,18 @@ class ImageTrainer(TrainerOverrides, Trainer):
             loader = repeating_loader(self.train_dataset, self.args, repeats, self.data_collator)
         else:
             loader = super().get_train_dataloader()
-        return self._with_own_workers(loader)
+        return self.workers.add(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in Trainer, where --dataloader_drop_last leaves out held-out images too; here it spares them."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self._with_own_workers(super().get_eval_dataloader(*args, **kwargs))
+            return self.workers.add(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def _with_own_workers(self, loader: DataLoader) -> DataLoader:
-        """
-        The loader, whose workers the trainer ends, and with a generator of its own. It draws a seed for its workers in
-        every epoch, or once if they stay alive: from the global generator, dropout would depend on how many there are.
-        """
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()  # inside of accelerate's, torch's own
-        prepare_workers(loader)
-        self.workers.add(loader)
-        return loader
-
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers of this run."""
-        kind = None if self.objective is None else f"{type(self.model).__name__}, {self.objective}"
-        return run_settings(self.args, self.train_dataset, kind)
-
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        """For the manifest of a checkpoint."""
-        return {"settings": self.settings, "broken_images": self.step_guard.broken_images}
-
-    def write_stream_position(self, folder: Path) -> None:
-        """Writes into a checkpoint where a stream is, if the number of the step does not say that."""
-        if self.stream_position is not None:
-            self.stream_position.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -451,9 +430,3 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card is written from the record of the run."""
-
-
-def _has_lost_contact(error: RuntimeError) -> bool:
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return re.search(r"closed by peer|connection reset|gloo/transport|broken pipe", str(error), re.I) is not None

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import Trainer
 
+from ..data.loader import prepare_workers
+
 
 class TrainerOverrides:
     """The private methods of transformers' Trainer that `ImageTrainer` replaces. It is a base class before Trainer."""
@@ -41,9 +43,11 @@ class TrainerOverrides:
         # The Trainer writes into a folder that has its final name from the start, and removes old ones before a new one
         # is on the disk. on_save comes after that.
         self.step_guard.stop_if_bad()
-        with self.run_folder.new_checkpoint(self.state, self.checkpoint_metadata()) as folder:
+        metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images}
+        with self.run_folder.new_checkpoint(self.state, metadata) as folder:
             super()._save_checkpoint(model, trial)
-            self.write_stream_position(folder)
+            if self.stream_position is not None:
+                self.stream_position.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
         if self.args.push_to_hub and self.is_world_process_zero():
             self.pusher.push_checkpoint(self.run_folder.path / folder.name)
         self.run_folder.rotate(self.state)
@@ -74,11 +78,18 @@ class WorkerProcesses:
         self.iterators: weakref.WeakSet[Iterator] = weakref.WeakSet()
         self._persistent: weakref.WeakSet[DataLoader] = weakref.WeakSet()
 
-    def add(self, loader: DataLoader) -> None:
-        """Remembers the iterators that a loader will have; one of accelerate's, or torch's own."""
-        loader = getattr(loader, "base_dataloader", loader)
-        loader._get_iterator = functools.partial(self._get_iterator, weakref.ref(loader))  # it must not hold itself
-        self._persistent.add(loader)
+    def add(self, loader: DataLoader) -> DataLoader:
+        """
+        A loader of accelerate's or torch's, whose iterators it remembers from now on. The loader gets a generator of
+        its own, from which it draws a seed for its workers in every epoch, or once if they stay alive: from the global
+        one, dropout would depend on how many there are.
+        """
+        prepare_workers(loader)
+        own = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
+        own.generator = torch.Generator()
+        own._get_iterator = functools.partial(self._get_iterator, weakref.ref(own))  # it must not hold itself
+        self._persistent.add(own)
+        return loader
 
     def _get_iterator(self, loader: weakref.ref[DataLoader]) -> Iterator:
         loader = loader()
