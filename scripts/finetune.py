@@ -23,11 +23,11 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments, problems = parse_arguments()
 
     # After the command line, so that --help and mistakes in it are quick.
+    from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_trainer
-    from modeling_vit_scratch.training.record import build_record, tell_result, write_record
-    from modeling_vit_scratch.training.starting_point import build_model
+    from modeling_vit_scratch.training.initial_model import build_model
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
@@ -50,7 +50,7 @@ def main() -> None:
     trainer.save_model()
     if is_first:
         example = export_examples(data, data_arguments.export_examples)
-        print(tell_result(record, training_arguments.output_dir, example))
+        print(result_message(record, training_arguments.output_dir, example))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
 

@@ -18,16 +18,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
+    from modeling_vit_scratch.pretraining.arguments import PRETRAIN
     from modeling_vit_scratch.training.command_line import parse_arguments
-    from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
 
     model_arguments, data_arguments, training_arguments, wishes, problems = parse_arguments(script=PRETRAIN)
 
     # After the command line, so that --help and mistakes in it are quick.
+    from modeling_vit_scratch.cards.run_record import build_pretraining_record, pretraining_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import read_data
-    from modeling_vit_scratch.training.pretraining import build_pretraining
-    from modeling_vit_scratch.training.record import build_pretraining_record, tell_pretraining, write_record
+    from modeling_vit_scratch.pretraining.build import build_pretraining
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
@@ -50,7 +50,7 @@ def main() -> None:
         write_training_card(trainer, record)
     trainer.save_model()
     if is_first:
-        print(tell_pretraining(record, training_arguments.output_dir))
+        print(pretraining_message(record, training_arguments.output_dir))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
 

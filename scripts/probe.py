@@ -41,12 +41,12 @@ def main() -> None:
     if data_arguments.streaming:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
+    from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.pixels import Normalize
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
     from modeling_vit_scratch.evaluation.probes import extract_features, run_probes, table
-    from modeling_vit_scratch.training.record import build_probe_record, write_record
-    from modeling_vit_scratch.training.starting_point import load_encoder
+    from modeling_vit_scratch.training.initial_model import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):

@@ -107,7 +107,7 @@ def draw_augmentation(flags: list[str]) -> None:
 
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.training.build import build_trainer
-    from modeling_vit_scratch.training.starting_point import build_model
+    from modeling_vit_scratch.training.initial_model import build_model
     from modeling_vit_scratch.visualization.preview import augmentation_grid, draw_grid
 
     seed = training_arguments.seed

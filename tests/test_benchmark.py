@@ -125,7 +125,7 @@ def test_both_fine_tune_the_same_network_on_the_same_pixels(tmp_path):
     photos = make_photos(tmp_path / "photos", (160, 120), 8)
     benchmark = FinetuneBenchmark(photos, tmp_path / "run", "Mi/8", batch_size=2, steps=3, num_workers=0, image_size=32)
     ours, stock = benchmark.our_trainer("--fast_decode", "False"), benchmark.stock_trainer()
-    batch = ours._prepare_inputs(ours.data_collator([ours.train_dataset[index] for index in range(4)]))
+    batch = ours.prepare_batch(ours.data_collator([ours.train_dataset[index] for index in range(4)]))
     for index in range(4):  # the same random part
         with Image.open(ours.train_dataset.examples.name(index)) as photo:
             part = ours.train_dataset.augmentation(photo.convert("RGB"), np.random.default_rng((42, 0, index)))

@@ -79,7 +79,7 @@ def test_two_processes_end_with_the_weights_of_one(two, tmp_path):
     first, second = (found["plain"] for found in two["found"])
     assert difference(first["weights"], second["weights"]) == 0.0
     assert difference(first["weights"], weights(one)) < 1e-6
-    assert one.samples.by_process == [48]
+    assert one.samples_by_process == [48]
     assert first["samples"] == second["samples"] == [24, 24]
     # Each epoch of three updates has every image once, in one process or the other.
     for epoch in range(2):

@@ -21,7 +21,7 @@ from tiny_images import build, difference, flags, load_script, weights
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted
 from modeling_vit_scratch.hub.contents import CODE
-from modeling_vit_scratch.training.pushing import whole_checkpoint
+from modeling_vit_scratch.hub.pushing import checkpoint_uploads
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_paths_in_a_pushed_checkpoint_are_shortened_in_place(tmp_path):
     text = json.dumps(state, indent=2)
     (tmp_path / "trainer_state.json").write_text(text)
     (tmp_path / "training_args.bin").write_bytes(b"secret")
-    (upload,) = whole_checkpoint(tmp_path, "last-checkpoint")
+    (upload,) = checkpoint_uploads(tmp_path, "last-checkpoint")
     assert upload.path == "last-checkpoint/trainer_state.json"
     assert len(upload.content) == len(text)
     assert json.loads(upload.content) == {"best_model_checkpoint": "checkpoint-5", "global_step": 5}

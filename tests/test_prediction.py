@@ -24,6 +24,7 @@ from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, run_command_line
+from modeling_vit_scratch.common.signals import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
 from modeling_vit_scratch.prediction import reading, tables
@@ -31,7 +32,7 @@ from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.finishing import finish, open_job
 from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
-from modeling_vit_scratch.prediction.running import StopOnSignal, on_screen, run_job
+from modeling_vit_scratch.prediction.running import on_screen, run_job
 
 
 SCRIPT = ROOT / "scripts" / "predict.py"
@@ -530,9 +531,9 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_the_end_of_a_shell_is_no_signal(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # exported by someone, who was no launcher
-    with StopOnSignal() as stop:
+    with StopSignals() as stop:
         monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert stop.number == 0
+        assert stop.poll() == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from modeling_vit_scratch.common.checkpoints import write_manifest
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
 from modeling_vit_scratch.common.parsing import FLAGS_ELSEWHERE
 from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
-from modeling_vit_scratch.training.run_folder import write_manifest
 
 
 def parse(*argv):
@@ -136,6 +136,8 @@ def test_all_mistakes_of_a_command_line_are_told_at_once():
         (("--do_predict",), "no test split"),
         (("--do_train", "False"), "always trains"),
         (("--prediction_loss_only",), "accuracy"),
+        (("--enable_jit_checkpoint",), "its signal handler stays behind"),
+        (("--lamb",), "--lamb: is --optim lamb now"),
         (("photos",), "belongs to no flag"),
         (("--train", "photos"), "no such flag"),  # no abbreviations: this could be several
         (("--image_size",), "expected at least one argument"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_images import build, difference, flags, weights
 
-from modeling_vit_scratch.training.lamb import Lamb
+from modeling_vit_scratch.training.optimization import Lamb
+from modeling_vit_scratch.training.settings import differences
 
 
 # What timm.optim.lamb.Lamb gives for the four steps of `steps`: max_grad_norm -> weight, bias, a weight of zeros.
@@ -65,7 +66,7 @@ def test_a_parameter_without_gradient_stays():
 
 
 def test_a_run_with_lamb_resumes_bit_by_bit(pets, tmp_path):
-    run = ["--lamb", "True", "--loss", "bce", "--mixup", "0.8", "--max_steps", "4", "--dataloader_num_workers", "0"]
+    run = ["--optim", "lamb", "--loss", "bce", "--mixup", "0.8", "--max_steps", "4", "--dataloader_num_workers", "0"]
     run += ["--train_dir", pets, "--train_val_split", "0.25", "--eval_strategy", "no", "--save_steps", "2"]
     run += ["--save_strategy", "steps", "--adam_beta2", "0.99", "--layer_decay", "0.9"]
     straight = build(tmp_path / "out", *run)
@@ -73,6 +74,7 @@ def test_a_run_with_lamb_resumes_bit_by_bit(pets, tmp_path):
     straight.train()
     optimizer = straight.optimizer.optimizer
     assert isinstance(optimizer, Lamb)
+    assert (straight.args.optimizer_name, straight.args.to_dict()["optim"]) == ("lamb", "lamb")
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
     assert difference(before, weights(straight)) > 1e-5
@@ -100,3 +102,10 @@ def test_fused_optimizers_give_the_weights_of_plain_ones(pets, tmp_path, optimiz
         assert difference(before, ends[-1]) > 1e-4
         assert bool(trainer.optimizer.param_groups[0]["fused"]) == (fused[0] == "True")
     assert difference(*ends) < 1e-6
+
+
+def test_a_checkpoint_of_when_it_was_a_flag_of_its_own_compares_as_what_it_is_now():
+    before = {"--optim": "adamw_torch_fused", "--lamb": True, "--seed": 1}
+    assert differences(before, {"--optim": "lamb", "--seed": 1}) == []
+    assert differences({**before, "--lamb": False}, {"--optim": "adamw_torch_fused", "--seed": 1}) == []
+    assert differences(before, {"--optim": "sgd", "--seed": 1}) == ["--optim: sgd now, lamb in the checkpoint's run"]

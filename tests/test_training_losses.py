@@ -168,7 +168,7 @@ def test_two_processes_give_the_weights_of_one(pets, tmp_path):
 
 def test_the_loss_of_the_command_line_is_that_of_the_trainer(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--loss", "bce", "--mixup", "0.8", "--class_weights", "balanced"))
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = trainer.prepare_batch(next(iter(trainer.get_train_dataloader())))
     trainer.model.eval()
     loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     wanted = torch.nn.BCEWithLogitsLoss()(outputs.logits, batch["labels"].gt(0).float())  # as many of every class

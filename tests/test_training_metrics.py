@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 from tiny_images import build, class_folders
 from transformers import EvalPrediction
 
+from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
 from modeling_vit_scratch.common import provenance as provenance_module
 from modeling_vit_scratch.common.provenance import command_line, git_commit
 from modeling_vit_scratch.evaluation.compute_metrics import (
@@ -21,7 +22,6 @@ from modeling_vit_scratch.evaluation.compute_metrics import (
     rank_labels,
 )
 from modeling_vit_scratch.training.arguments import ModelArguments
-from modeling_vit_scratch.training.record import build_record, tell_result, write_record
 
 
 def test_by_hand():
@@ -176,7 +176,7 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
 def test_what_a_user_sees_last():
     record = {"metric": "accuracy", "value": 0.98518, "n": 270, "selection": "the last step"}
     record["training"] = {"broken_images": 0}
-    text = tell_result(record, "outputs/digits", "examples/3_7.png")
+    text = result_message(record, "outputs/digits", "examples/3_7.png")
     for part in (
         "accuracy: 98.52 % on 270 images",
         "outputs/digits",
@@ -186,4 +186,4 @@ def test_what_a_user_sees_last():
         assert part in text
     assert "could not be read" not in text
     record["training"]["broken_images"] = 2
-    assert "2 training images could not be read" in tell_result(record, "outputs/digits")
+    assert "2 training images could not be read" in result_message(record, "outputs/digits")

@@ -10,7 +10,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.augmentation.masking import corrupted_patches, masked_squares, visible_patches
-from modeling_vit_scratch.training.objectives import (
+from modeling_vit_scratch.pretraining.models import (
     MPP_TARGETS,
     MaskedAutoencoder,
     MaskedPatchPrediction,

@@ -15,11 +15,11 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
+from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.recipes.paper import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
 from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
-from modeling_vit_scratch.training.optimization import WeightAverage
-from modeling_vit_scratch.training.pretraining_arguments import PRETRAIN
+from modeling_vit_scratch.training.weight_average import WeightAverage
 
 
 EVERYTHING = [
@@ -253,7 +253,7 @@ def test_the_update_is_that_of_the_whole_batch_however_it_is_cut(pets, tmp_path,
 
 def test_the_loss_of_mixed_labels_is_their_cross_entropy(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--mixup", "0.8", "--label_smoothing_factor", "0.1"))
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = trainer.prepare_batch(next(iter(trainer.get_train_dataloader())))
     trainer.model.eval()
     loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     logits, labels = outputs.logits.detach().double().numpy(), batch["labels"].double().numpy()
@@ -331,11 +331,11 @@ def test_a_run_with_an_average_does_not_go_on_from_one_without(pets, tmp_path):
 
 
 def test_the_record_tells_what_was_done(pets, tmp_path):
-    from modeling_vit_scratch.training.record import _training_facts
+    from modeling_vit_scratch.cards.run_record import training_metadata
 
     trainer = build(tmp_path / "out", *flags(pets, *EVERYTHING, "--max_steps", "1"))
     trainer.train()
-    facts = json.loads(json.dumps(_training_facts(trainer)))
+    facts = json.loads(json.dumps(training_metadata(trainer)))
     assert facts["mixing"] == "Mixup 0.8 or CutMix 1"
     assert (facts["layer_decay"], facts["head_learning_rate_multiplier"], facts["weight_average"]) == (0.75, 3, 0.9)
     assert "RandAugment" in facts["augmentation"]

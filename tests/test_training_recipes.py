@@ -199,7 +199,11 @@ def test_deit3(model, drop_path, size, batch, result):
     assert float(overrides(recipe)["drop_path_rate"]) == drop_path
     assert float(overrides(recipe)["layer_scale_init_value"]) == 1e-4  # models_v2.py, init_scale
     # --opt fusedlamb --unscale-lr --lr 4e-3 (S) or 3e-3 --bce-loss
-    assert (fields["lamb"], fields["loss"], fields["learning_rate"]) == (True, "bce", 4e-3 if model == "s16" else 3e-3)
+    assert (fields["optim"], fields["loss"], fields["learning_rate"]) == (
+        "lamb",
+        "bce",
+        4e-3 if model == "s16" else 3e-3,
+    )
     assert result in recipe.expected
 
 

@@ -17,12 +17,11 @@ from forked import run_forked
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, load_script, weights
 
+from modeling_vit_scratch.common import checkpoints, signals
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.processes import launcher
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
-from modeling_vit_scratch.training import callbacks
-from modeling_vit_scratch.training import run_folder as checkpoints
-from modeling_vit_scratch.training.safe_trainer import SafeTrainer
+from modeling_vit_scratch.training import trainer_overrides
 
 
 FINETUNE = ROOT / "scripts" / "finetune.py"
@@ -205,7 +204,7 @@ def orphan(pets, tmp_path, monkeypatch):
 
 
 def test_the_end_of_the_launcher_counts_as_sigterm(orphan, monkeypatch, capfd):
-    monkeypatch.setattr(callbacks, "launcher", os.getppid)
+    monkeypatch.setattr(signals, "launcher", os.getppid)
     with pytest.raises(TrainingInterrupted, match=r"step 3 of 4.*checkpoint-3: to go on") as stopped:
         orphan().train()
     assert stopped.value.number == signal.SIGTERM
@@ -296,7 +295,7 @@ sys.exit(run_command_line(main))
 def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(pets, tmp_path, monkeypatch):
     trainer = build(tmp_path / "out", *stepwise(pets))
     expected = 3 * sum(weight.nbytes for weight in trainer.model.parameters())  # AdamW has two numbers for each
-    assert trainer.checkpoint_size() == expected
+    assert trainer.run_folder.checkpoint_size == expected
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, expected - 1))
     with pytest.raises(InputError, match=r"are free in .*--save_strategy no"):
         trainer.train()
@@ -314,7 +313,7 @@ def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(
     pets, tmp_path, kind, clip, is_skipped, monkeypatch
 ):
     if is_skipped:  # as on a GPU: torch's fused optimizers can leave out a step on a CPU too
-        monkeypatch.setattr(SafeTrainer, "_skipping_optimizer", lambda trainer: trainer.optimizer.optimizer)
+        monkeypatch.setattr(trainer_overrides, "skipping_optimizer", lambda trainer: trainer.optimizer.optimizer)
     more = ["--gradient_accumulation_steps", "2", "--max_grad_norm", clip, "--max_steps", "9"]
     more += ["--save_steps", "3" if is_skipped else "1"]  # nothing is saved before a step is known to be healthy
     trainer = build(tmp_path / "out", *flags(pets, *more, "--save_strategy", "steps"))
@@ -324,7 +323,7 @@ def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(
         loss = healthy(*args, **kwargs)
         calls.append(weights(trainer))
         if len(calls) == 3:  # the first batch of the second step
-            files.extend(trainer._names(torch.cat(trainer.last_keys)))
+            files.extend(trainer.step_guard._names(torch.cat(trainer.step_guard.last_keys)))
             if kind == "loss":
                 return loss * float("inf")
             loss.register_hook(lambda gradient: gradient * float("nan"))
@@ -365,12 +364,12 @@ def test_broken_images_are_replaced_alike_for_any_workers_and_after_resumption(p
         told = [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]
         assert len(told) == 3
         assert all(sum(str(file) in line for line in told) == 1 for file in files)
-        assert len(runs[workers].broken_images) == 3
+        assert len(runs[workers].step_guard.broken_images) == 3
     resumed = build(tmp_path / "again", *more)
     resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-4"))
     for run in (runs["2"], resumed):
         assert difference(weights(run), weights(runs["0"])) == 0.0
-    assert resumed.broken_images == runs["0"].broken_images
+    assert resumed.step_guard.broken_images == runs["0"].step_guard.broken_images
     known = json.loads((tmp_path / "0" / "checkpoint-4" / "run.json").read_text())["broken_images"]
     told = [line for line in capsys.readouterr().err.splitlines() if "broken image" in line]
     assert len(told) == 3 - len(known)  # what the checkpoint knows is not told again

@@ -106,7 +106,7 @@ def test_the_model_sees_what_the_processor_makes_mixed_and_the_trainer_remembers
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            keys.append([batch.tolist() for batch in trainer.last_keys])
+            keys.append([batch.tolist() for batch in trainer.step_guard.last_keys])
 
     trainer.add_callback(Watch())
     trainer.model.register_forward_pre_hook(
@@ -134,7 +134,7 @@ def test_held_out_images_reach_the_model_as_the_processor_makes_them(pets, tmp_p
     held_out = trainer.eval_dataset.examples
     images = [held_out.decode(index, trainer.processing_class) for index in range(len(held_out))]
     assert torch.equal(torch.cat(seen), trainer.processing_class(images, return_tensors="pt")["pixel_values"])
-    assert trainer.last_keys == []
+    assert trainer.step_guard.last_keys == []
 
 
 def test_a_checkpoint_of_other_labels_or_another_network_is_refused(pets, tmp_path):

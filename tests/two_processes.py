@@ -92,7 +92,7 @@ class Keys(TrainerCallback):
         self.trainer, self.seen = trainer, []
 
     def on_step_end(self, *args, **kwargs) -> None:
-        self.seen.append(torch.cat(self.trainer.last_keys))
+        self.seen.append(torch.cat(self.trainer.step_guard.last_keys))
 
 
 def train(folder: Path, *flags: str, resume: Path | None = None) -> dict:
@@ -104,7 +104,7 @@ def train(folder: Path, *flags: str, resume: Path | None = None) -> dict:
     return {
         "weights": weights(trainer),
         "keys": torch.stack(keys.seen),
-        "samples": trainer.samples.by_process,
+        "samples": trainer.samples_by_process,
         "scores": scores,
     }
 

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -95,3 +96,15 @@ def without_worker_traceback(error: Exception) -> str:
     """The message itself: torch puts the traceback of a worker process before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message
+
+
+def lost_worker(error: RuntimeError, when: str = "") -> str | None:
+    """What to tell of a worker process that has ended, if that is the error: torch says so in its message alone."""
+    if "DataLoader worker" not in str(error):
+        return None
+    killed = re.search(r"killed by signal: (\w+)", str(error))
+    reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
+    return (
+        f"A process that reads images {reason}{when}. Usually the memory was full, or in a container the shared memory "
+        "(docker run --shm-size)."
+    )

@@ -19,6 +19,7 @@ FLAGS_ELSEWHERE: dict[str, str] = {
     "--evaluation_strategy": "is --eval_strategy now.",
     "--warmup_ratio": "is --warmup_steps now, with a value below 1.",
     "--no_cuda": "is --use_cpu now.",
+    "--lamb": "is --optim lamb now.",
 }
 
 

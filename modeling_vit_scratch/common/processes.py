@@ -2,6 +2,7 @@
 """Who started a run, and what its processes tell each other to do the same thing at the same step."""
 
 import itertools
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,10 @@ class Processes:
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=self.timeout)
         return self._group
+
+
+def has_lost_contact(error: RuntimeError) -> bool:
+    """Whether that is the error of a process whose partners have ended."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return re.search(r"closed by peer|connection reset|gloo/transport|broken pipe", str(error), re.I) is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders, the order of repeated images, and worker processes: how they start, obey signals and end."""
+"""Loaders, the order of repeated images, and worker processes: how they start and obey signals."""
 
 import functools
 import math
@@ -7,14 +7,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import TrainingArguments
 
 from .dataset import ImageClassificationDataset
@@ -103,30 +101,6 @@ def prepare_workers(loader: DataLoader) -> None:
     """Tells the processes that read images to leave signals to the one that trains: it needs them to finish a step."""
     loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
     loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
-    loader.running = weakref.WeakSet()
-    loader._get_iterator = functools.partial(_start_reading, weakref.ref(loader))  # a loader must not hold itself
-
-
-def _start_reading(loader: weakref.ref[DataLoader]) -> Iterator:
-    """What DataLoader does, which remembers its iterators only while their processes are persistent."""
-    loader = loader()
-    iterator = type(loader)._get_iterator(loader)
-    loader.running.add(iterator)
-    return iterator
-
-
-def release_workers(loaders: list[DataLoader]) -> None:
-    """
-    Ends the processes that read images, now. Persistent ones, and those of a run that failed, would stay until somebody
-    collects garbage; what torch ends them with may then be gone already, and it waits for each for five seconds.
-    """
-    for loader in loaders:
-        loader = getattr(loader, "base_dataloader", loader)
-        for iterator in [*getattr(loader, "running", ())]:
-            if isinstance(iterator, _MultiProcessingDataLoaderIter):
-                iterator._shutdown_workers()
-        if getattr(loader, "_iterator", None) is not None:
-            loader._iterator = None
 
 
 def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:

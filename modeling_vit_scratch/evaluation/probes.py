@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.dataset import ImageClassificationDataset
 from ..data.pixels import Normalize
+from ..data.splits import ImageData, check_for_probes
+from ..data.streams import ImageStream
 
 
 SHOTS = (1, 5, 10, 25)
@@ -414,3 +417,24 @@ class Probe(TrainerCallback):
             for shots, values in few_shot_accuracies(bank, queries, self.num_classes).items():
                 found[f"fewshot_{shots}_accuracy"] = float(np.mean(values))
         return found
+
+
+def build_probe(trainer: Trainer, data: ImageData) -> Probe:
+    """
+    What --probe asks for: it learns from images of the training part, without augmentation, and is tested on held-out
+    ones. Of a stream, which can't be chosen from, it learns from half of the held-out images.
+
+    Raises:
+        InputError: for images without labels.
+    """
+    check_for_probes(data)
+    arguments, processor, held_out = trainer.args, trainer.processing_class, data.validation
+    maximum, seed = arguments.probe_images, arguments.seed
+    if isinstance(data.train, ImageStream):
+        chosen = balanced_subset(held_out.labels, 2 * maximum, seed)
+        parts = held_out.select(chosen[::2]), held_out.select(chosen[1::2])
+    else:
+        parts = (part.select(balanced_subset(part.labels, maximum, seed)) for part in (data.train, held_out))
+    channels = trainer.model.config.num_channels
+    bank, queries = (ImageClassificationDataset(part, processor, channels) for part in parts)
+    return Probe(trainer, arguments.probe, bank, queries, len(data.label_names), arguments.probe_steps)

@@ -3,15 +3,10 @@
 
 import itertools
 import math
-import os
-import re
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import psutil
@@ -20,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
-from ..common.processes import launcher
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
+from ..common.signals import StopSignals
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
 from .job import BLOCK, Job
@@ -32,42 +27,6 @@ from .tables import part_rows, printable
 
 # What a kill can cost: rows are written after so many images or seconds, whichever comes first.
 SECONDS = 30.0
-
-
-class StopOnSignal:
-    """
-    The first Ctrl-C or SIGTERM ends the run after the batch, a second one at once. What comes within a second of the
-    first is the same wish, sent twice; the end of the launcher counts as SIGTERM, as in `training.callbacks`.
-    """
-
-    def __init__(self) -> None:
-        self._number, self._time, self._process = 0, 0.0, os.getpid()
-        self._launcher = launcher()
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopOnSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a worker process that has just been forked
-        if self._number and time.monotonic() - self._time > 1.0:
-            raise TrainingInterrupted("Stopped at once.", number)
-        if not self._number:
-            self._number, self._time = number, time.monotonic()
-
-    @property
-    def number(self) -> int:
-        """Of the signal that asks to stop; 0 if there is none."""
-        if not self._number and self._launcher not in (None, os.getppid()):
-            self._number = signal.SIGTERM
-        return self._number
 
 
 class Writer:
@@ -125,13 +84,13 @@ def run_job(
     """
     share = job.share(gaps, accelerator.process_index, accelerator.num_processes)
     writer, bar, is_alone = Writer(job), _bar(job, accelerator), accelerator.num_processes == 1
-    with StopOnSignal() as stop, bar:
+    with StopSignals() as stop, bar:
         loader = _loader(predictor, Batches(share, rows), arguments, accelerator.device.type == "cuda")
         try:
             for batch in loader:
                 writer.add(batch, predictor(batch.pixels))
                 _advance(bar, job, writer)
-                if stop.number:
+                if stop.poll():
                     break
             else:
                 bar.update(job.count - bar.n if is_alone else 0)
@@ -140,7 +99,7 @@ def run_job(
             raise _explained(error, arguments) from error
         writer.flush()
     # With several processes the others may have stopped before their end.
-    if stop.number and not (is_alone and not job.missing()):
+    if stop.poll() and not (is_alone and not job.missing()):
         raise TrainingInterrupted(
             f"Interrupted with {_done(job):,} of {job.count:,} images predicted, which are in {job.folder}. To go on, "
             "run the same command again.",
@@ -172,15 +131,12 @@ def _explained(error: RuntimeError, arguments: PredictionArguments) -> Exception
             "The memory of the device is full. Take a lower --per_device_eval_batch_size "
             f"({arguments.per_device_eval_batch_size} now), and --overwrite."
         )
-    killed = re.search(r"killed by signal: (\w+)", str(error))
-    if "DataLoader worker" not in str(error):
-        return error
-    reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
-    return TrainingStopped(
-        f"A process that reads images {reason}. Usually the memory was full, or in a container the shared memory "
-        f"(docker run --shm-size). Go on with the same command and a lower --dataloader_num_workers "
-        f"({arguments.dataloader_num_workers} now)."
-    )
+    if lost := lost_worker(error):
+        return TrainingStopped(
+            f"{lost} Go on with the same command and a lower --dataloader_num_workers "
+            f"({arguments.dataloader_num_workers} now)."
+        )
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

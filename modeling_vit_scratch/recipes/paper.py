@@ -283,7 +283,7 @@ def deit3(variant: str) -> Recipe:
             "image_size": [image_size],
             "config_overrides": f"{_DEIT3_ARCHITECTURE},drop_path_rate={drop_path:g}",
             "num_train_epochs": 800.0,
-            "lamb": True,
+            "optim": "lamb",
             "loss": "bce",
             "learning_rate": rate,
             "lr_scheduler_type": "cosine_with_min_lr",

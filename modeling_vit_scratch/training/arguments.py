@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..augmentation.photo import PHOTO_SMALLEST_AREA
 from ..configuration_vit_scratch import VARIANTS, ViTScratchConfig
@@ -17,6 +18,7 @@ from .recipe_arguments import RecipeArguments
 
 FROM_SCRATCH_VARIANT = "S/16"
 PROBES = ("knn", "fewshot")
+LAMB = "lamb"  # the value of --optim that is this library's own
 FROM_SCRATCH_LEARNING_RATE = 1e-3
 FROM_CHECKPOINT_LEARNING_RATE = 1e-4
 
@@ -25,6 +27,10 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
     "do_train": (True, "this script always trains."),
     "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
+    "enable_jit_checkpoint": (
+        False,
+        "its signal handler stays behind after training. Ctrl-C and SIGTERM save a checkpoint without it.",
+    ),
     "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
 }
 
@@ -122,6 +128,15 @@ class ImageTrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=0.1,
         metadata={"help": "Steps over which the learning rate rises; below 1, this part of all steps. Example: 500"},
+    )
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={
+            "help": "The optimizer. lamb, for large batches as in DeiT III: Adam's step, for each weight with decay as "
+            "long as the weight, times the learning rate; it takes --adam_beta1, --adam_beta2 and --adam_epsilon, and "
+            "clips gradients to a norm of 1 by itself. All others are transformers'.",
+            "choices": [*(name.value for name in OptimizerNames), LAMB],
+        },
     )
     weight_decay: float = field(
         default=0.05,
@@ -295,7 +310,17 @@ class ImageTrainingArguments(TrainingArguments):
             self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        is_lamb = self.optim == LAMB
+        if is_lamb:  # transformers turns the name into one of its own optimizers, and has none of this name
+            self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()
+        if is_lamb:
+            self.optim = LAMB
+
+    @property
+    def optimizer_name(self) -> str:
+        """The value of --optim."""
+        return OptimizerNames(self.optim).value if self.optim != LAMB else LAMB
 
 
 def _has_native_bf16() -> bool:

@@ -1,31 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model and data to the trainer: augmentation, mixing, metrics, callbacks."""
+"""From a model and data to the trainer: data sets, what is learned, callbacks."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from ..augmentation.device_images import DeviceImages, build_device_images
-from ..augmentation.photo import DigitAugmentation, PhotoAugmentation
-from ..augmentation.policies import Chain, ColorJitter, RandomErasing, auto_augment
+from ..augmentation.building import build_augmentation
+from ..augmentation.device_images import build_device_images
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator
 from ..data.dataset import ImageClassificationDataset
-from ..data.decoding import Augmentation
 from ..data.pixels import input_size
-from ..data.splits import ImageData, check_for_probes
+from ..data.splits import ImageData
 from ..data.streaming import StreamDataset, StreamPlace, check_stream
 from ..data.streams import ImageStream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
-from ..evaluation.probes import Probe, balanced_subset
+from ..evaluation.probes import build_probe
 from .arguments import ImageTrainingArguments
-from .callbacks import Progress, SamplesSeen, SetEpoch
-from .losses import ClassificationLoss, MultiLabelLoss, class_weights, positive_weights
-from .optimization import WeightAverage
+from .callbacks import Progress, SetEpoch
+from .losses import build_loss
 from .trainer import ImageTrainer
+from .weight_average import WeightAverage
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    What a run learns.
+
+    Attributes:
+        data_collator: makes batches.
+        compute_loss_func: as the Trainer takes it; None for the model's own loss.
+        metrics: the Trainer's arguments for what is measured on held-out images, beside the loss.
+        description: in words, if it is not to classify.
+        finished_model: from the trained model and its weights to the one that is saved in the end, if that is another.
+    """
+
+    data_collator: ImageCollator
+    compute_loss_func: Callable[..., torch.Tensor] | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    description: str | None = None
+    finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None
 
 
 def build_trainer(
@@ -33,69 +55,37 @@ def build_trainer(
     processor: BaseImageProcessor,
     data: ImageData,
     arguments: ImageTrainingArguments,
-    kind: type[ImageTrainer] = ImageTrainer,
-    **settings: Any,
+    objective: Objective | None = None,
 ) -> ImageTrainer:
     """
     The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit.
 
     Args:
         model, processor, data, arguments: what to train, on what, and how.
-        kind: the class of the trainer.
-        settings: of the trainer, where it does not learn to classify: `data_collator`, `compute_loss_func`.
+        objective: what to learn. Default: to classify.
+
+    Raises:
+        InputError: if the flags ask for what these data or this model can't give.
     """
-    channels = model.config.num_channels
-    collator = settings.pop("data_collator", None)
-    has_masks = collator is not None
-    if not has_masks:
-        collator = build_collator(data, arguments)
-        settings |= {
-            "compute_metrics": build_compute_metrics(len(data.label_names), data.is_multi_label),
-            "preprocess_logits_for_metrics": None if data.is_multi_label else rank_labels,
-            "compute_loss_func": build_loss(data, arguments),
-        }
-        if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
-            arguments.metric_for_best_model = "mean_average_precision"
-    elif arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
-        raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
-    augmentation = build_augmentation(data.source.augmentation, processor, model.config, arguments)
-    held_out = ImageClassificationDataset(
-        data.validation, processor, channels, seed=arguments.seed, with_keys=has_masks
-    )
-    stream_place = None
-    if arguments.images_on_device:
-        train_set, held_out = keep_on_device(data, held_out, arguments)
-    else:
-        train_set = ImageClassificationDataset(
-            data.train,
-            processor,
-            channels,
-            augmentation,
-            seed=arguments.seed,
-            fast_decode=arguments.fast_decode and data.source.augmentation == "photo",
-            max_broken_images=arguments.max_broken_images,
-        )
-    if isinstance(data.train, ImageStream):
-        check_stream(data.train, arguments, arguments.recipe_arguments.aug_repeats)
-        train_set, stream_place = StreamDataset(data.train, train_set, data.shuffle_buffer_size), StreamPlace()
+    objective = objective or classification(data, arguments)
+    train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
-    average = None if decay is None else WeightAverage(decay, warmup)
-    samples = SamplesSeen()
-    trainer = kind(
-        model=model,
-        args=arguments,
-        data_collator=collator,
+    trainer = ImageTrainer(
+        model,
+        arguments,
+        average=None if decay is None else WeightAverage(decay, warmup),
+        stream_position=StreamPlace() if isinstance(train_set, StreamDataset) else None,
+        objective=objective.description,
+        finished_model=objective.finished_model,
+        data_collator=objective.data_collator,
+        compute_loss_func=objective.compute_loss_func,
         train_dataset=train_set,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[SetEpoch(train_set), samples, *([] if average is None else [average])],
-        **settings,
+        callbacks=[SetEpoch(train_set)],
+        **objective.metrics,
     )
-    trainer.average, trainer.samples = average, samples
-    if stream_place is not None:
-        trainer.stream_place = stream_place
-        trainer.add_callback(stream_place)
-    if isinstance(collator, MixingCollator):
+    if isinstance(objective.data_collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one
     if not arguments.disable_tqdm:
@@ -106,95 +96,58 @@ def build_trainer(
     return trainer
 
 
-def keep_on_device(
-    data: ImageData, held_out: ImageClassificationDataset, arguments: ImageTrainingArguments
-) -> tuple[DeviceImages, DeviceImages]:
+def classification(data: ImageData, arguments: ImageTrainingArguments) -> Objective:
+    """To classify, with the loss and the mixing of the flags. Raises InputError if the loss can't be had."""
+    recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
+    collator = ImageCollator()
+    if recipe.mixup or recipe.cutmix:
+        smoothing = 0.0 if data.is_multi_label else smoothing  # the loss smooths several labels
+        collator = MixingCollator(len(data.label_names), recipe.mixup, recipe.cutmix, smoothing)
+    if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
+        arguments.metric_for_best_model = "mean_average_precision"
+    metrics = {
+        "compute_metrics": build_compute_metrics(len(data.label_names), data.is_multi_label),
+        "preprocess_logits_for_metrics": None if data.is_multi_label else rank_labels,
+    }
+    return Objective(collator, build_loss(data, arguments), metrics)
+
+
+def build_datasets(
+    data: ImageData,
+    processor: BaseImageProcessor,
+    config: ViTScratchConfig,
+    arguments: ImageTrainingArguments,
+    objective: Objective,
+) -> tuple[Dataset, Dataset]:
     """
-    The training images and the held-out ones, for --images_on_device.
+    The training images, augmented, and the held-out ones, as the model takes them.
 
     Raises:
-        InputError: for data that it is not for.
+        InputError: if the flags ask for what these data can't give.
     """
-    if isinstance(data.train, ImageStream):
-        raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one of them.")
-    if data.source.augmentation != "photo":
-        raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
-    train = ImageClassificationDataset(data.train, held_out.processor, held_out.decoder.num_channels)
-    return build_device_images(train, held_out, arguments)
-
-
-def build_probe(trainer: ImageTrainer, data: ImageData) -> Probe:
-    """
-    What --probe asks for: it learns from images of the training part, without augmentation, and is tested on held-out
-    ones. Of a stream, which can't be chosen from, it learns from half of the held-out images.
-
-    Raises:
-        InputError: for images without labels.
-    """
-    arguments, processor, held_out = trainer.args, trainer.processing_class, data.validation
-    check_for_probes(data)
-    maximum, seed = arguments.probe_images, arguments.seed
-    if isinstance(data.train, ImageStream):
-        chosen = balanced_subset(held_out.labels, 2 * maximum, seed)
-        bank, queries = held_out.select(chosen[::2]), held_out.select(chosen[1::2])
-    else:
-        bank, queries = (
-            examples.select(balanced_subset(examples.labels, maximum, seed)) for examples in (data.train, held_out)
-        )
-    channels = trainer.model.config.num_channels
-    bank, queries = (ImageClassificationDataset(examples, processor, channels) for examples in (bank, queries))
-    return Probe(trainer, arguments.probe, bank, queries, len(data.label_names), arguments.probe_steps)
-
-
-def build_augmentation(
-    kind: str, processor: BaseImageProcessor, config: ViTScratchConfig, arguments: ImageTrainingArguments
-) -> Augmentation:
-    """What images of a kind ("photo" or "digit") go through, in the order of timm and torchvision."""
-    size, wishes = input_size(processor, config), arguments.recipe_arguments
-    photo = PhotoAugmentation(size, processor.resample, arguments.smallest_area)
-    steps: list[Augmentation] = [DigitAugmentation(size) if kind == "digit" else photo]
-    if wishes.auto_augment:
-        steps.append(auto_augment(wishes.auto_augment))
-    if wishes.color_jitter:
-        steps.append(ColorJitter(wishes.color_jitter))
-    if wishes.random_erasing:
-        steps.append(RandomErasing(wishes.random_erasing))
-    if len(steps) > 1 and config.num_channels not in (1, 3):
-        raise InputError(
-            f"Augmentation policies know grey and colour images, not {config.num_channels} channels. Leave out "
-            "--auto_augment, --color_jitter and --random_erasing."
-        )
-    return Chain(*steps) if len(steps) > 1 else steps[0]
-
-
-def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
-    """What --loss and --class_weights ask for; None for the model's own. Raises InputError if it can't be had."""
-    wishes, num_labels = arguments.recipe_arguments, len(data.label_names)
-    smoothing = 0.0 if wishes.mixup or wishes.cutmix else arguments.label_smoothing_factor  # mixed ones are smooth
-    if data.is_multi_label:
-        smoothing = arguments.label_smoothing_factor
-    if wishes.loss == "softmax" and not wishes.class_weights and not (data.is_multi_label and smoothing):
-        return None
-    weights = None
-    if wishes.class_weights:
+    kind, channels = data.source.augmentation, config.num_channels
+    augmentation = build_augmentation(kind, input_size(processor, config), processor.resample, channels, arguments)
+    # An objective without labels draws its masks from the keys of images, of held-out ones too.
+    with_keys = objective.description is not None
+    held_out = ImageClassificationDataset(
+        data.validation, processor, channels, seed=arguments.seed, with_keys=with_keys
+    )
+    if arguments.images_on_device:
         if isinstance(data.train, ImageStream):
-            raise InputError("--class_weights need the labels of all training images, which a stream does not tell.")
-        try:
-            if data.is_multi_label:
-                weights = positive_weights(wishes.class_weights, data.train.labels)
-            else:
-                weights = class_weights(wishes.class_weights, data.train.labels, num_labels)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    if data.is_multi_label:
-        return MultiLabelLoss(wishes.loss, smoothing, weights)
-    return ClassificationLoss(wishes.loss, num_labels, smoothing, weights)
-
-
-def build_collator(data: ImageData, arguments: ImageTrainingArguments) -> ImageCollator:
-    """What makes batches, and mixes them where that is wanted."""
-    wishes = arguments.recipe_arguments
-    if not wishes.mixup and not wishes.cutmix:
-        return ImageCollator()
-    smoothing = 0.0 if data.is_multi_label else arguments.label_smoothing_factor  # the loss smooths several labels
-    return MixingCollator(len(data.label_names), wishes.mixup, wishes.cutmix, smoothing)
+            raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one.")
+        if kind != "photo":
+            raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
+        return build_device_images(ImageClassificationDataset(data.train, processor, channels), held_out, arguments)
+    train_set = ImageClassificationDataset(
+        data.train,
+        processor,
+        channels,
+        augmentation,
+        seed=arguments.seed,
+        fast_decode=arguments.fast_decode and kind == "photo",
+        max_broken_images=arguments.max_broken_images,
+    )
+    if isinstance(data.train, ImageStream):
+        check_stream(data.train, arguments, arguments.recipe_arguments.aug_repeats)
+        train_set = StreamDataset(data.train, train_set, data.shuffle_buffer_size)
+    return train_set, held_out

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens beside the steps: the epoch of the training set, Ctrl-C and SIGTERM, the progress bar."""
+"""Callbacks: the epoch of the training set, a checkpoint at Ctrl-C and SIGTERM, the progress bar."""
 
 import os
-import signal
-import threading
-import time
-from types import FrameType
 from typing import Any
 
-import torch
-from accelerate.utils import gather
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
-from ..common.processes import Processes, launcher
+from ..common.errors import TrainingInterrupted
+from ..common.processes import Processes
+from ..common.signals import StopSignals
 from ..data.dataset import ImageClassificationDataset
 from .arguments import ImageTrainingArguments
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the training set its epoch. The data loader does so too, but not when it resumes in the middle of one."""
+    """Gives the training set its epoch. The data loader does so too, but not when it resumes in the middle of one."""
 
     def __init__(self, train_set: ImageClassificationDataset) -> None:
         self.train_set = train_set
@@ -29,73 +25,28 @@ class SetEpoch(TrainerCallback):
         self.train_set.set_epoch(int(state.epoch or 0))
 
 
-class SamplesSeen(TrainerCallback):
-    """
-    Counts the training images that go through the model, in each process, from the start or the resumption on. One that
-    fills up a last batch counts, too. The trainer adds to `own`.
-    """
-
-    def __init__(self) -> None:
-        self.own, self.by_process = 0, []
-
-    def on_train_end(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.by_process = gather(torch.tensor([self.own], device=args.device)).tolist()
-
-
 class SaveOnSignal(TrainerCallback):
     """
-    The first Ctrl-C or SIGTERM finishes the step and saves a checkpoint from which training can go on exactly; a second
-    one stops at once. Several processes agree on the step, whichever of them the signal has reached.
-
-    A launcher, `timeout` or a terminal may send one wish twice: what comes within a second of the first is the first.
-    `accelerate launch` of one process passes nothing on: it ends, and its run would train on with nobody to stop it. So
-    the end of the launcher counts as SIGTERM, but not that of a shell.
+    Ctrl-C or SIGTERM finishes the step, saves a checkpoint from which training resumes exactly, and ends the run.
+    Several processes agree on the step, whichever of them got the signal. The trainer calls `signals.restore`.
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.processes, self.process = processes, os.getpid()
-        self.number, self._time, self._agreed = 0, 0.0, 0
-        self.is_urgent = False  # whether there was a second one
-        self._handlers: dict[int, Any] = {}
-        self._launcher = launcher()
+        self.processes, self.signals, self._agreed = processes, StopSignals(_announce), 0
+
+    @property
+    def number(self) -> int:
+        """Of the signal that asks to stop, known to all processes or to this one alone; 0 if there is none."""
+        return self._agreed or self.signals.number
 
     def on_train_begin(
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.number, self._agreed, self.is_urgent = 0, 0, False
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request)
-
-    def restore(self) -> None:
-        """Signals do again what they did before training."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:
-            return  # a worker process that has just been forked
-        if self.number:
-            if time.monotonic() - self._time > 1.0:
-                self.number, self.is_urgent = number, True
-                raise KeyboardInterrupt
-            return
-        self.number, self._time = number, time.monotonic()
-        self._announce("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
-
-    def _announce(self, what: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            # Not print, which fails if the signal came while something else was printing.
-            os.write(2, f"\n{what}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
+        self._agreed = 0
+        self.signals.start()
 
     def _agree(self) -> bool:
-        if not self.number and self._launcher not in (None, os.getppid()):
-            self.number, self._time = signal.SIGTERM, time.monotonic()
-            self._announce("The launcher has ended")
-        self._agreed = self._agreed or self.processes.largest(self.number)
-        self.number = self._agreed or self.number
+        self._agreed = self._agreed or self.processes.largest(self.signals.poll())
         return self._agreed > 0
 
     def on_step_end(
@@ -115,7 +66,13 @@ class SaveOnSignal(TrainerCallback):
         self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._agree():
-            raise KeyboardInterrupt
+            raise TrainingInterrupted("Stopped after a checkpoint.", self._agreed)
+
+
+def _announce(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        # Not print, which fails if the signal came while something else was printing.
+        os.write(2, f"\n{what}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
 
 
 class Progress(ProgressCallback):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..common.checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.errors import InputError, Problems
 from ..common.licenses import license_problem
 from ..common.parsing import Parser, refuse_unknown
@@ -26,7 +27,6 @@ from .arguments import (
     pixels,
 )
 from .recipe_arguments import RecipeArguments, add_recipe_defaults
-from .run_folder import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 
 
 _Arguments = TypeVar("_Arguments")

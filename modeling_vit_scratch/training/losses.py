@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-LOSSES = ("softmax", "sigmoid", "bce")
+from ..common.errors import InputError
+from ..data.splits import ImageData
+from ..data.streams import ImageStream
+from .arguments import ImageTrainingArguments
+from .recipe_arguments import LOSSES
 
 
 class ClassificationLoss:
@@ -98,12 +101,12 @@ class MultiLabelLoss:
         return total * labels.shape[1] if self.kind == "sigmoid" else total
 
 
-def positive_weights(wish: list[str], labels: np.ndarray) -> np.ndarray:
+def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
     """
     The weights of `--class_weights` where images have several labels: torch's `pos_weight`.
 
     Args:
-        wish: "balanced", for the images without a label over those with it; or K positive numbers.
+        given: "balanced", for the images without a label over those with it; or K positive numbers.
         labels: of the training images, (N, K), 0 and 1.
 
     Returns:
@@ -112,14 +115,14 @@ def positive_weights(wish: list[str], labels: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: for anything else.
     """
-    if wish != ["balanced"]:
-        return _given_weights(wish, labels.shape[1])
+    if given != ["balanced"]:
+        return _read_weights(given, labels.shape[1])
     counts = labels.sum(axis=0, dtype=np.float64)
     others, both = len(labels) - counts, (counts > 0) & (counts < len(labels))
     return np.divide(others, counts, out=np.ones_like(counts), where=both)
 
 
-def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.ndarray:
+def class_weights(given: list[str], labels: list[int], num_labels: int) -> np.ndarray:
     """
     The weights of `--class_weights`, such that their mean over the training images is 1.
 
@@ -128,7 +131,7 @@ def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.nda
     image would count more in one batch than in another, and alone as much as any: here it always counts the same.
 
     Args:
-        wish: "balanced", for the inverse of the number of images that a class has; or K numbers in the order of the
+        given: "balanced", for the inverse of the number of images that a class has; or K numbers in the order of the
             labels, of which the ratios count.
         labels: of the training images.
         num_labels: K.
@@ -140,21 +143,44 @@ def class_weights(wish: list[str], labels: list[int], num_labels: int) -> np.nda
         ValueError: for anything else.
     """
     counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
-    if wish == ["balanced"]:
+    if given == ["balanced"]:
         weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
     else:
-        weights = _given_weights(wish, num_labels)
+        weights = _read_weights(given, num_labels)
     return weights * (counts.sum() / (weights @ counts))
 
 
-def _given_weights(wish: list[str], num_labels: int) -> np.ndarray:
+def _read_weights(given: list[str], num_labels: int) -> np.ndarray:
     way_out = f"Give 'balanced', or {num_labels} positive numbers, one for each label in their order."
     try:
-        weights = np.array([float(word) for word in wish])
+        weights = np.array([float(word) for word in given])
     except ValueError as error:
-        raise ValueError(f"--class_weights {' '.join(wish)}: these are no numbers. {way_out}") from error
+        raise ValueError(f"--class_weights {' '.join(given)}: these are no numbers. {way_out}") from error
     if len(weights) != num_labels:
         raise ValueError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
     if not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise ValueError(f"--class_weights {' '.join(wish)}: not all are positive. {way_out}")
+        raise ValueError(f"--class_weights {' '.join(given)}: not all are positive. {way_out}")
     return weights
+
+
+def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
+    """What --loss and --class_weights ask for; None for the model's own loss. Raises InputError if it can't be had."""
+    recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
+    if not data.is_multi_label and (recipe.mixup or recipe.cutmix):
+        smoothing = 0.0  # the labels of mixed images are smooth already
+    if recipe.loss == "softmax" and not recipe.class_weights and not (data.is_multi_label and smoothing):
+        return None
+    weights = None
+    if recipe.class_weights:
+        if isinstance(data.train, ImageStream):
+            raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
+        try:
+            if data.is_multi_label:
+                weights = positive_weights(recipe.class_weights, data.train.labels)
+            else:
+                weights = class_weights(recipe.class_weights, data.train.labels, len(data.label_names))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    if data.is_multi_label:
+        return MultiLabelLoss(recipe.loss, smoothing, weights)
+    return ClassificationLoss(recipe.loss, len(data.label_names), smoothing, weights)

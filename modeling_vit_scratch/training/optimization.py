@@ -1,34 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which weights learn how fast, which decay, and their moving average.
+Which weights learn how fast, which decay, and LAMB.
 
-Optimizers and schedules are the stock ones, since they are right: `--lr_scheduler_type cosine`, and `polynomial` with
+Schedules and all other optimizers are the stock ones: `--lr_scheduler_type cosine`, and `polynomial` with
 `--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9 (tested);
 `--optim sgd --optim_args momentum=0.9` is its optimizer.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ..common.errors import InputError
+from torch import Tensor, nn
 
 
 HEADS = ("classifier.", "distillation_classifier.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameter groups
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -119,133 +106,81 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Averages of weights
-
-
-class WeightAverage(TrainerCallback):
+class Lamb(torch.optim.Optimizer):
     """
-    An exponential moving average of the weights (Polyak averaging; the paper, section 4.1, uses 0.9999), which is what
-    gets evaluated, and what the model is in the end.
-
-    average = decay * average + (1 - decay) * weights, after every step of the optimizer; it starts as the weights do. A
-    checkpoint has both: the weights, with which training goes on, and the average in average.safetensors, so that a
-    resumed run ends with the bits of one that was not stopped. In float32, on the device of the weights.
-
-    With FSDP2 every process averages its own shards, and a checkpoint has them as it has those of the weights: in a
-    folder of torch.distributed.checkpoint, average_fsdp_0, which any number of processes can go on from.
-
-    The Trainer calls `save`, in every process, and sets `start_from`; it evaluates inside of `applied_to`.
+    LAMB (You et al., arXiv:1904.00962), with which DeiT III is trained, as in apex's FusedLAMB and timm's Lamb: the
+    gradients of all parameters are clipped together to a norm; decay is added to Adam's step; and in groups with decay,
+    each step is scaled by the norm of the weight over its own. Groups without decay take Adam's step.
 
     Args:
-        decay: above 0 and below 1.
-        warmup: whether the decay starts lower: min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's
-            ExponentialMovingAverage. Without, a run of fewer than 1 / (1 - decay) steps ends close to where it began.
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: of the running means of the gradient and of its square.
+        eps: added to the root of the latter.
+        weight_decay: of each group.
+        max_grad_norm: what the gradients of all groups together are clipped to; 0 for no clipping.
     """
 
-    FILE, SHARDS = "average.safetensors", "average_fsdp_0"
-
-    def __init__(self, decay: float, warmup: bool = True) -> None:
-        if not 0.0 < decay < 1.0:
-            raise ValueError(f"The decay {decay:g} of the weights' average must lie between 0 and 1, e.g. 0.9999.")
-        self.decay, self.warmup = decay, warmup
-        self.average: dict[str, torch.Tensor] = {}
-        self.start_from: str | None = None  # a checkpoint
-        self.is_active = False
-
-    def decay_at(self, step: int) -> float:
-        """The decay after so many steps of the optimizer."""
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
     ) -> None:
-        self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
-        if self.start_from is not None:
-            self._load(self.start_from)
-        self.is_active = True
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and max_grad_norm >= 0 and all(0 <= b < 1 for b in betas)):
+            raise ValueError(f"LAMB can't run with {lr=}, {betas=}, {eps=}, {weight_decay=}, {max_grad_norm=}.")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.max_grad_norm = max_grad_norm
 
     @torch.no_grad()
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        average, weights = (list(map(_own, tensors.values())) for tensors in (self.average, _weights(model)))
-        weights = [weight.detach().float() for weight in weights]
-        torch._foreach_lerp_(average, weights, 1.0 - self.decay_at(state.global_step))
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; with a closure, returns its loss."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        scale = self._clipping()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._step(group, parameters, scale)
+        return loss
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """The model becomes the average: that of the best checkpoint, if the Trainer has gone back to it."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load(state.best_model_checkpoint)
-        _fill(model, self.average)
-        self.is_active = False
+    def _clipping(self) -> Tensor | float:
+        """What gradients are divided by: at least 1. Stays on the device."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients or not self.max_grad_norm:
+            return 1.0
+        return (torch.nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp(min=1.0)
 
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards."""
-        if not self.is_active:
-            yield
-            return
-        own = {name: weight.detach().clone() for name, weight in _weights(model).items()}
-        _fill(model, self.average)
-        try:
-            yield
-        finally:
-            _fill(model, own)
-
-    def save(self, folder: str, is_writer: bool = True) -> None:
-        """
-        Writes the average into a checkpoint: the one process that is the writer, or for shards all of them. After
-        training there is nothing to write: the model is the average.
-        """
-        if not self.is_active:
-            return
-        if self.is_sharded:
-            writer = checkpoint.FileSystemWriter(Path(folder, self.SHARDS))
-            checkpoint.save({"model": self.average}, storage_writer=writer)
-        elif is_writer:
-            save_file({name: weight.contiguous() for name, weight in self.average.items()}, Path(folder, self.FILE))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether every process has only a part of the average."""
-        return any(isinstance(weight, DTensor) for weight in self.average.values())
-
-    def _load(self, folder: str) -> None:
-        place = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
-        if not place.exists():
-            raise InputError(
-                f"The checkpoint {folder} has no average of the weights ({place.name}): its run had no --ema_decay. "
-                "Go on without it, too, or start a new run."
-            )
-        if self.is_sharded:
-            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(place))
-            return
-        stored = load_file(place)
-        for name, weight in self.average.items():
-            weight.copy_(stored[name])
-
-
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """
-    All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
-
-    FSDP2 may leave whole weights behind an evaluation, which it would go on with: what is changed here are the shards.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return dict(model.named_parameters())
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has, which shares its memory; without FSDP all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    for name, weight in _weights(model).items():
-        _own(weight).copy_(_own(values[name]))
+    def _step(self, group: dict[str, Any], parameters: list[Tensor], scale: Tensor | float) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states, (beta1, beta2) = [self.state[parameter] for parameter in parameters], group["betas"]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        gradients = torch._foreach_div([parameter.grad for parameter in parameters], scale)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        for state in states:
+            state["step"] += 1
+        step = states[0]["step"].item()  # on the CPU: nothing waits
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(means, 1 - beta1**step)
+        torch._foreach_div_(updates, denominators)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            norms, lengths = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+            ratios = [
+                torch.where((norm > 0) & (length > 0), norm / length, 1.0) for norm, length in zip(norms, lengths)
+            ]
+            torch._foreach_mul_(updates, ratios)
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])

@@ -10,7 +10,9 @@ from ..augmentation.policies import AUTO_AUGMENT_HELP, ColorJitter, RandomErasin
 from ..common.errors import Problems
 from ..recipes.paper import RECIPES, find_recipe
 from ..recipes.recipe import Recipe, fit_batch_size
-from .losses import LOSSES
+
+
+LOSSES = ("softmax", "sigmoid", "bce")
 
 
 @dataclass
@@ -73,14 +75,6 @@ class RecipeArguments:
             "help": "Let images of some classes count more: balanced, for the inverse of how many a class has, or a "
             "number for each label, in their order. The mean over training images is made 1. Where images have any "
             "number of labels: how much more having a label counts than not having it. Example: balanced"
-        },
-    )
-    lamb: bool = field(
-        default=False,
-        metadata={
-            "help": "Optimize with LAMB in place of --optim: Adam's step, for each weight with decay as long as the "
-            "weight, times the learning rate. Takes --adam_beta1, --adam_beta2 and --adam_epsilon, and clips gradients "
-            "to a norm of 1 by itself. For large batches, as in DeiT III."
         },
     )
     layer_decay: float = field(

@@ -1,152 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Folders of checkpoints that are whole or not there: how one gets its name, which one is whole, what is left of others.
+"""The folder of a run: checkpoints and models that are whole or not there, room for them, and what to resume from."""
 
-A checkpoint is written in a folder that nobody takes for one, reaches the disk, and only then gets its name, by a
-renaming that happens or does not. The last file in it, run.json, has the size of every other one: a checkpoint that was
-damaged afterwards is known by it. It also has what decides the numbers of the run (see `differences`).
-"""
-
-import json
-import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import TrainerState
+from safetensors import SafetensorError
+from torch import nn
+from transformers import TrainerState
 
-from ..common.files import sync_file, sync_folder, sync_tree
-
-
-MANIFEST = "run.json"
-STATE = "trainer_state.json"
-# Where things are until they are complete. The search for checkpoints does not see it, and uploads leave out "_*".
-STAGING = "_partial"
-
-
-def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the latest step first."""
-    if not Path(output_dir).is_dir():
-        return []
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).iterdir()]
-    steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
-    return [path for _, path in sorted(steps, reverse=True)]
+from ..common import checkpoints
+from ..common.errors import InputError, TrainingStopped
+from ..common.processes import Processes
+from .arguments import ImageTrainingArguments
+from .settings import differences
 
 
-def damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    folder = Path(checkpoint)
-    if not (folder / STATE).is_file():
-        return f"it has no {STATE}"
-    if not (folder / MANIFEST).is_file():
-        return f"it has no {MANIFEST}, which is written last"
-    try:
-        sizes = read_manifest(folder)["files"]
-    except (ValueError, KeyError):
-        return f"{MANIFEST} can't be read"
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-    return None
+# How many numbers an optimizer keeps for each weight, where it is known.
+_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
+# What torch and safetensors say where a file can't be written, in place of an OSError.
+_WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
 
-def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, str]]:
-    """The latest checkpoint that is whole, or None; and what is wrong with each one after it."""
-    passed_over: dict[Path, str] = {}
-    for checkpoint in find_checkpoints(output_dir):
-        reason = damage(checkpoint)
-        if reason is None:
-            return checkpoint, passed_over
-        passed_over[checkpoint] = reason
-    return None, passed_over
+class RunFolder:
+    """
+    --output_dir, while a run trains.
+
+    Args:
+        arguments: of the run.
+        processes: all processes of the run.
+        log: prints a line for people, once for all processes.
+        checkpoint_size: about how many bytes a checkpoint takes, see `checkpoint_size`.
+
+    Attributes:
+        staging: where files are until they are complete.
+        is_writing_checkpoint: whether a checkpoint is being written into `staging`.
+    """
+
+    def __init__(
+        self, arguments: ImageTrainingArguments, processes: Processes, log: Callable[[str], None], checkpoint_size: int
+    ) -> None:
+        self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
+        self.path = Path(arguments.output_dir)
+        self.staging, self.is_writing_checkpoint = self.path / checkpoints.STAGING, False
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before training
+
+    def prepare(self) -> None:
+        """
+        Removes what a killed run has not finished, and looks whether the disk has room for checkpoints.
+
+        Raises:
+            InputError: if there is not even room for one.
+        """
+        if not self.arguments.should_save:
+            return
+        if self.staging.is_dir() and any(self.staging.iterdir()):
+            self.log(f"Removed {self.staging}: unfinished files of a run that was killed.")
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if self.arguments.save_strategy == "no":
+            return
+        folder, size = self.path.resolve(), self.checkpoint_size
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+        if free < size:
+            raise InputError(
+                f"A checkpoint takes about {_megabytes(size)}, but {_megabytes(free)} are free in {folder}. Make room, "
+                "choose another --output_dir, or leave out checkpoints: --save_strategy no."
+            )
+        # While the newest is written, the one that it replaces is still there.
+        limit, present = self.arguments.save_total_limit or 1, len(checkpoints.find_checkpoints(folder))
+        needed = max(limit + 1 - present, 1) * size
+        if free < needed:
+            self.log(
+                f"warning: {_megabytes(free)} are free in {folder}, and the checkpoints of this run may take "
+                f"{_megabytes(needed)}. If the disk gets full, the run stops. A lower --save_total_limit needs less."
+            )
+
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """
+        The checkpoint to resume from. Tells which damaged ones are passed over.
+
+        Args:
+            wanted: a checkpoint, True for the latest one that is whole, None or False for none.
+
+        Raises:
+            InputError: if there is no whole one.
+        """
+        if not wanted:
+            return None
+        latest, damaged = checkpoints.latest_whole(self.path)
+        if wanted is True:
+            if latest is None:
+                raise InputError(f"There is no checkpoint to resume from in {self.path}.")
+            wanted = str(latest)
+        if latest is not None and Path(wanted).resolve() == latest.resolve():
+            for checkpoint, reason in damaged.items():
+                self.log(f"warning: {checkpoint} is damaged, {reason}. Passed over.")
+        return str(wanted)
+
+    def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Warns where the run of a checkpoint, which has this manifest, had other settings."""
+        if "settings" not in manifest:
+            self.log(f"warning: {checkpoint} does not say which settings its run had. Give the same ones again.")
+            return
+        different = differences(manifest["settings"], settings)
+        if different:
+            lines = "".join(f"\n    {line}" for line in different)
+            self.log(
+                f"warning: {Path(checkpoint).name} is of a run with other settings. This run uses its own, and does "
+                f"not end with the weights of a run without a stop:{lines}"
+            )
+
+    def resume_advice(self) -> str:
+        """How a run that has stopped is resumed: the last sentence of every message about it."""
+        checkpoint, _ = checkpoints.latest_whole(self.path)
+        if checkpoint is None:
+            return "No checkpoint was saved yet: run the same command to start again."
+        return (
+            f"The latest checkpoint is {checkpoint}: to go on, add --resume_from_checkpoint True to the same command."
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    @contextmanager
+    def new_checkpoint(self, state: TrainerState, metadata: dict[str, Any]) -> Iterator[Path]:
+        """
+        A folder to write the checkpoint of this step into, in all processes. It gets its name when all of it is on the
+        disk. `metadata` goes into its manifest; the best checkpoint of `state`, if it is this one, gets its final name.
+        """
+        name = f"checkpoint-{state.global_step}"
+        staged, checkpoint = self.staging / name, self.path / name
+        with self._full_disk_explained(name, self.path, state.global_step):
+            self.is_writing_checkpoint = True
+            try:
+                yield staged
+            finally:
+                self.is_writing_checkpoint = False
+            self.processes.wait()  # for what the others write, such as their random state
+            if state.best_model_checkpoint == str(staged):
+                state.best_model_checkpoint = str(checkpoint)
+                if self.arguments.should_save:  # one process: several would write into each other's file
+                    state.save_to_json(str(staged / checkpoints.STATE))
+            if self.arguments.should_save:
+                _complete(staged, checkpoint, metadata)
+        self.processes.wait()
+        if self.arguments.local_process_index == 0 and staged.is_dir():
+            _complete(staged, checkpoint, metadata)  # on the disk of another machine
+
+    @contextmanager
+    def new_model(self, folder: Path, step: int) -> Iterator[Path]:
+        """A folder to write a model into, in all processes. Its files then move into `folder`, each at once."""
+        staging = folder / checkpoints.STAGING
+        with self._full_disk_explained("the model", folder, step):
+            yield staging / "model"
+            if self.arguments.should_save:
+                checkpoints.publish_files(staging / "model", folder)
+                shutil.rmtree(staging)
+        self.processes.wait()
+
+    def rotate(self, state: TrainerState) -> None:
+        """Removes old checkpoints beyond --save_total_limit; the latest and the best stay."""
+        if self.arguments.should_save:
+            latest = str(self.path / f"checkpoint-{state.global_step}")
+            keep = {latest, state.best_model_checkpoint or latest}
+            checkpoints.rotate(self.path, self.arguments.save_total_limit, keep)
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+    @contextmanager
+    def _full_disk_explained(self, what: str, folder: Path, step: int) -> Iterator[None]:
+        """Turns what a full disk raises into TrainingStopped, and removes what could not be finished."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _WRITING_FAILED.search(str(error)):
+                raise
+            free = shutil.disk_usage(folder).free
+            if self.arguments.should_save:
+                shutil.rmtree(folder / checkpoints.STAGING, ignore_errors=True)
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise TrainingStopped(
+                f"At step {step}, {what} could not be written to {folder}: {reason}.\n"
+                f"{_megabytes(free)} were free there; a checkpoint takes about {_megabytes(self.checkpoint_size)}. The "
+                "unfinished files are removed, what was saved before is intact.\nMake room, e.g. by removing old runs, "
+                f"or save fewer checkpoints: a lower --save_total_limit ({self.arguments.save_total_limit} now), a "
+                f"higher --save_steps. {self.resume_advice()}"
+            ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+def _complete(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
+    checkpoints.write_manifest(staged, metadata)
+    checkpoints.publish(staged, checkpoint)
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Makes a checkpoint whole: everything in it reaches the disk, then run.json with the sizes and the facts."""
-    sync_tree(folder)
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
-    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2), encoding="utf-8")
-    sync_file(folder / MANIFEST)
-    sync_folder(folder)
+def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:
+    """About how many bytes a checkpoint takes: the weights, their average, and what the optimizer keeps of them."""
+    weights = sum(weight.nbytes for weight in model.state_dict().values())
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    states = 0 if arguments.save_only_model else _OPTIMIZER_STATES.get(arguments.optimizer_name, 0)
+    average = 0 if arguments.recipe_arguments.ema_decay is None else weights
+    return weights + states * trained + average
 
 
-def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_manifest` has written; nothing for a checkpoint of another program."""
-    file = Path(checkpoint, MANIFEST)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"files": {}}
-
-
-def publish(staged: Path, checkpoint: Path) -> None:
-    """Gives a complete folder its name. One of the same step, e.g. from before an evaluation, makes way."""
-    if checkpoint.exists():
-        discard(checkpoint)
-    os.replace(staged, checkpoint)
-    sync_folder(checkpoint.parent)
-
-
-def publish_files(staged: Path, folder: Path) -> None:
-    """Puts complete files into a folder, each at once: config.json, which makes the folder a model, comes last."""
-    sync_tree(staged)
-    for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
-    sync_folder(folder)
-    shutil.rmtree(staged)
-
-
-def rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
-    """Removes the checkpoints of the lowest steps until there are no more than `limit`; those to keep always stay."""
-    if not limit or limit < 1:
-        return
-    others = [checkpoint for checkpoint in find_checkpoints(output_dir) if str(checkpoint) not in keep]
-    for checkpoint in others[max(0, limit - len(keep)) :]:
-        discard(checkpoint)
-
-
-def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint. It loses its name first: a kill in the middle leaves nothing that looks like one."""
-    grave = checkpoint.parent / STAGING / "removed"
-    grave.parent.mkdir(exist_ok=True)
-    shutil.rmtree(grave, ignore_errors=True)
-    os.replace(checkpoint, grave)
-    shutil.rmtree(grave)
-
-
-def remove_leftovers(output_dir: str | os.PathLike[str]) -> bool:
-    """Removes what a run that was killed had not finished. Returns whether there was something."""
-    staging = Path(output_dir, STAGING)
-    had_some = staging.is_dir() and any(staging.iterdir())
-    shutil.rmtree(staging, ignore_errors=True)
-    return had_some
-
-
-def set_best_checkpoint(staged: Path, state: TrainerState, checkpoint: Path) -> None:
-    """What is written about the best checkpoint, if it is this one: its name to be."""
-    state.best_model_checkpoint = str(checkpoint)
-    if (staged / STATE).is_file():
-        state.save_to_json(str(staged / STATE))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What decides the numbers of a run
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each setting that a resumed run has and the first one had otherwise."""
-    before, now = (json.loads(json.dumps(settings)) for settings in (before, now))  # a tuple comes back as a list
-    return [
-        f"{name}: {_shown(now.get(name))} now, {_shown(before.get(name))} in the checkpoint's run"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

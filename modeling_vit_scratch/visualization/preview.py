@@ -39,7 +39,7 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
         batches.append(collate([train_set[index] for index in indices]))
     train_set.set_epoch(0)
     # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
-    columns = [trainer._prepare_inputs(batch)["pixel_values"].cpu() for batch in batches]
+    columns = [trainer.prepare_batch(batch)["pixel_values"].cpu() for batch in batches]
     return np.stack([as_pixels(column, train_set.processor) for column in columns], axis=1)
 
 

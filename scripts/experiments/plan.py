@@ -14,7 +14,7 @@ from modeling_vit_scratch.data.arguments import SOURCE_DEFAULTS
 from modeling_vit_scratch.data.sources import FILE_READERS
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.starting_point import load_encoder
+from modeling_vit_scratch.training.initial_model import load_encoder
 
 
 # The last step is what counts: nothing is chosen on held-out images, and nothing is evaluated or saved on the way.

@@ -10,9 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from experiments.plan import Run
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.files import write_text
+from modeling_vit_scratch.common.signals import StopSignals
 
 
 _RUN, _RESULTS, _PARTIAL = "run.json", "results.json", ".part"
@@ -49,7 +49,7 @@ def run_all(runs: list[Run], scripts: Path, folder: Path, jobs: int, keep_models
         _check_earlier(run, folder)
     crew = _Crew(scripts, folder, jobs, keep_models)
     records: dict[Run, dict[str, Any]] = {}
-    with _sigterm_as_interruption(), ThreadPoolExecutor(jobs) as pool:
+    with StopSignals(at_once=True), ThreadPoolExecutor(jobs) as pool:
         with tqdm(total=len(runs), unit="run", desc="transfer", smoothing=0) as progress:
             try:
                 futures = {pool.submit(crew.run, run): run for run in runs}
@@ -82,21 +82,6 @@ def _check_earlier(run: Run, folder: Path) -> None:
         raise InputError(
             f"{folder / run.name} is of a run with other flags. Give another --output_dir, or remove that folder."
         )
-
-
-@contextmanager
-def _sigterm_as_interruption() -> Iterator[None]:
-    def interrupt(number: int, frame: Any) -> None:
-        raise TrainingInterrupted("", number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def environment(jobs: int, device: int | None) -> dict[str, str]:

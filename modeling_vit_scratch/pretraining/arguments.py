@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.errors import Problems
-from .arguments import FROM_SCRATCH_LEARNING_RATE, ImageTrainingArguments
-from .command_line import Script
-from .objectives import MPP_TARGETS
+from ..training.arguments import FROM_SCRATCH_LEARNING_RATE, ImageTrainingArguments
+from ..training.command_line import Script
+
+
+MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
 
 
 # What it is, and the share of patches that it hides.

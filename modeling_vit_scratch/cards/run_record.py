@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run, results.json: what was found, and what it takes to find it again. Cards print nothing else."""
+"""The record of a run, results.json: its results, and what it takes to get them again. Cards print nothing else."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from ..common.metric_titles import METRIC_TITLES
 from ..common.provenance import provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
+from ..pretraining.arguments import PretrainingArguments
 from ..recipes.paper import find_recipe
-from .arguments import ImageTrainingArguments, ModelArguments
-from .pretraining_arguments import PretrainingArguments
-from .trainer import ImageTrainer
+from ..training.arguments import LAMB, ImageTrainingArguments, ModelArguments
+from ..training.trainer import ImageTrainer
 
 
 def build_record(
     trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float], wall_time: float
 ) -> dict[str, Any]:
     """
-    What a run has found and how. Has no secrets, and no paths of this machine.
+    The record of fine-tuning. It has no secrets, and no paths of this machine.
 
     Args:
         trainer: after training.
@@ -35,65 +35,46 @@ def build_record(
     Returns:
         `metric`, `value` and `n` (the number of images) of the main result, all `metrics`, how the weights were chosen
         (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
-        `resumed_from`, if there is one), and the facts on `dataset`, `model` and `training` that a card tells.
+        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`.
     """
-    # Not the loss: with label smoothing or mixing it is no number to compare.
+    # Without the loss: with label smoothing or mixing it is no number to compare.
     metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
     main = next(iter(metrics))
-    found = {"metric": main, "value": metrics[main], "n": int(scores["eval_images"]), "metrics": metrics}
-    return found | _facts(trainer, data, model_arguments, wall_time)
+    results = {"metric": main, "value": metrics[main], "n": int(scores["eval_images"]), "metrics": metrics}
+    return results | _run_metadata(trainer, data, model_arguments, wall_time)
 
 
 def build_pretraining_record(
     trainer: ImageTrainer,
     data: ImageData,
     model_arguments: ModelArguments,
-    wishes: PretrainingArguments,
+    options: PretrainingArguments,
     scores: dict[str, float],
     wall_time: float,
 ) -> dict[str, Any]:
     """
-    As `build_record`, for pretraining: with `pretraining`, the flags of the objective, and what --probe found at the
-    last step among the `metrics`. Without labels, the main result
-    is the loss on held-out images, whose masks are those of the first epoch, and the parameters are the encoder's.
+    The record of pretraining, as `build_record`, with `pretraining`, the flags of the objective, and the probes of the
+    last step among the `metrics`. Without labels, the main result is the loss on held-out images, whose masks are those
+    of the first epoch, and the parameters are the encoder's.
     """
-    objective = wishes.facts()
-    if wishes.is_supervised:
+    objective = options.facts()
+    if options.is_supervised:
         record = build_record(trainer, data, model_arguments, scores, wall_time)
     else:
         loss = scores["eval_loss"]
-        found = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
-        record = found | _facts(trainer, data, model_arguments, wall_time)
+        results = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
+        record = results | _run_metadata(trainer, data, model_arguments, wall_time)
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
-        objective["description"] = trainer.data_collator.description
-    record["metrics"] |= _last_probes(trainer)
+        objective["description"] = trainer.objective
+    last_logs = (log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step)
+    probes = (item for log in last_logs for item in log.items())
+    record["metrics"] |= {name: value for name, value in probes if name.startswith("probe_")}
     return record | {"pretraining": objective}
 
 
-def _last_probes(trainer: ImageTrainer) -> dict[str, float]:
-    """The accuracies of --probe at the last step, where there are any."""
-    logs = [log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step]
-    return {name: value for log in logs for name, value in log.items() if name.startswith("probe_")}
-
-
-def _facts(trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float) -> dict[str, Any]:
-    """What it takes to find a result again."""
-    return {
-        "selection": _selection(trainer),
-        "seed": trainer.args.seed,
-        "dataset": _dataset_facts(data),
-        "model": _model_facts(trainer.model, model_arguments),
-        "earlier": earlier_runs(model_arguments.model_name_or_path),
-        "training": _training_facts(trainer),
-        **provenance(),
-        "wall_time_seconds": round(wall_time, 1),
-        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
-    }
-
-
 def build_probe_record(
-    found: dict[str, Any],
+    probes: dict[str, Any],
     data: ImageData,
     model: PreTrainedModel,
     model_arguments: ModelArguments,
@@ -101,17 +82,22 @@ def build_probe_record(
     random_weights: bool = False,
 ) -> dict[str, Any]:
     """
-    The record of scripts/probe.py: the `probes` as `probes.run_probes` has found them, `n` (the number of images they
-    were tested on), `seed`, whether the model had `random_weights` in place of its own, and the facts on data, model
-    and machine that every record has.
+    The record of scripts/probe.py.
+
+    Args:
+        probes: what `run_probes` returned.
+        data: whose held-out images it was tested on; their number is `n`.
+        model, model_arguments: whose features these are.
+        seed: of the run.
+        random_weights: whether the model had random weights in place of its own.
     """
     return {
-        "probes": found,
+        "probes": probes,
         "n": len(data.validation),
         "seed": seed,
         "random_weights": random_weights,
-        "dataset": _dataset_facts(data),
-        "model": _model_facts(model, model_arguments),
+        "dataset": _dataset_metadata(data),
+        "model": _model_metadata(model, model_arguments),
         **provenance(),
     }
 
@@ -121,8 +107,8 @@ def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None
     write_text(Path(folder, "results.json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def tell_result(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
-    """What a user wants to see last: the result, where the model is, and how to use it."""
+def result_message(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
+    """The last lines that fine-tuning prints: the result, where the model is, and how to use it."""
     image = str(example) if example is not None else "image.png"
     broken = record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
@@ -137,8 +123,8 @@ The model is in {folder}. To use it:
 """
 
 
-def tell_pretraining(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
-    """What a user wants to see last: the result, where the model is, and how to go on."""
+def pretraining_message(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
+    """The last lines that pretraining prints: the result, where the model is, and how to fine-tune it."""
     value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
     title = METRIC_TITLES.get(record["metric"], record["metric"])
     return f"""
@@ -149,14 +135,35 @@ The model is in {folder}. To go on from it:
 """
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def _run_metadata(
+    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float
+) -> dict[str, Any]:
+    return {
+        "selection": _selection(trainer),
+        "seed": trainer.args.seed,
+        "dataset": _dataset_metadata(data),
+        "model": _model_metadata(trainer.model, model_arguments),
+        "earlier": earlier_runs(model_arguments.model_name_or_path),
+        "training": training_metadata(trainer),
+        **provenance(),
+        "wall_time_seconds": round(wall_time, 1),
+        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
+    }
+
+
 def _selection(trainer: ImageTrainer) -> str:
+    """How the weights were chosen, in words."""
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         name = trainer.args.metric_for_best_model.removeprefix("eval_")
         return f"the checkpoint with the best {name} on these same images (step {trainer.state.best_global_step})"
     return "the last step"
 
 
-def _dataset_facts(data: ImageData) -> dict[str, Any]:
+def _dataset_metadata(data: ImageData) -> dict[str, Any]:
     source = data.source
     return {
         "name": source.name,
@@ -172,7 +179,7 @@ def _dataset_facts(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str, Any]:
+def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[str, Any]:
     start = arguments.model_name_or_path
     is_local = start is not None and Path(start).exists()
     return {
@@ -184,10 +191,10 @@ def _model_facts(model: PreTrainedModel, arguments: ModelArguments) -> dict[str,
 
 def earlier_runs(start: str | None) -> list[dict[str, Any]]:
     """
-    The runs that made a starting point, in their order, as far as the records in its folder tell.
+    The runs that led to a starting point, in their order, as far as the records in its folder say.
 
     Args:
-        start: what the training starts from; of other than a folder of this machine nothing is known.
+        start: what the training starts from; only a folder of this machine has records.
     """
     try:
         record = json.loads(Path(start or "", "results.json").read_text(encoding="utf-8"))
@@ -198,28 +205,30 @@ def earlier_runs(start: str | None) -> list[dict[str, Any]]:
         return []
 
 
-def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
+def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
+    """How a run was trained: length, batches, optimizer, schedule, loss, augmentation, recipe, precision."""
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
-    is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
-    is_adam, schedule = recipe.lamb or "adam" in arguments.optim.value, arguments.lr_scheduler_kwargs or {}
-    # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
     published = None if recipe.recipe is None else find_recipe(recipe.recipe)
+    is_adam = arguments.optim == LAMB or "adam" in arguments.optimizer_name
+    is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
+    schedule = (arguments.lr_scheduler_kwargs or {}).items()
+    # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
     precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "steps": trainer.state.global_step,
-        "samples_seen": sum(trainer.samples.by_process),
-        "samples_seen_by_process": trainer.samples.by_process,
+        "samples_seen": sum(trainer.samples_by_process),
+        "samples_seen_by_process": trainer.samples_by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "optimizer": "lamb" if recipe.lamb else arguments.optim.value,
+        "optimizer": arguments.optimizer_name,
         "optimizer_settings": arguments.optim_args,
         "adam_betas": [arguments.adam_beta1, arguments.adam_beta2] if is_adam else None,
         "adam_epsilon": arguments.adam_epsilon if is_adam else None,
         "learning_rate": arguments.learning_rate,
         "schedule": arguments.lr_scheduler_type.value,
-        "schedule_settings": ", ".join(f"{key} {value:g}" for key, value in schedule.items()) or None,
+        "schedule_settings": ", ".join(f"{key} {value:g}" for key, value in schedule) or None,
         "warmup_steps": arguments.get_warmup_steps(trainer.state.max_steps),
         "weight_decay": arguments.weight_decay,
         "gradient_clipping": arguments.max_grad_norm,
@@ -236,5 +245,5 @@ def _training_facts(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_average": recipe.ema_decay,
         "precision": precision,
         "processes": arguments.world_size,
-        "broken_images": len(trainer.broken_images),
+        "broken_images": len(trainer.step_guard.broken_images),
     }
