@@ -12,8 +12,9 @@ A number that no record has is not printed; a card that was changed by hand is n
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from startup.quick import before_torch, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,9 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
-    # After the command line, so that --help is quick.
     from modeling_vit_scratch.cards.records import Wishes
     from modeling_vit_scratch.cards.template import template
     from modeling_vit_scratch.cards.writing import write_card
@@ -74,6 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

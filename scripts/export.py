@@ -11,13 +11,9 @@ labels. Its speed is shown beside that of the model. `pip install -e ".[export]"
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
-    # After the command line, so that --help is quick.
     from transformers.utils import logging
 
     from modeling_vit_scratch.common.errors import InputError
@@ -101,6 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

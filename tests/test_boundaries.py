@@ -133,9 +133,12 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
 
 
 def test_every_flag_of_ours_is_read():
-    files = [*(PACKAGE / "training").glob("*arguments.py"), PACKAGE / "data" / "arguments.py"]
+    files = [
+        PACKAGE / name
+        for name in ("training/flags.py", "training/arguments.py", "data/arguments.py", "common/flags.py")
+    ]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith(("Arguments", "Flags"))]
     flags = {
         node.target.id
         for own in classes
@@ -143,7 +146,7 @@ def test_every_flag_of_ours_is_read():
         if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_")
     }
     ours = flags - {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert len(ours) > 15
+    assert len(ours) > 50
     paths = source("modeling_vit_scratch/training", "modeling_vit_scratch/data", "scripts")
     read = attributes_read(paths)
     # Also where a loop goes over names: getattr(arguments, name) for name in ("image_size", ...).

@@ -17,7 +17,7 @@ from tiny_images import ROOT
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.transfer import FINE_TUNED, find, gain_in_words, in_words, names_of
 from modeling_vit_scratch.hub.contents import CODE, collect
-from modeling_vit_scratch.recipes.paper import RECIPES
+from modeling_vit_scratch.recipes.table import RECIPES
 
 
 FOLDER = ROOT / "model_cards" / "vit-tiny-imagenet"

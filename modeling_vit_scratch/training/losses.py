@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-LOSSES = ("softmax", "sigmoid", "bce")
+from .flags import LOSSES
 
 
 class ClassificationLoss:

@@ -26,9 +26,7 @@ from ..modeling_vit_scratch import (
     dense,
     sincos_positions,
 )
-
-
-MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
+from .flags import MPP_TARGETS
 
 
 @dataclass

@@ -16,10 +16,10 @@ from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
-from .arguments import ImageTrainingArguments, ModelArguments
+from .arguments import ImageTrainingArguments
 from .build import build_trainer
-from .objectives import MPP_TARGETS, MaskedAutoencoder, MaskedPatchPrediction
-from .pretraining_arguments import PretrainingArguments
+from .flags import MPP_TARGETS, ModelArguments, PretrainingArguments
+from .objectives import MaskedAutoencoder, MaskedPatchPrediction
 from .starting_point import build_model
 from .trainer import ImageTrainer
 

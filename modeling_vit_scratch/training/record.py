@@ -13,9 +13,9 @@ from ..common.metric_titles import METRIC_TITLES
 from ..common.provenance import provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
-from ..recipes.paper import find_recipe
-from .arguments import ImageTrainingArguments, ModelArguments
-from .pretraining_arguments import PretrainingArguments
+from ..recipes.table import find_recipe
+from .arguments import ImageTrainingArguments
+from .flags import ModelArguments, PretrainingArguments
 from .trainer import ImageTrainer
 
 
