@@ -61,7 +61,7 @@ GROUPS = {
         "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license",
     ),
 }  # fmt: skip
-# Flags that only transformers, the network or the Hub's library can check.
+# Flags whose values only transformers, the network or the Hub's library can check.
 CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
 
 
@@ -92,7 +92,6 @@ FINETUNE = Script(
     "Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.\n"
     "`--help all` adds the flags of transformers' TrainingArguments, which all work.",
 )
-
 
 PRETRAIN = Script(
     usage="%(prog)s [--objective NAME] [--train_dir DIR | --dataset_name NAME] [--variant NAME] [...]",
@@ -167,12 +166,11 @@ def parse_arguments(
     recipe_arguments, training_flags = fill(RecipeArguments, values), fill(TrainingFlags, values)
     own = [fill(kind, values) for kind in script.flags]
     is_sound_model = _check_model(model_arguments, problems)
-    data_arguments.check(problems)
-    recipe_arguments.check(problems)
-    training_flags.check(problems)
-    _check_together(training_flags, recipe_arguments, problems)
+    for arguments in (data_arguments, recipe_arguments, training_flags):
+        arguments.check(problems)
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
+    _check_together(training_flags, recipe_arguments, problems)
     # A command that won't run goes on only where there may be more mistakes: in flags checked late, and in own images.
     has_late_flags = trainer_words or any(values[name] for name in CHECKED_LATE)
     if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
