@@ -65,8 +65,8 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     try:
         model, processor = open_model(source, revision)
     except InputError as error:
-        told = str(error) if Path(source).is_file() else f"The model {source} can't be loaded: {reason}"
-        raise InputError(told) from error
+        message = str(error) if Path(source).is_file() else f"The model {source} can't be loaded: {reason}"
+        raise InputError(message) from error
     if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
         raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
     return Viewer(model, processor, Path(source).name or source)

@@ -59,8 +59,8 @@ def main() -> None:
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
         files = write_report(report, data, arguments, model, processor)
-        told = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
-        print(*filter(None, (tell_report(report, data, arguments, files), told)), sep="\n")
+        card = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
+        print(*filter(None, (tell_report(report, data, arguments, files), card)), sep="\n")
     accelerator.end_training()
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Tells what a model's features are worth on labelled images, without training the model: three probes, one table.
+Measures what a model's features are worth on labelled images, without training the model: three probes, one table.
 
     python scripts/probe.py outputs/pretrained                                  digits of scikit-learn
     python scripts/probe.py B_16.npz --train_dir photos --image_size 224        your own images

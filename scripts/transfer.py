@@ -8,7 +8,7 @@ Fine-tunes a model on several data sets, from its weights and from scratch, over
     python scripts/transfer.py compare outputs/scratch outputs/tuned      finished runs side by side, by their records
 
 Every run is one of scripts/finetune.py, with the same flags from both starts: the last step counts, and nothing is
-chosen on held-out images but, if you give several, the learning rate from scratch, in its favour. A second table tells
+chosen on held-out images but, if you give several, the learning rate from scratch, in its favour. A second table shows
 what the features are worth without fine-tuning, beside those of the same network with random weights: few-shot least
 squares and a linear classifier, by scripts/probe.py. Other flags are those of scripts/finetune.py, for all data sets;
 --flags adds some for one.

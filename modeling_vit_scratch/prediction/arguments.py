@@ -44,7 +44,8 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
     dtype: str = flag("float32", "Precision of the network.", choices=DTYPES)
     max_broken_images: int | None = flag(
         None,
-        "Exit with status 1 if more images are broken; all others are predicted. Default: no limit, for a table 0.",
+        "Exit with status 1 if more than N images are broken; the others are predicted. Default: no limit; 0 for a "
+        "table.",
     )
     overwrite: bool = flag(
         False, "Replace OUTPUT if it exists, and discard an unfinished run with other settings or inputs."
