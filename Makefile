@@ -19,6 +19,17 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 FINETUNE = $(LAUNCH) scripts/finetune.py --dataset_name digits --save_strategy no $(BUDGET)
 export TOKENIZERS_PARALLELISM = false
 
+# What anybody does with a saved model: FOLDER IMAGE [IMAGE ...]
+define CLASSIFY
+import sys
+from transformers import pipeline
+classify = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
+for image in sys.argv[2:]:
+    best = classify(image)[0]
+    print(f"{image}  {best['label']}  {best['score']:.4f}")
+endef
+export CLASSIFY
+
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed $(SERVE)
@@ -27,10 +38,10 @@ demo: $(VENV)/installed $(SERVE)
 	$(FINETUNE) --model_name_or_path $(PRETRAINED) --output_dir $(DEMO)/digits --export_examples $(DEMO)/examples
 	@echo
 	@echo "The same network, images and steps, from random weights and from those in $(PRETRAINED):"
-	$(BIN)/python scripts/compare.py $(DEMO)/scratch $(DEMO)/digits
+	$(BIN)/python scripts/transfer.py compare $(DEMO)/scratch $(DEMO)/digits
 	@echo
 	@echo "The folder in a fresh process that has not got the package:"
-	$(SERVE)/bin/python scripts/classify.py $(DEMO)/digits $(DEMO)/examples/*.png
+	$(SERVE)/bin/python -c "$$CLASSIFY" $(DEMO)/digits $(DEMO)/examples/*.png
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

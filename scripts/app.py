@@ -10,9 +10,10 @@ Needs gradio: pip install -e ".[app]". For a page on the Hub: python scripts/pub
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from startup.quick import before_torch, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,9 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
-    # After the command line, so that --help is quick.
     from modeling_vit_scratch.common.errors import InputError
 
     try:
@@ -64,14 +65,12 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     try:
         model, processor = open_model(source, revision)
     except InputError as error:
-        told = str(error) if Path(source).is_file() else f"The model {source} can't be loaded: {reason}"
-        raise InputError(told) from error
+        message = str(error) if Path(source).is_file() else f"The model {source} can't be loaded: {reason}"
+        raise InputError(message) from error
     if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
         raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
     return Viewer(model, processor, Path(source).name or source)
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

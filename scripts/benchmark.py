@@ -24,17 +24,18 @@ versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
 """
 
 import importlib.util
-import os
 import sys
 
+from startup.quick import before_torch, run
 
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-if importlib.util.find_spec("torchvision") is not None:
-    # Beside a torch that it was not built for, torchvision can't be imported, and takes timm, vit-pytorch and
-    # transformers with it, for two operators that no ViT has. Declared, they let the others be measured. Here, since
-    # it has to come before transformers, also in the processes that measure memory.
+def declare_operators() -> None:
+    """
+    Lets a torchvision be imported that was built for another torch: without this it takes timm, vit-pytorch and
+    transformers with it, for two operators that no ViT has. Before transformers is imported.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
     import torch
 
     try:
@@ -42,21 +43,28 @@ if importlib.util.find_spec("torchvision") is not None:
     except (RuntimeError, ImportError):
         for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[module]
-        OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+        operators = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        OPERATORS.append(operators)
+
+
+# Declared as long as they are here.
+OPERATORS = []
+if __name__ == "__mp_main__":  # a process that measures memory
+    declare_operators()
 
 
 def main() -> None:
-    from benchmarks.tasks import build_parser, check
+    with before_torch():
+        from benchmarks.tasks import build_parser, check
 
-    parser = build_parser(__doc__)
-    arguments = parser.parse_args()
-    check(parser, arguments)
+        parser = build_parser(__doc__)
+        arguments = parser.parse_args()
+        check(parser, arguments)
+        declare_operators()
     arguments.measure(arguments)
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

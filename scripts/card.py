@@ -15,8 +15,9 @@ written over.
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from startup.quick import before_torch, run
 
 
 NAMES = """
@@ -76,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
     # After the command line, so that --help is quick.
     from modeling_vit_scratch.cards.records import CardOptions
@@ -106,6 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -13,21 +13,22 @@ it), or, with --format, also a single file.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from modeling_vit_scratch.checkpoint.formats import FORMATS
-from modeling_vit_scratch.checkpoint.loading import convert
-from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
+from startup.quick import before_torch, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# The names of `checkpoint.formats.FORMATS`, which torch would be imported for.
+FORMATS = ("npz", "timm", "transformers", "torchvision", "vit_scratch")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s SOURCE OUTPUT [...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a file, a folder or a Hub id")
     parser.add_argument("output", help="where to write")
-    parser.add_argument(
-        "--format", choices=list(FORMATS), default="vit_scratch", help="what to write (default: %(default)s)"
-    )
+    parser.add_argument("--format", choices=FORMATS, default="vit_scratch", help="what to write (default: %(default)s)")
     parser.add_argument(
         "--image_size", type=int, nargs="+", metavar="N", help="height and width, or one number for both"
     )
@@ -45,6 +46,29 @@ def main() -> None:
     parser.add_argument(
         "--inexact", action="store_true", help="write a format whose own code computes a little differently"
     )
+    return parser
+
+
+def main() -> None:
+    with before_torch():
+        parser = build_parser()
+        arguments = read_arguments(parser)
+
+    import torch
+
+    from modeling_vit_scratch.checkpoint.loading import convert
+    from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
+
+    if "dtype" in arguments:
+        arguments["dtype"] = getattr(torch, arguments["dtype"])
+    try:
+        convert(arguments.pop("source"), arguments.pop("output"), **arguments)
+    except (CheckpointError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What is given, as `convert` takes it."""
     arguments = vars(parser.parse_args())
     for name in ("image_size", "patch_size"):
         if arguments[name] is not None:
@@ -57,14 +81,8 @@ def main() -> None:
         names = json.loads(text) if labels.suffix == ".json" else text.split("\n")
         names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
         arguments["id2label"] = dict(enumerate(name.strip() for name in names if name.strip()))
-    if arguments["dtype"] is not None:
-        arguments["dtype"] = getattr(torch, arguments["dtype"])
-    given = {name: value for name, value in arguments.items() if value is not None}
-    try:
-        convert(given.pop("source"), given.pop("output"), **given)
-    except (CheckpointError, ValueError) as error:
-        parser.exit(1, f"{error}\n")
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,13 +6,15 @@ Evaluates a model on labelled images: accuracies with intervals, calibration, ev
     python scripts/evaluate.py outputs/pets photos/test --crops 10
     accelerate launch scripts/evaluate.py outputs/pets photos/test --calibrate
 
-Writes results.json, predictions.csv and figures into MODEL/evaluation/DATASET, and the card, MODEL/README.md, anew.
-`--help` explains every flag.
+Reports accuracy, F1, NLL, Brier score and calibration error with 95 % intervals, every class, a confusion matrix and a
+reliability diagram; for images with several labels mean average precision, F1 and precision-recall curves. Writes
+results.json, predictions.csv and figures into MODEL/evaluation/DATASET, and updates the card, MODEL/README.md.
 """
 
-import os
 import sys
 from pathlib import Path
+
+from startup.quick import before_torch, run
 
 
 # Python puts this folder first on its path, where the name of this file would hide the library `evaluate`, also from
@@ -22,16 +24,13 @@ if __name__ == "evaluate" and getattr(sys.modules.get(__name__), "__file__", Non
     del sys.modules[__name__]
     import evaluate  # noqa: F401
 
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 def main() -> None:
-    from modeling_vit_scratch.evaluation.arguments import parse_arguments
+    with before_torch():
+        from modeling_vit_scratch.evaluation.arguments import parse_arguments
 
-    arguments = parse_arguments()
+        arguments = parse_arguments(description=__doc__)
 
-    # After the command line, so that --help and mistakes in it are quick.
     import torch
     from accelerate import Accelerator
 
@@ -60,12 +59,10 @@ def main() -> None:
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
         files = write_report(report, data, arguments, model, processor)
-        told = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
-        print(*filter(None, (tell_report(report, data, arguments, files), told)), sep="\n")
+        card = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
+        print(*filter(None, (tell_report(report, data, arguments, files), card)), sep="\n")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -11,13 +11,9 @@ labels. Its speed is shown beside that of the model. `pip install -e ".[export]"
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
-    # After the command line, so that --help is quick.
     from transformers.utils import logging
 
     from modeling_vit_scratch.common.errors import InputError
@@ -66,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.output.exists() and not arguments.overwrite:
         raise InputError(f"{arguments.output} is there already. Give --overwrite to replace it, or another name.")
-    wishes = EvaluationArguments(model_revision=arguments.model_revision)
-    wishes.model, wishes.dataset = arguments.model, arguments.dataset or ""
-    model, processor = load_model(wishes)
+    evaluation = EvaluationArguments(model_revision=arguments.model_revision)
+    evaluation.model, evaluation.dataset = arguments.model, arguments.dataset or ""
+    model, processor = load_model(evaluation)
     model = model.float().eval()
     pixel_values = to_pixel_values(arguments.images or photographs(), processor)
 
@@ -81,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{arguments.output}: {size:,.1f} MB. On {comparison.n} images logits differ from the model's by up to "
           f"{comparison.difference:.1e}, and {comparison.agreement:.0%} have the same best label.")  # fmt: skip
     if arguments.dataset:
-        count, right, which = count_right(model, processor, wishes, {"the model": model, "the program": exported})
-        told = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
-        print(f"Of {count:,} images ({which}) right: {told}.")
+        count, right, which = count_right(model, processor, evaluation, {"the model": model, "the program": exported})
+        counts = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
+        print(f"Of {count:,} images ({which}) right: {counts}.")
     if arguments.rounds:
         summary = measure_speed(model, exported, pixel_values, arguments.batch_size, arguments.rounds)
         print(format_table(f"Batches of {arguments.batch_size}:", summary, PROGRAM))
@@ -101,6 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

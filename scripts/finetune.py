@@ -6,23 +6,18 @@ Trains a Vision Transformer to classify images, from scratch or from a saved mod
     python scripts/finetune.py --train_dir photos --variant S/16      your own images, a folder for each class
     accelerate launch scripts/finetune.py --model_name_or_path outputs/photos --train_dir more_photos
 
-Ends with the held-out accuracy, the model's folder and three lines that use it. `--help` explains every flag.
+Ends with the held-out accuracy, the model's folder and three lines that use it.
 """
 
-import os
-import sys
-
-
-# Before torch is imported: threads that spin while they wait make training ten times slower on a CPU with other work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def main() -> None:
-    from modeling_vit_scratch.training.command_line import parse_arguments
+    with before_torch():
+        from modeling_vit_scratch.training.command_line import parse_arguments
 
-    model_arguments, data_arguments, training_arguments, problems = parse_arguments()
+        model_arguments, data_arguments, training_arguments, problems = parse_arguments(description=__doc__)
 
-    # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import export_examples, read_data
@@ -56,6 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -6,24 +6,19 @@ Labels, scores and embeddings of images: of a few on the screen, of any number i
     python scripts/predict.py outputs/pets photos --output labels.parquet
     accelerate launch scripts/predict.py outputs/pets 'shards/*.tar' --output labels.csv --embeddings
 
-A run that was stopped, or killed at any moment, goes on with the same command, and its file has the same bytes. Broken
-images are listed with their reasons in OUTPUT.errors.csv. `--help` explains every flag.
+A run with --output that was stopped, or killed at any moment, continues with the same command, and its file has the
+same bytes as if it had not been. Broken images are listed with their reasons in OUTPUT.errors.csv.
 """
 
-import os
-import sys
-
-
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def main() -> int:
-    from modeling_vit_scratch.prediction.arguments import parse_arguments
+    with before_torch():
+        from modeling_vit_scratch.prediction.arguments import parse_arguments
 
-    arguments = parse_arguments()
+        arguments = parse_arguments(description=__doc__)
 
-    # After the command line, so that --help and mistakes in it are quick.
     import torch
     from accelerate import Accelerator
     from transformers.utils import logging
@@ -54,6 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -6,24 +6,20 @@ Pretrains a Vision Transformer: on labels, or on images alone.
     python scripts/pretrain.py --train_dir photos --variant S/16 --objective mae       without labels
     accelerate launch scripts/finetune.py --model_name_or_path outputs/photos-pretrained --train_dir fewer_photos
 
-Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae. `--help` explains every flag.
+Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae. What it writes is the
+--model_name_or_path of scripts/finetune.py.
 """
 
-import os
-import sys
-
-
-# Before torch is imported: threads that spin while they wait make training ten times slower on a CPU with other work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def main() -> None:
-    from modeling_vit_scratch.pretraining.arguments import PRETRAIN
-    from modeling_vit_scratch.training.command_line import parse_arguments
+    with before_torch():
+        from modeling_vit_scratch.training.command_line import PRETRAIN, parse_arguments
 
-    model_arguments, data_arguments, training_arguments, wishes, problems = parse_arguments(script=PRETRAIN)
+        parsed = parse_arguments(script=PRETRAIN, description=__doc__)
+        model_arguments, data_arguments, training_arguments, pretraining, problems = parsed
 
-    # After the command line, so that --help and mistakes in it are quick.
     from modeling_vit_scratch.cards.run_record import build_pretraining_record, pretraining_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import read_data
@@ -32,9 +28,9 @@ def main() -> None:
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
         data = read_data(
-            data_arguments, seed, problems, model_arguments.cache_dir, is_first, needs_labels=wishes.is_supervised
+            data_arguments, seed, problems, model_arguments.cache_dir, is_first, needs_labels=pretraining.is_supervised
         )
-    trainer, origin = build_pretraining(model_arguments, wishes, data, training_arguments)
+    trainer, origin = build_pretraining(model_arguments, pretraining, data, training_arguments)
     if is_first:
         print(data.describe(), *origin, *trainer.describe(), sep="\n")
 
@@ -44,7 +40,7 @@ def main() -> None:
 
     if is_first:
         record = build_pretraining_record(
-            trainer, data, model_arguments, wishes, scores, outcome.metrics["train_runtime"]
+            trainer, data, model_arguments, pretraining, scores, outcome.metrics["train_runtime"]
         )
         write_record(record, training_arguments.output_dir)
         write_training_card(trainer, record)
@@ -56,6 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Tells what a model's features are worth on labelled images, without training the model: three probes, one table.
+Measures what a model's features are worth on labelled images, without training the model: three probes, one table.
 
     python scripts/probe.py outputs/pretrained                                  digits of scikit-learn
     python scripts/probe.py B_16.npz --train_dir photos --image_size 224        your own images
@@ -8,33 +8,32 @@ Tells what a model's features are worth on labelled images, without training the
 
 knn: 20 nearest neighbours. fewshot: least squares in closed form on 1, 5, 10 and 25 images of every class, as in the
 paper. linear: logistic regression, its regulariser chosen on a part of the training images. All learn from training
-images and are tested on held-out ones. Data flags are those of scripts/finetune.py (--train_dir, --dataset_name,
---validation_dir, --max_train_samples, ...), which has help on them; --image_size and --per_device_eval_batch_size, too.
-
-The record of the run goes to results.json in --output_dir (default: outputs/probe).
+images and are tested on held-out ones. The record goes to results.json in --output_dir (default: outputs/probe).
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from startup.quick import before_torch, run
+
+
+# Of scripts/finetune.py.
+DATA_FLAGS = (
+    "train_dir", "dataset_name", "validation_dir", "train_val_split", "image_size", "max_train_samples",
+    "max_eval_samples", "dataset_config_name", "image_column_name", "label_column_name", "per_device_eval_batch_size",
+    "dataloader_num_workers", "seed", "output_dir",
+)  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("model", help="any checkpoint that the library knows: a file, a folder or a Hub id")
-    parser.add_argument("--skip_linear", action="store_true", help="leave out the linear probe, which takes longest")
-    parser.add_argument(
-        "--random_weights", action="store_true", help="the same network with fresh weights of --seed, to compare with"
-    )
-    own, flags = parser.parse_known_args()
+    with before_torch():
+        from modeling_vit_scratch.common.errors import InputError
+        from modeling_vit_scratch.training.command_line import parse_arguments, show_flags
 
-    from modeling_vit_scratch.common.errors import InputError
-    from modeling_vit_scratch.training.command_line import parse_arguments
-
-    defaults = ["--model_name_or_path", own.model, "--output_dir", "outputs/probe", "--report_to", "none"]
-    model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
+        own, flags = build_parser(show_flags("data", *DATA_FLAGS)).parse_known_args()
+        defaults = {"output_dir": "outputs/probe", "report_to": "none"}
+        words = ["--model_name_or_path", own.model, *flags]
+        model_arguments, data_arguments, training_arguments, problems = parse_arguments(words, defaults=defaults)
     folder = Path(training_arguments.output_dir)
     if (folder / "results.json").exists():
         problems.add(f"{folder} has the results of another run. Give another --output_dir, or remove it.")
@@ -78,7 +77,18 @@ def main() -> None:
         raise InputError(str(error)) from error
 
 
-if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
+def build_parser(data_flags: str) -> argparse.ArgumentParser:
+    """The own flags; --help shows those of finetune.py for data, too."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=data_flags, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="any checkpoint that the library knows: a file, a folder or a Hub id")
+    parser.add_argument("--skip_linear", action="store_true", help="leave out the linear probe, which takes longest")
+    parser.add_argument(
+        "--random_weights", action="store_true", help="the same network with fresh weights of --seed, to compare with"
+    )
+    return parser
 
-    sys.exit(run_command_line(main))
+
+if __name__ == "__main__":
+    run(main)

@@ -16,9 +16,10 @@ a folder, any model's Hub id will do.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from startup.quick import before_torch, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,9 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = build_parser().parse_args(argv)
+    with before_torch():
+        arguments = build_parser().parse_args(argv)
 
-    # After the command line, so that --help is quick.
     from huggingface_hub import get_token
     from transformers.utils.logging import disable_progress_bar
 
@@ -126,6 +127,4 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

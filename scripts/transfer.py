@@ -5,9 +5,10 @@ Fine-tunes a model on several data sets, from its weights and from scratch, over
     python scripts/transfer.py --model_name_or_path outputs/pretrained --data digits pets=photos/pets
     python scripts/transfer.py --model_name_or_path B_16.npz --data pets=photos/train food=food101 \\
         --flags pets='--validation_dir photos/test --num_train_epochs 30' --scratch_learning_rate 3e-4 1e-3 --jobs 4
+    python scripts/transfer.py compare outputs/scratch outputs/tuned      finished runs side by side, by their records
 
 Every run is one of scripts/finetune.py, with the same flags from both starts: the last step counts, and nothing is
-chosen on held-out images but, if you give several, the learning rate from scratch, in its favour. A second table tells
+chosen on held-out images but, if you give several, the learning rate from scratch, in its favour. A second table shows
 what the features are worth without fine-tuning, beside those of the same network with random weights: few-shot least
 squares and a linear classifier, by scripts/probe.py. Other flags are those of scripts/finetune.py, for all data sets;
 --flags adds some for one.
@@ -16,20 +17,23 @@ OUTPUT_DIR/transfer.json has every value, with its command, hardware and version
 the picture. Stop with Ctrl-C; the same command goes on, and repeats no run that is finished.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
-
-# Before torch is imported: threads that spin while they wait make a CPU with other work slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from startup.quick import before_torch, run
 
 
 def main() -> None:
-    from experiments.plan import build_parser
+    if sys.argv[1:2] == ["compare"]:
+        from experiments.comparison import compare
 
-    arguments, common = build_parser(__doc__).parse_known_args()
+        compare(sys.argv[2:])
+        return
+    with before_torch():
+        from experiments.arguments import build_parser
+
+        arguments, common = build_parser(__doc__).parse_known_args()
 
     from experiments.plan import plan_runs
     from experiments.running import run_all
@@ -44,6 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from modeling_vit_scratch.common.errors import run_command_line
-
-    sys.exit(run_command_line(main))
+    run(main)

@@ -11,16 +11,10 @@ Each figure explains itself: python scripts/visualize.py rollout --help
 """
 
 import argparse
-import inspect
-import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from modeling_vit_scratch.common.errors import InputError, run_command_line
-from modeling_vit_scratch.visualization.commands import FIGURES, LIMITS, Subject
-from modeling_vit_scratch.visualization.figures import check_drawing
-from modeling_vit_scratch.visualization.photos import find_photos, open_model
+from startup.quick import before_torch, run
 
 
 AUGMENTATION = """
@@ -32,30 +26,55 @@ Takes the flags of scripts/finetune.py, whose --help lists them, --recipe too, a
 
 
 def main() -> None:
-    flags = sys.argv[1:]
-    arguments, rest = build_parser().parse_known_args(flags)
+    with before_torch():
+        arguments, rest = build_parser().parse_known_args()
+        if arguments.figure == "augmentation":
+            settings = parse_training(rest)
+        else:
+            check(arguments, rest)
     if arguments.figure == "augmentation":
-        draw_augmentation(rest)
-        return
-    if rest:
-        build_parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    size, file, arrays = arguments.image_size, arguments.output, arguments.save_arrays
-    file = file or Path("outputs", "figures", f"{arguments.figure}.png")
-    check_drawing(file)
+        draw_augmentation(*settings)
+    else:
+        draw_figure(arguments)
+
+
+def check(arguments: argparse.Namespace, unknown: list[str]) -> None:
+    """Raises InputError with what is wrong with the flags of a figure."""
+    from modeling_vit_scratch.common.errors import Problems
+
+    problems, size, arrays = Problems(), arguments.image_size, arguments.save_arrays
+    if unknown:
+        build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     if arrays is not None and arrays.suffix != ".npz":
-        raise InputError(f"--save_arrays {arrays}: arrays are written as .npz.")
+        problems.add(f"--save_arrays {arrays}: arrays are written as .npz.")
     if size is not None and (len(size) > 2 or min(size) < 1):
-        raise InputError(f"--image_size {' '.join(map(str, size))}: give one number, or height and width, in pixels.")
-    wishes = {name: getattr(arguments, name) for name in ("label", "batch_size") if hasattr(arguments, name)}
-    if wishes.get("batch_size", 1) < 1:
-        raise InputError(f"--batch_size {arguments.batch_size} must be at least 1.")
+        problems.add(f"--image_size {' '.join(map(str, size))}: give one number, or height and width, in pixels.")
+    if getattr(arguments, "batch_size", 1) < 1:
+        problems.add(f"--batch_size {arguments.batch_size} must be at least 1.")
+    if problems.messages:
+        raise problems.as_error()
+
+
+def draw_figure(arguments: argparse.Namespace) -> None:
+    """A figure of a model."""
+    import numpy as np
+
+    from modeling_vit_scratch.visualization.commands import FIGURES, Subject
+    from modeling_vit_scratch.visualization.descriptions import LIMITS
+    from modeling_vit_scratch.visualization.figures import check_drawing
+    from modeling_vit_scratch.visualization.photos import find_photos, open_model
+
+    size, arrays = arguments.image_size, arguments.save_arrays
+    file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")
+    check_drawing(file)
+    options = {name: getattr(arguments, name) for name in ("label", "batch_size") if hasattr(arguments, name)}
     photos = find_photos(getattr(arguments, "photos", []))
     if len(photos) > LIMITS.get(arguments.figure, 0) > 0:
         print(f"Of {len(photos)} photos, the first {LIMITS[arguments.figure]} are taken.")
     image_size = None if size is None else (size[0], size[-1])
     model, processor = open_model(arguments.model, arguments.revision, image_size)
     name = Path(arguments.model).name or arguments.model
-    picture = FIGURES[arguments.figure](Subject(model, processor, name, photos, **wishes))
+    picture = FIGURES[arguments.figure](Subject(model, processor, name, photos, **options))
 
     if arrays is not None:
         arrays.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +86,14 @@ def main() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A subcommand for each figure; its help is the docstring of what makes it."""
+    """A subcommand for each figure."""
+    from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)
     commands = parser.add_subparsers(dest="figure", metavar="figure", required=True)
-    for name, figure in FIGURES.items():
-        text = inspect.getdoc(figure)
+    for name, description in DESCRIPTIONS.items():
+        text = description.strip()
         command = commands.add_parser(name, help=text.splitlines()[0], description=text, **form)
         command.add_argument("model", help="what from_pretrained reads: a folder, a Hub id, a .npz or other checkpoint")
         if name in LIMITS:
@@ -98,13 +119,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw_augmentation(flags: list[str]) -> None:
-    """The images of a training run, by the run's own code."""
+def parse_training(flags: list[str]) -> tuple[Any, ...]:
+    """The flags of a training run."""
     from modeling_vit_scratch.training.command_line import parse_arguments
 
-    defaults = ["--output_dir", "outputs/preview", "--verify_images", "False", "--report_to", "none"]
-    model_arguments, data_arguments, training_arguments, problems = parse_arguments([*defaults, *flags])
+    return parse_arguments(
+        flags, defaults={"output_dir": "outputs/preview", "verify_images": False, "report_to": "none"}
+    )
 
+
+def draw_augmentation(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> None:
+    """The images of a training run, by the run's own code."""
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.training.build import build_trainer
     from modeling_vit_scratch.training.initial_model import build_model
@@ -122,4 +147,4 @@ def draw_augmentation(flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(main))
+    run(main)

@@ -134,10 +134,12 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
 
 
 def test_every_flag_of_ours_is_read():
-    files = [*(PACKAGE / "training").glob("*arguments.py")]
-    files += [PACKAGE / room / "arguments.py" for room in ("data", "pretraining")]
+    files = [
+        PACKAGE / name
+        for name in ("training/flags.py", "training/arguments.py", "data/arguments.py", "common/flags.py")
+    ]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith(("Arguments", "Flags"))]
     flags = {
         node.target.id
         for own in classes
@@ -145,7 +147,7 @@ def test_every_flag_of_ours_is_read():
         if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_")
     }
     ours = flags - {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert len(ours) > 15
+    assert len(ours) > 50
     rooms = ("training", "pretraining", "augmentation", "data", "evaluation")
     paths = source(*(f"modeling_vit_scratch/{room}" for room in rooms), "scripts")
     read = attributes_read(paths)

@@ -105,8 +105,9 @@ def test_a_field_set_later_is_checked_by_the_model(config):
 
 
 def test_an_unknown_variant_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"no variant 'B16'\. Did you mean 'B/16'\?.*H/14"):
+    with pytest.raises(ValueError, match=r"no variant 'B16'\. Did you mean 'B/16'\?.*H/14") as caught:
         ViTScratchConfig.from_variant("B16")
+    assert "test/4" not in str(caught.value)
     config = ViTScratchConfig.from_variant("B/16", patch_size=14, num_labels=10)
     assert (config.patch_size, config.hidden_size, config.num_labels) == (14, 768, 10)
 

@@ -190,7 +190,7 @@ def test_pictures_are_drawn_from_a_photo_and_a_network(tmp_path, monkeypatch):
 
 
 def help_of(script: str, monkeypatch, arguments: tuple[str, ...] = ()) -> str:
-    monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--help", "all"])
     told = io.StringIO()
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
         load_script(script).main()

@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, pipeline
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.pretraining.arguments import OBJECTIVES, PRETRAIN
-from modeling_vit_scratch.training.command_line import parse_arguments
+from modeling_vit_scratch.training.command_line import PRETRAIN, parse_arguments
+from modeling_vit_scratch.training.flags import OBJECTIVES
 
 
 UNLABELLED = [name for name in OBJECTIVES if name != "supervised"]

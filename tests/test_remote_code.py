@@ -112,6 +112,40 @@ print(json.dumps(out))
     assert config["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
 
 
+@pytest.mark.parametrize("first", ["modeling_vit_scratch", "transformers"])
+def test_with_the_package_imported_the_auto_classes_need_no_trust(first, folder, tmp_path):
+    # Whichever of the two is imported first, in the package's own code or in that of others.
+    code = f"""
+import {first}
+import modeling_vit_scratch
+import json, sys
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModelForMaskedImageModeling, pipeline
+folder = sys.argv[1]
+kinds = (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling)
+found = [type(kind.from_pretrained(folder)) for kind in kinds]
+found += [type(AutoBackbone.from_config(AutoConfig.from_pretrained(folder)))]
+classify = pipeline("image-classification", model=folder)
+found += [type(classify.model), type(classify.image_processor)]
+assert classify(folder + "/photo.png")[0]["label"] in ("cat", "dog", "owl")
+classify.save_pretrained(sys.argv[2])
+print(json.dumps([f"{{kind.__module__}} {{kind.__name__}}" for kind in found]))
+"""
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "saved")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    names = [name.removeprefix("modeling_vit_scratch.") for name in json.loads(result.stdout.splitlines()[-1])]
+    models = ("Model", "ForImageClassification", "ForMaskedImageModeling", "Backbone", "ForImageClassification")
+    assert names == [
+        "configuration_vit_scratch ViTScratchConfig", "image_processing_vit_scratch ViTScratchImageProcessor",
+        *(f"modeling_vit_scratch ViTScratch{model}" for model in models),
+        "image_processing_vit_scratch ViTScratchImageProcessor",
+    ]  # fmt: skip
+    # and what is saved has its code with it
+    assert "AutoModelForImageClassification" in json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert (tmp_path / "saved" / "modeling_vit_scratch.py").is_file()
+
+
 def test_importing_the_package_drags_in_nothing_heavy():
     heavy = {"datasets", "sklearn", "evaluate", "accelerate", "scipy", "torchvision", "matplotlib"}
     stock = "transformers.models.vit.modeling_vit, transformers.models.vit.image_processing_pil_vit"

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from modeling_vit_scratch.common.checkpoints import write_manifest
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
 from modeling_vit_scratch.common.parsing import FLAGS_ELSEWHERE
-from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
+from modeling_vit_scratch.training.command_line import build_parser, parse_arguments, split_words, trainer_flags
 
 
 def parse(*argv):
@@ -90,9 +90,13 @@ def test_the_best_epoch_is_kept_only_if_there_is_one_to_choose():
 
 
 def test_every_flag_of_the_trainer_is_there():
-    options = set(build_parser()._option_string_actions)
-    missing = {f.name for f in dataclasses.fields(TrainingArguments) if f.init and f"--{f.name}" not in options}
-    assert missing == set()
+    assert trainer_flags() == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for words in (["--adam_beta1", "0.8", "--max_steps", "3"], ["--no_dataloader_pin_memory"], ["--no-cuda"]):
+        assert split_words(words) == ((words, []) if words != ["--no-cuda"] else ([], words))
+    training = parse("--adam_beta1", 0.8, "--seed", 3, "--no_skip_memory_metrics", "--label_names", "a", "b")[2]
+    assert (training.adam_beta1, training.seed, training.label_names) == (0.8, 3, ["a", "b"])
+    assert training.adam_beta2 == TrainingArguments.adam_beta2
+    assert not training.skip_memory_metrics
 
 
 def test_help_is_in_groups_with_defaults_and_without_second_spellings(capsys):
@@ -100,12 +104,7 @@ def test_help_is_in_groups_with_defaults_and_without_second_spellings(capsys):
         parse("--dataset_name", "elpv", "--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "model: what the network",
-        "data: what to learn",
-        "training: every argument",
-        "--resume_from_checkpoint",
-    ):
+    for part in ("most used: --train_dir", "model: --patch_size", "data: --validation_dir", "--resume_from_checkpoint"):
         assert part in text
     assert "(default: 0.15)" in text
     assert "Default: S/16" in text
@@ -161,7 +160,7 @@ def test_refused(argv, part):
 
 
 def test_every_flag_from_elsewhere_is_known_to_be_absent():
-    options = set(build_parser()._option_string_actions)
+    options = {*build_parser()._option_string_actions, *(f"--{name}" for name in trainer_flags())}
     assert not options & set(FLAGS_ELSEWHERE)
 
 

@@ -2,6 +2,7 @@
 """Recipes as runs: from the command line to the Trainer, updates under accumulation, resuming with everything on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
-from modeling_vit_scratch.pretraining.arguments import PRETRAIN
-from modeling_vit_scratch.recipes.paper import RECIPES
+from modeling_vit_scratch.recipes.table import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
-from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
+from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, parse_arguments
+from modeling_vit_scratch.training.defaults import recipe_defaults
 from modeling_vit_scratch.training.weight_average import WeightAverage
 
 
@@ -76,11 +77,9 @@ def test_another_batch_scales_what_was_not_given():
 
 def test_several_processes_share_the_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    from modeling_vit_scratch.training.recipe_arguments import add_recipe_defaults
-
-    parser = build_parser("")
-    told = add_recipe_defaults(parser, ["--recipe", "bv_s16_90ep"], from_checkpoint=False)
-    assert parser.get_default("gradient_accumulation_steps") == 4
+    recipe, settings, told = recipe_defaults(["--recipe", "bv_s16_90ep"], per_device=64, is_saved_architecture=False)
+    assert recipe is RECIPES["bv_s16_90ep"]
+    assert settings["gradient_accumulation_steps"] == 4
     assert "64 images x 4 processes x 4 accumulated" in told
 
 
@@ -97,8 +96,25 @@ def test_help_shows_the_numbers_of_a_recipe(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--recipe", "bv_s16_90ep", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("recipe: named runs", "randaug(2,10)", "(default: 0.2)", "paper_finetune_cifar10", "ta_wide"):
+    for part in ("augmentation:", "(default: randaug(2,10))", "(default: 0.2)", "--recipe list", "ta_wide"):
         assert part in text
+
+
+@pytest.mark.parametrize("script", [FINETUNE, PRETRAIN])
+def test_the_list_of_recipes_is_a_table_of_all(script, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--recipe", "list"], script)
+    assert caught.value.code == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "what", "model", "data", "length", "batch", "rate", "source"]
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert re.split("  +", lines[list(RECIPES).index("mae_finetune_b16")]) == [
+        "mae_finetune_b16", "fine-tuning", "B/16", "ImageNet", "100 epochs", "1024", "0.002",
+        "He et al., arXiv:2111.06377",
+    ]  # fmt: skip
+    assert re.split("  +", lines[list(RECIPES).index("paper_jft300m_h14")])[2:7] == [
+        "H/14", "JFT-300M", "14 epochs", "4096", "0.0003",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

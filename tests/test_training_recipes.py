@@ -11,8 +11,8 @@ from tiny_images import ROOT
 
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig
 from modeling_vit_scratch.augmentation.policies import auto_augment
-from modeling_vit_scratch.recipes.paper import RECIPES, find_recipe
 from modeling_vit_scratch.recipes.recipe import fit_batch_size, scale_learning_rate
+from modeling_vit_scratch.recipes.table import RECIPES, find_recipe
 from modeling_vit_scratch.training.command_line import parse_arguments
 
 
@@ -249,7 +249,8 @@ def test_what_is_expected_of_the_digits_is_on_record():
     values = [run["value"] for run in measured["runs"]]
     text = f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} % of 270 held-out digits"
     assert RECIPES["digits"].expected.startswith(f"{text} ({len(values)} seeds")
-    assert text.replace("held-out digits", "images") in (ROOT / "README.md").read_text(encoding="utf-8")
+    measurements = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    assert text.replace("held-out digits", "images") in measurements
 
 
 # ---------------------------------------------------------------------------------------------------------------------

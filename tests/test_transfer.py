@@ -16,7 +16,8 @@ import pytest
 import torch
 from tiny_images import class_folders, load_script
 
-from experiments.plan import Run, build_parser, plan_runs, source_flags
+from experiments.arguments import build_parser
+from experiments.plan import Run, plan_runs, source_flags
 from experiments.running import environment, run_all
 from experiments.summary import build_cells, build_record
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
@@ -299,8 +300,8 @@ def test_two_runs_are_compared_and_what_differs_is_said(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
 
     def compare(*words):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-        status = run_command_line(load_script("compare").main)
+        monkeypatch.setattr(sys, "argv", ["transfer.py", "compare", *words])
+        status = run_command_line(load_script("transfer").main)
         return status, *capsys.readouterr()
 
     status, told, _ = compare("a", "b")

@@ -18,6 +18,7 @@ from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.visualization import figures
 from modeling_vit_scratch.visualization.attention import attention_distances, head_maps, rollout_maps
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject
+from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
 from modeling_vit_scratch.visualization.gradcam import grad_cam
 from modeling_vit_scratch.visualization.photos import as_pixels, batches, find_photos, open_model, read_photo
 from modeling_vit_scratch.visualization.positions import position_similarity
@@ -67,7 +68,7 @@ def test_every_figure_draws_the_arrays_of_the_library(folder, pets, call):
         "gradcam": {f"gradcam_{i}": grad_cam(model, values, [1])[0][0] for i, values in enumerate(pixel_values)},
     }
     for name in FIGURES:
-        few = [pets] if name in script.LIMITS else []
+        few = [pets] if name in LIMITS else []
         few += ["--label", "cat"] if name in ("gradcam", "sheet") else []
         few += ["--batch_size", "5"] if name == "distance" else []
         status, out, err = call(name, folder, *few, "--save_arrays", f"{name}.npz")
@@ -275,3 +276,4 @@ def test_help_names_the_figure_of_the_paper(call):
     assert "Figures 6 and 14" in call("rollout", "--help")[1]
     assert "scripts/finetune.py" in call("augmentation", "--help")[1]
     assert all(name in call("--help")[1] for name in FIGURES)
+    assert list(DESCRIPTIONS) == list(FIGURES)

@@ -13,10 +13,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from ..common.flags import PHOTO_SMALLEST_AREA
 from ..data.decoding import PhotoPart, TrainingPhoto, reduction
-
-
-PHOTO_SMALLEST_AREA = 0.35
 
 
 class PhotoAugmentation:

@@ -13,9 +13,9 @@ from ..common.metric_titles import METRIC_TITLES
 from ..common.provenance import provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
-from ..pretraining.arguments import PretrainingArguments
-from ..recipes.paper import find_recipe
-from ..training.arguments import LAMB, ImageTrainingArguments, ModelArguments
+from ..recipes.table import find_recipe
+from ..training.arguments import LAMB, ImageTrainingArguments
+from ..training.flags import ModelArguments, PretrainingArguments
 from ..training.trainer import ImageTrainer
 
 

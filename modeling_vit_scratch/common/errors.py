@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to mistakes: they are collected, told in one message without a traceback, and give an exit status."""
+"""Errors that users can fix: collected, printed as one message without a traceback, and turned into an exit status."""
 
 import errno
 import os
@@ -8,24 +8,22 @@ import signal
 import sys
 from collections.abc import Callable
 
-from ..image_processing_vit_scratch import ImageDecodeError
-
 
 # No room on the disk, none left of a quota, or a limit on the size of a file (ulimit -f).
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend. The message names the value, the limit and the way out: no traceback needed."""
+    """A mistake that the user can fix: the message names the value, the limit and the way out, without a traceback."""
 
 
 class TrainingStopped(RuntimeError):
     """
-    Training can't go on, e.g. after a loss that is no number. The message says where, and what to do.
+    Training can't continue, e.g. after a loss that is NaN. The message says where, and what to do.
 
     Args:
-        message: for people.
-        is_shared: whether all processes of the run stop with this same message, so that one of them tells it.
+        message: for the user.
+        is_shared: whether all processes of the run stop with this message, so that only the first one prints it.
     """
 
     def __init__(self, message: str, is_shared: bool = False) -> None:
@@ -34,7 +32,7 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """The user stopped training, by a signal of this number. The message says how to go on."""
+    """The user stopped training with a signal of this number. The message says how to resume."""
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -42,18 +40,18 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Problems:
-    """Collects mistakes, so that one message tells them all."""
+    """Collects mistakes, so that one message names them all."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Notes a mistake; the same one is noted once."""
+        """Adds a mistake, unless it is there already."""
         if message not in self.messages:
             self.messages.append(message)
 
     def as_error(self) -> InputError:
-        """All of them in one message."""
+        """All mistakes in one error."""
         if len(self.messages) == 1:
             return InputError(self.messages[0])
         lines = [f"  {number}. {message}" for number, message in enumerate(self.messages, start=1)]
@@ -65,9 +63,8 @@ def run_command_line(main: Callable[[], int | None]) -> int:
     Runs a script's main.
 
     Returns:
-        The exit status: what main returns, or 0; 2 for a mistake that the user can mend; 1 if training had to stop or
-        the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug, and passes
-        through with its traceback.
+        The exit status: what main returns, or 0; 2 for a mistake that the user can fix; 1 if training had to stop or
+        the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug and keeps its traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -76,14 +73,13 @@ def run_command_line(main: Callable[[], int | None]) -> int:
         if is_first:  # every process reads the same command line and the same data
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingStopped, ImageDecodeError) as error:
-        if is_first or not getattr(error, "is_shared", False):
-            print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
+        elif not _stops_the_run(error):
             raise
-        print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
+        elif is_first or not getattr(error, "is_shared", False):
+            print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         if is_first:
@@ -92,8 +88,14 @@ def run_command_line(main: Callable[[], int | None]) -> int:
     return status or 0
 
 
+def _stops_the_run(error: Exception) -> bool:
+    from ..image_processing_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
+
+    return isinstance(error, (TrainingStopped, ImageDecodeError))
+
+
 def without_worker_traceback(error: Exception) -> str:
-    """The message itself: torch puts the traceback of a worker process before it."""
+    """The message itself, without the traceback of a worker process that torch puts before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message
 

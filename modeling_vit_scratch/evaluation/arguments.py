@@ -3,170 +3,118 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.parsing import Parser, refuse_unknown
+from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, ReadingFlags, SeedFlag
+from ..common.parsing import Parser, fill, flag, refuse_unknown
 
 
 # Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.
 CROPS = (1, 2, 5, 10)
 # Images in a row of a figure.
 MOST_EXAMPLES = 8
+# --help: the groups of the flags, in their order.
+GROUPS = {
+    "most used": (
+        "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "threshold", "examples",
+        "per_device_eval_batch_size", "dataloader_num_workers",
+    ),
+    "data": (
+        "train_val_split", "dataset_config_name", "image_column_name", "label_column_name", "label_separator",
+        "max_eval_samples", "max_broken_images", "seed",
+    ),
+    "model": ("calibrated", "model_revision", "cache_dir"),
+    "report": ("save_logits", "bootstrap_resamples", "examples_credit", "update_card"),
+}  # fmt: skip
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, HubFlags):
     """How to evaluate MODEL on DATASET."""
 
-    _argument_group_name = "evaluation"
-
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where results.json, predictions.csv and .npz and the figures go. Default: MODEL/evaluation/ and "
-            "the name of the data; where MODEL is no folder, outputs/evaluation/ and both names."
-        },
+    dataloader_num_workers: int = 0
+    output_dir: str | None = flag(
+        None,
+        "Folder for results.json, predictions and figures. Default: MODEL/evaluation/ and the name of the data; where "
+        "MODEL is no folder, outputs/evaluation/ and both names.",
+        metavar="DIR",
     )
-    split: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: the validation split of the data; else the images that training held out, if MODEL was "
-            "trained on these data; else all. Or: validation, train, all; of a data set of the Hub also any other: "
-            "test"
-        },
+    split: str = flag(
+        "auto",
+        "auto: the validation split of the data; else the images that training held out, if MODEL was trained on these "
+        "data; else all. Or: validation, train, all, or the name of a split on the Hub.",
+        metavar="NAME",
     )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={
-            "help": "The part that training held out, where the model's results.json does not say. Example: 0.15"
-        },
+    calibrate: bool = flag(
+        False,
+        "Fit a temperature to a random half of the images, report on the other half, and write it into "
+        "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not.",
     )
-    seed: int = field(
-        default=42, metadata={"help": "Of the images that training held out, of --calibrate and of the intervals."}
+    calibrated: bool = flag(True, "Apply the temperature of MODEL.")
+    threshold: float | None = flag(None, "Minimum probability of a label, where images have several. Default: 0.5")
+    crops: int = flag(
+        1,
+        "Views of each image whose probabilities are averaged. 2: with the mirror image. 5: corners and centre at 8/7 "
+        "of the input size. 10: both.",
+        choices=CROPS,
     )
-    calibrate: bool = field(
-        default=False,
-        metadata={
-            "help": "Fit a temperature to a half of the images, chosen at random, report on the other half, and write "
-            "it into MODEL/config.json. Pipelines apply it from then on, from_pretrained(..., calibrated=False) not."
-        },
+    match_labels: str = flag(
+        "name", "Match the labels of data and model by name, or by index.", choices=("name", "index")
     )
-    calibrated: bool = field(default=True, metadata={"help": "Apply the temperature that MODEL has."})
-    threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where images have any number of labels: the least probability of an answer, for F1, precision, "
-            "recall and exact match. Default: 0.5"
-        },
+    label_map: str | None = flag(
+        None,
+        "File with the model's name for each label of the data: text lines of both, .csv or .json. ImageNet's "
+        "LOC_synset_mapping.txt and imagenet_class_index.json work. Example: wordnet_names.txt",
+        metavar="FILE",
     )
-    crops: int = field(
-        default=1,
-        metadata={
-            "help": "Views of each image, whose probabilities are averaged. 2: the image and its mirror image. 5: "
-            "corners and centre of the image resized to 8/7 of the input. 10: these and their mirror images.",
-            "choices": list(CROPS),
-        },
+    save_logits: bool = flag(True, "Also write predictions.npz: logits and labels of every image.")
+    examples: int = flag(
+        0,
+        "Draw N right and N wrong images, chosen at random, with attention rollout. The model card shows them: mind "
+        "whose images they are.",
     )
-    match_labels: str = field(
-        default="name",
-        metadata={
-            "help": "How labels of data and model belong together: by name, or by index where a model has no names.",
-            "choices": ["name", "index"],
-        },
+    examples_credit: str | None = flag(
+        None, "Credit for --examples, where the data have none. Example: 'photos by Jane Doe, CC BY 4.0'"
     )
-    label_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "A file that says what labels of the data are called in the model: in each line of a text one of "
-            "the data, a tab or a space, and the model's name or number of it; or .csv; or .json. ImageNet's "
-            "LOC_synset_mapping.txt and imagenet_class_index.json are such. Example: wordnet_names.txt"
-        },
+    update_card: bool = flag(
+        True, "Write the results into MODEL/README.md too, unless it was changed by hand or the report is elsewhere."
     )
-    max_broken_images: int = field(
-        default=0, metadata={"help": "Leave out images that can't be read, up to so many: they are named and counted."}
-    )
-    save_logits: bool = field(
-        default=True,
-        metadata={"help": "Also write predictions.npz: the logits and labels of every image, to compute with."},
-    )
-    examples: int = field(
-        default=0,
-        metadata={
-            "help": "Draw so many images that are right and as many that are wrong, chosen at random, and where MODEL "
-            "looks (attention rollout). The card of MODEL shows them: mind whose images they are. Example: 6"
-        },
-    )
-    examples_credit: str | None = field(
-        default=None,
-        metadata={
-            "help": "Whose images --examples shows, where the data don't say. Example: 'photos by Jane Doe, CC BY 4.0'"
-        },
-    )
-    update_card: bool = field(
-        default=True,
-        metadata={
-            "help": "Write the results into MODEL/README.md too, if the report lies in MODEL and the card was not "
-            "changed by hand."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images in a batch, per device."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images, per device."})
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the images. Default: the only one that can be it."}
-    )
-    label_column_name: str | None = field(
-        default=None,
-        metadata={"help": "The column of the labels. Default: the only one that can be it. Example: fine_label"},
-    )
-    label_separator: str | None = field(
-        default=None,
-        metadata={"help": "What stands between the labels of an image, where a table has them as text. Example: '|'"},
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of a data set of the Hub, where it has several."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate no more than so many images, chosen at random. For a quick try."}
-    )
-    bootstrap_resamples: int = field(
-        default=1000, metadata={"help": "How often images are drawn anew for the 95 %% intervals. 0: no intervals."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of MODEL on the Hub."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where to keep what is downloaded. Default: the cache of Hugging Face."}
-    )
+    bootstrap_resamples: int = flag(1000, "Bootstrap resamples for the 95 %% intervals. 0: no intervals.")
     model: str = field(init=False, default="")
     dataset: str = field(init=False, default="")
 
 
-def parse_arguments(argv: list[str] | None = None) -> EvaluationArguments:
+def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> EvaluationArguments:
     """
     Parses the command line.
+
+    Args:
+        argv: the command line; by default that of the process.
+        description: the beginning of --help.
 
     Raises:
         InputError: with everything that is wrong with it.
     """
     parser = Parser(
         EvaluationArguments,
+        groups=GROUPS,
         usage="%(prog)s MODEL DATASET [...]",
-        description="Evaluates a model on labelled images: accuracies, F1, NLL, Brier score and ECE with 95 % "
-        "intervals, scores of each class, confusion matrix and reliability diagram; of models that give an image any "
-        "number of labels mean average precision, F1, and curves of precision and recall.",
+        description=description,
         epilog="Several GPUs: accelerate launch scripts/evaluate.py MODEL DATASET.",
     )
     parser.add_argument("model", metavar="MODEL", help="the folder of a model, its id on the Hub, or a checkpoint")
     parser.add_argument(
         "dataset",
         metavar="DATASET",
-        help="digits, elpv, a folder with a folder for each class or with a metadata.jsonl, a .parquet, .csv, .jsonl "
-        "or .tar file or a quoted pattern of such, or a data set of the Hub",
+        help="digits, elpv, a folder with one folder per class or with a metadata.jsonl, a .parquet, .csv, .jsonl or "
+        ".tar file, a quoted pattern of such, or a data set of the Hub",
     )
     namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    refuse_unknown(unknown, parser, parser.problems)
+    refuse_unknown(unknown, parser.known_flags(), parser.problems)
     values = {**vars(namespace), **parser.instead_of_invalid}
-    arguments = EvaluationArguments(**{one.name: values[one.name] for one in fields(EvaluationArguments) if one.init})
+    arguments = fill(EvaluationArguments, values)
     arguments.model, arguments.dataset = values["model"], values["dataset"]
     _check(arguments, parser.problems)
     if parser.problems.messages:

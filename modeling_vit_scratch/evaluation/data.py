@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
-from ..data.arguments import SOURCE_DEFAULTS, DataArguments
+from ..data.arguments import BUILT_IN, DataArguments
 from ..data.checking import find_broken, listed_below
 from ..data.dataset import Examples
 from ..data.sources import Source, listed, read_source
@@ -115,7 +115,7 @@ def training_record(model: str) -> dict[str, Any] | None:
 def _data_arguments(arguments: EvaluationArguments) -> DataArguments:
     place = Path(arguments.dataset).expanduser()
     is_own = place.exists() or "*" in arguments.dataset or place.is_absolute()
-    is_own = is_own and arguments.dataset not in SOURCE_DEFAULTS
+    is_own = is_own and arguments.dataset not in BUILT_IN
     return DataArguments(
         dataset_name=None if is_own else arguments.dataset,
         train_dir=arguments.dataset if is_own else None,
@@ -130,7 +130,7 @@ def _read(arguments: EvaluationArguments, wishes: DataArguments, problems: Probl
     is_named = arguments.split not in ("auto", "train", "validation", "all")
     if not is_named:
         return read_source(wishes, arguments.cache_dir, problems)
-    if wishes.train_dir is not None or arguments.dataset in SOURCE_DEFAULTS:
+    if wishes.train_dir is not None or arguments.dataset in BUILT_IN:
         problems.add(
             f"--split {arguments.split}: only data sets of the Hub have other splits than auto, train, validation, all."
         )

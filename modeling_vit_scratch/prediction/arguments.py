@@ -3,87 +3,54 @@
 
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.parsing import Parser, refuse_unknown
+from ..common.flags import BrokenImageFlags, FastDecodeFlag, HubFlags, ImageFlags, ReadingFlags
+from ..common.parsing import Parser, fill, flag, refuse_unknown
 
 
 # What --output may end in.
 FORMATS = (".parquet", ".csv", ".jsonl")
 DTYPES = ("float32", "bfloat16", "float16")
+# --help: the groups of the flags, in their order.
+GROUPS = {
+    "most used": (
+        "output", "top_k", "embeddings", "overwrite", "max_broken_images", "per_device_eval_batch_size",
+        "dataloader_num_workers", "dtype", "fast_decode", "split",
+    ),
+    "data": ("dataset_config_name", "image_column_name"),
+    "model": ("calibrated", "model_revision", "cache_dir"),
+}  # fmt: skip
 
 
 @dataclass
-class PredictionArguments:
+class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageFlags, HubFlags):
     """What to predict with MODEL for every INPUT."""
 
-    _argument_group_name = "prediction"
-
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "Write here, in the order of the inputs: a .parquet, .csv or .jsonl file. Broken images are listed "
-            "with their reasons in OUTPUT.errors.csv. Default: print a table."
-        },
+    per_device_eval_batch_size: int = 64
+    output: str | None = flag(
+        None,
+        "Write the predictions to this .parquet, .csv or .jsonl file, in the order of the inputs; broken images go to "
+        "OUTPUT.errors.csv. Default: print a table.",
+        metavar="FILE",
     )
-    top_k: int = field(
-        default=1,
-        metadata={
-            "help": "Labels of each image, best first: columns label, score, label_2, score_2 and so on. 0: no labels, "
-            "with --embeddings."
-        },
+    top_k: int = flag(
+        1, "Labels per image, best first: columns label, score, label_2, score_2, ... 0: none, with --embeddings."
     )
-    embeddings: bool = field(
-        default=False,
-        metadata={"help": "Also the column embedding: the pooled output of the encoder, which the classifier sees."},
+    embeddings: bool = flag(False, "Also write the encoder's pooled output, which the classifier sees.")
+    calibrated: bool = flag(True, "Apply the temperature of MODEL.")
+    dtype: str = flag("float32", "Precision of the network.", choices=DTYPES)
+    max_broken_images: int | None = flag(
+        None,
+        "Exit with status 1 if more than N images are broken; the others are predicted. Default: no limit; 0 for a "
+        "table.",
     )
-    fast_decode: bool = field(
-        default=True,
-        metadata={
-            "help": "Decode JPEG photos at 1/2, 1/4 or 1/8 of their sides where that leaves 1.5 times the sides of the "
-            "model's input, and resize with torch's kernels (the image processor's do_fast_resize). Pixels then differ "
-            "by about one level of 255 on average from those of a pipeline, which decodes in full and resizes with "
-            "Pillow, as --no_fast_decode does."
-        },
+    overwrite: bool = flag(
+        False, "Replace OUTPUT if it exists, and discard an unfinished run with other settings or inputs."
     )
-    calibrated: bool = field(default=True, metadata={"help": "Apply the temperature that MODEL has."})
-    dtype: str = field(default="float32", metadata={"help": "What the network computes in.", "choices": list(DTYPES)})
-    max_broken_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "With more broken images than this the exit status is 1; all the others are predicted all the "
-            "same. Default: no limit with --output, 0 without."
-        },
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={
-            "help": "Replace OUTPUT if it is there. An unfinished run with other settings or inputs is thrown away."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images in a batch, per device."})
-    dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes that read images, per device. Default: as many as there are cores for each, at most 8; "
-            "0 without --output."
-        },
-    )
-    split: str | None = field(
-        default=None, metadata={"help": "The split of a data set of the Hub. Default: the only one. Example: test"}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of a data set of the Hub, where it has several."}
-    )
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the images in tables. Default: the only one that can be it."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of MODEL on the Hub."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where to keep what is downloaded. Default: the cache of Hugging Face."}
-    )
+    split: str | None = flag(None, "Split of a Hub data set. Default: the only one. Example: test", metavar="NAME")
     model: str = field(init=False, default="")
     inputs: list[str] = field(init=False, default_factory=list)
 
@@ -95,19 +62,23 @@ class PredictionArguments:
         return 0 if self.output is None else float("inf")
 
 
-def parse_arguments(argv: list[str] | None = None) -> PredictionArguments:
+def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> PredictionArguments:
     """
     Parses the command line.
+
+    Args:
+        argv: the command line; by default that of the process.
+        description: the beginning of --help.
 
     Raises:
         InputError: with everything that is wrong with it.
     """
     parser = Parser(
         PredictionArguments,
+        groups=GROUPS,
         usage="%(prog)s MODEL INPUT [INPUT ...] [--output labels.parquet] [...]",
-        description="Labels, scores and embeddings of images. A run with --output that was stopped or killed at any "
-        "moment goes on with the same command, and its file has the same bytes as if it had not been.",
-        epilog="Exit status: 0; 1 with more than --max_broken_images broken images; 2 for a mistake that you can mend; "
+        description=description,
+        epilog="Exit status: 0; 1 with more than --max_broken_images broken images; 2 for a mistake that you can fix; "
         "130 after Ctrl-C, 143 after SIGTERM. Several GPUs: accelerate launch scripts/predict.py MODEL INPUT "
         "--output FILE; the file has the same bytes (on CPUs with the same OMP_NUM_THREADS).",
     )
@@ -116,15 +87,14 @@ def parse_arguments(argv: list[str] | None = None) -> PredictionArguments:
         "inputs",
         metavar="INPUT",
         nargs="+",
-        help="an image file or URL; a folder, with all images at any depth; a quoted pattern of such ('photos/**/*.jpg'"
-        "); a list of paths, one a line (.txt, or - for the standard input), or a table of paths (.csv, .jsonl); a "
-        ".parquet file of images; a WebDataset shard (.tar); a data set of the Hub, digits or elpv",
+        help="an image file or URL; a folder, searched at any depth; a quoted pattern ('photos/**/*.jpg'); a list of "
+        "paths (.txt, or - for standard input) or a table of them (.csv, .jsonl); a .parquet file of images; a "
+        "WebDataset shard (.tar); a data set of the Hub, digits or elpv",
     )
-    words = list(sys.argv[1:] if argv is None else argv)
-    namespace, unknown = parser.parse_known_args(words)
-    refuse_unknown(unknown, parser, parser.problems)
+    namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    refuse_unknown(unknown, parser.known_flags(), parser.problems)
     values = {**vars(namespace), **parser.instead_of_invalid}
-    arguments = PredictionArguments(**{one.name: values[one.name] for one in fields(PredictionArguments) if one.init})
+    arguments = fill(PredictionArguments, values)
     arguments.model, arguments.inputs = values["model"], values["inputs"]
     _check(arguments, parser.problems)
     if parser.problems.messages:

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..common.errors import InputError, Problems
-from ..data.arguments import SOURCE_DEFAULTS
+from ..data.arguments import BUILT_IN
 from ..data.listing import (
     LISTS,
     TABLES,
@@ -68,7 +68,7 @@ def _list_one(given: str, rows: "Rows") -> Iterator[Item]:
         yield from list_lines(sys.stdin, "")
     elif given.startswith(URLS):
         yield Item(given, given)
-    elif os.path.lexists(given) and (given not in SOURCE_DEFAULTS or os.path.isfile(given)):
+    elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
         yield from _list_path(given, rows)
     elif any(sign in given for sign in "*?["):
         found = False
@@ -189,7 +189,7 @@ class Rows:
     def _hub(self, name: str) -> tuple[datasets.Dataset, str]:
         if name not in self._tables:
             problems = Problems()
-            if name in SOURCE_DEFAULTS:
+            if name in BUILT_IN:
                 source = read_digits() if name == "digits" else read_elpv(problems)
                 if source is None:
                     raise problems.as_error()

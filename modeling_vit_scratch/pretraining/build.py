@@ -13,11 +13,11 @@ from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
-from ..training.arguments import ImageTrainingArguments, ModelArguments
+from ..training.arguments import ImageTrainingArguments
 from ..training.build import Objective, build_trainer
+from ..training.flags import MPP_TARGETS, ModelArguments, PretrainingArguments
 from ..training.initial_model import build_model
 from ..training.trainer import ImageTrainer
-from .arguments import MPP_TARGETS, PretrainingArguments
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
 

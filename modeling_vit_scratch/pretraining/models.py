@@ -26,7 +26,7 @@ from ..modeling_vit_scratch import (
     dense,
     sincos_positions,
 )
-from .arguments import MPP_TARGETS
+from ..training.flags import MPP_TARGETS
 
 
 @dataclass

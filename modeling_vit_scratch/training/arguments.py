@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that scripts share: one field, one default, one help text."""
+"""
+transformers' TrainingArguments with our flags and defaults; and what can only be checked with torch and transformers.
+"""
 
+import argparse
 import ast
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..augmentation.photo import PHOTO_SMALLEST_AREA
-from ..configuration_vit_scratch import VARIANTS, ViTScratchConfig
-from .recipe_arguments import RecipeArguments
+from ..augmentation.policies import auto_augment
+from ..common.checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
+from ..common.errors import InputError, Problems
+from ..common.licenses import license_problem
+from ..common.parsing import METAVARS, CollectsMistakes, HelpFormatter, fill
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..hub.commit import check_can_publish
+from .flags import ModelArguments, RecipeArguments, TrainingFlags
 
 
-FROM_SCRATCH_VARIANT = "S/16"
-PROBES = ("knn", "fewshot")
 LAMB = "lamb"  # the value of --optim that is this library's own
-FROM_SCRATCH_LEARNING_RATE = 1e-3
-FROM_CHECKPOINT_LEARNING_RATE = 1e-4
 
 # Flags of TrainingArguments that would do harm or nothing here: name -> the value that means "not given", and why.
 REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
@@ -36,266 +41,27 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class ModelArguments:
-    """What the network starts from."""
-
-    _argument_group_name = "model: what the network starts from"
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start from this model: a folder, a file or a Hub id of any ViT. Its classifier is kept if its "
-            "labels are those of the data, and replaced by a fresh one if not. Example: outputs/pretrained"
-        },
-    )
-    variant: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train from scratch: size/patch. One of "
-            + ", ".join(VARIANTS)
-            + f". Default: {FROM_SCRATCH_VARIANT}, or what suits a built-in data set. Example: Ti/16"
-        },
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train from scratch with the architecture of this config.json (a folder or a Hub id) in place of a "
-            "--variant. Example: outputs/digits"
-        },
-    )
-    image_processor_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Take the image processor from this folder or Hub id. Default: that of --model_name_or_path, or "
-            "one that fits the architecture."
-        },
-    )
-    image_size: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Height and width of the images in pixels, or one number for both; the patch must divide it. "
-            "Default: that of the variant or model. Example: 160, or: 96 128"
-        },
-    )
-    patch_size: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Height and width of a patch in pixels, or one number for both. Default: that of the variant or "
-            "model. Example: 14"
-        },
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Other fields of the architecture. Example: drop_path_rate=0.1,hidden_dropout_prob=0.1,pooling=mean"
-        },
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where to keep what is downloaded. Default: the cache of Hugging Face."}
-    )
-    model_revision: str = field(
-        default="main", metadata={"help": "Branch, tag or commit of --model_name_or_path on the Hub."}
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code that comes with --image_processor_name. The model itself never needs this."},
-    )
-
-
-@dataclass
-class ImageTrainingArguments(TrainingArguments):
+class ImageTrainingArguments(TrainingFlags, TrainingArguments):
     """The arguments of transformers' Trainer, with the defaults of image classification."""
 
-    _argument_group_name = "training: every argument of transformers' TrainingArguments, and at the end our own"
+    _argument_group_name = "flags of transformers' TrainingArguments"
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where the model goes. Default: outputs/ and the name of the data. Example: outputs/pets"},
-    )
-    num_train_epochs: float = field(default=10.0, metadata={"help": "How often to go through the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a training batch, per device."})
-    per_device_eval_batch_size: int = field(
-        default=128, metadata={"help": "Images in an evaluation batch, per device."}
-    )
-    learning_rate: float = field(
-        default=FROM_SCRATCH_LEARNING_RATE,
-        metadata={
-            "help": f"The highest learning rate. {FROM_SCRATCH_LEARNING_RATE:g} from scratch, "
-            f"{FROM_CHECKPOINT_LEARNING_RATE:g} with --model_name_or_path."
-        },
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls. Example: linear"})
-    warmup_steps: float = field(
-        default=0.1,
-        metadata={"help": "Steps over which the learning rate rises; below 1, this part of all steps. Example: 500"},
-    )
     optim: str = field(
-        default=TrainingArguments.default_optim,
+        default=TrainingFlags.optim,
         metadata={
-            "help": "The optimizer. lamb, for large batches as in DeiT III: Adam's step, for each weight with decay as "
-            "long as the weight, times the learning rate; it takes --adam_beta1, --adam_beta2 and --adam_epsilon, and "
-            "clips gradients to a norm of 1 by itself. All others are transformers'.",
+            **TrainingFlags.__dataclass_fields__["optim"].metadata,
             "choices": [*(name.value for name in OptimizerNames), LAMB],
-        },
-    )
-    weight_decay: float = field(
-        default=0.05,
-        metadata={"help": "AdamW's decay of the weights of dense layers and patches; nothing else decays."},
-    )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
-    )
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to report the loss: no, steps or epoch."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep: the best and the latest."})
-    load_best_model_at_end: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Finish with the checkpoint of the best epoch. Default: if checkpoints are saved when they are "
-            "evaluated.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    metric_for_best_model: str | None = field(
-        default="accuracy",
-        metadata={
-            "help": "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss; of several labels an "
-            "image mean_average_precision, which is the default there, micro_f1, macro_f1, samples_f1 or exact_match."
-        },
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute in bfloat16. Default: if the hardware is made for it and --fp16 is off.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    dataloader_num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Processes that read images, per device. Default: up to 8; where the CPU trains, 2. The number "
-            "changes nothing but the speed."
-        },
-    )
-    dataloader_persistent_workers: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep these processes from one epoch to the next. Default: if there are any.",
-            "nargs": "?",
-            "const": True,
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has nothing to remove here."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Report losses that are no numbers as 0. Here, such a loss stops the run."}
+        default=False, metadata={"help": "Report NaN losses as 0. Here, such a loss stops the run."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
     )
     do_train: bool = field(default=True, metadata={"help": "Always."})
-    push_to_hub: bool = field(
-        default=False,
-        metadata={
-            "help": "Publish the model on the Hub: during training as --hub_strategy says, and in the end with card "
-            "and record. Needs a token with the role write: HF_TOKEN or `hf auth login`. A push that fails during "
-            "training does not stop it."
-        },
-    )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "The repository to publish in, made if it is not there: NAME or USER/NAME. Default: the name of "
-            "--output_dir. Example: me/vit-pets"
-        },
-    )
-    hub_strategy: str = field(
-        default="every_save",
-        metadata={
-            "help": "What to push and when. end: the model, when training has ended. every_save: also at every "
-            "checkpoint. checkpoint: also the latest checkpoint, as last-checkpoint/, to resume from on another "
-            "machine. all_checkpoints: also all of them."
-        },
-    )
-    hub_private_repo: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Make a new repository that only you can read. Default: as you or the organization have set it.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    hub_always_push: bool = field(
-        default=False, metadata={"help": "Push every checkpoint, also if the upload of the one before is under way."}
-    )
-    hub_revision: str | None = field(
-        default=None, metadata={"help": "Push to this branch, made from main if there is none of that name."}
-    )
-    license: str | None = field(
-        default=None,
-        metadata={
-            "help": "The licence of the model, for its card, as the Hub names it. Default: that of the data, if they "
-            "have one. Example: apache-2.0"
-        },
-    )
     recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on where a run stopped: True for the latest checkpoint in --output_dir, or a checkpoint."
-        },
-    )
-
-    smallest_area: float = field(
-        default=PHOTO_SMALLEST_AREA,
-        metadata={
-            "help": "Photos are trained on in random parts; a part has at least this share of the area, 1 for as "
-            "much as has the shape of the input. Example: 0.08, for a million images"
-        },
-    )
-    probe: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "At every evaluation, tell what the features are worth without training on them: the held-out "
-            "accuracy of 20 nearest neighbours (knn), and of least squares on 1, 5, 10 and 25 images of every class "
-            "(fewshot). Costs a pass over --probe_images twice. Example: knn fewshot",
-            "choices": PROBES,
-        },
-    )
-    probe_images: int = field(
-        default=2000,
-        metadata={"help": "Training images that --probe learns from, and held-out images it is tested on, at most."},
-    )
-    probe_steps: int | None = field(
-        default=None, metadata={"help": "Also --probe whenever so many steps are done. Example: 1000"}
-    )
-    fast_decode: bool = field(
-        default=True,
-        metadata={
-            "help": "Decode JPEG photos for training at 1/2, 1/4 or 1/8 of their sides, where the random part still "
-            "has as many pixels as the input, and resize all photos with torch's 8-bit kernels. Pixels then differ "
-            "from those of full decoding and Pillow: for photos of 500 x 375 at 224, which are not reduced, by 0.03 of "
-            "255 levels on average and 1 at most; for 12-megapixel photos at 224 by 0.5 and 5; for photos of 256 x 341 "
-            "at 96 by 0.8 and 38. False: decode in full and resize with Pillow. Evaluation always does."
-        },
-    )
-    images_on_device: bool = field(
-        default=False,
-        metadata={
-            "help": "Decode all images once, resized to --image_size, keep their pixels in the memory of the device "
-            "that trains (two bytes for each value), and augment them there, all at the beginning of an epoch. For "
-            "small images that fit, e.g. 100,000 of 64 x 64 in 2.5 GB: reading and augmenting them one by one would "
-            "take longer than learning from them. Photos keep no more detail than --image_size has."
-        },
-    )
-    max_broken_images: int = field(
-        default=0,
-        metadata={
-            "help": "Go on when training images can't be read, up to so many: each is named, and another takes its "
-            "place. The first one more ends the run. Goes with --verify_images False. Example: 100"
-        },
-    )
 
     def __post_init__(self) -> None:
         # On a machine without accelerator this is what use_cpu means; the Trainer needs to hear it to start a process
@@ -327,6 +93,140 @@ def _has_native_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of the Trainer that `TrainingFlags` does not have
+
+
+class _TrainerParser(CollectsMistakes, HfArgumentParser):
+    """Reads the Trainer's own flags."""
+
+
+def _trainer_parser() -> _TrainerParser:
+    return _TrainerParser([ImageTrainingArguments], add_help=False, usage="", formatter_class=HelpFormatter)
+
+
+def trainer_help(shown: set[str]) -> str:
+    """What `--help all` adds to the flags that are shown."""
+    parser = _trainer_parser()
+    for action in parser._actions:
+        if action.dest in shown or action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+        elif action.choices:
+            action.help += f" One of: {', '.join(map(str, action.choices))}."
+        action.metavar = action.metavar or METAVARS.get(action.type, "TEXT")
+    text = parser.format_help()
+    return text[text.index(ImageTrainingArguments._argument_group_name) :]
+
+
+def read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
+    """The values of the Trainer's own flags in these words; what is wrong with them goes to the problems."""
+    parser = _trainer_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # only what is given: the defaults are those of TrainingArguments
+    try:
+        values = vars(parser.parse_known_args(words)[0])
+    except InputError:  # a value is missing: all messages are in parser.problems
+        values = {}
+    for message in parser.problems.messages:
+        problems.add(message)
+    return {name: value for name, value in values.items() if name not in parser.instead_of_invalid}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From values to arguments
+
+
+def build_training_arguments(
+    values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
+) -> ImageTrainingArguments:
+    """
+    The arguments of the Trainer, checked.
+
+    Args:
+        values: of the flags, by name.
+        recipe_arguments: go with them.
+        problems: what is wrong goes there.
+
+    Raises:
+        InputError: with all problems, if the Trainer refuses the values.
+    """
+    try:
+        arguments = fill(ImageTrainingArguments, values)
+    except (ValueError, TypeError, ImportError) as error:
+        problems.add(str(error))
+        raise problems.as_error() from error
+    arguments.recipe_arguments = recipe_arguments
+    for name, (absent, reason) in REFUSED_FLAGS.items():
+        if getattr(arguments, name) != absent:
+            problems.add(f"--{name}: {reason}")
+    try:
+        if recipe_arguments.auto_augment:
+            auto_augment(recipe_arguments.auto_augment)
+    except ValueError as error:
+        problems.add(str(error))
+    _check_hub(arguments, problems)
+    _resolve_resume(arguments, problems)
+    return arguments
+
+
+def check_model(arguments: ModelArguments, problems: Problems) -> None:
+    """Adds what the configuration has against --variant and the flags that go with it."""
+    try:
+        fields = config_fields(arguments.config_overrides)
+    except ValueError as error:
+        problems.add(str(error))
+        return
+    if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
+        overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        try:
+            ViTScratchConfig.from_variant(arguments.variant, **overrides, **fields)
+        except ValueError as error:
+            problems.add(f"--variant {arguments.variant}: {error}")
+
+
+def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
+    """What can be known of a push without asking the Hub, which the trainer does before it trains."""
+    if arguments.push_to_hub and arguments.process_index == 0:
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        try:
+            check_can_publish(name)
+        except InputError as error:
+            problems.add(f"--push_to_hub to {name}: {error}")
+    if arguments.license is not None and (reason := license_problem(arguments.license)):
+        problems.add(f"--license {arguments.license}: {reason}")
+
+
+def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:
+    """Turns --resume_from_checkpoint into a folder or None, and refuses to overwrite an earlier run."""
+    output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if given is None or given.lower() in ("false", "no", "0"):
+        arguments.resume_from_checkpoint = None
+        if (output / "config.json").exists() or find_checkpoints(output):
+            problems.add(
+                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
+                "continue it with --resume_from_checkpoint True."
+            )
+    elif given.lower() in ("true", "yes", "1"):
+        latest, damaged = latest_whole(output)
+        arguments.resume_from_checkpoint = None if latest is None else str(latest)
+        if latest is None and damaged:
+            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
+            problems.add(
+                f"--resume_from_checkpoint {given}: no checkpoint in {output} is whole ({reasons}). Name one to try it "
+                "all the same, or remove the folder to start a new run."
+            )
+        elif latest is None:
+            problems.add(
+                f"--resume_from_checkpoint {given}: there is no checkpoint in {output}. Leave it out for a new run."
+            )
+    elif not Path(given, STATE).is_file():
+        problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
+    elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
+        # Without run.json, it is of another program or of an earlier version, and nothing is known of its files.
+        problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
+
+
 def pixels(size: list[int] | None) -> int | list[int] | None:
     """The value of --image_size or --patch_size as the configuration takes it."""
     return size[0] if size is not None and len(size) == 1 else size
@@ -337,7 +237,7 @@ def config_fields(text: str | None) -> dict[str, Any]:
     The value of --config_overrides as fields of the configuration.
 
     Raises:
-        ValueError: for anything but NAME=VALUE with fields that no other flag and not the data set.
+        ValueError: for anything but NAME=VALUE with fields that neither another flag nor the data set.
     """
     fields: dict[str, Any] = {}
     for part in re.split(r",(?![^\[]*\])", text or ""):

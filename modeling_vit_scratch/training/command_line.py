@@ -1,35 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to the dataclasses of flags: defaults, recipe, flags, and every mistake in one message."""
+"""
+From a command line to the dataclasses of flags: defaults, recipe, flags, and every mistake in one message.
+
+--help and mistakes in our flags need neither torch nor transformers. These are imported when the command makes sense,
+or when it has flags that only transformers can check.
+"""
 
 import argparse
-import dataclasses
+import ast
+import difflib
+import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..common.checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
-from ..common.errors import InputError, Problems
-from ..common.licenses import license_problem
-from ..common.parsing import Parser, refuse_unknown
-from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.arguments import SOURCE_DEFAULTS, DataArguments
-from ..hub.commit import check_can_publish
-from .arguments import (
-    FROM_CHECKPOINT_LEARNING_RATE,
-    FROM_SCRATCH_LEARNING_RATE,
-    FROM_SCRATCH_VARIANT,
-    REFUSED_FLAGS,
-    ImageTrainingArguments,
-    ModelArguments,
-    config_fields,
-    pixels,
-)
-from .recipe_arguments import RecipeArguments, add_recipe_defaults
+from ..common.errors import Problems
+from ..common.parsing import HelpFormatter, Parser, fill, first_look, flag_name, refuse_unknown, show
+from ..data.arguments import DataArguments
+from ..recipes.recipe import recipe_table
+from ..recipes.table import RECIPES
+from .defaults import defaults_for, recipe_defaults
+from .flags import VARIANT_NAMES, ModelArguments, PretrainingArguments, RecipeArguments, TrainingFlags
 
 
-_Arguments = TypeVar("_Arguments")
+# --help: the groups of the flags, in their order.
+MOST_USED = (
+    "train_dir", "dataset_name", "model_name_or_path", "variant", "image_size", "recipe", "num_train_epochs",
+    "per_device_train_batch_size", "learning_rate", "output_dir",
+)  # fmt: skip
+GROUPS = {
+    "data": (
+        "validation_dir", "train_val_split", "dataset_config_name", "image_column_name", "label_column_name",
+        "label_separator", "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images",
+        "export_examples", "streaming", "shuffle_buffer_size", "label_names_file",
+    ),
+    "model": (
+        "patch_size", "config_overrides", "config_name", "image_processor_name", "model_revision", "cache_dir",
+        "trust_remote_code",
+    ),
+    "optimization": (
+        "max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
+        "max_grad_norm",
+        "optim", "layer_decay", "head_learning_rate_multiplier", "loss", "label_smoothing_factor", "class_weights",
+        "ema_decay", "ema_warmup", "seed",
+    ),
+    "augmentation": (
+        "smallest_area", "auto_augment", "color_jitter", "random_erasing", "mixup", "cutmix", "aug_repeats",
+    ),
+    "evaluation and checkpoints": (
+        "eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end",
+        "metric_for_best_model", "resume_from_checkpoint", "per_device_eval_batch_size", "probe", "probe_images",
+        "probe_steps",
+    ),
+    "speed": (
+        "bf16", "dataloader_num_workers", "fast_decode", "images_on_device",
+    ),
+    "Hub": (
+        "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license",
+    ),
+}  # fmt: skip
+# Flags whose values only transformers, the network or the Hub's library can check.
+CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
 
 
 @dataclass(frozen=True)
@@ -38,122 +71,208 @@ class Script:
     What the command line of a script has of its own.
 
     Attributes:
-        usage, description, epilog: for --help.
+        usage, epilog: for --help.
         output_suffix: what the default output folder has after the name of the data.
-        flags: dataclasses of flags beside the common ones, each with a method `check(training_arguments, problems)`.
-        seen: the flags whose values `defaults` gets.
-        defaults: from the name of the source and these values to the defaults that differ.
+        flags: dataclasses of flags beside the common ones, each with a method `check(training, recipe, problems)`.
+        groups: of --help, before the others.
+        is_pretraining: whether it has --objective, which changes defaults.
     """
 
     usage: str
-    description: str
     epilog: str
     output_suffix: str = ""
     flags: tuple[type, ...] = ()
-    seen: tuple[str, ...] = ()
-    defaults: Callable[[str, argparse.Namespace], dict[str, Any]] = lambda source, seen: {}
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    is_pretraining: bool = False
 
 
 FINETUNE = Script(
-    usage="%(prog)s [--variant S/16 | --model_name_or_path MODEL] [--dataset_name NAME | --train_dir DIR] [...]",
-    description="Trains a Vision Transformer to classify images, from scratch or from a model of this library, on "
-    "the stock Trainer of transformers. Without flags: the digits of scikit-learn, in a minute or two on a CPU.",
-    epilog="Several GPUs: accelerate launch scripts/finetune.py [...]. Stop with Ctrl-C; go on with the same "
-    "command and --resume_from_checkpoint True.",
+    usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
+    epilog="Several GPUs: accelerate launch scripts/finetune.py [...].\n"
+    "Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.\n"
+    "`--help all` adds the flags of transformers' TrainingArguments, which all work.",
 )
 
+PRETRAIN = Script(
+    usage="%(prog)s [--objective NAME] [--train_dir DIR | --dataset_name NAME] [--variant NAME] [...]",
+    epilog="Without labels (--objective mpp, simmim or mae), --train_dir may be any folder of images.\n"
+    "Several GPUs: accelerate launch scripts/pretrain.py [...].\n"
+    "Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.\n"
+    "`--help all` adds the flags of transformers' TrainingArguments, which all work.",
+    output_suffix="-pretrained",
+    flags=(PretrainingArguments,),
+    groups=(
+        (
+            "pretraining",
+            (
+                "objective", "mask_ratio", "mask_patch_size", "mpp_target", "norm_pix_loss", "decoder_hidden_size",
+                "decoder_num_hidden_layers", "decoder_num_attention_heads",
+            ),
+        ),
+    ),
+    is_pretraining=True,
+)  # fmt: skip
 
-def build_parser(source: str = "digits", from_checkpoint: bool = False, script: Script = FINETUNE) -> Parser:
-    """The parser, with the defaults of a source and of a starting point: so that --help shows what would be used."""
-    kinds = (ModelArguments, DataArguments, *script.flags, RecipeArguments, ImageTrainingArguments)
-    parser = Parser(*kinds, usage=script.usage, description=script.description, epilog=script.epilog)
-    defaults = dict(SOURCE_DEFAULTS.get(source, {"variant": FROM_SCRATCH_VARIANT}))
-    if from_checkpoint:
-        defaults["learning_rate"] = FROM_CHECKPOINT_LEARNING_RATE
-    parser.set_defaults(**defaults)
-    return parser
 
-
-def parse_arguments(argv: list[str] | None = None, script: Script = FINETUNE) -> tuple[Any, ...]:
+def parse_arguments(
+    argv: list[str] | None = None,
+    script: Script = FINETUNE,
+    description: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple[Any, ...]:
     """
     Parses the command line.
 
+    Args:
+        argv: the command line; by default that of the process.
+        script: whose it is.
+        description: the beginning of --help.
+        defaults: of a script that takes some of these flags for something else than training.
+
     Returns:
         ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and last the Problems, which are
-        the mistakes found in their values: whoever reads the data adds to them what it finds and raises them all.
+        the mistakes found in their values: whoever reads the data adds those it finds and raises them all.
 
     Raises:
-        InputError: where the command line as such can't be understood: unknown flags, values of the wrong type.
+        InputError: with all mistakes, if the command line as such can't be understood (unknown flags, values of the
+            wrong type), or if nothing has to be read to know them all.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    seen = _first_look(argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", *script.seen)
-    source = seen.dataset_name or ("digits" if seen.train_dir is None else "")
-    from_checkpoint = bool(seen.model_name_or_path or seen.config_name)
-    parser = build_parser(source, from_checkpoint, script)
-    if seen.config_name and not seen.model_name_or_path:
-        parser.set_defaults(learning_rate=FROM_SCRATCH_LEARNING_RATE)
-    parser.set_defaults(**script.defaults(source, seen))
-    if from_checkpoint:
-        parser.set_defaults(variant=None, image_size=None, patch_size=None)
-    elif seen.variant and seen.variant != parser.get_default("variant"):
-        parser.set_defaults(image_size=None, patch_size=None)  # these went with the variant that was not taken
-
+    given = first_look(
+        argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe"
+    )
+    if given.recipe == "list":
+        show(recipe_table(RECIPES.values()))
+        raise SystemExit(0)
+    source = given.dataset_name or ("digits" if given.train_dir is None else "")
+    parser = build_parser(script, description)
     problems = parser.problems
     try:
-        told = add_recipe_defaults(parser, argv, from_checkpoint)
+        trainer_values, told = _set_defaults(parser, argv, source, given, script, defaults or {})
     except ValueError as error:
         problems.add(str(error))
-        raise problems.as_error() from error
+        trainer_values, told = {}, None
 
-    namespace, unknown = parser.parse_known_args(argv)
-    refuse_unknown(unknown, parser, problems)
+    namespace, rest = parser.parse_known_args(argv)
+    trainer_words, unknown = split_words(rest)
+    if unknown:
+        refuse_unknown(unknown, [*parser.known_flags(), *(f"--{name}" for name in trainer_flags())], problems)
     is_understood = not problems.messages
 
     values = {**vars(namespace), **parser.instead_of_invalid}
     values["dataset_name"] = values["dataset_name"] or source or None
-    slug = _source_slug(source or values["train_dir"]) + script.output_suffix
-    values["output_dir"] = values["output_dir"] or str(Path("outputs", slug))
-    model_arguments, data_arguments = _fill(ModelArguments, values), _fill(DataArguments, values)
-    _check_model_arguments(model_arguments, problems)
-    _check_data_arguments(data_arguments, problems)
-    try:
-        training_arguments = _fill(ImageTrainingArguments, values)
-    except (ValueError, TypeError, ImportError) as error:
-        problems.add(str(error))
-        raise problems.as_error() from error
-    training_arguments.recipe_arguments = _fill(RecipeArguments, values)
-    training_arguments.recipe_arguments.told = told
-    training_arguments.recipe_arguments.check(problems)
-    own = [_fill(kind, values) for kind in script.flags]
+    values["output_dir"] = values["output_dir"] or _output_dir(source or values["train_dir"], script)
+    model_arguments, data_arguments = fill(ModelArguments, values), fill(DataArguments, values)
+    recipe_arguments, training_flags = fill(RecipeArguments, values), fill(TrainingFlags, values)
+    own = [fill(kind, values) for kind in script.flags]
+    is_sound_model = _check_model(model_arguments, problems)
+    for arguments in (data_arguments, recipe_arguments, training_flags):
+        arguments.check(problems)
     for arguments in own:
-        arguments.check(training_arguments, problems)
-    _check_training_arguments(training_arguments, problems)
-    _resolve_resume(training_arguments, problems)
+        arguments.check(training_flags, recipe_arguments, problems)
+    _check_together(training_flags, recipe_arguments, problems)
+    # A command that won't run goes on only where there may be more mistakes: in flags checked late, and in own images.
+    has_late_flags = (
+        trainer_words or any(values[name] for name in CHECKED_LATE) or values["optim"] != TrainingFlags.optim
+    )
+    if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
+        raise problems.as_error()
+
+    from .arguments import build_training_arguments, check_model, read_trainer_flags
+
+    count = len(problems.messages)
+    values |= trainer_values | read_trainer_flags(trainer_words, problems)
+    is_understood = is_understood and len(problems.messages) == count
+    if is_sound_model:
+        check_model(model_arguments, problems)
+    recipe_arguments.told = told
+    training_arguments = build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
     return model_arguments, data_arguments, training_arguments, *own, problems
 
 
-def _first_look(argv: list[str], *names: str) -> argparse.Namespace:
-    """The values of a few flags, on which the defaults of others depend."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
-    return parser.parse_known_args(argv)[0]
+def build_parser(script: Script = FINETUNE, description: str | None = None) -> Parser:
+    """The parser of our own flags, with the defaults that depend on nothing."""
+
+    def more_help() -> str:
+        from .arguments import trainer_help
+
+        return trainer_help(parser.shown)
+
+    parser = Parser(
+        ModelArguments,
+        DataArguments,
+        *script.flags,
+        RecipeArguments,
+        TrainingFlags,
+        groups={"most used": MOST_USED, **dict(script.groups), **GROUPS},
+        more_help=more_help,
+        usage=script.usage,
+        description=description,
+        epilog=script.epilog,
+    )
+    return parser
 
 
-def _fill(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.init})
+def _set_defaults(
+    parser: Parser, argv: list[str], source: str, given: argparse.Namespace, script: Script, defaults: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """
+    Gives the parser the defaults of this command, so that --help shows them.
+
+    Returns:
+        Those of flags that only the Trainer has; and what the user reads about the recipe.
+
+    Raises:
+        ValueError: for a recipe that does not exist, or is another script's.
+    """
+    objective = (given.objective or "supervised") if script.is_pretraining else None
+    chosen = defaults_for(source, given, objective)
+    is_saved_architecture = bool(given.model_name_or_path or given.config_name)
+    batch_size = parser.get_default("per_device_train_batch_size")
+    recipe, settings, told = recipe_defaults(argv, batch_size, is_saved_architecture)
+    ours = {action.dest for action in parser._actions}
+    if recipe is not None and (unknown := sorted(set(settings) - ours - trainer_flags())):
+        raise ValueError(
+            f"--recipe {recipe.name} is for scripts/{recipe.script}.py: there are no fields {', '.join(unknown)} here."
+        )
+    chosen |= settings | defaults
+    parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
+    return {name: value for name, value in chosen.items() if name not in ours}, told
 
 
-def _source_slug(source: str) -> str:
-    """A folder name for the data: its last name, or for a pattern of files, the folder they are in."""
+@cache
+def trainer_flags() -> frozenset[str]:
+    """The fields of transformers' TrainingArguments, read from its source: importing it would import torch."""
+    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
+    tree = ast.parse(Path(folder, "training_args.py").read_text(encoding="utf-8"))
+    kind = next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "TrainingArguments")
+    return frozenset(node.target.id for node in kind.body if isinstance(node, ast.AnnAssign))
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Of words that are none of our flags: the Trainer's flags with their values, and those that belong to nothing."""
+    of_trainer, unknown = [], []
+    target = unknown
+    for word in words:
+        if word.startswith("--"):
+            name = flag_name(word)[2:]
+            target = of_trainer if {name, name.removeprefix("no_")} & trainer_flags() else unknown
+        target.append(word)
+    return of_trainer, unknown
+
+
+def _output_dir(source: str, script: Script) -> str:
+    """outputs/ and the name of the data: its last part, or for a pattern of files, the folder they are in."""
     path = Path(source)
     name = path.name if "*" not in path.name else path.parent.name
-    return name.split(".")[0] or "model"
+    return str(Path("outputs", (name.split(".")[0] or "model") + script.output_suffix))
 
 
-def _check_model_arguments(arguments: ModelArguments, problems: Problems) -> None:
+def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
+    """What can be known without the configuration. Returns whether that may be asked for the rest."""
+    count = len(problems.messages)
     starts = [name for name in ("model_name_or_path", "variant", "config_name") if getattr(arguments, name)]
     if len(starts) > 1:
         problems.add(f"--{' and --'.join(starts)} each say what to start from. Keep one of them.")
@@ -161,136 +280,39 @@ def _check_model_arguments(arguments: ModelArguments, problems: Problems) -> Non
         size = getattr(arguments, name)
         if size is not None and (len(size) > 2 or min(size) < 1):
             problems.add(f"--{name} {' '.join(map(str, size))}: give one positive number, or two: height and width.")
-            setattr(arguments, name, None)
-    try:
-        fields = config_fields(arguments.config_overrides)
-    except ValueError as error:
-        problems.add(str(error))
-        return
-    if arguments.variant and len(starts) == 1:
-        overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        try:
-            ViTScratchConfig.from_variant(arguments.variant, **overrides, **fields)
-        except ValueError as error:
-            problems.add(f"--variant {arguments.variant}: {error}")
+    name = arguments.variant
+    if name and name not in VARIANT_NAMES and not name.startswith("test/"):
+        near = difflib.get_close_matches(name, VARIANT_NAMES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        problems.add(f"--variant {name}: there is no variant {name!r}.{hint} Variants: {', '.join(VARIANT_NAMES)}.")
+    elif name and len(problems.messages) == count:
+        patch = arguments.patch_size or [int(name.split("/")[1])]
+        size = arguments.image_size or patch
+        if any(size[axis] % patch[axis] for axis in (0, -1)):
+            told = " ".join(map(str, size))
+            problems.add(f"--image_size {told}: the patch of {' x '.join(map(str, patch))} pixels must divide it.")
+    return len(problems.messages) == count
 
 
-def _check_data_arguments(arguments: DataArguments, problems: Problems) -> None:
-    if arguments.dataset_name and arguments.train_dir:
-        problems.add("--dataset_name and --train_dir each say what to learn from. Keep one of them.")
-    if arguments.validation_dir and not arguments.train_dir:
-        problems.add("--validation_dir goes with --train_dir. Give that too, or leave this out.")
-    if arguments.dataset_config_name and arguments.dataset_name in (None, *SOURCE_DEFAULTS):
-        problems.add("--dataset_config_name goes with a --dataset_name of the Hub. Leave it out.")
-    if not 0.0 < arguments.train_val_split < 1.0:
-        problems.add(f"--train_val_split {arguments.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
-    for name in ("max_train_samples", "max_eval_samples"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            problems.add(f"--{name} {value} must be at least 1. Leave it out to use all images.")
-    if arguments.streaming and arguments.dataset_name in SOURCE_DEFAULTS:
-        problems.add(f"--streaming: {arguments.dataset_name} is small and here already. Leave it out.")
-    if arguments.streaming and arguments.max_train_samples is not None:
-        problems.add("--max_train_samples chooses from all images, which --streaming can't. Give --max_steps instead.")
-    if arguments.shuffle_buffer_size < 1:
-        problems.add(
-            f"--shuffle_buffer_size {arguments.shuffle_buffer_size} must be at least 1, which shuffles no more."
-        )
-    if arguments.label_names_file and not arguments.streaming:
-        problems.add("--label_names_file goes with --streaming. Leave it out: all labels are read before training.")
-    if arguments.export_examples and Path(arguments.export_examples).is_file():
-        problems.add(f"--export_examples {arguments.export_examples} is a file. Give a folder.")
-
-
-def _check_training_arguments(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    for name, (absent, reason) in REFUSED_FLAGS.items():
-        if getattr(arguments, name) != absent:
-            problems.add(f"--{name}: {reason}")
-    at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in at_least_one:
-        if getattr(arguments, name) < 1:
-            problems.add(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    if arguments.num_train_epochs <= 0 and arguments.max_steps <= 0:
-        problems.add(f"--num_train_epochs {arguments.num_train_epochs:g} must be above 0.")
-    if not arguments.learning_rate > 0:
-        problems.add(f"--learning_rate {arguments.learning_rate:g} must be above 0, e.g. 1e-3.")
-    if not 0.0 <= arguments.label_smoothing_factor < 1.0:
-        problems.add(f"--label_smoothing_factor {arguments.label_smoothing_factor:g} must be at least 0 and below 1.")
-    if not 0.0 < arguments.smallest_area <= 1.0:
-        problems.add(f"--smallest_area {arguments.smallest_area:g} must be above 0 and at most 1.")
-    if arguments.max_broken_images < 0:
-        problems.add(f"--max_broken_images {arguments.max_broken_images} must not be negative.")
-    if arguments.weight_decay < 0:
-        problems.add(f"--weight_decay {arguments.weight_decay:g} must not be negative.")
-    if arguments.recipe_arguments.loss == "bce" and arguments.label_smoothing_factor:
+def _check_together(training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
+    if recipe.loss == "bce" and training.label_smoothing_factor:
         problems.add(
             "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
             "classes there. Keep one of them."
         )
-    if arguments.images_on_device:
+    if training.images_on_device:
         for name, is_given in (
-            ("aug_repeats", arguments.recipe_arguments.aug_repeats > 1),
-            ("max_broken_images", arguments.max_broken_images > 0),
+            ("aug_repeats", recipe.aug_repeats > 1),
+            ("max_broken_images", training.max_broken_images > 0),
         ):
             if is_given:
                 problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
-    _check_probe(arguments, problems)
-    _check_hub(arguments, problems)
 
 
-def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """What can be known of a push without asking the Hub, which the trainer does before it trains."""
-    wishes = ("hub_model_id", "hub_private_repo", "hub_revision")
-    given = [f"--{name}" for name in wishes if getattr(arguments, name) is not None]
-    if given and not arguments.push_to_hub:
-        problems.add(f"{' '.join(given)}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
-    if arguments.push_to_hub and arguments.process_index == 0:
-        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
-            check_can_publish(name)
-        except InputError as error:
-            problems.add(f"--push_to_hub to {name}: {error}")
-    if arguments.license is not None and (reason := license_problem(arguments.license)):
-        problems.add(f"--license {arguments.license}: {reason}")
-
-
-def _check_probe(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    for name in ("probe_images", "probe_steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            problems.add(f"--{name} {value} must be at least 1.")
-    if arguments.probe_steps is not None and not arguments.probe:
-        problems.add(f"--probe_steps {arguments.probe_steps} says when, not what. Add --probe knn fewshot.")
-    if arguments.probe and arguments.probe_steps is None and arguments.eval_strategy == "no":
-        problems.add("--probe has no time to run at: add --probe_steps, or an --eval_strategy other than no.")
-
-
-def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """Turns --resume_from_checkpoint into a folder or None, and refuses to write over an earlier run."""
-    output, wish = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    if wish is None or wish.lower() in ("false", "no", "0"):
-        arguments.resume_from_checkpoint = None
-        if (output / "config.json").exists() or find_checkpoints(output):
-            problems.add(
-                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
-                "go on where it stopped with --resume_from_checkpoint True."
-            )
-    elif wish.lower() in ("true", "yes", "1"):
-        latest, damaged = latest_whole(output)
-        arguments.resume_from_checkpoint = None if latest is None else str(latest)
-        if latest is None and damaged:
-            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
-            problems.add(
-                f"--resume_from_checkpoint {wish}: no checkpoint in {output} is whole ({reasons}). Name one to try it "
-                "all the same, or remove the folder to start a new run."
-            )
-        elif latest is None:
-            problems.add(
-                f"--resume_from_checkpoint {wish}: there is no checkpoint in {output}. Leave it out to start a new run."
-            )
-    elif not Path(wish, STATE).is_file():
-        problems.add(f"--resume_from_checkpoint {wish} is not a checkpoint: it has no {STATE}.")
-    elif Path(wish, MANIFEST).is_file() and (reason := damage(wish)):
-        # Without run.json, it is of another program or of an earlier version, and nothing is known of its files.
-        problems.add(f"--resume_from_checkpoint {wish} is damaged: {reason}. Choose another one, or True.")
+def show_flags(title: str, *names: str) -> str:
+    """The part of finetune.py's --help on these flags, for a script that has them too."""
+    formatter, parser = HelpFormatter(""), build_parser()
+    formatter.start_section(title)
+    formatter.add_arguments([action for name in names for action in parser._actions if action.dest == name])
+    formatter.end_section()
+    return formatter.format_help()

@@ -12,7 +12,8 @@ from ..common.errors import InputError
 from ..common.stored_model import default_processor, load_stored_model, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from .arguments import ModelArguments, config_fields, pixels
+from .arguments import config_fields, pixels
+from .flags import ModelArguments
 
 
 def build_model(

@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from ..data.splits import ImageData
 from ..data.streams import ImageStream
 from .arguments import ImageTrainingArguments
-from .recipe_arguments import LOSSES
+from .flags import LOSSES
 
 
 class ClassificationLoss:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The figures of scripts/visualize.py: for each a function from a model and photos to arrays and their drawing. Its
-docstring is what `--help` says.
-"""
+"""The figures of scripts/visualize.py: for each a function from a model and photos to arrays and their drawing."""
 
 import difflib
 import textwrap
@@ -21,19 +18,19 @@ from ..common.errors import InputError
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import figures
 from .attention import attention_distances, head_maps, patch_distances, rollout_maps
+from .descriptions import LIMITS
 from .filters import patch_filters
 from .gradcam import grad_cam
 from .photos import as_pixels, batches, encoder, read_photo
 from .positions import position_similarity
 
 
-# What the paper averages the attention distance over (Figure 11); and what fits on a page.
-MAX_PHOTOS_MEASURED, MAX_PHOTOS_SHOWN, MAX_PHOTOS_IN_SHEET = 128, 8, 3
+MAX_PHOTOS_IN_SHEET = 3
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a figure is of: a model, its image processor, its name, the files of photos, and the command's wishes."""
+    """What a figure is of: a model, its image processor, its name, the files of photos, and the command's options."""
 
     model: ViTScratchPreTrainedModel
     processor: Any
@@ -67,14 +64,7 @@ class Picture:
 
 
 def filters(subject: Subject) -> Picture:
-    """
-    What the first layer looks for (Figure 7, left, of the paper).
-
-    The patch embedding multiplies each patch with as many filters as tokens are wide. Their first 28 principal
-    components are shown, the strongest first: a trained model has plain colours, edges and waves, of low frequency
-    before high, as one would choose to describe a small patch; a model that has learned nothing shows noise. Of a
-    hybrid, the filters are those of the ResNet's first convolution.
-    """
+    """What the first layer looks for (Figure 7, left, of the paper)."""
     found = patch_filters(subject.model)
     height, width = found.components.shape[1:3]
     count, explained = len(found.components), found.explained.sum()
@@ -88,13 +78,7 @@ def filters(subject: Subject) -> Picture:
 
 
 def positions(subject: Subject) -> Picture:
-    """
-    What the model knows of places (Figure 7, centre, and D.4 of the paper).
-
-    Each tile belongs to the patch at its place, and shows how alike its position embedding is to that of every patch:
-    the cosine, 1 at the patch itself. Trained models have neighbours alike and, with learned 1-D embeddings too, a
-    pattern of rows and columns: the grid that nobody told them of. Fresh ones show single points.
-    """
+    """What the model knows about positions (Figure 7, centre, and D.4 of the paper)."""
     base = encoder(subject.model)
     similarity = position_similarity(subject.model)
     rows, columns = similarity.shape[:2]
@@ -112,16 +96,9 @@ def positions(subject: Subject) -> Picture:
 
 
 def distance(subject: Subject) -> Picture:
-    """
-    How far each head looks (Figure 7, right, and D.7 of the paper).
-
-    A dot is a head of a layer: the distance in pixels between a patch and what it attends to, weighted by attention,
-    averaged over patches and photos. In trained models some heads of the first layers look at neighbours, as a
-    convolution would, and others at the whole image; in the last layers nearly all look far. A head on the dashed line
-    looks as far as one that attends to all patches alike. The paper takes 128 photos; give a folder.
-    """
+    """How far each head looks (Figure 7, right, and D.7 of the paper)."""
     base, rows, uniforms, sizes = encoder(subject.model), [], [], set()
-    photos, number = subject.read(MAX_PHOTOS_MEASURED), min(len(subject.photos), MAX_PHOTOS_MEASURED)
+    photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
         for batch in batches(photos, subject.batch_size):
             rows.append(attention_distances(subject.model, batch))
@@ -141,15 +118,8 @@ def distance(subject: Subject) -> Picture:
     return Picture(arrays, (6.0, 4.4), partial(_draw, figures.draw_distances, mean, uniform, caption))
 
 
-def rollout(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
-    """
-    What the model looks at, through all layers (Figures 6 and 14, and D.8 of the paper).
-
-    Attention rollout (Abnar & Zuidema, 2020): the attention of a layer, averaged over heads, mixes tokens, and the
-    residual connection keeps them; multiplied over the layers that says how much of each patch is in what represents
-    the image. A photo is lit where the map is large. It shows where information can have come from, not what speaks for
-    a class: see gradcam. A map that is the same for every photo is that of a model that has learned little.
-    """
+def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
+    """What the model looks at, through all layers (Figures 6 and 14, and D.8 of the paper)."""
     shown, maps = [], []
     for pixel_values in subject.read(limit):
         shown.append(as_pixels(pixel_values, subject.processor)[0])
@@ -163,13 +133,7 @@ def rollout(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
 
 
 def heads(subject: Subject) -> Picture:
-    """
-    What every head of every layer looks at, in one photo.
-
-    A map for each head: the attention of the class token to the patches or, in a model that pools by the mean, the mean
-    attention of all patches. Each is scaled by its own largest weight, so that maps show places, not amounts. Look for
-    heads with a fixed pattern, heads that follow objects, and heads that are alike.
-    """
+    """What every head of every layer looks at, in one photo."""
     (pixel_values,) = list(subject.read(1))
     maps, photo = head_maps(subject.model, pixel_values)[0], as_pixels(pixel_values, subject.processor)[0]
     layers, count, rows, columns = maps.shape
@@ -183,14 +147,8 @@ def heads(subject: Subject) -> Picture:
     return Picture({"attention": maps, "photo": photo}, size, partial(_draw, figures.draw_heads, photo, maps, caption))
 
 
-def gradcam(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
-    """
-    Which patches speak for a class.
-
-    Grad-CAM (Selvaraju et al., 2017), on the tokens of the last layer before its attention: channels weighted by the
-    gradient of the class's logit, summed, negative values cut. By default the class is the one that the model
-    predicts; --label names another, to see what would speak for it. It is a rough map, in patches.
-    """
+def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
+    """Which patches speak for a class."""
     classes = _class_index(subject.model, subject.label)
     shown, maps, labels = [], [], []
     for pixel_values in subject.read(limit):
@@ -208,13 +166,7 @@ def gradcam(subject: Subject, limit: int = MAX_PHOTOS_SHOWN) -> Picture:
 
 
 def sheet(subject: Subject) -> Picture:
-    """
-    All figures of a model on one page.
-
-    Filters, position similarity and attention distance above; attention rollout and Grad-CAM of the first three photos
-    and every head for the first one below. What a model can't show is said in its place. The other figures explain
-    what is to be seen: see their --help.
-    """
+    """All figures of a model on one page."""
     makers = {"filters": filters, "positions": positions, "distance": distance}
     makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
     subject.read(1)  # says so at once if there is no photo
@@ -234,9 +186,6 @@ def sheet(subject: Subject) -> Picture:
 FIGURES: dict[str, Callable[..., Picture]] = {
     figure.__name__: figure for figure in (filters, positions, distance, rollout, heads, gradcam, sheet)
 }
-# Figures of photos, and how many they take.
-LIMITS = {"distance": MAX_PHOTOS_MEASURED, "rollout": MAX_PHOTOS_SHOWN, "heads": 1, "gradcam": MAX_PHOTOS_SHOWN}
-LIMITS["sheet"] = MAX_PHOTOS_MEASURED
 
 
 def _draw(draw: Callable, *arguments: Any) -> None:

@@ -7,6 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from modeling_vit_scratch.common.flags import PHOTO_SMALLEST_AREA
+
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The command line: a task, and its flags. The namespace has the task as `measure`."""
@@ -15,7 +17,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     data = tasks.add_parser("data", help="reading photos for training", description=measure_data.__doc__)
     add_photo_flags(data)
     data.add_argument(
-        "--smallest_area", type=float, default=0.35,
+        "--smallest_area", type=float, default=PHOTO_SMALLEST_AREA,
         help="Training takes random parts of at least this share of the area. Default: %(default)s, that of training",
     )  # fmt: skip
     data.set_defaults(measure=measure_data)

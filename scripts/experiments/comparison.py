@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs side by side, from their records."""
+"""Finished runs side by side, from their records: what each started from, how good it got, and what that gains."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ _SAME = {
     "epochs": lambda record: record["training"]["epochs"],
     "training images": lambda record: record["dataset"]["num_training_images"],
 }
+
+
+def compare(argv: list[str]) -> None:
+    """`scripts/transfer.py compare`: prints the table."""
+    parser = argparse.ArgumentParser(
+        "transfer.py compare",
+        description="Finished runs side by side: what each started from, how good it got, and what it gains over the "
+        "first. Says where runs can't be compared: other held-out images, or another budget.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="run", help="the --output_dir of a run; the first is compared with")
+    print(compare_runs(read_runs(parser.parse_args(argv).runs)))
 
 
 def read_runs(folders: list[str]) -> dict[str, dict[str, Any]]:

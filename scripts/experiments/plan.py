@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
-from modeling_vit_scratch.data.arguments import SOURCE_DEFAULTS
+from modeling_vit_scratch.data.arguments import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS
-from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.command_line import parse_arguments
+from modeling_vit_scratch.training.flags import ModelArguments
 from modeling_vit_scratch.training.initial_model import load_encoder
 
 
@@ -56,30 +56,6 @@ class Run:
         return f"{self.kind}-{self.data}-{self.start}{rate}-{self.seed}"
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="the pretrained model: a folder, a file or a Hub id of any ViT")
-    add("--data", nargs="+", required=True, metavar="NAME[=PLACE]", help="the data sets: digits and elpv by their "
-        "names alone; else NAME=PLACE, where PLACE is what finetune.py takes as --train_dir, or the name of a data set "
-        "of the Hub. Example: digits pets=photos/pets")  # fmt: skip
-    add("--flags", nargs="+", default=[], metavar="NAME=FLAGS", help="flags of finetune.py for one data set only. "
-        "Example: pets='--validation_dir photos/test --num_train_epochs 30'")  # fmt: skip
-    add("--notes", nargs="+", default=[], metavar="NAME=TEXT", help="what readers of a figure should know of a data "
-        "set, e.g. how it was split; goes into the record and below the table")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run for each. Default: 0 1 2")
-    add("--scratch_learning_rate", nargs="+", type=float, help="learning rates for the runs from scratch: all are "
-        "tried, and the best one counts, chosen on the same held-out images, in favour of from scratch. Default: that "
-        "of the flags, or what finetune.py takes from scratch. Example: 3e-4 1e-3")  # fmt: skip
-    add("--jobs", type=int, default=1, help="runs at a time; they share the cores, and take turns on several GPUs")
-    add("--skip_probes", action="store_true", help="leave out the second table: features without fine-tuning")
-    add("--keep_models", action="store_true", help="keep the weights of every fine-tuned model")
-    add("--output_dir", default="outputs/transfer", help="where all goes. Default: outputs/transfer")
-    return parser
-
-
 def source_flags(name: str, place: str | None) -> list[str]:
     """What finetune.py calls a PLACE."""
     if place is None:
@@ -96,7 +72,7 @@ def plan_runs(arguments: argparse.Namespace, common: list[str]) -> list[Run]:
     OUTPUT_DIR/architectures: the pretrained model's, in the size that the flags ask for.
 
     Args:
-        arguments: of `build_parser`.
+        arguments: of `arguments.build_parser`.
         common: flags of finetune.py for all data sets.
 
     Raises:
@@ -105,8 +81,8 @@ def plan_runs(arguments: argparse.Namespace, common: list[str]) -> list[Run]:
     problems = Problems()
     places = dict(entry.partition("=")[::2] for entry in arguments.data)
     for name, place in places.items():
-        if not place and name not in SOURCE_DEFAULTS:
-            problems.add(f"--data {name}: only {' and '.join(SOURCE_DEFAULTS)} go by the name alone. Give NAME=PLACE.")
+        if not place and name not in BUILT_IN:
+            problems.add(f"--data {name}: only {' and '.join(BUILT_IN)} go by the name alone. Give NAME=PLACE.")
         if not name or not all(sign.isalnum() or sign in "-_.+ " for sign in name):
             problems.add(f"--data {name}: it names folders and rows of the table. Take letters, digits, - and _.")
     if len(places) < len(arguments.data):

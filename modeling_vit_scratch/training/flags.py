@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of training: what to start from, how to learn, how to augment. Defaults that depend: see `defaults`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.errors import Problems
+from ..common.flags import PHOTO_SMALLEST_AREA, BrokenImageFlags, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag
+from ..common.parsing import flag
+from .defaults import FINE_TUNING, FROM_SCRATCH
+
+
+# The names of `ViTScratchConfig`'s variants, without the one of the tests; importing them from there imports torch.
+VARIANT_NAMES = (
+    "Ti/16", "S/16", "S/32", "B/8", "B/16", "B/32", "L/16", "L/32", "H/14", "Mi/2", "Mi/4", "Mi/8", "Mi/16",
+    "R+Ti/16", "R26+S/32", "R26+B/32", "R50+B/16", "R50+L/32",
+)  # fmt: skip
+LOSSES = ("softmax", "sigmoid", "bce")
+PROBES = ("knn", "fewshot")
+# What masked patch prediction predicts, in words.
+MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
+_WHEN = ("no", "steps", "epoch")
+# What it is, and the fraction of patches that it hides.
+OBJECTIVES: dict[str, tuple[str, float | None]] = {
+    "supervised": ("labels, with the paper's tanh layer (3.1)", None),
+    "mpp": ("masked patch prediction (the paper's B.1.2)", 0.5),
+    "simmim": ("the pixels of masked squares", 0.6),
+    "mae": ("the pixels of masked patches, from the visible ones", 0.75),
+}
+
+
+@dataclass
+class ModelArguments(HubFlags):
+    """What the network starts from."""
+
+    model_name_or_path: str | None = flag(
+        None,
+        "Start from this model: a folder, a file of weights or a Hub id of any ViT. Its classifier is kept if its "
+        "labels are those of the data.",
+        metavar="MODEL",
+    )
+    variant: str | None = flag(
+        None,
+        f"Train from scratch, by size and patch: {', '.join(VARIANT_NAMES)}. Default: {FROM_SCRATCH['variant']}, or "
+        "one that suits a built-in data set.",
+        metavar="NAME",
+    )
+    config_name: str | None = flag(
+        None, "Train from scratch with the architecture of this config.json: a folder or a Hub id.", metavar="CONFIG"
+    )
+    image_processor_name: str | None = flag(
+        None, "Folder or Hub id of another image processor. Default: the model's.", metavar="NAME"
+    )
+    image_size: list[int] | None = flag(
+        None, "Input size in pixels: one number, or height and width. Default: that of the variant or model."
+    )
+    patch_size: list[int] | None = flag(None, "Patch size in pixels, in the same way.")
+    config_overrides: str | None = flag(
+        None, "Other fields of the configuration. Example: drop_path_rate=0.1,pooling=mean", metavar="FIELDS"
+    )
+    trust_remote_code: bool = flag(False, "Run code that comes with --image_processor_name. The model needs none.")
+
+
+@dataclass
+class RecipeArguments:
+    """Augmentation, loss, learning rates of layers and average of weights: what the Trainer has no flags for."""
+
+    recipe: str | None = flag(
+        None,
+        "Settings of a published run, which other flags override. `--recipe list` shows all of them, `--recipe NAME "
+        "--help` the settings of one.",
+        metavar="NAME",
+    )
+    auto_augment: str | None = flag(
+        None,
+        "Augmentation policy: ra (RandAugment), ta_wide (TrivialAugment), 3a (3-Augment), rand-m9-mstd0.5-inc1 (as in "
+        "timm) or randaug(2,10) (as in big_vision).",
+        metavar="POLICY",
+    )
+    color_jitter: float = flag(0.0, "Strength of random brightness, contrast and saturation. Example: 0.3")
+    random_erasing: float = flag(0.0, "Probability of erasing a random rectangle. Example: 0.25")
+    aug_repeats: int = flag(
+        1,
+        "Repeated augmentation: each image appears N times in a row. The epoch keeps its length, so it covers 1/N of "
+        "the images.",
+    )
+    mixup: float = flag(0.0, "Mixup alpha. With --cutmix, one of both per batch.", metavar="ALPHA")
+    cutmix: float = flag(0.0, "CutMix alpha.", metavar="ALPHA")
+    loss: str = flag(
+        "softmax",
+        "softmax: cross-entropy. sigmoid: binary cross-entropy, summed over classes, as in the paper. bce: its mean, "
+        "as in DeiT III. With several labels per image always binary.",
+        choices=LOSSES,
+    )
+    class_weights: list[str] | None = flag(
+        None,
+        "Weights of the classes in the loss: `balanced` (inverse frequency), or a number for each label.",
+        metavar="W",
+    )
+    layer_decay: float = flag(1.0, "Learning rate of each layer relative to the next one. Example: 0.75")
+    head_learning_rate_multiplier: float = flag(
+        1.0, "Learning rate of the classifier relative to --learning_rate. Example: 10"
+    )
+    ema_decay: float | None = flag(
+        None, "Decay of a moving average of the weights, which is then evaluated and saved. Example: 0.9999"
+    )
+    ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
+
+    told: str | None = field(init=False, default=None)  # what the user reads about the recipe
+
+    def check(self, problems: Problems) -> None:
+        """Adds what is wrong with the values, but for `auto_augment`, whose check needs numpy."""
+        for name, what in (
+            ("color_jitter", "strength of colour jitter"),
+            ("random_erasing", "probability of random erasing"),
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.add(
+                    f"--{name} {getattr(self, name):g}: the {what} must be above 0 and at most 1, or 0 for none."
+                )
+        if self.aug_repeats < 1:
+            problems.add(f"--aug_repeats {self.aug_repeats} must be at least 1, for every image once.")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                problems.add(f"--{name} {getattr(self, name):g} must not be negative.")
+        if not 0 < self.layer_decay <= 1:
+            problems.add(f"--layer_decay {self.layer_decay:g} must be above 0 and at most 1.")
+        if not self.head_learning_rate_multiplier > 0:
+            problems.add(f"--head_learning_rate_multiplier {self.head_learning_rate_multiplier:g} must be above 0.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            problems.add(f"--ema_decay {self.ema_decay:g} must lie between 0 and 1, e.g. 0.9999.")
+
+
+@dataclass
+class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
+    """Flags of transformers' Trainer that people set, with defaults for image classification; and the trainer's own."""
+
+    output_dir: str | None = flag(
+        None, "Folder for the model. Default: outputs/ and the name of the data.", metavar="DIR"
+    )
+    num_train_epochs: float = flag(10.0, "Passes over the training images.")
+    max_steps: int = flag(-1, "Train for N steps, not --num_train_epochs. Default: -1, off.")
+    per_device_train_batch_size: int = flag(64, "Batch size per device.")
+    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.")
+    learning_rate: float = flag(
+        FROM_SCRATCH["learning_rate"],
+        f"Peak learning rate: {FROM_SCRATCH['learning_rate']:g} from scratch, {FINE_TUNING['learning_rate']:g} with "
+        "--model_name_or_path.",
+    )
+    optim: str = flag(
+        "adamw_torch_fused",
+        "Optimizer: any of transformers', e.g. sgd; or lamb, for large batches as in DeiT III, which clips gradients "
+        "to a norm of 1.",
+        metavar="NAME",
+    )
+    lr_scheduler_type: str = flag("cosine", "Learning rate schedule.", metavar="NAME")
+    warmup_steps: float = flag(0.1, "Warmup steps; below 1, a fraction of all steps.")
+    weight_decay: float = flag(0.05, "Weight decay of dense layers and the patch projection; nothing else decays.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0: off.")
+    label_smoothing_factor: float = flag(0.0, "Label smoothing.")
+    eval_strategy: str = flag("epoch", "Evaluate: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
+    save_strategy: str = flag(
+        "epoch", "Save a checkpoint: no, steps, epoch or best.", metavar="WHEN", choices=(*_WHEN, "best")
+    )
+    logging_strategy: str = flag("epoch", "When to report the loss: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
+    save_total_limit: int | None = flag(2, "Checkpoints to keep.")
+    load_best_model_at_end: bool | None = flag(
+        None, "End with the weights of the best epoch. Default: if checkpoints are saved whenever they are evaluated."
+    )
+    metric_for_best_model: str | None = flag(
+        "accuracy",
+        "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss; with several labels per image "
+        "mean_average_precision, micro_f1, macro_f1, samples_f1 or exact_match.",
+        metavar="NAME",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "True: continue from the latest checkpoint in --output_dir. Or the path of a checkpoint.", metavar="PATH"
+    )
+    bf16: bool | None = flag(None, "Compute in bfloat16. Default: if the hardware supports it and --fp16 is off.")
+    dataloader_persistent_workers: bool | None = flag(
+        None, "Keep worker processes between epochs. Default: if there are any."
+    )
+    push_to_hub: bool = flag(False, "Publish the model on the Hub. Needs a token: HF_TOKEN or `hf auth login`.")
+    hub_model_id: str | None = flag(
+        None, "Repository on the Hub: NAME or USER/NAME. Default: the name of --output_dir.", metavar="NAME"
+    )
+    hub_strategy: str = flag(
+        "every_save",
+        "end: push the finished model. every_save: also each checkpoint's weights. checkpoint: also last-checkpoint/, "
+        "to resume elsewhere. all_checkpoints: also all of them.",
+        metavar="WHAT",
+    )
+    hub_private_repo: bool | None = flag(None, "Make a new repository private. Default: your account's setting.")
+    hub_always_push: bool = flag(False, "Push a checkpoint even if the previous upload has not finished.")
+    hub_revision: str | None = flag(None, "Branch to push to; created from main if missing.", metavar="BRANCH")
+
+    license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")
+    smallest_area: float = flag(
+        PHOTO_SMALLEST_AREA,
+        "Minimum area of the random crop, as a fraction of the image (torchvision's scale). 1 disables it.",
+    )
+    probe: list[str] | None = flag(
+        None,
+        "Test the features at every evaluation, without training on them: 20 nearest neighbours (knn), and least "
+        "squares on 1, 5, 10 and 25 images per class (fewshot).",
+        choices=PROBES,
+        metavar="NAME",
+    )
+    probe_images: int = flag(2000, "Training and held-out images that --probe uses, at most.")
+    probe_steps: int | None = flag(None, "Also run --probe every N steps.")
+    images_on_device: bool = flag(
+        False, "Keep all images in device memory at --image_size and augment them there. For many small images."
+    )
+
+    def check(self, problems: Problems) -> None:
+        """Adds what is wrong with the values."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                problems.add(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            problems.add(f"--num_train_epochs {self.num_train_epochs:g} must be above 0.")
+        if not self.learning_rate > 0:
+            problems.add(f"--learning_rate {self.learning_rate:g} must be above 0, e.g. 1e-3.")
+        if not 0.0 <= self.label_smoothing_factor < 1.0:
+            problems.add(f"--label_smoothing_factor {self.label_smoothing_factor:g} must be at least 0 and below 1.")
+        if not 0.0 < self.smallest_area <= 1.0:
+            problems.add(f"--smallest_area {self.smallest_area:g} must be above 0 and at most 1.")
+        for name in ("max_broken_images", "weight_decay"):
+            if getattr(self, name) < 0:
+                problems.add(f"--{name} {getattr(self, name):g} must not be negative.")
+        for name in ("probe_images", "probe_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.add(f"--{name} {value} must be at least 1.")
+        if self.probe_steps is not None and not self.probe:
+            problems.add(f"--probe_steps {self.probe_steps} says when, not what. Add --probe knn fewshot.")
+        if self.probe and self.probe_steps is None and self.eval_strategy == "no":
+            problems.add("--probe never runs: add --probe_steps, or an --eval_strategy other than no.")
+        given = [
+            f"--{name}"
+            for name in ("hub_model_id", "hub_private_repo", "hub_revision")
+            if getattr(self, name) is not None
+        ]
+        if given and not self.push_to_hub:
+            problems.add(f"{' '.join(given)}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
+
+
+@dataclass
+class PretrainingArguments:
+    """What the network learns before it is fine-tuned."""
+
+    objective: str = flag(
+        "supervised", "; ".join(f"{name}: {what}" for name, (what, _) in OBJECTIVES.items()) + ".", metavar="NAME"
+    )
+    mask_ratio: float | None = flag(
+        None,
+        "Fraction of patches to hide. Default: "
+        + ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
+        + ".",
+    )
+    mask_patch_size: int = flag(32, "SimMIM: side of the masked squares in pixels, a multiple of the patch.")
+    mpp_target: str = flag(
+        "mean_color",
+        "MPP: predict mean_color (3-bit, 512 classes), downsized (4 x 4 of them per patch) or full_patch (pixels).",
+        metavar="NAME",
+    )
+    norm_pix_loss: bool = flag(True, "MAE: normalize the target pixels of each patch.")
+    decoder_hidden_size: int | None = flag(None, "MAE: decoder width. Default: two thirds, at most 512.")
+    decoder_num_hidden_layers: int | None = flag(None, "MAE: its layers. Default: two thirds, at most 8.")
+    decoder_num_attention_heads: int | None = flag(None, "MAE: its heads. Default: one per 32 channels.")
+
+    @property
+    def is_supervised(self) -> bool:
+        return self.objective == "supervised"
+
+    def facts(self) -> dict[str, Any]:
+        """The flags that the objective reads, for the record."""
+        names = {
+            "supervised": (),
+            "mpp": ("mask_ratio", "mpp_target"),
+            "simmim": ("mask_ratio", "mask_patch_size"),
+            "mae": ("mask_ratio", "norm_pix_loss"),
+        }
+        return {"objective": self.objective} | {name: getattr(self, name) for name in names[self.objective]}
+
+    def check(self, training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
+        """Adds what is wrong with the values, and sets the default of `mask_ratio`."""
+        if self.objective not in OBJECTIVES:
+            problems.add(f"--objective {self.objective} is none of {', '.join(OBJECTIVES)}.")
+            return
+        if self.mpp_target not in MPP_TARGETS:
+            problems.add(f"--mpp_target {self.mpp_target} is none of {', '.join(MPP_TARGETS)}.")
+        if self.is_supervised:
+            if self.mask_ratio is not None:
+                problems.add("--mask_ratio goes with an --objective that masks: mpp, simmim or mae. Leave it out.")
+            return
+        if self.mask_ratio is None:
+            self.mask_ratio = OBJECTIVES[self.objective][1]
+        if not 0.0 < self.mask_ratio < 1.0:
+            problems.add(f"--mask_ratio {self.mask_ratio:g} must lie between 0 and 1, e.g. 0.75.")
+        for name, value in (
+            ("mixup", recipe.mixup),
+            ("cutmix", recipe.cutmix),
+            ("label_smoothing_factor", training.label_smoothing_factor),
+        ):
+            if value:
+                problems.add(
+                    f"--{name} {value:g} needs labels, and --objective {self.objective} has none. Leave it out."
+                )
+        if recipe.head_learning_rate_multiplier != 1.0:
+            problems.add(
+                f"--head_learning_rate_multiplier: --objective {self.objective} has no classifier. Leave it out."
+            )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How every script starts: it reads its command line before torch is imported, so that --help and mistakes are answered at
+once.
+
+Importing the package registers its classes with transformers' Auto classes, which imports torch: seconds. Its modules
+for command lines need none of that, but Python imports a package before its modules. So a script reads its command line
+with the package's modules alone, and imports the package itself when it knows what to do:
+
+    def main() -> None:
+        with before_torch():
+            from modeling_vit_scratch.evaluation.arguments import parse_arguments
+
+            arguments = parse_arguments()
+        ...
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+PACKAGE = "modeling_vit_scratch"
+
+# Before torch is imported: threads that spin while they wait make a CPU with other work ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def before_torch() -> Iterator[None]:
+    """Modules of the package that are imported in here come without its __init__, which runs at the end."""
+    _find_modules()
+    yield
+    package = sys.modules[PACKAGE]
+    if not hasattr(package, "__version__"):
+        package.__spec__.loader.exec_module(package)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's main, and exits: with a message in place of a traceback for what users can fix."""
+    _find_modules()
+    from modeling_vit_scratch.common.errors import run_command_line
+
+    sys.exit(run_command_line(main))
+
+
+def _find_modules() -> None:
+    """Lets modules of the package be imported without its __init__, if it is not imported yet."""
+    if PACKAGE not in sys.modules:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None:
+            raise ModuleNotFoundError(f"{PACKAGE} is not installed here: pip install -e .", name=PACKAGE)
+        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)

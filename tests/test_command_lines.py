@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines: --help and mistakes of every script before torch is imported, and flags that scripts share."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_images import ROOT
+
+from modeling_vit_scratch import VARIANTS
+from modeling_vit_scratch.checkpoint.formats import FORMATS
+from modeling_vit_scratch.common import flags as shared
+from modeling_vit_scratch.common.parsing import Parser, flag_metadata
+from modeling_vit_scratch.data.arguments import BUILT_IN, DataArguments
+from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+from modeling_vit_scratch.prediction.arguments import PredictionArguments
+from modeling_vit_scratch.training import defaults
+from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, build_parser, parse_arguments
+from modeling_vit_scratch.training.flags import (
+    OBJECTIVES,
+    VARIANT_NAMES,
+    ModelArguments,
+    PretrainingArguments,
+    RecipeArguments,
+    TrainingFlags,
+)
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+HEAVY = {"torch", "transformers", "datasets", "numpy", "sklearn", "matplotlib", "gradio"}
+# Runs a script as Python does, and says on the last line what it has imported.
+PROGRAM = """
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    status = None
+except SystemExit as end:
+    status = end.code or 0
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+
+
+def run(script, *words):
+    """The exit status, what was printed, the errors, and the modules that were imported."""
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / f"{script}.py"), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    *printed, last = done.stdout.splitlines() or [""]
+    assert last, done.stderr
+    status, modules = json.loads(last)
+    return status, printed, done.stderr, set(modules)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_torch_and_fits_on_a_few_pages(script):
+    status, printed, errors, modules = run(script, "--help")
+    assert (status, errors) == (0, "")
+    assert not modules & HEAVY
+    assert len(printed) <= 220
+    assert any(line.startswith("    python scripts/") for line in printed[:12]), "no example on top"
+    assert "test/4" not in "\n".join(printed)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "parts"),
+    [
+        (
+            "finetune",
+            ["--learnin_rate", "1", "--num_train_epochs=many", "--variant", "S/15", "--mixup", "-1", "--recipe", "x"],
+            ("5 problems", "Did you mean --learning_rate?", "--num_train_epochs: invalid", "Did you mean S/16?",
+             "--mixup -1", "no recipe 'x'"),
+        ),
+        ("finetune", ["--variant", "S/16", "--image_size", "100"], ("must divide",)),
+        ("finetune", ["--train_val_split", "7", "--max_stepss", "3"], ("2 problems", "Did you mean --max_steps?")),
+        ("finetune", ["--activation_checkpoint", "1"], ("Did you mean --activation_checkpointing?",)),
+        ("pretrain", ["--objective", "foo", "--mask_ratio", "x"], ("2 problems", "--objective foo", "--mask_ratio: ")),
+        ("evaluate", ["model", "data", "--crops", "3", "--foo"], ("2 problems", "--crops: invalid choice", "--foo")),
+        ("predict", ["model", "photo.jpg", "--topk", "3", "--dtype", "x"], ("2 problems", "--dtype", "--top_k?")),
+        ("probe", ["model", "--skip_linear", "--train_val_split", "7"], ("--train_val_split 7",)),
+        ("visualize", ["filters", "m", "--image_size", "1", "2", "3", "--save_arrays", "x"], ("2 problems", ".npz")),
+        ("visualize", ["augmentation", "--mixup", "-1"], ("--mixup -1",)),
+        ("transfer", ["compare", "nowhere"], ("nowhere has no results.json",)),
+    ],
+)  # fmt: skip
+def test_mistakes_are_answered_in_one_message_before_torch(script, words, parts):
+    status, printed, errors, modules = run(script, *words)
+    assert (status, printed) == (2, [])
+    assert not modules & HEAVY
+    assert all(part in errors for part in parts), errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if script not in ("evaluate", "finetune", "predict", "pretrain")]
+)
+def test_a_flag_that_does_not_exist_is_refused_before_torch(script):
+    needed = {"app": ["m"], "convert": ["m", "o"], "export": ["m", "o"], "publish": ["f", "me/x"], "probe": ["m"]}
+    needed |= {
+        "benchmark": ["data"],
+        "visualize": ["filters", "m"],
+        "transfer": ["--model_name_or_path", "m", "--data", "digits"],
+    }
+    status, _, errors, modules = run(script, *needed.get(script, []), "--nonsense")
+    if script == "transfer":  # a flag of finetune.py for all it knows, which checks it
+        assert "--nonsense" in errors
+        return
+    assert status == 2
+    assert "--nonsense" in errors
+    assert not modules & HEAVY
+
+
+def test_a_comparison_of_runs_loads_few_files():
+    _, _, _, modules = run("transfer", "compare", "nowhere")
+    ours = {name for name in modules if name.partition(".")[0] in ("modeling_vit_scratch", "experiments", "startup")}
+    assert len(ours) <= 10
+
+
+def test_help_all_has_the_flags_of_the_trainer():
+    status, printed, _, modules = run("finetune", "--help", "all")
+    text = "\n".join(printed)
+    assert status == 0
+    assert "torch" in modules
+    for name in ("--adam_beta1 X", "--logging_strategy WHEN", "--train_dir DIR", "--fsdp", "adamw_torch_fused"):
+        assert f"  {name}" in text or f" {name}" in text
+    assert text.count("  --learning_rate X") == 1
+
+
+def test_after_the_command_line_the_package_is_whole():
+    program = """
+import sys
+from startup.quick import before_torch
+with before_torch():
+    from modeling_vit_scratch.training.command_line import build_parser
+    build_parser()
+    assert "torch" not in sys.modules
+import modeling_vit_scratch
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert CONFIG_MAPPING["vit_scratch"] is modeling_vit_scratch.ViTScratchConfig
+assert modeling_vit_scratch.ViTScratchModel._auto_class == "AutoModel"
+assert modeling_vit_scratch.ViTScratchModel.checkpoint_loader is modeling_vit_scratch._load_checkpoint
+with before_torch():  # no more to do
+    pass
+print("whole")
+"""
+    environment = {"PYTHONPATH": str(ROOT / "scripts"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["whole"], done.stderr
+
+
+def test_every_script_reads_its_command_line_first():
+    for script in SCRIPTS:
+        text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
+        names = {
+            module for node in ast.parse(text).body if isinstance(node, ast.ImportFrom) for module in [node.module]
+        }
+        assert names <= {"startup.quick", "pathlib", "typing"}, script
+        assert "    with before_torch():\n" in text
+        assert text.endswith('if __name__ == "__main__":\n    run(main)\n')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names that are written down, since reading them would import torch
+
+
+def test_names_are_those_of_the_library():
+    assert {*VARIANT_NAMES, "test/4"} == set(VARIANTS)
+    assert set(OBJECTIVES) == set(defaults.OBJECTIVES)
+    assert set(BUILT_IN) == set(defaults.DATA_SETS)
+    from convert import FORMATS as formats  # scripts/convert.py
+
+    assert formats == tuple(FORMATS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each flag once
+
+
+def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
+    for script, kinds in (
+        (FINETUNE, (ModelArguments, DataArguments, RecipeArguments, TrainingFlags)),
+        (PRETRAIN, (ModelArguments, DataArguments, PretrainingArguments, RecipeArguments, TrainingFlags)),
+    ):
+        names = [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
+        assert len(names) == len(set(names))
+        hidden = {"logging_strategy", "dataloader_persistent_workers", "hub_always_push", "hub_revision"}
+        assert build_parser(script).shown == set(names) - hidden
+
+
+def test_a_flag_of_several_scripts_has_one_help_text():
+    kinds = [kind for kind in vars(shared).values() if dataclasses.is_dataclass(kind)]
+    texts = {field.name: field.metadata["help"] for kind in kinds for field in dataclasses.fields(kind)}
+    train = (ModelArguments, DataArguments, TrainingFlags)
+    for own in (EvaluationArguments, PredictionArguments):
+        for name in (field.name for field in dataclasses.fields(own) if field.init):
+            common = [kind for kind in train if name in kind.__dataclass_fields__]
+            for kind in common:
+                # The same text, but for what means something else.
+                if name not in ("output_dir", "max_broken_images", "split"):
+                    assert flag_metadata(own, name)["help"] == flag_metadata(kind, name)["help"] == texts[name], name
+
+
+def test_a_subclass_that_changes_a_default_keeps_the_help_text(capsys):
+    @dataclasses.dataclass
+    class Own(shared.ReadingFlags):
+        per_device_eval_batch_size: int = 7
+
+    parser = Parser(Own, groups={"own": ("per_device_eval_batch_size",)})
+    with pytest.raises(SystemExit):
+        parser.parse_known_args(["--help"])
+    assert "Batch size per device, without gradients." in " ".join(capsys.readouterr().out.split())
+    assert parser.parse_known_args([])[0].per_device_eval_batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "script", "rate"),
+    [
+        ([], FINETUNE, 1e-3),
+        (["--model_name_or_path", "x"], FINETUNE, 1e-4),
+        (["--config_name", "x"], FINETUNE, 1e-3),
+        (["--dataset_name", "elpv", "--model_name_or_path", "x"], FINETUNE, 1e-4),
+        (["--model_name_or_path", "x"], PRETRAIN, 1e-3),
+        (["--objective", "mae", "--model_name_or_path", "x"], PRETRAIN, 1e-3),
+        (["--recipe", "bv_transfer_cifar10", "--model_name_or_path", "x"], FINETUNE, 0.003),
+        (["--recipe", "bv_transfer_cifar10", "--model_name_or_path", "x", "--learning_rate", "1"], FINETUNE, 1.0),
+    ],
+)
+def test_the_learning_rate_is_decided_by_the_situation(words, script, rate):
+    assert parse_arguments(words, script)[2].learning_rate == rate
