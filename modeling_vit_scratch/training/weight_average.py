@@ -108,16 +108,16 @@ class WeightAverage(TrainerCallback):
         return any(isinstance(weight, DTensor) for weight in self.average.values())
 
     def _load(self, folder: str) -> None:
-        place = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
-        if not place.exists():
+        path = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
+        if not path.exists():
             raise InputError(
-                f"The checkpoint {folder} has no average of the weights ({place.name}): its run had no --ema_decay. "
+                f"The checkpoint {folder} has no average of the weights ({path.name}): its run had no --ema_decay. "
                 "Go on without it, too, or start a new run."
             )
         if self.is_sharded:
-            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(place))
+            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(path))
             return
-        stored = load_file(place)
+        stored = load_file(path)
         for name, weight in self.average.items():
             weight.copy_(stored[name])
 
