@@ -198,7 +198,7 @@ def test_mae_is_that_of_transformers_on_the_same_weights(norm_pix_loss):
         decoder[name] = decoder[name].unflatten(0, (3, 16)).transpose(0, 1).flatten(0, 1)
     state |= {f"decoder.{key}": value for key, value in {**decoder, **layers}.items()}
     y = x = torch.arange(4.0)
-    from modeling_vit_scratch.modeling_vit_scratch import sincos_positions
+    from modeling_vit_scratch.positions_vit_scratch import sincos_positions
 
     state["decoder.decoder_pos_embed"] = torch.cat([torch.zeros(1, 1, 16), sincos_positions(y, x, 16)], 1)
     theirs.load_state_dict(state)

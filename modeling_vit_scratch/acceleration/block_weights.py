@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_vit_scratch import is_plain
+from ..encoder_vit_scratch import is_plain
 
 
 @functools.cache

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling_vit_scratch import ViTScratchLayer, ViTScratchModel, ViTScratchPreTrainedModel
+from ..encoder_vit_scratch import ViTScratchLayer
+from ..modeling_vit_scratch import ViTScratchModel, ViTScratchPreTrainedModel
 
 
 class _Groups:

@@ -124,9 +124,9 @@ from transformers import pipeline
 print({call})
 ```"""
     told = [
-        "`pip install torch transformers pillow` is all it takes. The code of the model is in this repository, three "
-        "files of Python, and `trust_remote_code=True` lets it run: read it before, and fix it with `revision=` and "
-        "the name of a commit."
+        "`pip install torch transformers pillow` is all it takes. The code of the model is in this repository, Python "
+        "files beside the weights, and `trust_remote_code=True` lets it run: read it before, and fix it with "
+        "`revision=` and the name of a commit."
     ]
     if facts.is_multi_label:
         told.append("Each score is a probability of its own, so that they don't sum to 1; `top_k=None` gives all.")

@@ -18,14 +18,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..modeling_vit_scratch import (
-    ViTScratchLayer,
-    ViTScratchModel,
-    ViTScratchPreTrainedModel,
-    axis_places,
-    dense,
-    sincos_positions,
-)
+from ..encoder_vit_scratch import ViTScratchLayer, dense
+from ..modeling_vit_scratch import ViTScratchModel, ViTScratchPreTrainedModel
+from ..positions_vit_scratch import axis_places, sincos_positions
 
 
 MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
