@@ -9,6 +9,7 @@ ViT. "The paper" is Dosovitskiy et al. (arXiv:2010.11929v2), its code github.com
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,19 @@ from .configuration_vit_scratch import ViTScratchConfig
 from .encoder_vit_scratch import (
     ViTScratchAttention,
     ViTScratchEmbeddings,
+    ViTScratchEncoder,
     ViTScratchLayer,
     ViTScratchLayerScale,
+    ViTScratchMLP,
     ViTScratchPooler,
-    dense,
-    lecun_normal_,
 )
 from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
+
+
+def lecun_normal_(weight: Tensor) -> Tensor:
+    """Flax's default for a kernel: variance 1 / fan-in, cut at two standard deviations of the uncut normal."""
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978  # the standard deviation that is left by the cut
+    return init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 class ViTScratchPreTrainedModel(PreTrainedModel):
@@ -79,6 +86,18 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory)
 
+    def post_init(self) -> None:
+        """As in transformers; first, dense layers that start in a way of their own are marked for `_init_weights`."""
+        for module in self.modules():
+            if isinstance(module, ViTScratchAttention):
+                # The gain makes up for fusing: xavier's bound is that of three separate D x D matrices.
+                module.qkv.kernel_init = partial(init.xavier_uniform_, gain=math.sqrt(2))
+            elif isinstance(module, ViTScratchMLP):
+                module.fc1.bias_std = module.fc2.bias_std = 1e-6
+            elif isinstance(module, ViTScratchPooler) and module.dense is not None:
+                module.dense.kernel_init = lecun_normal_
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As in the paper's code. The functions of `init` leave alone what a checkpoint has filled."""
@@ -109,14 +128,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether a user's forward hook looks at what the layer computes, and so must see all of it."""
-    known = ("torch.distributed", "transformers.", "accelerate.")  # these move weights, or record what is asked for
-    hooks = [hook for module in layer.modules() for hook in module._forward_hooks.values()]
-    return any(not getattr(hook, "__module__", "").startswith(known) for hook in hooks)
-
-
-class ViTScratchModel(ViTScratchPreTrainedModel):
+class ViTScratchModel(ViTScratchPreTrainedModel, ViTScratchEncoder):
     """
     The encoder without a head.
 
@@ -127,29 +139,20 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
     """
 
     def __init__(self, config: ViTScratchConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
-        super().__init__(config)
-        self.embeddings = ViTScratchEmbeddings(config, use_mask_token)
-        self.layers = nn.ModuleList(ViTScratchLayer(config, index) for index in range(config.num_hidden_layers))
-        # Table 8: positions may enter again before every later layer, each layer's own or those of the stem.
-        num_later = config.num_hidden_layers - 1 if config.position_embedding_placement == "every_layer" else 0
-        self.later_position_embeddings = nn.ModuleList(ViTScratchPositionEmbeddings(config) for _ in range(num_later))
-        has_norm = not config.norm_after_pooling
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        super().__init__(config, use_mask_token)
         self.pooler = ViTScratchPooler(config) if add_pooling_layer else None
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, attention_mask: Tensor | None = None,
-        pooled_output_only: bool = False, **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:  # fmt: skip
         """
         Args:
             pixel_values: (B, C, H, W), normalised as the image processor does; any H and W that the patch divides.
             bool_masked_pos: (B, N) or (B, rows, columns), true where the mask token replaces the patch.
             attention_mask: (B, T), zero for tokens that no token attends to.
-            pooled_output_only: promise to use `pooler_output` only. The last layer then computes no more than the class
-                token needs, and `last_hidden_state` is (B, 1, D); with a distillation head, that token too: (B, 2, D).
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. The weights of `output_attentions` are
                 true under every attention implementation. transformers' `interpolate_pos_encoding` changes nothing:
                 every size works.
@@ -165,40 +168,27 @@ class ViTScratchModel(ViTScratchPreTrainedModel):
             raise ValueError(
                 f"pixel_values must be normalised floating-point numbers, got {got}: use the image processor."
             )
-        kwargs.pop("interpolate_pos_encoding", None)
-        wants_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        wants_weights = kwargs.setdefault("output_attentions", self.config.output_attentions)
-
-        grid = self.embeddings.patch_embeddings.grid(pixel_values)
+        for name in ("interpolate_pos_encoding", "output_hidden_states"):  # the decorator collects hidden states
+            kwargs.pop(name, None)
+        kwargs.setdefault("output_attentions", self.config.output_attentions)
         # A model in half precision takes the float32 pixels of the image processor.
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # equation 1
         mask = None
         if attention_mask is not None:
-            wanted, got = tuple(hidden_states.shape[:2]), tuple(attention_mask.shape)
-            if wanted != got:
-                raise ValueError(f"attention_mask must have the shape (batch, tokens) = {wanted}, got {got}.")
-            config = copy.copy(self.config)  # it says which form of mask the attention implementation takes
-            config._attn_implementation = "eager" if wants_weights else config._attn_implementation
-            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
-
-        # Where only the class token is wanted, the last layer computes only its query, projection and MLP: the same
-        # logits and gradients with 7 % fewer operations at 12 layers.
-        cls_only = pooled_output_only and self.config.pooling == "cls" and mask is None
-        cls_only = cls_only and not (wants_weights or wants_states or is_watched(self.layers[-1]))
-        placement = self.config.position_embedding_placement
-        for index, layer in enumerate(self.layers):
-            if placement == "every_layer" and index > 0:
-                hidden_states = self.later_position_embeddings[index - 1](hidden_states, *grid)
-            elif placement == "every_layer_shared" and index > 0:
-                hidden_states = self.embeddings.position_embeddings(hidden_states, *grid)
-            num_wanted = 2 if self.config.use_distillation_head else 1
-            num_queries = num_wanted if cls_only and index == len(self.layers) - 1 else None
-            hidden_states = layer(hidden_states, mask, grid, num_queries, **kwargs)
-
-        sequence = self.layernorm(hidden_states)  # equation 4, for every token
-        pooled = None if self.pooler is None else self.pooler(sequence, attention_mask)
+            mask = self._expand_mask(attention_mask, pixel_values, kwargs["output_attentions"])
+        sequence = super().forward(pixel_values, bool_masked_pos, mask, **kwargs)
+        pooled = None if self.pooler is None else self.pooler(sequence, attention_mask=attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=sequence, pooler_output=pooled)
+
+    def _expand_mask(self, attention_mask: Tensor, pixel_values: Tensor, output_attentions: bool | None) -> Any:
+        """The mask (B, T) in the form that the attention implementation takes."""
+        rows, columns = self.embeddings.patch_embeddings.grid(pixel_values)
+        wanted = (pixel_values.shape[0], self.config.num_prefix_tokens + rows * columns)
+        if wanted != (got := tuple(attention_mask.shape)):
+            raise ValueError(f"attention_mask must have the shape (batch, tokens) = {wanted}, got {got}.")
+        config, tokens = copy.copy(self.config), pixel_values.new_empty(*wanted, 1)  # only its shape and type count
+        config._attn_implementation = "eager" if output_attentions else config._attn_implementation
+        return create_bidirectional_mask(config=config, inputs_embeds=tokens, attention_mask=attention_mask)
 
 
 def image_classification_loss(
@@ -252,11 +242,12 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
         super().__init__(config)
         self.num_labels, width = config.num_labels, config.representation_size or config.hidden_size
         self.vit = ViTScratchModel(config)
-        start = {"kernel_init": init.zeros_ if config.zero_init_head else None, "bias_mean": config.head_bias_init}
-        self.classifier = dense(width, self.num_labels, **start) if self.num_labels else nn.Identity()
+        self.classifier = nn.Linear(width, self.num_labels) if self.num_labels else nn.Identity()
         has_second = config.use_distillation_head and self.num_labels
-        second = dense(config.hidden_size, self.num_labels, **start) if has_second else None
-        self.distillation_classifier = second
+        self.distillation_classifier = nn.Linear(config.hidden_size, self.num_labels) if has_second else None
+        for head in filter(None, (self.classifier, self.distillation_classifier)):
+            head.kernel_init = init.zeros_ if config.zero_init_head else init.xavier_uniform_
+            head.bias_mean = config.head_bias_init
         self.loss_function = image_classification_loss  # set here: transformers would choose by the name of the class
         self.post_init()
 
@@ -274,7 +265,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
             `logits` (B, K), outside of training divided by the temperature; with labels, `loss`, a float32 scalar, of
             the logits before that.
         """
-        outputs = self.vit(pixel_values, attention_mask=attention_mask, pooled_output_only=True, **kwargs)
+        outputs = self.vit(pixel_values, attention_mask=attention_mask, **kwargs)
         logits, loss = self.classifier(outputs.pooler_output), None
         if self.distillation_classifier is not None:
             logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
@@ -284,6 +275,12 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
             logits = logits / self.config.temperature
         more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return ImageClassifierOutput(loss=loss, logits=logits, **more)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """(B, N, C * height * width) -> (B, C, H, W): undoes `patchify`."""
+    images = patches.reshape(patches.shape[0], *grid, -1, *patch)  # (B, rows, columns, C, height, width)
+    return images.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
@@ -297,7 +294,7 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
                 "take stem_layers=None."
             )
         self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
-        self.decoder = dense(config.hidden_size, config.num_channels * math.prod(config.patch_hw))
+        self.decoder = nn.Linear(config.hidden_size, config.num_channels * math.prod(config.patch_hw))
         self.post_init()
 
     @can_return_tuple
@@ -311,11 +308,11 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
         Returns:
             `reconstruction` (B, C, H, W); with `bool_masked_pos`, `loss`, the mean absolute error on masked pixels.
         """
-        outputs = self.vit(pixel_values, bool_masked_pos, attention_mask, **kwargs)
+        masks = {"bool_masked_pos": bool_masked_pos, "attention_mask": attention_mask}
+        outputs = self.vit(pixel_values, **masks, **kwargs)
         grid, patch = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.patch_hw
         patches = self.decoder(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])  # (B, N, C * patch area)
-        patches = patches.unflatten(2, (-1, *patch)).unflatten(1, grid)  # (B, rows, columns, C, patch height, width)
-        reconstruction = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        reconstruction = unpatchify(patches, grid, patch)  # (B, C, H, W)
         loss = None
         if bool_masked_pos is not None:
             mask = bool_masked_pos.reshape(-1, 1, *grid).to(reconstruction.device)

@@ -6,6 +6,7 @@ grid of patches that was trained and, resampled, for any other.
 Shapes are those of `encoder_vit_scratch.py`. "The paper" is Dosovitskiy et al. (arXiv:2010.11929v2).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ def resample_positions(positions: Tensor, rows: int, columns: int, interpolation
     return resampled.permute(0, 2, 3, 1).to(positions.dtype)
 
 
-def axis_places(stored: int, size: int, device: torch.device) -> Tensor:
-    """Where `size` patches lie on an axis that is stored for another number of them, corners aligned: (size,)."""
-    return torch.arange(size, device=device) * (stored - 1) / torch.sym_max(size - 1, 1)
+def grid_places(stored: tuple[int, int], grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the patches of a grid lie on the stored one, corners aligned: rows (rows,), columns (columns,)."""
+    y, x = (torch.arange(size, device=device) for size in grid)
+    return y * (stored[0] - 1) / y[-1].clamp(min=1), x * (stored[1] - 1) / x[-1].clamp(min=1)
 
 
 def sincos_positions(y: Tensor, x: Tensor, width: int) -> Tensor:
@@ -51,36 +53,38 @@ class ViTScratchPositionEmbeddings(nn.Module):
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
         self.kind, self.interpolation = config.position_embedding, config.position_embedding_interpolation
-        self.width, self.rows, self.columns = config.hidden_size, *config.grid_hw
+        self.width, self.grid = config.hidden_size, config.grid_hw
         # Of the tokens before the patches, class and distillation token may have a position; registers never do.
         num_classifying = int(config.use_cls_token) + int(config.use_distillation_token)
         self.num_placed = num_classifying if self.kind == "learned_1d" and config.cls_token_position else 0
         self.num_unplaced = config.num_prefix_tokens - self.num_placed
         if self.kind == "learned_1d":
-            self.weight = nn.Parameter(torch.empty(1, self.num_placed + self.rows * self.columns, self.width))
+            self.weight = nn.Parameter(torch.empty(1, self.num_placed + math.prod(self.grid), self.width))
         elif self.kind == "learned_2d":
-            self.row_weight = nn.Parameter(torch.empty(1, self.rows, 1, self.width // 2))
-            self.column_weight = nn.Parameter(torch.empty(1, 1, self.columns, self.width // 2))
+            self.row_weight = nn.Parameter(torch.empty(1, self.grid[0], 1, self.width // 2))
+            self.column_weight = nn.Parameter(torch.empty(1, 1, self.grid[1], self.width // 2))
 
     def patch_positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """(1, N, D)"""
         if self.kind == "sincos_2d":  # a place in the image keeps its position, whatever the grid
-            y, x = axis_places(self.rows, rows, device), axis_places(self.columns, columns, device)
-            return sincos_positions(y, x, self.width)
+            return sincos_positions(*grid_places(self.grid, (rows, columns), device), self.width)
         if self.kind == "learned_1d":
-            stored = self.weight[:, self.num_placed :].unflatten(1, (self.rows, self.columns))
+            stored = self.weight[:, self.num_placed :].unflatten(1, self.grid)
         else:
-            shape = (1, self.rows, self.columns, self.width // 2)
+            shape = (1, *self.grid, self.width // 2)
             stored = torch.cat([self.row_weight.expand(shape), self.column_weight.expand(shape)], dim=-1)
         # A size that torch.export leaves open is always resampled; on the stored grid that changes nothing.
         is_open = isinstance(rows, torch.SymInt) or isinstance(columns, torch.SymInt)
-        if is_open or (rows, columns) != (self.rows, self.columns):
+        if is_open or (rows, columns) != self.grid:
             stored = resample_positions(stored, rows, columns, self.interpolation)
         return stored.flatten(1, 2)
 
-    def forward(self, hidden_states: Tensor, rows: int, columns: int) -> Tensor:
-        """Adds the positions, of whatever grid, to the tokens that have one: (B, T, D) -> (B, T, D)."""
-        patches = self.patch_positions(rows, columns, hidden_states.device)
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """
+        Adds the positions of a grid (rows, columns), the stored one by default, to the tokens that have one:
+        (B, T, D) -> (B, T, D).
+        """
+        patches = self.patch_positions(*(grid or self.grid), hidden_states.device)
         positions = F.pad(patches, (0, 0, self.num_unplaced, 0))
         if self.num_placed:
             positions = torch.cat([self.weight[:, : self.num_placed], positions], dim=1)
@@ -95,17 +99,17 @@ class ViTScratchRelativePositions(nn.Module):
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
-        self.rows, self.columns, self.num_prefix_tokens = *config.grid_hw, config.num_prefix_tokens
+        self.grid, self.num_prefix_tokens = config.grid_hw, config.num_prefix_tokens
         head_width = config.hidden_size // config.num_attention_heads
-        self.weight = nn.Parameter(torch.empty(2 * self.rows * self.columns - 1, head_width))
+        self.weight = nn.Parameter(torch.empty(2 * math.prod(self.grid) - 1, head_width))
 
-    def forward(self, query: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, A, Q, E) -> (B, A, Q, T). On another grid, distances are those of the places on the stored one."""
-        y, x = axis_places(self.rows, rows, query.device), axis_places(self.columns, columns, query.device)
-        place = (y[:, None] * self.columns + x).flatten()  # (N,)
-        distance = place[:, None] - place + (self.rows * self.columns - 1)  # (N, N), counted from 0
+    def forward(self, query: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, A, T, E) -> (B, A, T, T). On another grid, distances are those of the places on the stored one."""
+        y, x = grid_places(self.grid, grid or self.grid, query.device)
+        place = (y[:, None] * self.grid[1] + x).flatten()  # (N,)
+        distance = place[:, None] - place + (math.prod(self.grid) - 1)  # (N, N), counted from 0
         below, above = distance.floor().long(), distance.ceil().long()
         table = torch.lerp(self.weight[below].float(), self.weight[above].float(), (distance - below)[..., None])
-        asking = query[:, :, self.num_prefix_tokens :]  # no patch at all where only the class token asks
-        bias = torch.einsum("baqe,qke->baqk", asking, table[: asking.shape[2]].to(query.dtype))
-        return F.pad(bias, (self.num_prefix_tokens, 0, query.shape[2] - asking.shape[2], 0))
+        patches = query[:, :, self.num_prefix_tokens :]  # (B, A, N, E)
+        bias = torch.einsum("baqe,qke->baqk", patches, table.to(query.dtype))  # (B, A, N, N)
+        return F.pad(bias, (self.num_prefix_tokens, 0, self.num_prefix_tokens, 0))

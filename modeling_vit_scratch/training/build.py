@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..acceleration.speed_up import speed_up
 from ..augmentation.device_images import DeviceImages, build_device_images
 from ..augmentation.photo import DigitAugmentation, PhotoAugmentation
 from ..augmentation.policies import Chain, ColorJitter, RandomErasing, auto_augment
@@ -81,7 +82,7 @@ def build_trainer(
     average = None if decay is None else WeightAverage(decay, warmup)
     samples = SamplesSeen()
     trainer = kind(
-        model=model,
+        model=speed_up(model),
         args=arguments,
         data_collator=collator,
         train_dataset=train_set,
