@@ -90,7 +90,7 @@ class Journey:
             self.scores = outputs.logits[0].softmax(dim=-1).numpy()  # (K,)
             layer = model.vit.layers[0]
             before = torch.from_numpy(self.states[0])[None]
-            attended = before + layer.attention(layer.layernorm_before(before), None, self.grid, None)[0]
+            attended = before + layer.attention(layer.layernorm_before(before))[0]
             self.mlp_inputs = layer.mlp.fc1(layer.layernorm_after(attended))[0].numpy()  # (T, MLP width)
             self.mlp_adds = layer.mlp(layer.layernorm_after(attended))[0].numpy()  # (T, D)
 

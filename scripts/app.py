@@ -54,12 +54,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     """What the Auto classes load; if they can't, what `from_pretrained` of this package reads beside that."""
+    from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.page.model import Viewer, load
     from modeling_vit_scratch.visualization.photos import open_model
 
     try:
-        return load(source, trust_remote_code, revision)
+        viewer = load(source, trust_remote_code, revision)
+        speed_up(viewer.model)
+        return viewer
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip()
     try:
@@ -69,7 +72,7 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
         raise InputError(message) from error
     if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
         raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
-    return Viewer(model, processor, Path(source).name or source)
+    return Viewer(speed_up(model), processor, Path(source).name or source)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def main() -> None:
     import torch
     from accelerate import Accelerator
 
+    from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.writing import refresh_card
     from modeling_vit_scratch.evaluation.data import read_evaluation_data
     from modeling_vit_scratch.evaluation.predictions import predict
@@ -48,7 +49,7 @@ def main() -> None:
         data = read_evaluation_data(arguments, names, is_multi_label, verify=accelerator.is_main_process)
     data = data.without_broken()
     predictions = predict(
-        model,
+        speed_up(model),
         processor,
         data.examples,
         accelerator,

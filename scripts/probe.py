@@ -40,6 +40,7 @@ def main() -> None:
     if data_arguments.streaming:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
+    from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.pixels import Normalize
@@ -52,7 +53,7 @@ def main() -> None:
         data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
     check_for_probes(data)
     encoder, processor = load_encoder(model_arguments, seed if own.random_weights else None)
-    encoder.to(training_arguments.device)
+    speed_up(encoder.to(training_arguments.device))
     if is_first:
         weights = ", random weights" if own.random_weights else ""
         print(data.describe(), f"{own.model}: {encoder.num_parameters():,} parameters{weights}.", sep="\n")

@@ -7,7 +7,7 @@ Publishes the folder of a model on the Hub, in one commit, after a look at what 
     python scripts/publish.py outputs/pets me/vit-pets --yes --private --revision v2
     python scripts/publish.py outputs/pets me/vit-pets --space --yes    a page to try the published model on
 
-What goes: weights (safetensors), configuration, processor, the three code files, card, figures, the record. What stays:
+What goes: weights (safetensors), configuration, processor, the code files, card, figures, the record. What stays:
 checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
 
 With --space it is a Space with the page of scripts/app.py, which loads the model me/vit-pets from the Hub; in place of

@@ -9,17 +9,24 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration.block_weights import BlockedLinear, block_weights, is_available
+from modeling_vit_scratch.acceleration import blocked_linear
+from modeling_vit_scratch.acceleration.blocked_linear import BlockedLinear, is_available
+from modeling_vit_scratch.acceleration.speed_up import speed_up
 
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def also_small_products(monkeypatch):
+    monkeypatch.setattr(blocked_linear, "SMALL", 0)
 
 
 def both(**options) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     config = ViTScratchConfig.from_variant("test/4", num_labels=3, zero_init_head=False, **options)
     model = ViTScratchForImageClassification(config).eval()
-    return model, block_weights(copy.deepcopy(model))
+    return model, speed_up(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,7 @@ def test_the_blocked_weight_is_what_is_used(pixel_values):
 
 
 def test_training_is_that_of_the_plain_layers_and_what_it_changes_is_seen(pixel_values):
-    plain, blocked = both()
+    plain, blocked = both(pooling="mean")  # the class token alone has other sums
     for _ in range(2):
         for model in (plain, blocked):
             with torch.no_grad():
@@ -100,7 +107,7 @@ def test_hooked_layers_and_subclasses_stay():
     seen = []
     model.vit.layers[0].mlp.fc1.register_forward_hook(lambda *values: seen.append(values))
     model.vit.layers[0].mlp.fc2 = nn.modules.linear.NonDynamicallyQuantizableLinear(64, 32)
-    block_weights(model)
+    speed_up(model)
     kept = model.vit.layers[0].mlp
     assert (type(kept.fc1), type(kept.fc2)) == (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
     with torch.no_grad():
@@ -130,3 +137,27 @@ def test_where_the_operators_fail_all_stays_as_it_was(monkeypatch):
         assert not any(isinstance(layer, BlockedLinear) for layer in model.modules())
     finally:
         is_available.cache_clear()
+
+
+def test_small_products_stay_with_the_library_that_is_quicker_to_call(pixel_values, monkeypatch):
+    _, blocked = both()
+    with torch.no_grad():
+        monkeypatch.setattr(blocked_linear, "SMALL", 10**9)
+        blocked(pixel_values)
+        assert not any("_blocked" in layer.__dict__ for layer in blocked.modules())
+        blocked.to(torch.bfloat16)(pixel_values)  # whose weights are reordered in each call otherwise
+        assert "_blocked" in blocked.classifier.__dict__
+
+
+def test_what_training_changes_behind_its_back_is_seen(pixel_values):
+    plain, blocked = both()
+    with torch.no_grad():
+        before = blocked(pixel_values).logits
+        for model in (plain, blocked):
+            for weight in model.parameters():
+                weight.data += 0.1  # as peft merges adapters: no count of changes has it
+        blocked.train()
+        assert not any("_blocked" in layer.__dict__ for layer in blocked.modules())  # nor is the memory held
+        blocked.eval()
+        assert not torch.allclose(blocked(pixel_values).logits, before, atol=0.01)
+        torch.testing.assert_close(blocked(pixel_values).logits, plain(pixel_values).logits, atol=5e-6, rtol=0)

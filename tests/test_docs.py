@@ -94,11 +94,11 @@ def test_equations_have_the_numbers_of_the_paper(site):
 
 
 def test_the_lines_of_the_model_file_are_those_of_today(site):
-    model_file = (ROOT / "modeling_vit_scratch" / "modeling_vit_scratch.py").read_text(encoding="utf-8")
+    model_file = (ROOT / "modeling_vit_scratch" / "encoder_vit_scratch.py").read_text(encoding="utf-8")
     for name in (name for name in NAMES if name.endswith("/ten_steps")):
         page = (site / f"{name}.html").read_text(encoding="utf-8")
         text = re.sub(r"<[^>]+>", "", page)
-        for line in ("F.linear(patches, self.projection.weight.flatten(1)", "pooled = hidden_states[:, 0]"):
+        for line in ("F.linear(patchify(pixels, kernel), self.weight.flatten(1)", "pooled = hidden_states[:, 0]"):
             assert line in model_file
             assert line in text
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vit_scratch import (
     ViTScratchBackbone,
@@ -101,61 +100,6 @@ def test_flash_attention_refuses_relative_positions(pixel_values):
         model(pixel_values)
 
 
-# The last layer for the class token alone -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    "options", [{}, {"qkv_bias": False}, EVERYTHING, {"position_embedding": "relative_1d"}, {"pooling": "mean"}],
-    ids=["plain", "no bias", "all", "relative", "mean"],
-)  # fmt: skip
-def test_class_token_alone_gives_the_logits_and_gradients_of_all_tokens(pixel_values, options, attn_implementation):
-    short, full = (classifier(**options).double() for _ in range(2))
-    full.load_state_dict(short.state_dict())
-    for model in (short, full):
-        model.set_attn_implementation(attn_implementation)
-    images, labels = pixel_values.double(), torch.tensor([2, 0])
-    a, b = short(images, labels=labels), full(images, labels=labels, output_hidden_states=True)
-    torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-12)
-    a.loss.backward()
-    b.loss.backward()
-    for (name, one), other in zip(short.named_parameters(), full.parameters()):
-        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12, msg=name)
-
-
-def test_class_token_alone_saves_seven_percent_of_the_operations_at_twelve_layers():
-    config = ViTScratchConfig.from_variant("S/16", num_labels=1000)
-    with torch.device("meta"):
-        model = ViTScratchForImageClassification(config).eval()
-        images = torch.empty(1, 3, 224, 224)
-    counts = []
-    for asked in ({}, {"output_hidden_states": True}):
-        with FlopCounterMode(display=False) as counter:
-            model(images, **asked)
-        counts.append(counter.get_total_flops())
-    assert 0.065 < 1 - counts[0] / counts[1] < 0.075
-
-
-def test_a_hook_on_the_last_layer_sees_every_token(pixel_values):
-    model, seen = classifier(), []
-    handle = model.vit.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    model(pixel_values)
-    handle.remove()
-    model.vit.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    model(pixel_values)
-    assert seen == [(2, 25, 32), (2, 25, 32)]
-
-
-def test_asking_for_hidden_states_once_does_not_cost_later_calls_the_shortcut(pixel_values):
-    model, shapes = classifier(), []
-    original = model.vit.layernorm.forward
-    model.vit.layernorm.forward = lambda x: shapes.append(tuple(x.shape)) or original(x)
-    model(pixel_values)
-    model(pixel_values, output_hidden_states=True)
-    model(pixel_values)
-    assert shapes == [(2, 1, 32), (2, 25, 32), (2, 1, 32)]
-
-
 # Any size -------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +117,7 @@ def test_resampling_keeps_a_plane_a_plane(config):
     plane = torch.linspace(0, 1, 4)[:, None] + 10 * torch.linspace(0, 1, 6)
     with torch.no_grad():
         table.weight[:, 1:] = plane.flatten()[:, None]
-        got = table(torch.zeros(1, 1 + 7 * 11, 32), 7, 11)[0, 1:, 0].reshape(7, 11)
+        got = table(torch.zeros(1, 1 + 7 * 11, 32), grid=(7, 11))[0, 1:, 0].reshape(7, 11)
     expected = torch.linspace(0, 1, 7)[:, None] + 10 * torch.linspace(0, 1, 11)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
@@ -186,8 +130,8 @@ def test_relative_distances_on_a_larger_grid_are_those_of_the_same_places(config
     large = torch.zeros(1, 4, 1 + 77, 8)
     places = torch.arange(77).reshape(7, 11)[::2, ::2].flatten()
     large[:, :, 1 + places] = query[:, :, 1:]
-    got = table(large, 7, 11)[:, :, 1 + places][:, :, :, 1 + places]
-    torch.testing.assert_close(got, table(query, 4, 6)[:, :, 1:, 1:], rtol=0, atol=1e-5)
+    got = table(large, grid=(7, 11))[:, :, 1 + places][:, :, :, 1 + places]
+    torch.testing.assert_close(got, table(query, grid=(4, 6))[:, :, 1:, 1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -536,27 +480,3 @@ def test_return_dict_false_gives_a_tuple_and_no_labels_give_features(pixel_value
     loss, logits = classifier()(pixel_values, labels=torch.tensor([0, 1]), return_dict=False)
     assert (loss.shape, logits.shape) == ((), (2, 3))
     assert classifier(num_labels=0)(pixel_values).logits.shape == (2, 32)
-
-
-@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "gelu_python", "relu"])
-def test_without_gradients_the_activation_is_the_same(config, pixel_values, hidden_act):
-    config.hidden_act = hidden_act
-    model = ViTScratchForImageClassification(config).eval()
-    with torch.no_grad():
-        got = model(pixel_values).logits
-    assert torch.equal(got, model(pixel_values).logits)
-
-
-def test_who_looks_at_the_mlp_or_changes_it_gets_what_torch_would_give(config, pixel_values):
-    model = ViTScratchForImageClassification(config).eval()
-    seen = {}
-    first, second = (layer.mlp for layer in model.vit.layers)
-    first.fc1.register_forward_hook(lambda layer, inputs, output: seen.update(before=output))
-    second.activation.register_forward_hook(lambda layer, inputs, output: seen.update(inputs=inputs[0], after=output))
-    with torch.no_grad():
-        model(pixel_values, output_hidden_states=True)
-        assert (seen["before"] < -0.2).any()  # no GELU is
-        assert torch.equal(seen["after"], second.activation(seen["inputs"]))
-        tokens = torch.randn(1, 2, config.hidden_size)
-        first.activation = torch.nn.ReLU()
-        assert torch.equal(first(tokens), first.fc2(first.fc1(tokens).relu()))

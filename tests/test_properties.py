@@ -17,7 +17,7 @@ from PIL import Image
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
-from modeling_vit_scratch.modeling_vit_scratch import resample_positions
+from modeling_vit_scratch.positions_vit_scratch import resample_positions
 
 
 # Derandomised: the same examples each time, so that a failure is the change's.

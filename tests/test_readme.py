@@ -287,7 +287,7 @@ def test_how_fast_the_network_is_is_on_record():
         row = training["summary"].get(name)
         cells += [f"{row['images_per_second']:.2f}" if row else "", times(training, "ours", name) if is_peer else ""]
         cells += [f"{row['memory_bytes'] / 1e6:.0f} MB" if row else ""]
-        shown = {"ours": "ours", blocked: "ours with `block_weights`"}.get(name, name)
+        shown = {"ours": "ours", blocked: "ours with blocks"}.get(name, name)
         assert "| ".join(["", shown + " ", *(f"{cell} " if cell else "" for cell in cells)]) + "|" in text, cells
     for task, ours in (("inference_b16", blocked), ("inference_bfloat16", "ours"), ("training_b16", "ours")):
         batch = read(task)

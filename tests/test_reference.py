@@ -13,6 +13,7 @@ from modeling_vit_scratch import (
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
 )
+from modeling_vit_scratch.acceleration.speed_up import speed_up
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -27,7 +28,10 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("image_size", [16, [16, 24], [24, 8]])
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh"])
-def test_logits_states_attentions_and_gradients_equal_transformers(attn_implementation, image_size, hidden_act):
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_logits_states_attentions_and_gradients_equal_transformers(
+    attn_implementation, image_size, hidden_act, is_accelerated
+):
     config = ViTScratchConfig.from_variant("test/4", image_size=image_size, hidden_act=hidden_act, num_labels=5)
     ours = randomised(ViTScratchForImageClassification(config))
     ours.set_attn_implementation(attn_implementation)
@@ -43,7 +47,8 @@ def test_logits_states_attentions_and_gradients_equal_transformers(attn_implemen
         for one, other in zip(a[name], b[name]):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
-    # Without the extra outputs: the last layer for the class token alone.
+    if is_accelerated:  # without the extra outputs: the last layer for the class token alone
+        speed_up(ours)
     a = ours(images, labels=labels)
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-5)
     a.loss.backward()
@@ -99,6 +104,8 @@ def test_every_architecture_equals_the_equations_in_float64(options):
     expected = numpy_logits(model.state_dict(), config, images)
     with torch.no_grad():
         np.testing.assert_allclose(model(images).logits, expected, rtol=0, atol=1e-5)
+        speed_up(model)  # the class token alone in the last layer
+        np.testing.assert_allclose(model(images).logits, expected, rtol=0, atol=1e-5)
         full = model(images, output_hidden_states=True).logits  # every token in the last layer
         np.testing.assert_allclose(full, expected, rtol=0, atol=1e-5)
         np.testing.assert_allclose(model.double()(images.double()).logits, expected, rtol=0, atol=1e-6)
@@ -108,7 +115,7 @@ def test_every_architecture_equals_the_equations_in_float64(options):
 def test_bilinear_positions_equal_the_zoom_of_the_papers_code(config, grid):
     model = ViTScratchModel(config)
     table = model.embeddings.position_embeddings
-    got = table(torch.zeros(1, 1 + grid[0] * grid[1], 32), *grid).detach().numpy()[0]
+    got = table(torch.zeros(1, 1 + grid[0] * grid[1], 32), grid=grid).detach().numpy()[0]
     stored = table.weight[0].detach().numpy()
     zoomed = scipy.ndimage.zoom(stored[1:].reshape(4, 6, 32), (grid[0] / 4, grid[1] / 6, 1), order=1)
     np.testing.assert_allclose(got[1:], zoomed.reshape(-1, 32), rtol=0, atol=1e-6)

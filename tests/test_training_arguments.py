@@ -213,3 +213,7 @@ def test_a_bug_keeps_its_traceback_and_success_is_silent():
     assert run_command_line(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
         run_command_line(lambda: 1 / 0)
+
+
+def test_the_default_optimizer_is_transformers_own():
+    assert parse()[2].optim == TrainingArguments.default_optim

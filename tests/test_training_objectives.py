@@ -110,7 +110,7 @@ def test_the_encoder_sees_the_corrupted_embeddings_of_the_paper():
     model.vit.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(images, **masks)
     positions = embeddings.position_embeddings
-    expected = positions(torch.cat([embeddings.cls_token.expand(3, -1, -1), wanted], 1), 4, 6)
+    expected = positions(torch.cat([embeddings.cls_token.expand(3, -1, -1), wanted], 1), grid=(4, 6))
     assert torch.allclose(seen[0], expected, atol=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_mae_is_that_of_transformers_on_the_same_weights(norm_pix_loss):
         decoder[name] = decoder[name].unflatten(0, (3, 16)).transpose(0, 1).flatten(0, 1)
     state |= {f"decoder.{key}": value for key, value in {**decoder, **layers}.items()}
     y = x = torch.arange(4.0)
-    from modeling_vit_scratch.modeling_vit_scratch import sincos_positions
+    from modeling_vit_scratch.positions_vit_scratch import sincos_positions
 
     state["decoder.decoder_pos_embed"] = torch.cat([torch.zeros(1, 1, 16), sincos_positions(y, x, 16)], 1)
     theirs.load_state_dict(state)
@@ -244,7 +244,7 @@ def test_mae_costs_a_third_of_what_sees_every_patch(variant, share):
         mae, simmim = MaskedAutoencoder(config), ViTScratchForMaskedImageModeling(config)
         images = torch.empty(2, 3, 224, 224)
         visible, mask = torch.zeros(2, 49, dtype=torch.int64), torch.zeros(2, 196, dtype=torch.bool)
-    runs = (lambda: mae(images, visible), lambda: simmim(images, mask), lambda: mae.encode(images, visible, (14, 14)))
+    runs = (lambda: mae(images, visible), lambda: simmim(images, mask), lambda: mae.encode(images, visible))
     operations = []
     for run in runs:
         with FlopCounterMode(display=False) as counter:

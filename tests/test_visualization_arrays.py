@@ -191,12 +191,12 @@ def test_filters_of_a_hybrid_are_the_standardised_ones_of_its_root():
 def test_similarity_of_positions_is_the_cosine_of_what_the_network_adds(kind):
     model = network(position_embedding=kind)
     encoder, zeros = model.vit.embeddings, torch.zeros(1, 25, 32)
-    added = encoder.position_embeddings(zeros, 4, 6)[0, 1:].detach().double().numpy()
+    added = encoder.position_embeddings(zeros, grid=(4, 6))[0, 1:].detach().double().numpy()
     ours = position_similarity(model)
     assert ours.shape == (4, 6, 4, 6)
     assert np.abs(ours.reshape(24, 24) - cosine_similarity(added)).max() < 1e-9
     assert np.abs(ours[1, 2, 1, 2] - 1) < 1e-12
-    added = encoder.position_embeddings(torch.zeros(1, 7, 32), 2, 3)[0, 1:].detach().double().numpy()
+    added = encoder.position_embeddings(torch.zeros(1, 7, 32), grid=(2, 3))[0, 1:].detach().double().numpy()
     assert np.abs(position_similarity(model, (2, 3)).reshape(6, 6) - cosine_similarity(added)).max() < 1e-9
 
 
@@ -223,7 +223,7 @@ def test_grad_cam_is_autograd_through_the_last_layer_spelled_out(kind):
     vit, last, before = model.vit, model.vit.layers[-1], outputs.hidden_states[-2]
 
     def logit(tokens: torch.Tensor) -> torch.Tensor:
-        states = before + last.layer_scale_attention(last.attention(tokens, None, model.config.grid_hw, None)[0])
+        states = before + last.layer_scale_attention(last.attention(tokens, grid=model.config.grid_hw)[0])
         states = vit.layernorm(states + last.layer_scale_mlp(last.mlp(last.layernorm_after(states))))
         logits = model.classifier(vit.pooler(states))
         if model.distillation_classifier is not None:

@@ -91,8 +91,10 @@ def classify_packed(
     hidden_states, blocks = _embed(vit, batches)
     with _attention(vit, PACKED):
         for index, layer in enumerate(vit.layers):
-            hidden_states = _place_again(vit, index, hidden_states, blocks)
-            hidden_states = layer(hidden_states, None, blocks[0].grid, None, blocks=blocks)
+            if (positions := vit.positions_before(index)) is not None:
+                placed = (positions(block.of(hidden_states), grid=block.grid).flatten(0, 1) for block in blocks)
+                hidden_states = torch.cat(list(placed))[None]
+            hidden_states = layer(hidden_states, blocks=blocks)
     sequence = vit.layernorm(hidden_states)  # equation 4
     parts = [block.of(sequence) for block in blocks]
     logits = model.classifier(torch.cat([vit.pooler(part) for part in parts]))
@@ -125,15 +127,6 @@ def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Bl
         blocks.append(block)
         start = block.end
     return torch.cat(tokens)[None], blocks
-
-
-def _place_again(vit: ViTScratchModel, index: int, hidden_states: Tensor, blocks: list[Block]) -> Tensor:
-    """The positions that come in again before a later layer, where the model has any (Table 8)."""
-    placement = vit.config.position_embedding_placement
-    if index == 0 or placement not in ("every_layer", "every_layer_shared"):
-        return hidden_states
-    own = vit.later_position_embeddings[index - 1] if placement == "every_layer" else vit.embeddings.position_embeddings
-    return torch.cat([own(block.of(hidden_states), *block.grid).flatten(0, 1) for block in blocks])[None]
 
 
 @contextmanager

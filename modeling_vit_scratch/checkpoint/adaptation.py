@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..modeling_vit_scratch import ViTScratchForImageClassification, resample_positions
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..positions_vit_scratch import resample_positions
 
 
 logger = logging.get_logger(__name__)

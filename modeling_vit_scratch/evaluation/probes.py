@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..acceleration.class_token import only_pooled_output
 from ..data.dataset import ImageClassificationDataset
 from ..data.pixels import Normalize
 from ..data.splits import ImageData, check_for_probes
@@ -58,7 +59,7 @@ def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
         model: a `ViTScratchModel`, or any module that has one as `vit`.
     """
     encoder = getattr(model, "vit", model)
-    outputs = encoder(pixel_values, pooled_output_only=encoder.pooler is not None)
+    outputs = encoder(pixel_values, **only_pooled_output(encoder))
     if outputs.pooler_output is not None:
         return outputs.pooler_output
     tokens, config = outputs.last_hidden_state, encoder.config

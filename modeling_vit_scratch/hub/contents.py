@@ -9,14 +9,17 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
 from .privacy import find_leaks
 
 
-CODE = tuple(
+# The modules that auto_map names, and whatever they import of each other: as transformers finds what it saves.
+_NAMED = tuple(
     Path(module.__file__) for module in (configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch)
 )
+CODE = tuple(sorted({*_NAMED, *(Path(file) for named in _NAMED for file in get_relative_import_files(named))}))
 # A commit removes weights of earlier versions and of other libraries, which a loader may prefer, and the pickle of the
 # stock Trainer, which contains its token.
 OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|training_args\.bin")

@@ -5,12 +5,12 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..acceleration.block_weights import block_weights
+from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
 from ..common.stored_model import load_stored_model
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -56,16 +56,16 @@ class Predictor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model, self.processor = block_weights(model.to(device, dtype).eval()), processor
+        self.model, self.processor = speed_up(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
         self._normalize, self._pooled = Normalize.from_processor(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
-        encoder = model.vit if isinstance(model, ViTScratchForImageClassification) else model
-        encoder.register_forward_hook(self._keep)
+        if has_embeddings and isinstance(model, ViTScratchForImageClassification):
+            model.classifier.register_forward_pre_hook(self._keep)
 
-    def _keep(self, encoder: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._pooled.value = output.pooler_output
+    def _keep(self, classifier: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._pooled.value = inputs[0]
 
     @property
     def label_names(self) -> list[str]:
@@ -99,8 +99,8 @@ class Predictor:
         pixel_values = self._normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
         output, pooled = self.model(pixel_values), None
         if self.has_embeddings:
-            pooled = self._pooled.value.float().cpu().numpy()
-        self._pooled.value = None
+            pooled = output.pooler_output if isinstance(self.model, ViTScratchModel) else self._pooled.value
+            pooled, self._pooled.value = pooled.float().cpu().numpy(), None
         if not self.top_k:
             return Prediction(np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled)
         scores, labels = to_scores(output.logits.float(), self.config).sort(dim=-1, descending=True, stable=True)

@@ -2,9 +2,9 @@
 """
 What a network can be pretrained on without labels: masked patch prediction of the paper's B.1.2, and MAE.
 
-SimMIM, the third, is `ViTScratchForMaskedImageModeling` of the model file. All of them take normalised pixels of any
-size that the patch divides, and have the encoder as `vit`: fine-tuning takes that and leaves the rest. Shapes are those
-of the model file; V is the number of visible patches, P of the values in a patch, C * patch area.
+SimMIM, the third, is `ViTScratchForMaskedImageModeling`. All of them take normalised pixels of any size that the patch
+divides, and have the encoder as `vit`: fine-tuning takes that and leaves the rest. Shapes are those of
+`encoder_vit_scratch.py`; V is the number of visible patches, P of the values in a patch, C * patch area.
 """
 
 import copy
@@ -18,14 +18,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..modeling_vit_scratch import (
-    ViTScratchLayer,
-    ViTScratchModel,
-    ViTScratchPreTrainedModel,
-    axis_places,
-    dense,
-    sincos_positions,
-)
+from ..encoder_vit_scratch import ViTScratchLayer, patchify
+from ..modeling_vit_scratch import ViTScratchModel, ViTScratchPreTrainedModel, unpatchify
+from ..positions_vit_scratch import grid_places, sincos_positions
 from ..training.flags import MPP_TARGETS
 
 
@@ -35,19 +30,6 @@ class PretrainingOutput(ModelOutput):
 
     loss: Tensor | None = None
     predictions: Tensor | None = None
-
-
-def patchify(pixel_values: Tensor, patch: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, N, P), each patch channel by channel, as a convolution's kernel has it."""
-    rows, columns = pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1]
-    grid = pixel_values.unflatten(3, (columns, patch[1])).unflatten(2, (rows, patch[0]))
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """(B, N, P) -> (B, C, H, W): undoes `patchify`."""
-    pixels = patches.unflatten(2, (-1, *patch)).unflatten(1, grid)  # (B, rows, columns, C, patch height, width)
-    return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
@@ -92,7 +74,7 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         self.target, self.colors = target, 8**config.num_channels
         outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": patch_values(config)}
         self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
-        self.decoder = dense(config.hidden_size, outputs[target])
+        self.decoder = nn.Linear(config.hidden_size, outputs[target])
         self.image_mean, self.image_std = image_mean, image_std
         self.post_init()
 
@@ -183,11 +165,11 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         small.validate_vit()
         self.norm_pix_loss = norm_pix_loss
         self.vit = ViTScratchModel(config, add_pooling_layer=False)
-        self.decoder_embed = dense(config.hidden_size, decoder_hidden_size)
+        self.decoder_embed = nn.Linear(config.hidden_size, decoder_hidden_size)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_hidden_size))
         self.decoder_layers = nn.ModuleList(ViTScratchLayer(small, i) for i in range(decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(decoder_hidden_size, eps=config.layer_norm_eps)
-        self.decoder_pred = dense(decoder_hidden_size, patch_values(config))
+        self.decoder_pred = nn.Linear(decoder_hidden_size, patch_values(config))
         self.post_init()
 
     @torch.no_grad()
@@ -206,7 +188,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
             `predictions` (B, N, P) and the `loss`: the squared error on the patches that it did not see.
         """
         grid = self.vit.embeddings.patch_embeddings.grid(pixel_values)
-        predictions = self.decode(self.encode(pixel_values, visible, grid), visible, grid).float()
+        predictions = self.decode(self.encode(pixel_values, visible), visible, grid).float()
         target = patchify(pixel_values.float(), self.config.patch_hw)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
@@ -214,14 +196,14 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         hidden = torch.ones(target.shape[:2], device=target.device).scatter(1, visible, 0.0)  # (B, N)
         return PretrainingOutput(mean_over_images((predictions - target).square().mean(-1), hidden), predictions)
 
-    def encode(self, pixel_values: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    def encode(self, pixel_values: Tensor, visible: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, prefix tokens + V, D)"""
         tokens, prefix = self.vit.embeddings(pixel_values), self.config.num_prefix_tokens  # (B, T, D)
         kept = F.pad(visible + prefix, (prefix, 0))
         kept[:, :prefix] = torch.arange(prefix, device=kept.device)
         tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
         for layer in self.vit.layers:
-            tokens = layer(tokens, None, grid, None)
+            tokens = layer(tokens)
         return self.vit.layernorm(tokens)
 
     def decode(self, states: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -230,10 +212,9 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         width, count = states.shape[2], grid[0] * grid[1]
         patches = self.mask_token.to(states.dtype).expand(states.shape[0], count, -1)
         patches = patches.scatter(1, visible[..., None].expand(-1, -1, width), states[:, prefix:])
-        stored = self.config.grid_hw
-        y, x = (axis_places(stored[axis], grid[axis], states.device) for axis in (0, 1))
-        patches = patches + sincos_positions(y, x, width).to(states.dtype)
+        places = grid_places(self.config.grid_hw, grid, states.device)
+        patches = patches + sincos_positions(*places, width).to(states.dtype)
         states = torch.cat([states[:, :prefix], patches], dim=1)
         for layer in self.decoder_layers:
-            states = layer(states, None, grid, None)
+            states = layer(states)
         return self.decoder_pred(self.decoder_norm(states))[:, prefix:]

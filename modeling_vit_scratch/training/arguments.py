@@ -46,13 +46,6 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
 
     _argument_group_name = "flags of transformers' TrainingArguments"
 
-    optim: str = field(
-        default=TrainingFlags.optim,
-        metadata={
-            **TrainingFlags.__dataclass_fields__["optim"].metadata,
-            "choices": [*(name.value for name in OptimizerNames), LAMB],
-        },
-    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has nothing to remove here."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Report NaN losses as 0. Here, such a loss stops the run."}
@@ -150,6 +143,10 @@ def build_training_arguments(
     Raises:
         InputError: with all problems, if the Trainer refuses the values.
     """
+    optimizers = [*(name.value for name in OptimizerNames), LAMB]
+    if values["optim"] not in optimizers:
+        problems.add(f"--optim: invalid choice: {values['optim']!r} (choose from {', '.join(optimizers)})")
+        values = {**values, "optim": TrainingFlags.optim}
     try:
         arguments = fill(ImageTrainingArguments, values)
     except (ValueError, TypeError, ImportError) as error:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProgressCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..acceleration.speed_up import speed_up
 from ..augmentation.building import build_augmentation
 from ..augmentation.device_images import build_device_images
 from ..common.errors import InputError
@@ -71,7 +72,7 @@ def build_trainer(
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     trainer = ImageTrainer(
-        model,
+        speed_up(model),
         arguments,
         average=None if decay is None else WeightAverage(decay, warmup),
         stream_position=StreamPlace() if isinstance(train_set, StreamDataset) else None,

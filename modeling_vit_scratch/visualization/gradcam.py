@@ -41,7 +41,6 @@ def grad_cam(
         tokens.append(output.detach().requires_grad_())
         return tokens[0]
 
-    # A forward hook in the last layer makes it compute every token, not the class token alone.
     handle = base.layers[-1].layernorm_before.register_forward_hook(start_here)
     try:
         with torch.enable_grad(), evaluating(model):

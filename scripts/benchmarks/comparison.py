@@ -12,7 +12,7 @@ from benchmarks.kernels import format_profiles, profile_steps
 from benchmarks.memory import measure_memory
 from benchmarks.models import DTYPES, ModelBenchmark
 from benchmarks.timing import OURS
-from modeling_vit_scratch.acceleration.block_weights import block_weights
+from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.common.timing import summarize, time_in_turns
 
 
@@ -27,7 +27,7 @@ def measure_peak(dtype: str, device: str, seconds: float = 0.4) -> float:
         layer = torch.nn.Linear(side, side, bias=False, device=device, dtype=DTYPES[dtype])
         matrix = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
         # On a CPU, PyTorch has two libraries for it, of which either may be the faster one.
-        for one in [layer] if device == "cuda" else [layer, block_weights(copy.deepcopy(layer))]:
+        for one in [layer] if device == "cuda" else [layer, speed_up(copy.deepcopy(layer))]:
             best = max(best, _products_per_second(one, matrix, products, seconds) * 2 * side**3)
     return best
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.peers import PEERS, build_peers, random_batch
 from benchmarks.timing import OURS
-from modeling_vit_scratch.acceleration.block_weights import block_weights, is_available
+from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.checkpoint.verification import model_output
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
@@ -21,7 +21,7 @@ from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassifi
 
 
 TASKS = ("inference", "training")
-BLOCKED = "ours, block_weights"
+ACCELERATED = "ours, accelerated"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -64,16 +64,14 @@ class ModelBenchmark:
 
     def models(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """
-        Ours first, in eager inference on a CPU also as `block_weights` makes it; then everybody else's, whose logits
-        are ours; and why others are missing: see `build_peers`.
+        Ours first, plain and as `speed_up` makes it; then everybody else's, whose logits are ours; and why others are
+        missing: see `build_peers`.
         """
         ours = plain_model(self.variant, self.image_size, self.num_labels)
         with tempfile.TemporaryDirectory() as folder:
             theirs, missing = build_peers(ours, folder, self.peers)
-        models = {name: self._prepare(model) for name, model in {OURS: ours, **theirs}.items()}
-        if self.task == "inference" and self.device == "cpu" and not self.compile and is_available():
-            models = {OURS: ours, BLOCKED: block_weights(copy.deepcopy(ours)), **models}
-        return models, missing
+        models = {OURS: ours, ACCELERATED: speed_up(copy.deepcopy(ours)), **theirs}
+        return {name: self._prepare(model) for name, model in models.items()}, missing
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         if self.task == "inference":

@@ -39,7 +39,7 @@ def classify_padded(model: ViTScratchForImageClassification, images: list[Tensor
     lengths = torch.tensor([tokens.shape[1] for tokens in embedded])
     mask = (torch.arange(longest) < lengths[:, None])[:, None, None]  # (N, 1, 1, T)
     for layer in vit.layers:
-        hidden_states = layer(hidden_states, mask, (1, longest), None)
+        hidden_states = layer(hidden_states, mask)
     return model.classifier(vit.pooler(vit.layernorm(hidden_states)))
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modeling_vit_scratch import is_plain
+
+# Multiplications. A call of oneDNN takes ten microseconds more, which is all that fewer of them in float32 would gain.
+SMALL = 4_000_000
 
 
 @functools.cache
@@ -34,8 +36,6 @@ class BlockedLinear(nn.Linear):
     reordered weight is a second copy, in no state dict, and made anew when the weight has changed.
     """
 
-    is_plain = True  # for the network's own shortcuts, which read the weight
-
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)"""
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -45,8 +45,9 @@ class BlockedLinear(nn.Linear):
 
     def _fits(self, inputs: Tensor) -> bool:
         weight = self.weight
-        is_here = inputs.device.type == weight.device.type == "cpu"
-        return is_here and inputs.dtype == weight.dtype and is_available(weight.dtype)
+        is_here = inputs.device.type == weight.device.type == "cpu" and inputs.dtype == weight.dtype
+        is_small = weight.dtype == torch.float32 and inputs.numel() * self.out_features < SMALL
+        return is_here and not is_small and is_available(weight.dtype)
 
     def _blocked_weight(self) -> Tensor:
         weight = self.weight.detach()
@@ -59,19 +60,11 @@ class BlockedLinear(nn.Linear):
             self.__dict__["_blocked"] = (state, blocked, weight)
         return blocked
 
+    def train(self, mode: bool = True) -> "BlockedLinear":
+        """As in torch. The second copy is not kept through training, which may change the weight unseen."""
+        self.__dict__.pop("_blocked", None)
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or another process, reorders for itself: such a tensor can be neither copied nor pickled.
         return {name: value for name, value in self.__dict__.items() if name != "_blocked"}
-
-
-def block_weights(model: nn.Module) -> nn.Module:
-    """
-    Lets the plain linear layers of a model, in place, have their weights in blocks when they compute on a CPU without
-    gradients. Logits differ by the rounding of another order of sums. Layers with adapters or hooks stay; where PyTorch
-    has no oneDNN, all do.
-    """
-    if is_available():
-        for layer in model.modules():
-            if type(layer) is nn.Linear and is_plain(layer):
-                layer.__class__ = BlockedLinear
-    return model
