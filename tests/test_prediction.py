@@ -24,7 +24,7 @@ from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, run_command_line
-from modeling_vit_scratch.common.signals import StopSignals
+from modeling_vit_scratch.common.processes import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
 from modeling_vit_scratch.prediction import reading, tables

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from modeling_vit_scratch.common import signals
+from modeling_vit_scratch.common import processes as signals
 from modeling_vit_scratch.common.errors import TrainingInterrupted
-from modeling_vit_scratch.common.signals import StopSignals
+from modeling_vit_scratch.common.processes import StopSignals
 
 
 def send(number: int) -> None:

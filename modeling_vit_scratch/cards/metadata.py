@@ -7,8 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..common.licenses import license_problem
-from ..common.metric_titles import title_of
+from ..common.names import license_problem, title_of
 from ..evaluation.metrics import interval_of
 from .records import Evaluation, ModelRecords
 

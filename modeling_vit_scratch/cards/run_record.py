@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..common.files import write_text
-from ..common.metric_titles import METRIC_TITLES
+from ..common.names import METRIC_TITLES
 from ..common.provenance import provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData

@@ -1,9 +1,232 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that several scripts have, with their help text. A subclass that changes a default keeps the text."""
+"""
+Command lines from dataclasses: a grouped --help, and every mistake in one message. Needs neither torch nor
+transformers."""
 
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from .parsing import flag
+from .errors import Problems
+
+
+# Flags that people know from other scripts and other versions.
+FLAGS_ELSEWHERE: dict[str, str] = {
+    "--token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
+    "--use_auth_token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
+    "--ignore_mismatched_sizes": "not needed: a classifier for other labels is replaced by a fresh one.",
+    "--overwrite_output_dir": "no run overwrites another. Choose another --output_dir, or remove the folder.",
+    "--evaluation_strategy": "is --eval_strategy now.",
+    "--warmup_ratio": "is --warmup_steps now, with a value below 1.",
+    "--no_cuda": "is --use_cpu now.",
+    "--lamb": "is --optim lamb now.",
+}
+# Columns of --help for flags; the text of a longer flag begins on the next line.
+FLAG_WIDTH = 30
+METAVARS = {int: "N", float: "X", bool: "BOOL"}
+
+_Arguments = TypeVar("_Arguments")
+
+
+def flag(default: Any, help: str, **more: Any) -> Any:
+    """A field of a dataclass that is a flag. `more`: `choices` and `metavar`, as argparse takes them."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+class CollectsMistakes(argparse.ArgumentParser):
+    """
+    A parser that collects wrong values instead of stopping at the first.
+
+    Attributes:
+        problems: the mistakes.
+        instead_of_invalid: the defaults of the flags with wrong values.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.problems = Problems()
+        self.instead_of_invalid: dict[str, Any] = {}
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self._add(action, error)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            self._add(action, error)
+
+    def _add(self, action: argparse.Action, error: argparse.ArgumentError) -> None:
+        self.problems.add(f"{action.option_strings[0]}: {error.message}")
+        self.instead_of_invalid[action.dest] = action.default
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.problems.add(message)
+        raise self.problems.as_error()
+
+
+class Parser(CollectsMistakes):
+    """
+    A parser whose flags are the fields of dataclasses, made by `flag`. A subclass that changes nothing but a default
+    keeps the help text.
+
+    Args:
+        kinds: the dataclasses; fields with `init=False` are no flags.
+        groups: of --help, in its order: a title, and names of fields. A field that is in none is not shown.
+        more_help: what `--help all` prints after the rest.
+        kwargs: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self,
+        *kinds: type,
+        groups: dict[str, tuple[str, ...]],
+        more_help: Callable[[], str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(add_help=False, formatter_class=HelpFormatter, **kwargs)
+        self.more_help, self.shown = more_help, {name for names in groups.values() for name in names}
+        fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.init}
+        hints = {kind: typing.get_type_hints(kind) for kind in kinds}
+        for title, names in groups.items():
+            group = self.add_argument_group(title)
+            for name in names:
+                kind, field = fields.pop(name)
+                _add_flag(group, field, hints[kind][name], flag_metadata(kind, name))
+        for name, (kind, field) in fields.items():
+            _add_flag(self, field, hints[kind][name], {**flag_metadata(kind, name), "help": argparse.SUPPRESS})
+        self.add_argument("-h", "--help", nargs="?", action=_Help, help=argparse.SUPPRESS)
+
+    def known_flags(self) -> list[str]:
+        """All flags in the spelling with underscores."""
+        return [option for option in self._option_string_actions if "-" not in option[2:]]
+
+
+class _Help(argparse.Action):
+    """--help, and --help all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        text = parser.format_help()
+        if values == "all" and parser.more_help is not None:
+            text += f"\n{parser.more_help()}"
+        show(text.rstrip())
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each flag, and its default where the help text does not say it."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": FLAG_WIDTH, **kwargs})
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = action.option_strings[0]
+        if action.nargs == 0 or (action.nargs == "?" and not action.default):
+            return name
+        if action.nargs == "?":
+            return f"{name} {action.metavar or 'BOOL'}"
+        return f"{name} {self._format_args(action, action.metavar or action.dest.upper())}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, argparse.SUPPRESS, "", []) or default is False or "Default:" in action.help:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{action.help} (default: {text})"
+
+
+def show(text: str) -> None:
+    """Prints, also to a reader that does not want all of it: | head."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at the exit
+
+
+def flag_metadata(kind: type, name: str) -> dict[str, Any]:
+    """What `flag` was given for a field, in this class or in the nearest base that has a help text."""
+    fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
+    return next(dict(field.metadata) for field in fields if field is not None and field.metadata)
+
+
+def _add_flag(group: Any, field: dataclasses.Field, hint: Any, metadata: dict[str, Any]) -> None:
+    """A flag in both spellings, --like_this and --like-this; with --no_like_this where it is on by default."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    options = {"default": field.default, **metadata}
+    if typing.get_origin(hint) is list:
+        (hint,), options["nargs"] = typing.get_args(hint), "+"
+    if hint is bool:
+        options |= {"nargs": "?", "const": True}
+    options["type"] = _boolean if hint is bool else hint
+    if "choices" not in options:
+        options.setdefault("metavar", METAVARS.get(hint, "TEXT"))
+    name = field.name
+    group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+    if hint is bool and field.default:
+        negative = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+        group.add_argument(*negative, dest=name, action="store_false", default=True, help=argparse.SUPPRESS)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False.")
+
+
+def fill(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
+    """The dataclass with those of the values that are its fields."""
+    names = (field.name for field in dataclasses.fields(kind) if field.init)
+    return kind(**{name: values[name] for name in names if name in values})
+
+
+def first_look(argv: list[str], *names: str) -> argparse.Namespace:
+    """The values of a few flags, which decide the defaults of others; None for those that are not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    return parser.parse_known_args(argv)[0]
+
+
+def flag_name(word: str) -> str:
+    """The flag in a word of a command line, with underscores and without its value: --max-steps=3 is --max_steps."""
+    return word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+
+
+def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -> None:
+    """
+    Adds a message for each word that belongs to no flag, with the flag that was meant.
+
+    Args:
+        words: those that no flag took.
+        known: all flags.
+        problems: where the messages go.
+    """
+    known = list(known)
+    for word in words:
+        name = flag_name(word)
+        if word.startswith("--") and name in FLAGS_ELSEWHERE:
+            problems.add(f"{name}: {FLAGS_ELSEWHERE[name]}")
+        elif word.startswith("-"):
+            near = difflib.get_close_matches(name, known, n=1)
+            problems.add(f"{word}: there is no such flag. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
+    if words and not any(word.startswith("-") for word in words):
+        problems.add(f"{' '.join(words)}: belongs to no flag. See --help.")
 
 
 # What training takes of a photo at least, as a fraction of its area. The usual 0.08 is for a million images.

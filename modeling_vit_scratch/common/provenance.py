@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a result came about: the command, the commit of the code, the versions and the hardware."""
 
+import hashlib
 import os
 import platform
 import re
@@ -67,3 +68,15 @@ def hardware() -> str:
     cpu_info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", cpu_info.read_text()) if cpu_info.exists() else []
     return f"CPU, {os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of weights in the folder, by its name: what `sha256sum` says."""
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        digest = hashlib.sha256()
+        with open(file, "rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+        found[file.name] = digest.hexdigest()
+    return found

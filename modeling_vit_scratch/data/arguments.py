@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import LabelFlags
-from ..common.parsing import flag
+from ..common.flags import LabelFlags, flag
 
 
 # Data sets that need no file: see `sources`.

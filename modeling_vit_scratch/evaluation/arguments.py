@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, ReadingFlags, SeedFlag
-from ..common.parsing import Parser, fill, flag, refuse_unknown
+from ..common.flags import (
+    BrokenImageFlags,
+    HubFlags,
+    LabelFlags,
+    Parser,
+    ReadingFlags,
+    SeedFlag,
+    fill,
+    flag,
+    refuse_unknown,
+)
 
 
 # Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.

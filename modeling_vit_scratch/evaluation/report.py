@@ -12,9 +12,8 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..common.errors import InputError
-from ..common.provenance import command_line, git_commit, hardware
+from ..common.provenance import command_line, digests, git_commit, hardware
 from ..common.stored_model import load_stored_model
-from ..common.weights import digests
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments

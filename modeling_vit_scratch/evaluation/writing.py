@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.metric_titles import NO_PERCENT, title_of
+from ..common.names import NO_PERCENT, title_of
 from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import BrokenImageFlags, FastDecodeFlag, HubFlags, ImageFlags, ReadingFlags
-from ..common.parsing import Parser, fill, flag, refuse_unknown
+from ..common.flags import (
+    BrokenImageFlags,
+    FastDecodeFlag,
+    HubFlags,
+    ImageFlags,
+    Parser,
+    ReadingFlags,
+    fill,
+    flag,
+    refuse_unknown,
+)
 
 
 # What --output may end in.

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
-from ..common.signals import StopSignals
+from ..common.processes import StopSignals
 from .arguments import PredictionArguments
 from .inputs import Rows, list_inputs
 from .job import BLOCK, Job

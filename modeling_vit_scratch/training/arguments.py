@@ -18,8 +18,8 @@ from transformers.training_args import OptimizerNames
 from ..augmentation.policies import auto_augment
 from ..common.checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.errors import InputError, Problems
-from ..common.licenses import license_problem
-from ..common.parsing import METAVARS, CollectsMistakes, HelpFormatter, fill
+from ..common.flags import METAVARS, CollectsMistakes, HelpFormatter, fill
+from ..common.names import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..hub.commit import check_can_publish
 from .flags import ModelArguments, RecipeArguments, TrainingFlags

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..common.errors import TrainingInterrupted
-from ..common.processes import Processes
-from ..common.signals import StopSignals
+from ..common.processes import Processes, StopSignals
 from ..data.dataset import ImageClassificationDataset
 from .arguments import ImageTrainingArguments
 

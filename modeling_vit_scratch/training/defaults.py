@@ -10,7 +10,7 @@ import argparse
 import os
 from typing import Any
 
-from ..common.parsing import first_look
+from ..common.flags import first_look
 from ..recipes.recipe import Recipe, fit_batch_size
 from ..recipes.table import find_recipe
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.errors import Problems
-from ..common.flags import PHOTO_SMALLEST_AREA, BrokenImageFlags, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag
-from ..common.parsing import flag
+from ..common.flags import PHOTO_SMALLEST_AREA, BrokenImageFlags, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from .defaults import FINE_TUNING, FROM_SCRATCH
 
 

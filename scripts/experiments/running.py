@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from experiments.plan import Run
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.files import write_text
-from modeling_vit_scratch.common.signals import StopSignals
+from modeling_vit_scratch.common.processes import StopSignals
 
 
 _RUN, _RESULTS, _PARTIAL = "run.json", "results.json", ".part"
