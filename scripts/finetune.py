@@ -21,8 +21,7 @@ def main() -> None:
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import export_examples, read_data
-    from modeling_vit_scratch.training.build import build_trainer
-    from modeling_vit_scratch.training.initial_model import build_model
+    from modeling_vit_scratch.training.build import build_model, build_trainer
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):

@@ -46,7 +46,7 @@ def main() -> None:
     from modeling_vit_scratch.data.pixels import Normalize
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
     from modeling_vit_scratch.evaluation.probes import extract_features, run_probes, table
-    from modeling_vit_scratch.training.initial_model import load_encoder
+    from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):

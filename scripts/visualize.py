@@ -131,8 +131,7 @@ def parse_training(flags: list[str]) -> tuple[Any, ...]:
 def draw_augmentation(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> None:
     """The images of a training run, by the run's own code."""
     from modeling_vit_scratch.data.splits import read_data
-    from modeling_vit_scratch.training.build import build_trainer
-    from modeling_vit_scratch.training.initial_model import build_model
+    from modeling_vit_scratch.training.build import build_model, build_trainer
     from modeling_vit_scratch.visualization.preview import augmentation_grid, draw_grid
 
     seed = training_arguments.seed

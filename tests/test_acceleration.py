@@ -16,8 +16,7 @@ from modeling_vit_scratch import (
     ViTScratchForMaskedImageModeling,
     ViTScratchModel,
 )
-from modeling_vit_scratch.acceleration.class_token import only_pooled_output
-from modeling_vit_scratch.acceleration.speed_up import speed_up, undo_speed_up
+from modeling_vit_scratch.acceleration.speed_up import only_pooled_output, speed_up, undo_speed_up
 
 
 OPTIONS = {

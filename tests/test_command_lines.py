@@ -17,9 +17,10 @@ from modeling_vit_scratch.common.flags import Parser, flag_metadata
 from modeling_vit_scratch.data.arguments import BUILT_IN, DataArguments
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
 from modeling_vit_scratch.prediction.arguments import PredictionArguments
-from modeling_vit_scratch.training import defaults
 from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, build_parser, parse_arguments
 from modeling_vit_scratch.training.flags import (
+    DATA_SETS,
+    OBJECTIVE_DEFAULTS,
     OBJECTIVES,
     VARIANT_NAMES,
     ModelArguments,
@@ -171,8 +172,8 @@ def test_every_script_reads_its_command_line_first():
 
 def test_names_are_those_of_the_library():
     assert {*VARIANT_NAMES, "test/4"} == set(VARIANTS)
-    assert set(OBJECTIVES) == set(defaults.OBJECTIVES)
-    assert set(BUILT_IN) == set(defaults.DATA_SETS)
+    assert set(OBJECTIVES) == set(OBJECTIVE_DEFAULTS)
+    assert set(BUILT_IN) == set(DATA_SETS)
     from convert import FORMATS as formats  # scripts/convert.py
 
     assert formats == tuple(FORMATS)

@@ -18,7 +18,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
 from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.training.arguments import ModelArguments
-from modeling_vit_scratch.training.initial_model import build_model
+from modeling_vit_scratch.training.build import build_model
 
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modeling_vit_scratch.common.checkpoints import write_manifest
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
+from modeling_vit_scratch.common.files import write_manifest
 from modeling_vit_scratch.common.flags import FLAGS_ELSEWHERE
 from modeling_vit_scratch.training.command_line import build_parser, parse_arguments, split_words, trainer_flags
 

@@ -15,7 +15,7 @@ from modeling_vit_scratch import (
 )
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.arguments import ModelArguments
-from modeling_vit_scratch.training.initial_model import build_model, load_encoder
+from modeling_vit_scratch.training.build import build_model, load_encoder
 
 
 NAMES = ["cat", "dog", "owl"]

@@ -11,7 +11,8 @@ from tiny_images import build, flags, weights
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.training.losses import LOSSES, ClassificationLoss, class_weights
+from modeling_vit_scratch.training.flags import LOSSES
+from modeling_vit_scratch.training.optimization import ClassificationLoss, class_weights
 
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) * 3

@@ -12,13 +12,13 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.training.callbacks import WeightAverage
 from modeling_vit_scratch.training.optimization import (
     decay_parameter_names,
     describe_groups,
     layer_number,
     parameter_groups,
 )
-from modeling_vit_scratch.training.weight_average import WeightAverage
 
 
 @pytest.fixture

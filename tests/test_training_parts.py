@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerState
 from transformers.trainer_utils import HubStrategy
 
-from modeling_vit_scratch.common.checkpoints import damage, find_checkpoints, read_manifest
 from modeling_vit_scratch.common.errors import InputError, TrainingStopped
+from modeling_vit_scratch.common.files import damage, find_checkpoints, read_manifest
 from modeling_vit_scratch.common.processes import Processes
 from modeling_vit_scratch.hub import pushing
 from modeling_vit_scratch.hub.pushing import HubPusher

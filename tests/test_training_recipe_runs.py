@@ -18,9 +18,9 @@ from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
 from modeling_vit_scratch.recipes.table import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
+from modeling_vit_scratch.training.callbacks import WeightAverage
 from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, parse_arguments
-from modeling_vit_scratch.training.defaults import recipe_defaults
-from modeling_vit_scratch.training.weight_average import WeightAverage
+from modeling_vit_scratch.training.flags import recipe_defaults
 
 
 EVERYTHING = [

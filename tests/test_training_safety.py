@@ -17,7 +17,7 @@ from forked import run_forked
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, load_script, weights
 
-from modeling_vit_scratch.common import checkpoints, signals
+from modeling_vit_scratch.common import files, processes
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.processes import launcher
 from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
@@ -65,17 +65,17 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    for checkpoint in checkpoints.find_checkpoints(tmp_path / "out"):
-        assert checkpoints.damage(checkpoint) is None
-    latest, _ = checkpoints.latest_whole(tmp_path / "out")
+    for checkpoint in files.find_checkpoints(tmp_path / "out"):
+        assert files.damage(checkpoint) is None
+    latest, _ = files.latest_whole(tmp_path / "out")
     assert (latest is None) == (moment < 30)  # the first checkpoint is whole after about thirty
     resume = [] if latest is None else ["--resume_from_checkpoint", "True"]
     straight, resumed = build(tmp_path / "straight", *more), build(tmp_path / "out", *more, *resume)
     straight.train()
     resumed.train(resume_from_checkpoint=None if latest is None else True)
     assert difference(weights(resumed), weights(straight)) == 0.0
-    assert not (tmp_path / "out" / checkpoints.STAGING).exists()
-    assert [path.name for path in checkpoints.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
+    assert not (tmp_path / "out" / files.STAGING).exists()
+    assert [path.name for path in files.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(pets, tmp_path, capsys, fi
     resumed.train(resume_from_checkpoint=True)
     assert f"checkpoint-6 is damaged, {told}" in capsys.readouterr().err
     assert difference(weights(resumed), weights(straight)) == 0.0
-    assert checkpoints.damage(tmp_path / "out" / "checkpoint-6") is None
+    assert files.damage(tmp_path / "out" / "checkpoint-6") is None
 
 
 def test_a_resumed_run_with_other_settings_tells_them(pets, tmp_path, capsys):
@@ -204,7 +204,7 @@ def orphan(pets, tmp_path, monkeypatch):
 
 
 def test_the_end_of_the_launcher_counts_as_sigterm(orphan, monkeypatch, capfd):
-    monkeypatch.setattr(signals, "launcher", os.getppid)
+    monkeypatch.setattr(processes, "launcher", os.getppid)
     with pytest.raises(TrainingInterrupted, match=r"step 3 of 4.*checkpoint-3: to go on") as stopped:
         orphan().train()
     assert stopped.value.number == signal.SIGTERM
@@ -289,7 +289,7 @@ sys.exit(run_command_line(main))
     assert "checkpoint-2: to go on, add --resume_from_checkpoint True" in error
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
-    assert checkpoints.damage(tmp_path / "out" / "checkpoint-2") is None
+    assert files.damage(tmp_path / "out" / "checkpoint-2") is None
 
 
 def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(pets, tmp_path, monkeypatch):

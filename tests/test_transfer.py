@@ -23,8 +23,8 @@ from experiments.summary import build_cells, build_record
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH, find, gain_in_words, markdown
 from modeling_vit_scratch.common.errors import InputError, TrainingStopped, run_command_line
+from modeling_vit_scratch.training.build import build_model, load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.initial_model import build_model, load_encoder
 
 
 @pytest.fixture

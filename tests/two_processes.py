@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.trainer_callback import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration.hooks import is_watched
+from modeling_vit_scratch.acceleration.speed_up import is_watched
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 

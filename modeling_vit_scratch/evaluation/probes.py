@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..acceleration.class_token import only_pooled_output
+from ..acceleration.speed_up import only_pooled_output
 from ..data.dataset import ImageClassificationDataset
 from ..data.pixels import Normalize
 from ..data.splits import ImageData, check_for_probes

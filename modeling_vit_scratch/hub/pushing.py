@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
-from ..common.checkpoints import MANIFEST, latest_whole
 from ..common.errors import InputError
+from ..common.files import MANIFEST, latest_whole
 from .checks import prepare_card
 from .commit import Remote, commit, look_up, prepare
 from .contents import Upload, collect, leaks_in

@@ -14,9 +14,8 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from ..training.arguments import ImageTrainingArguments
-from ..training.build import Objective, build_trainer
+from ..training.build import Objective, build_model, build_trainer
 from ..training.flags import MPP_TARGETS, ModelArguments, PretrainingArguments
-from ..training.initial_model import build_model
 from ..training.trainer import ImageTrainer
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 

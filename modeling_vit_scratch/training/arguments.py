@@ -16,8 +16,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..augmentation.policies import auto_augment
-from ..common.checkpoints import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.errors import InputError, Problems
+from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.flags import METAVARS, CollectsMistakes, HelpFormatter, fill
 from ..common.names import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig

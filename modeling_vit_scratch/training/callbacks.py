@@ -2,11 +2,20 @@
 """Callbacks: the epoch of the training set, a checkpoint at Ctrl-C and SIGTERM, the progress bar."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..common.errors import TrainingInterrupted
+from ..common.errors import InputError, TrainingInterrupted
 from ..common.processes import Processes, StopSignals
 from ..data.dataset import ImageClassificationDataset
 from .arguments import ImageTrainingArguments
@@ -95,3 +104,131 @@ class Progress(ProgressCallback):
         values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")
+
+
+class WeightAverage(TrainerCallback):
+    """
+    An exponential moving average of the weights (Polyak averaging; the paper, section 4.1, uses 0.9999), which is what
+    gets evaluated, and what the model is in the end.
+
+    average = decay * average + (1 - decay) * weights, after every step of the optimizer; it starts as the weights do. A
+    checkpoint has both: the weights, with which training goes on, and the average in average.safetensors, so that a
+    resumed run ends with the bits of one that was not stopped. In float32, on the device of the weights.
+
+    With FSDP2 every process averages its own shards, and a checkpoint has them as it has those of the weights: in a
+    folder of torch.distributed.checkpoint, average_fsdp_0, which any number of processes can go on from.
+
+    The Trainer calls `save`, in every process, and sets `start_from`; it evaluates inside of `applied_to`.
+
+    Args:
+        decay: above 0 and below 1.
+        warmup: whether the decay starts lower: min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's
+            ExponentialMovingAverage. Without, a run of fewer than 1 / (1 - decay) steps ends close to where it began.
+    """
+
+    FILE, SHARDS = "average.safetensors", "average_fsdp_0"
+
+    def __init__(self, decay: float, warmup: bool = True) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"The decay {decay:g} of the weights' average must lie between 0 and 1, e.g. 0.9999.")
+        self.decay, self.warmup = decay, warmup
+        self.average: dict[str, torch.Tensor] = {}
+        self.start_from: str | None = None  # a checkpoint
+        self.is_active = False
+
+    def decay_at(self, step: int) -> float:
+        """The decay after so many steps of the optimizer."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
+        if self.start_from is not None:
+            self._load(self.start_from)
+        self.is_active = True
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        average, weights = (list(map(_own, tensors.values())) for tensors in (self.average, _weights(model)))
+        weights = [weight.detach().float() for weight in weights]
+        torch._foreach_lerp_(average, weights, 1.0 - self.decay_at(state.global_step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """The model becomes the average: that of the best checkpoint, if the Trainer has gone back to it."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(state.best_model_checkpoint)
+        _fill(model, self.average)
+        self.is_active = False
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside, and its own again afterwards."""
+        if not self.is_active:
+            yield
+            return
+        own = {name: weight.detach().clone() for name, weight in _weights(model).items()}
+        _fill(model, self.average)
+        try:
+            yield
+        finally:
+            _fill(model, own)
+
+    def save(self, folder: str, is_writer: bool = True) -> None:
+        """
+        Writes the average into a checkpoint: the one process that is the writer, or for shards all of them. After
+        training there is nothing to write: the model is the average.
+        """
+        if not self.is_active:
+            return
+        if self.is_sharded:
+            writer = checkpoint.FileSystemWriter(Path(folder, self.SHARDS))
+            checkpoint.save({"model": self.average}, storage_writer=writer)
+        elif is_writer:
+            save_file({name: weight.contiguous() for name, weight in self.average.items()}, Path(folder, self.FILE))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has only a part of the average."""
+        return any(isinstance(weight, DTensor) for weight in self.average.values())
+
+    def _load(self, folder: str) -> None:
+        path = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
+        if not path.exists():
+            raise InputError(
+                f"The checkpoint {folder} has no average of the weights ({path.name}): its run had no --ema_decay. "
+                "Go on without it, too, or start a new run."
+            )
+        if self.is_sharded:
+            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(path))
+            return
+        stored = load_file(path)
+        for name, weight in self.average.items():
+            weight.copy_(stored[name])
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
+
+    FSDP2 may leave whole weights behind an evaluation, which it would go on with: what is changed here are the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process has, which shares its memory; without FSDP all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, weight in _weights(model).items():
+        _own(weight).copy_(_own(values[name]))

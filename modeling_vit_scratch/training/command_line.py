@@ -21,8 +21,15 @@ from ..common.flags import HelpFormatter, Parser, fill, first_look, flag_name, r
 from ..data.arguments import DataArguments
 from ..recipes.recipe import recipe_table
 from ..recipes.table import RECIPES
-from .defaults import defaults_for, recipe_defaults
-from .flags import VARIANT_NAMES, ModelArguments, PretrainingArguments, RecipeArguments, TrainingFlags
+from .flags import (
+    VARIANT_NAMES,
+    ModelArguments,
+    PretrainingArguments,
+    RecipeArguments,
+    TrainingFlags,
+    defaults_for,
+    recipe_defaults,
+)
 
 
 # --help: the groups of the flags, in their order.

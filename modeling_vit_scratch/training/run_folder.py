@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: checkpoints and models that are whole or not there, room for them, and what to resume from."""
 
+import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,15 +10,89 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerState
 
-from ..common import checkpoints
+from ..common import files
 from ..common.errors import InputError, TrainingStopped
 from ..common.processes import Processes
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.dataset import ImageClassificationDataset
 from .arguments import ImageTrainingArguments
-from .settings import differences
+
+
+# The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
+DECIDING_ARGUMENTS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
+    "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
+)  # fmt: skip
+# Fields of a configuration that a checkpoint and the model that resumes from it need not share.
+_NOT_COMPARED = {"transformers_version", "dtype", "auto_map", "architectures", "_name_or_path", "use_cache"}
+
+
+def run_settings(
+    arguments: ImageTrainingArguments, train_set: ImageClassificationDataset, objective: str | None
+) -> dict[str, Any]:
+    """
+    The settings of a run, by flag or in words.
+
+    Args:
+        arguments: of the run.
+        train_set: that it learns from.
+        objective: what it learns, if that is not to classify.
+    """
+    values, recipe = arguments.to_dict(), dataclasses.asdict(arguments.recipe_arguments)
+    try:
+        num_images = len(train_set)
+    except TypeError:  # a stream
+        num_images = None
+    return {
+        **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
+        **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "told")},
+        "processes": arguments.world_size,
+        "training images": num_images,
+        "augmentation": train_set.augmentation.description,
+        "device": arguments.device.type,
+        "torch": torch.__version__,
+        **({} if objective is None else {"objective": objective}),
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each setting in which a resumed run differs from the run of its checkpoint."""
+    before, now = (json.loads(json.dumps(settings)) for settings in (before, now))  # a tuple comes back as a list
+    if before.pop("--lamb", False):  # as --optim lamb was once given
+        before["--optim"] = "lamb"
+    return [
+        f"{name}: {_shown(now.get(name))} now, {_shown(before.get(name))} in the checkpoint's run"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
+    """
+    Raises InputError unless a checkpoint is of a model with this configuration: the Trainer loads whatever has the
+    right shape, also weights that were trained for other labels.
+    """
+    ours = json.loads(config.to_json_string())
+    theirs = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    theirs = {"temperature": 1.0, "calibrated": True, **theirs}  # checkpoints of before there was one
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    different = [name for name in different if name not in _NOT_COMPARED]
+    if different:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} is of another model: {', '.join(different)} differ. Give the flags "
+            "and the data of the first run, or start a new one in another --output_dir."
+        )
 
 
 # How many numbers an optimizer keeps for each weight, where it is known.
@@ -45,7 +121,7 @@ class RunFolder:
     ) -> None:
         self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
         self.path = Path(arguments.output_dir)
-        self.staging, self.is_writing_checkpoint = self.path / checkpoints.STAGING, False
+        self.staging, self.is_writing_checkpoint = self.path / files.STAGING, False
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before training
@@ -72,7 +148,7 @@ class RunFolder:
                 "choose another --output_dir, or leave out checkpoints: --save_strategy no."
             )
         # While the newest is written, the one that it replaces is still there.
-        limit, present = self.arguments.save_total_limit or 1, len(checkpoints.find_checkpoints(folder))
+        limit, present = self.arguments.save_total_limit or 1, len(files.find_checkpoints(folder))
         needed = max(limit + 1 - present, 1) * size
         if free < needed:
             self.log(
@@ -92,7 +168,7 @@ class RunFolder:
         """
         if not wanted:
             return None
-        latest, damaged = checkpoints.latest_whole(self.path)
+        latest, damaged = files.latest_whole(self.path)
         if wanted is True:
             if latest is None:
                 raise InputError(f"There is no checkpoint to resume from in {self.path}.")
@@ -117,7 +193,7 @@ class RunFolder:
 
     def resume_advice(self) -> str:
         """How a run that has stopped is resumed: the last sentence of every message about it."""
-        checkpoint, _ = checkpoints.latest_whole(self.path)
+        checkpoint, _ = files.latest_whole(self.path)
         if checkpoint is None:
             return "No checkpoint was saved yet: run the same command to start again."
         return (
@@ -145,7 +221,7 @@ class RunFolder:
             if state.best_model_checkpoint == str(staged):
                 state.best_model_checkpoint = str(checkpoint)
                 if self.arguments.should_save:  # one process: several would write into each other's file
-                    state.save_to_json(str(staged / checkpoints.STATE))
+                    state.save_to_json(str(staged / files.STATE))
             if self.arguments.should_save:
                 _complete(staged, checkpoint, metadata)
         self.processes.wait()
@@ -155,11 +231,11 @@ class RunFolder:
     @contextmanager
     def new_model(self, folder: Path, step: int) -> Iterator[Path]:
         """A folder to write a model into, in all processes. Its files then move into `folder`, each at once."""
-        staging = folder / checkpoints.STAGING
+        staging = folder / files.STAGING
         with self._full_disk_explained("the model", folder, step):
             yield staging / "model"
             if self.arguments.should_save:
-                checkpoints.publish_files(staging / "model", folder)
+                files.publish_files(staging / "model", folder)
                 shutil.rmtree(staging)
         self.processes.wait()
 
@@ -168,7 +244,7 @@ class RunFolder:
         if self.arguments.should_save:
             latest = str(self.path / f"checkpoint-{state.global_step}")
             keep = {latest, state.best_model_checkpoint or latest}
-            checkpoints.rotate(self.path, self.arguments.save_total_limit, keep)
+            files.rotate(self.path, self.arguments.save_total_limit, keep)
             shutil.rmtree(self.staging, ignore_errors=True)
 
     @contextmanager
@@ -181,7 +257,7 @@ class RunFolder:
                 raise
             free = shutil.disk_usage(folder).free
             if self.arguments.should_save:
-                shutil.rmtree(folder / checkpoints.STAGING, ignore_errors=True)
+                shutil.rmtree(folder / files.STAGING, ignore_errors=True)
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise TrainingStopped(
                 f"At step {step}, {what} could not be written to {folder}: {reason}.\n"
@@ -193,8 +269,8 @@ class RunFolder:
 
 
 def _complete(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
-    checkpoints.write_manifest(staged, metadata)
-    checkpoints.publish(staged, checkpoint)
+    files.write_manifest(staged, metadata)
+    files.publish(staged, checkpoint)
 
 
 def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:

@@ -26,8 +26,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput
 
-from ..common.checkpoints import STATE, read_manifest
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
+from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
 from ..data.loader import repeating_loader
 from ..data.pixels import Normalize, mix
@@ -36,13 +36,11 @@ from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_processing_vit_scratch import ImageDecodeError
 from .arguments import LAMB, ImageTrainingArguments
-from .callbacks import SaveOnSignal
+from .callbacks import SaveOnSignal, WeightAverage
 from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
-from .run_folder import RunFolder, checkpoint_size
-from .settings import check_same_model, run_settings
+from .run_folder import RunFolder, check_same_model, checkpoint_size, run_settings
 from .step_guard import StepGuard
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
-from .weight_average import WeightAverage
 
 
 class ImageTrainer(TrainerOverrides, Trainer):
