@@ -127,7 +127,7 @@ def test_fsdp_computes_what_the_whole_model_does(two):
         }
         assert len(differences) == 6
         assert max(differences.values()) < 3e-6, differences  # sums in another order: 1.1e-6 was seen
-        assert found["is_watched"] is False
+        assert found["has_user_hooks"] is False
         assert 0.4 < found["shards"] < 0.6
         assert found["resumed"] == 0.0
 

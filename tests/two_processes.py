@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.trainer_callback import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration.speed_up import is_watched
+from modeling_vit_scratch.acceleration.speed_up import has_user_hooks
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
@@ -73,7 +73,7 @@ def fsdp(folder: Path) -> dict:
             state = {"model": get_model_state_dict(sharded)}
             dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / "pytorch_model_fsdp_0"))
             stored = whole(sharded.named_parameters())
-    found["is_watched"] = any(is_watched(layer.modules()) for layer in sharded.vit.layers)
+    found["has_user_hooks"] = any(has_user_hooks(layer.modules()) for layer in sharded.vit.layers)
     found["shards"] = sum(p.to_local().numel() for p in sharded.parameters()) / plain.num_parameters()
     resumed = shard(new_model())
     state = {"model": get_model_state_dict(resumed)}

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Images of many sizes in one pass: their tokens in one sequence, and no padding (Dehghani et al., arXiv:2307.06304).
+Images of many sizes in one pass without padding, their tokens in one sequence (Dehghani et al., arXiv:2307.06304).
 
-Every token goes through the same matrix products; only attention looks at one image at a time, which is what a
-block-diagonal mask would say, without the products that it would throw away.
+All tokens share the matrix products. Attention runs for each image alone: a block-diagonal mask without its wasted
+products.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ PACKED = "vit_scratch_packed"
 
 @dataclass(frozen=True)
 class Block:
-    """Images of one size, next to each other in the sequence: `count` times `length` tokens from `start` on."""
+    """Images of one size, adjacent in the sequence: `count` times `length` tokens from `start` on."""
 
     start: int
     count: int
@@ -62,11 +61,11 @@ def classify_packed(
     model: ViTScratchForImageClassification, images: Sequence[Tensor], labels: Tensor | None = None
 ) -> ImageClassifierOutput:
     """
-    What the model says of images of any sizes, each as if it were alone.
+    Classifies images of any sizes in one pass, with the result that each has alone.
 
     Args:
-        model: a classifier. In training without drop path, which leaves out whole images and finds one sequence here.
-        images: N tensors (C, H, W), normalised as the image processor does; any H and W that the patch divides.
+        model: a classifier. In training it must have no drop path, which drops whole sequences.
+        images: N normalised tensors (C, H, W), any H and W that the patch divides.
         labels: as for the model, in the order of the images.
 
     Returns:
@@ -77,9 +76,7 @@ def classify_packed(
     """
     config, vit = model.config, model.vit
     if config.position_embedding == "relative_1d":
-        raise ValueError(
-            "Images can't be packed with position_embedding='relative_1d': it needs a batch for each size."
-        )
+        raise ValueError("position_embedding='relative_1d' can't pack images: it needs a batch for each size.")
     if model.training and config.drop_path_rate:
         raise ValueError(
             f"drop_path_rate={config.drop_path_rate:g} leaves out whole images, and packed ones are one sequence. Set "
@@ -89,12 +86,16 @@ def classify_packed(
         raise ValueError("There is no image to pack.")
     order, batches = _sort_by_size(images)
     hidden_states, blocks = _embed(vit, batches)
-    with _attention(vit, PACKED):
+    implementation = config._attn_implementation
+    config._attn_implementation = PACKED
+    try:
         for index, layer in enumerate(vit.layers):
             if (positions := vit.positions_before(index)) is not None:
                 placed = (positions(block.of(hidden_states), grid=block.grid).flatten(0, 1) for block in blocks)
                 hidden_states = torch.cat(list(placed))[None]
             hidden_states = layer(hidden_states, blocks=blocks)
+    finally:
+        config._attn_implementation = implementation
     sequence = vit.layernorm(hidden_states)  # equation 4
     parts = [block.of(sequence) for block in blocks]
     logits = model.classifier(torch.cat([vit.pooler(part) for part in parts]))
@@ -108,7 +109,7 @@ def classify_packed(
 
 
 def _sort_by_size(images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """Which image is where, and a batch (count, C, H, W) for each size."""
+    """The index of each image in its new order, and a batch (count, C, H, W) for each size."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(tuple(image.shape), []).append(index)
@@ -117,7 +118,7 @@ def _sort_by_size(images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
 
 
 def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Block]]:
-    """Equation 1 for each size: all tokens (1, T, D), and where they are."""
+    """Equation 1 for each size: all tokens (1, T, D), and their blocks."""
     patches, tokens, blocks, start = vit.embeddings.patch_embeddings, [], [], 0
     for batch in batches:
         grid = patches.grid(batch)
@@ -127,13 +128,3 @@ def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Bl
         blocks.append(block)
         start = block.end
     return torch.cat(tokens)[None], blocks
-
-
-@contextmanager
-def _attention(vit: ViTScratchModel, implementation: str) -> Iterator[None]:
-    before = vit.config._attn_implementation
-    vit.config._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        vit.config._attn_implementation = before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks: the epoch of the training set, a checkpoint at Ctrl-C and SIGTERM, the progress bar."""
+"""Callbacks: the training set's epoch, a checkpoint at Ctrl-C and SIGTERM, the progress bar, the average of weights."""
 
 import os
 from collections.abc import Iterator
@@ -18,18 +18,15 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from ..common.errors import InputError, TrainingInterrupted
 from ..common.processes import Processes, StopSignals
 from ..data.dataset import ImageClassificationDataset
-from .arguments import ImageTrainingArguments
 
 
 class SetEpoch(TrainerCallback):
-    """Gives the training set its epoch. The data loader does so too, but not when it resumes in the middle of one."""
+    """Sets the epoch of the training set. The data loader does not if it resumes in the middle of an epoch."""
 
     def __init__(self, train_set: ImageClassificationDataset) -> None:
         self.train_set = train_set
 
-    def on_epoch_begin(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.train_set.set_epoch(int(state.epoch or 0))
 
 
@@ -44,12 +41,10 @@ class SaveOnSignal(TrainerCallback):
 
     @property
     def number(self) -> int:
-        """Of the signal that asks to stop, known to all processes or to this one alone; 0 if there is none."""
+        """The number of the signal that asked to stop, in this process or in any; 0 if there is none."""
         return self._agreed or self.signals.number
 
-    def on_train_begin(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self._agreed = 0
         self.signals.start()
 
@@ -57,22 +52,16 @@ class SaveOnSignal(TrainerCallback):
         self._agreed = self._agreed or self.processes.largest(self.signals.poll())
         return self._agreed > 0
 
-    def on_step_end(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The last step of an epoch is left to on_epoch_end: a checkpoint from before the evaluation would skip it.
         if self._agree() and state.epoch % 1 != 0:
             control.should_save = True
 
-    def on_epoch_end(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self._agree():
             control.should_save = True
 
-    def on_save(
-        self, args: ImageTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, *_: Any, **kwargs: Any) -> None:
         if self._agree():
             raise TrainingInterrupted("Stopped after a checkpoint.", self._agreed)
 
@@ -87,12 +76,7 @@ class Progress(ProgressCallback):
     """The stock progress bar, with one short line for each report."""
 
     def on_log(
-        self,
-        args: ImageTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         logs = logs or {}
         probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
@@ -108,22 +92,20 @@ class Progress(ProgressCallback):
 
 class WeightAverage(TrainerCallback):
     """
-    An exponential moving average of the weights (Polyak averaging; the paper, section 4.1, uses 0.9999), which is what
-    gets evaluated, and what the model is in the end.
+    An exponential moving average (EMA) of the weights, which is evaluated and becomes the final model (Polyak
+    averaging; the paper, section 4.1, uses 0.9999).
 
-    average = decay * average + (1 - decay) * weights, after every step of the optimizer; it starts as the weights do. A
-    checkpoint has both: the weights, with which training goes on, and the average in average.safetensors, so that a
-    resumed run ends with the bits of one that was not stopped. In float32, on the device of the weights.
+    After every optimizer step, average = decay * average + (1 - decay) * weights, in float32, on the weights' device. A
+    checkpoint holds both the weights and the average (average.safetensors), so that a run resumes bit for bit. With
+    FSDP2 every process averages its own shards; a checkpoint holds them in average_fsdp_0, a folder of
+    torch.distributed.checkpoint, from which any number of processes can resume.
 
-    With FSDP2 every process averages its own shards, and a checkpoint has them as it has those of the weights: in a
-    folder of torch.distributed.checkpoint, average_fsdp_0, which any number of processes can go on from.
-
-    The Trainer calls `save`, in every process, and sets `start_from`; it evaluates inside of `applied_to`.
+    The trainer calls `save` in every process, sets `start_from`, and evaluates inside of `applied_to`.
 
     Args:
         decay: above 0 and below 1.
-        warmup: whether the decay starts lower: min(decay, (1 + n) / (10 + n)) at step n, as in TensorFlow's
-            ExponentialMovingAverage. Without, a run of fewer than 1 / (1 - decay) steps ends close to where it began.
+        warmup: lowers the decay to at most (1 + n) / (10 + n) at step n, as TensorFlow's ExponentialMovingAverage
+            does. Without it, a run of fewer than 1 / (1 - decay) steps ends close to its initial weights.
     """
 
     FILE, SHARDS = "average.safetensors", "average_fsdp_0"
@@ -137,21 +119,17 @@ class WeightAverage(TrainerCallback):
         self.is_active = False
 
     def decay_at(self, step: int) -> float:
-        """The decay after so many steps of the optimizer."""
+        """The decay at an optimizer step."""
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, model: nn.Module, **kwargs: Any) -> None:
         self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
         if self.start_from is not None:
             self._load(self.start_from)
         self.is_active = True
 
     @torch.no_grad()
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, model: nn.Module, **kwargs: Any) -> None:
         average, weights = (list(map(_own, tensors.values())) for tensors in (self.average, _weights(model)))
         weights = [weight.detach().float() for weight in weights]
         torch._foreach_lerp_(average, weights, 1.0 - self.decay_at(state.global_step))
@@ -159,7 +137,7 @@ class WeightAverage(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """The model becomes the average: that of the best checkpoint, if the Trainer has gone back to it."""
+        """The model becomes the average, or that of the best checkpoint if the Trainer has loaded it."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(state.best_model_checkpoint)
         _fill(model, self.average)
@@ -167,7 +145,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards."""
+        """The model has the averaged weights inside of the `with` block, and its own afterwards."""
         if not self.is_active:
             yield
             return
@@ -180,8 +158,8 @@ class WeightAverage(TrainerCallback):
 
     def save(self, folder: str, is_writer: bool = True) -> None:
         """
-        Writes the average into a checkpoint: the one process that is the writer, or for shards all of them. After
-        training there is nothing to write: the model is the average.
+        Writes the average into a checkpoint: from the writer's process, or with shards from all. After training it
+        writes nothing, since the model is the average.
         """
         if not self.is_active:
             return
@@ -215,7 +193,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
 
-    FSDP2 may leave whole weights behind an evaluation, which it would go on with: what is changed here are the shards.
+    FSDP2 may keep whole weights after an evaluation; resharding makes changes of the shards count.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -224,7 +202,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process has, which shares its memory; without FSDP all of it."""
+    """The local shard of a tensor, in shared memory; without FSDP the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
