@@ -56,7 +56,7 @@ def test_a_recipe_sets_what_it_says_and_flags_replace_it(name, monkeypatch):
         assert values[field] == value, field
     total = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert total == recipe.batch_size
-    assert "as in the recipe" in training.recipe_arguments.told
+    assert "as in the recipe" in training.recipe_arguments.message
     more = ["--learning_rate", "0.5", "--mixup", "0.3", "--weight_decay", "0.7", "--image_size", "64"]
     model, _, training, *_ = parse_arguments([*argv, *more], script)
     assert (training.learning_rate, training.recipe_arguments.mixup, training.weight_decay) == (0.5, 0.3, 0.7)
@@ -68,7 +68,7 @@ def test_another_batch_scales_what_was_not_given():
     half = ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "4"]
     training = parse_arguments([*recipe, *half])[2]
     assert (training.learning_rate, training.max_steps, training.warmup_steps) == (0.015, 20_000, 1000)
-    assert "learning_rate 0.015" in training.recipe_arguments.told
+    assert "learning_rate 0.015" in training.recipe_arguments.message
     training = parse_arguments([*recipe, *half, "--learning_rate", "0.02"])[2]
     assert (training.learning_rate, training.max_steps) == (0.02, 20_000)
     training = parse_arguments([*recipe, "--per-device-train-batch-size", "128"])[2]

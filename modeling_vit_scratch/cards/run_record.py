@@ -57,7 +57,7 @@ def build_pretraining_record(
     last step among the `metrics`. Without labels, the main result is the loss on held-out images, whose masks are those
     of the first epoch, and the parameters are the encoder's.
     """
-    objective = options.facts()
+    objective = options.metadata()
     if options.is_supervised:
         record = build_record(trainer, data, model_arguments, scores, wall_time)
     else:

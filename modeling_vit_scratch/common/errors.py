@@ -50,6 +50,11 @@ class Problems:
         if message not in self.messages:
             self.messages.append(message)
 
+    def require(self, condition: bool, message: str) -> None:
+        """Adds a mistake unless the condition holds."""
+        if not condition:
+            self.add(message)
+
     def as_error(self) -> InputError:
         """All mistakes in one error."""
         if len(self.messages) == 1:

@@ -83,7 +83,7 @@ class Parser(CollectsMistakes):
     Args:
         kinds: the dataclasses; fields with `init=False` are no flags.
         groups: of --help, in its order: a title, and names of fields. A field that is in none is not shown.
-        more_help: what `--help all` prints after the rest.
+        more_help: gets the fields that are shown, and returns what `--help all` adds.
         kwargs: of `argparse.ArgumentParser`.
     """
 
@@ -91,7 +91,7 @@ class Parser(CollectsMistakes):
         self,
         *kinds: type,
         groups: dict[str, tuple[str, ...]],
-        more_help: Callable[[], str] | None = None,
+        more_help: Callable[[set[str]], str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(add_help=False, formatter_class=HelpFormatter, **kwargs)
@@ -118,7 +118,7 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         text = parser.format_help()
         if values == "all" and parser.more_help is not None:
-            text += f"\n{parser.more_help()}"
+            text += f"\n{parser.more_help(parser.shown)}"
         show(text.rstrip())
         parser.exit()
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-transformers' TrainingArguments with our flags and defaults; and what can only be checked with torch and transformers.
-"""
+"""transformers' TrainingArguments with our flags and defaults, and checks that need torch or transformers."""
 
 import argparse
 import ast
@@ -27,7 +25,7 @@ from .flags import ModelArguments, RecipeArguments, TrainingFlags
 
 LAMB = "lamb"  # the value of --optim that is this library's own
 
-# Flags of TrainingArguments that would do harm or nothing here: name -> the value that means "not given", and why.
+# Flags of TrainingArguments that are refused: name -> the value if it is not given, and the reason.
 REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
     "do_train": (True, "this script always trains."),
@@ -57,8 +55,7 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
     recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
 
     def __post_init__(self) -> None:
-        # On a machine without accelerator this is what use_cpu means; the Trainer needs to hear it to start a process
-        # group on the CPU, and not to pin memory.
+        # Without an accelerator the Trainer needs this for a process group on the CPU, and not to pin memory.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self.save_strategy == self.eval_strategy != "no"
@@ -70,7 +67,7 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         is_lamb = self.optim == LAMB
-        if is_lamb:  # transformers turns the name into one of its own optimizers, and has none of this name
+        if is_lamb:  # transformers accepts the names of its own optimizers only
             self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()
         if is_lamb:
@@ -91,7 +88,7 @@ def _has_native_bf16() -> bool:
 
 
 class _TrainerParser(CollectsMistakes, HfArgumentParser):
-    """Reads the Trainer's own flags."""
+    pass
 
 
 def _trainer_parser() -> _TrainerParser:
@@ -112,10 +109,10 @@ def trainer_help(shown: set[str]) -> str:
 
 
 def read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
-    """The values of the Trainer's own flags in these words; what is wrong with them goes to the problems."""
+    """Parses the Trainer's own flags; mistakes go to the problems."""
     parser = _trainer_parser()
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # only what is given: the defaults are those of TrainingArguments
+        action.default = argparse.SUPPRESS  # the defaults are those of TrainingArguments
     try:
         values = vars(parser.parse_known_args(words)[0])
     except InputError:  # a value is missing: all messages are in parser.problems
@@ -133,12 +130,7 @@ def build_training_arguments(
     values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
 ) -> ImageTrainingArguments:
     """
-    The arguments of the Trainer, checked.
-
-    Args:
-        values: of the flags, by name.
-        recipe_arguments: go with them.
-        problems: what is wrong goes there.
+    The arguments of the Trainer. Mistakes in the values of the flags go to the problems.
 
     Raises:
         InputError: with all problems, if the Trainer refuses the values.
@@ -167,23 +159,21 @@ def build_training_arguments(
 
 
 def check_model(arguments: ModelArguments, problems: Problems) -> None:
-    """Adds what the configuration has against --variant and the flags that go with it."""
+    """Adds what the configuration refuses of --variant and its flags."""
     try:
         fields = config_fields(arguments.config_overrides)
     except ValueError as error:
         problems.add(str(error))
         return
     if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
-        overrides = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
         try:
-            ViTScratchConfig.from_variant(arguments.variant, **overrides, **fields)
+            ViTScratchConfig.from_variant(arguments.variant, **sizes(arguments), **fields)
         except ValueError as error:
             problems.add(f"--variant {arguments.variant}: {error}")
 
 
 def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """What can be known of a push without asking the Hub, which the trainer does before it trains."""
+    """Checks a push without the Hub; the trainer asks the Hub before it trains."""
     if arguments.push_to_hub and arguments.process_index == 0:
         name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
         try:
@@ -220,21 +210,22 @@ def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> No
     elif not Path(given, STATE).is_file():
         problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
     elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
-        # Without run.json, it is of another program or of an earlier version, and nothing is known of its files.
+        # A checkpoint of another program or an earlier version has no run.json to check it by.
         problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
 
 
-def pixels(size: list[int] | None) -> int | list[int] | None:
-    """The value of --image_size or --patch_size as the configuration takes it."""
-    return size[0] if size is not None and len(size) == 1 else size
+def sizes(arguments: ModelArguments) -> dict[str, int | list[int]]:
+    """--image_size and --patch_size, if given, as fields of the configuration."""
+    given = {"image_size": arguments.image_size, "patch_size": arguments.patch_size}
+    return {name: size[0] if len(size) == 1 else size for name, size in given.items() if size is not None}
 
 
 def config_fields(text: str | None) -> dict[str, Any]:
     """
-    The value of --config_overrides as fields of the configuration.
+    Parses --config_overrides to fields of the configuration.
 
     Raises:
-        ValueError: for anything but NAME=VALUE with fields that neither another flag nor the data set.
+        ValueError: for anything but NAME=VALUE, and for fields that another flag or the data determine.
     """
     fields: dict[str, Any] = {}
     for part in re.split(r",(?![^\[]*\])", text or ""):
@@ -244,10 +235,8 @@ def config_fields(text: str | None) -> dict[str, Any]:
         if not equals or name not in ViTScratchConfig.__annotations__:
             raise ValueError(f"--config_overrides {part.strip()}: give NAME=VALUE with a field of the configuration.")
         if name in ("image_size", "patch_size", "num_channels"):
-            raise ValueError(
-                f"--config_overrides {name}: leave it out. --image_size and --patch_size are flags, the "
-                "data say how many channels there are."
-            )
+            reason = "--image_size and --patch_size are flags, the data say how many channels there are."
+            raise ValueError(f"--config_overrides {name}: leave it out. {reason}")
         try:
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

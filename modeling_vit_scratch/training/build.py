@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model and data to the trainer: data sets, what is learned, callbacks."""
+"""From arguments to a model, data sets, an objective and the trainer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from ..data.streams import ImageStream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from .arguments import ImageTrainingArguments, config_fields, pixels
+from .arguments import ImageTrainingArguments, config_fields, sizes
 from .callbacks import Progress, SetEpoch, WeightAverage
 from .flags import ModelArguments
 from .optimization import build_loss
@@ -41,10 +41,10 @@ class Objective:
 
     Attributes:
         data_collator: makes batches.
-        compute_loss_func: as the Trainer takes it; None for the model's own loss.
-        metrics: the Trainer's arguments for what is measured on held-out images, beside the loss.
-        description: in words, if it is not to classify.
-        finished_model: from the trained model and its weights to the one that is saved in the end, if that is another.
+        compute_loss_func: for the Trainer; None for the model's own loss.
+        metrics: the Trainer's arguments for metrics beside the loss.
+        description: for people; None for classification.
+        finished_model: builds the model that is saved in the end from the trained one and its weights. None: the same.
     """
 
     data_collator: ImageCollator
@@ -62,14 +62,14 @@ def build_trainer(
     objective: Objective | None = None,
 ) -> ImageTrainer:
     """
-    The trainer, with the data as the model takes it and with the callbacks that make a run resumable bit by bit.
+    The trainer with its data sets and callbacks. Its runs resume bit for bit.
 
     Args:
         model, processor, data, arguments: what to train, on what, and how.
-        objective: what to learn. Default: to classify.
+        objective: what to learn. Default: classification.
 
     Raises:
-        InputError: if the flags ask for what these data or this model can't give.
+        InputError: if the flags don't fit the data or the model.
     """
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
@@ -91,7 +91,7 @@ def build_trainer(
     )
     if isinstance(objective.data_collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
-    logging.disable_progress_bar()  # a bar for each checkpoint that is written; the training bar is another one
+    logging.disable_progress_bar()  # the bar of each checkpoint that is written, not the training bar
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
@@ -101,7 +101,7 @@ def build_trainer(
 
 
 def classification(data: ImageData, arguments: ImageTrainingArguments) -> Objective:
-    """To classify, with the loss and the mixing of the flags. Raises InputError if the loss can't be had."""
+    """Classification with the loss and the mixing of the flags. Raises InputError if the loss does not fit the data."""
     recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
     collator = ImageCollator()
     if recipe.mixup or recipe.cutmix:
@@ -123,19 +123,12 @@ def build_datasets(
     arguments: ImageTrainingArguments,
     objective: Objective,
 ) -> tuple[Dataset, Dataset]:
-    """
-    The training images, augmented, and the held-out ones, as the model takes them.
-
-    Raises:
-        InputError: if the flags ask for what these data can't give.
-    """
+    """The augmented training set and the held-out set. Raises InputError if the flags don't fit the data."""
     kind, channels = data.source.augmentation, config.num_channels
     augmentation = build_augmentation(kind, input_size(processor, config), processor.resample, channels, arguments)
     # An objective without labels draws its masks from the keys of images, of held-out ones too.
-    with_keys = objective.description is not None
-    held_out = ImageClassificationDataset(
-        data.validation, processor, channels, seed=arguments.seed, with_keys=with_keys
-    )
+    keys = {"seed": arguments.seed, "with_keys": objective.description is not None}
+    held_out = ImageClassificationDataset(data.validation, processor, channels, **keys)
     if arguments.images_on_device:
         if isinstance(data.train, ImageStream):
             raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one.")
@@ -166,19 +159,19 @@ def build_model(
     is_multi_label: bool = False,
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
-    The network and its image processor.
+    The model that training starts from: a new one, or a saved one whose classifier is adapted to the labels.
 
     Args:
-        arguments: the command line's.
-        label_names: in the order of the class indices; they go into the configuration. [] for no classifier.
+        arguments: of the command line.
+        label_names: in the order of the class indices, for the configuration. [] for no classifier.
         num_channels: of a new network.
         seed: of new weights.
-        has_representation: whether a new network gets the tanh layer that the paper pretrains with (3.1), as wide as
-            the encoder, where the command line does not say.
-        is_multi_label: whether an image has any number of labels, and not one.
+        has_representation: whether a new network has the tanh layer of the paper's pretraining (3.1), as wide as the
+            encoder, unless the command line says otherwise.
+        is_multi_label: whether images have any number of labels.
 
     Returns:
-        Model, image processor, and a line for the user on where the weights and the classifier come from.
+        Model, image processor, and a line for the user on the origin of weights and classifier.
 
     Raises:
         InputError: if the model can't be loaded, or does not fit.
@@ -210,11 +203,11 @@ def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """
-    The encoder of --model_name_or_path, with the representation layer before a classifier if it has one.
+    The encoder of --model_name_or_path, with its representation layer if it has one.
 
     Args:
-        arguments: the command line's.
-        random_seed: if there is one, the same network with random weights of this seed.
+        arguments: of the command line.
+        random_seed: if given, the same network with random weights from this seed.
 
     Raises:
         InputError: if it can't be loaded, or lacks weights.
@@ -229,9 +222,9 @@ def load_encoder(
 def _load(
     kind: type[ViTScratchPreTrainedModel], arguments: ModelArguments, optional: str | None = None
 ) -> tuple[Any, BaseImageProcessor, set[str]]:
-    """Model, image processor, and missing weights. Raises InputError if one is missing that has not this prefix."""
+    """Model, image processor, and missing weights, which must have the `optional` prefix (InputError)."""
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
-    # Also weights that are stored in 16 bits: most steps of training are smaller than these can tell apart.
+    # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
     overrides = {"dtype": torch.float32, **_overrides(arguments)}
     model, processor, missing = load_stored_model(kind, f"--model_name_or_path {name}", name, hub, **overrides)
     needed = {key for key in missing if optional is None or not key.startswith(optional)}
@@ -245,9 +238,7 @@ def _load(
 
 def _overrides(arguments: ModelArguments) -> dict[str, Any]:
     """The fields of the configuration that the command line sets."""
-    sizes = {name: pixels(getattr(arguments, name)) for name in ("image_size", "patch_size")}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    return sizes | config_fields(arguments.config_overrides)
+    return sizes(arguments) | config_fields(arguments.config_overrides)
 
 
 def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From a command line to the dataclasses of flags: defaults, recipe, flags, and every mistake in one message.
+From a command line to dataclasses: defaults, recipe, flags, and every mistake in one message.
 
---help and mistakes in our flags need neither torch nor transformers. These are imported when the command makes sense,
-or when it has flags that only transformers can check.
+--help and mistakes in our flags need neither torch nor transformers. They are imported when the command is valid so
+far, or has flags that only transformers can check.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import ast
 import difflib
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,8 @@ GROUPS = {
     ),
     "optimization": (
         "max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
-        "max_grad_norm",
-        "optim", "layer_decay", "head_learning_rate_multiplier", "loss", "label_smoothing_factor", "class_weights",
-        "ema_decay", "ema_warmup", "seed",
+        "max_grad_norm", "optim", "layer_decay", "head_learning_rate_multiplier", "loss",
+        "label_smoothing_factor", "class_weights", "ema_decay", "ema_warmup", "seed",
     ),
     "augmentation": (
         "smallest_area", "auto_augment", "color_jitter", "random_erasing", "mixup", "cutmix", "aug_repeats",
@@ -61,12 +60,8 @@ GROUPS = {
         "metric_for_best_model", "resume_from_checkpoint", "per_device_eval_batch_size", "probe", "probe_images",
         "probe_steps",
     ),
-    "speed": (
-        "bf16", "dataloader_num_workers", "fast_decode", "images_on_device",
-    ),
-    "Hub": (
-        "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license",
-    ),
+    "speed": ("bf16", "dataloader_num_workers", "fast_decode", "images_on_device"),
+    "Hub": ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license"),
 }  # fmt: skip
 # Flags whose values only transformers, the network or the Hub's library can check.
 CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
@@ -75,49 +70,41 @@ CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
 @dataclass(frozen=True)
 class Script:
     """
-    What the command line of a script has of its own.
+    What differs between the scripts that train.
 
     Attributes:
         usage, epilog: for --help.
-        output_suffix: what the default output folder has after the name of the data.
-        flags: dataclasses of flags beside the common ones, each with a method `check(training, recipe, problems)`.
+        output_suffix: of the default output folder.
+        flags: dataclasses of further flags, each with a method `check(training, recipe, problems)`.
         groups: of --help, before the others.
-        is_pretraining: whether it has --objective, which changes defaults.
     """
 
     usage: str
     epilog: str
     output_suffix: str = ""
     flags: tuple[type, ...] = ()
-    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    is_pretraining: bool = False
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+_EPILOG = """Several GPUs: accelerate launch scripts/{name}.py [...].
+Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
+`--help all` adds the flags of transformers' TrainingArguments, which all work."""
 FINETUNE = Script(
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
-    epilog="Several GPUs: accelerate launch scripts/finetune.py [...].\n"
-    "Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.\n"
-    "`--help all` adds the flags of transformers' TrainingArguments, which all work.",
+    epilog=_EPILOG.format(name="finetune"),
 )
-
 PRETRAIN = Script(
     usage="%(prog)s [--objective NAME] [--train_dir DIR | --dataset_name NAME] [--variant NAME] [...]",
     epilog="Without labels (--objective mpp, simmim or mae), --train_dir may be any folder of images.\n"
-    "Several GPUs: accelerate launch scripts/pretrain.py [...].\n"
-    "Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.\n"
-    "`--help all` adds the flags of transformers' TrainingArguments, which all work.",
+    + _EPILOG.format(name="pretrain"),
     output_suffix="-pretrained",
     flags=(PretrainingArguments,),
-    groups=(
-        (
-            "pretraining",
-            (
-                "objective", "mask_ratio", "mask_patch_size", "mpp_target", "norm_pix_loss", "decoder_hidden_size",
-                "decoder_num_hidden_layers", "decoder_num_attention_heads",
-            ),
+    groups={
+        "pretraining": (
+            "objective", "mask_ratio", "mask_patch_size", "mpp_target", "norm_pix_loss", "decoder_hidden_size",
+            "decoder_num_hidden_layers", "decoder_num_attention_heads",
         ),
-    ),
-    is_pretraining=True,
+    },
 )  # fmt: skip
 
 
@@ -132,17 +119,17 @@ def parse_arguments(
 
     Args:
         argv: the command line; by default that of the process.
-        script: whose it is.
+        script: the script that has it.
         description: the beginning of --help.
-        defaults: of a script that takes some of these flags for something else than training.
+        defaults: of a script that uses these flags for something else than training.
 
     Returns:
-        ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and last the Problems, which are
-        the mistakes found in their values: whoever reads the data adds those it finds and raises them all.
+        ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and the Problems found in their
+        values: the reader of the data adds its own and raises them all.
 
     Raises:
-        InputError: with all mistakes, if the command line as such can't be understood (unknown flags, values of the
-            wrong type), or if nothing has to be read to know them all.
+        InputError: with all mistakes, if there are unknown flags or values of the wrong type, or if no data have to be
+            read to find the rest.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
@@ -155,10 +142,10 @@ def parse_arguments(
     parser = build_parser(script, description)
     problems = parser.problems
     try:
-        trainer_values, told = _set_defaults(parser, argv, source, given, script, defaults or {})
+        trainer_values, recipe_message = _set_defaults(parser, argv, source, given, defaults or {})
     except ValueError as error:
         problems.add(str(error))
-        trainer_values, told = {}, None
+        trainer_values, recipe_message = {}, None
 
     namespace, rest = parser.parse_known_args(argv)
     trainer_words, unknown = split_words(rest)
@@ -178,10 +165,9 @@ def parse_arguments(
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
     _check_together(training_flags, recipe_arguments, problems)
-    # A command that won't run goes on only where there may be more mistakes: in flags checked late, and in own images.
-    has_late_flags = (
-        trainer_words or any(values[name] for name in CHECKED_LATE) or values["optim"] != TrainingFlags.optim
-    )
+    # With mistakes, it goes on only where more may be found: in flags that are checked late, and in the user's images.
+    is_own_optimizer = values["optim"] != TrainingFlags.optim
+    has_late_flags = trainer_words or is_own_optimizer or any(values[name] for name in CHECKED_LATE)
     if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
         raise problems.as_error()
 
@@ -192,7 +178,7 @@ def parse_arguments(
     is_understood = is_understood and len(problems.messages) == count
     if is_sound_model:
         check_model(model_arguments, problems)
-    recipe_arguments.told = told
+    recipe_arguments.message = recipe_message
     training_arguments = build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
@@ -201,44 +187,44 @@ def parse_arguments(
 
 def build_parser(script: Script = FINETUNE, description: str | None = None) -> Parser:
     """The parser of our own flags, with the defaults that depend on nothing."""
-
-    def more_help() -> str:
-        from .arguments import trainer_help
-
-        return trainer_help(parser.shown)
-
-    parser = Parser(
+    return Parser(
         ModelArguments,
         DataArguments,
         *script.flags,
         RecipeArguments,
         TrainingFlags,
-        groups={"most used": MOST_USED, **dict(script.groups), **GROUPS},
-        more_help=more_help,
+        groups={"most used": MOST_USED, **script.groups, **GROUPS},
+        more_help=_trainer_help,
         usage=script.usage,
         description=description,
         epilog=script.epilog,
     )
-    return parser
+
+
+def _trainer_help(shown: set[str]) -> str:
+    from .arguments import trainer_help  # here: it imports torch
+
+    return trainer_help(shown)
 
 
 def _set_defaults(
-    parser: Parser, argv: list[str], source: str, given: argparse.Namespace, script: Script, defaults: dict[str, Any]
+    parser: Parser, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """
     Gives the parser the defaults of this command, so that --help shows them.
 
     Returns:
-        Those of flags that only the Trainer has; and what the user reads about the recipe.
+        The defaults of flags that only the Trainer has; and a message on the recipe.
 
     Raises:
         ValueError: for a recipe that does not exist, or is another script's.
     """
-    objective = (given.objective or "supervised") if script.is_pretraining else None
+    is_pretraining = "--objective" in parser.known_flags()
+    objective = (given.objective or "supervised") if is_pretraining else None
     chosen = defaults_for(source, given, objective)
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
     batch_size = parser.get_default("per_device_train_batch_size")
-    recipe, settings, told = recipe_defaults(argv, batch_size, is_saved_architecture)
+    recipe, settings, message = recipe_defaults(argv, batch_size, is_saved_architecture)
     ours = {action.dest for action in parser._actions}
     if recipe is not None and (unknown := sorted(set(settings) - ours - trainer_flags())):
         raise ValueError(
@@ -246,12 +232,12 @@ def _set_defaults(
         )
     chosen |= settings | defaults
     parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
-    return {name: value for name, value in chosen.items() if name not in ours}, told
+    return {name: value for name, value in chosen.items() if name not in ours}, message
 
 
 @cache
 def trainer_flags() -> frozenset[str]:
-    """The fields of transformers' TrainingArguments, read from its source: importing it would import torch."""
+    """The fields of transformers' TrainingArguments, read from its source, since an import would need torch."""
     (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
     tree = ast.parse(Path(folder, "training_args.py").read_text(encoding="utf-8"))
     kind = next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "TrainingArguments")
@@ -259,7 +245,7 @@ def trainer_flags() -> frozenset[str]:
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Of words that are none of our flags: the Trainer's flags with their values, and those that belong to nothing."""
+    """Splits words that are none of our flags: the Trainer's flags with their values, and unknown ones."""
     of_trainer, unknown = [], []
     target = unknown
     for word in words:
@@ -271,14 +257,14 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _output_dir(source: str, script: Script) -> str:
-    """outputs/ and the name of the data: its last part, or for a pattern of files, the folder they are in."""
+    """outputs/ and the name of the data: its last part, or for a pattern of files their folder."""
     path = Path(source)
     name = path.name if "*" not in path.name else path.parent.name
     return str(Path("outputs", (name.split(".")[0] or "model") + script.output_suffix))
 
 
 def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
-    """What can be known without the configuration. Returns whether that may be asked for the rest."""
+    """Checks what needs no configuration. Returns whether there was no mistake."""
     count = len(problems.messages)
     starts = [name for name in ("model_name_or_path", "variant", "config_name") if getattr(arguments, name)]
     if len(starts) > 1:
@@ -296,8 +282,8 @@ def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
         patch = arguments.patch_size or [int(name.split("/")[1])]
         size = arguments.image_size or patch
         if any(size[axis] % patch[axis] for axis in (0, -1)):
-            told = " ".join(map(str, size))
-            problems.add(f"--image_size {told}: the patch of {' x '.join(map(str, patch))} pixels must divide it.")
+            size, patch = " ".join(map(str, size)), " x ".join(map(str, patch))
+            problems.add(f"--image_size {size}: the patch of {patch} pixels must divide it.")
     return len(problems.messages) == count
 
 
@@ -307,13 +293,10 @@ def _check_together(training: TrainingFlags, recipe: RecipeArguments, problems: 
             "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
             "classes there. Keep one of them."
         )
-    if training.images_on_device:
-        for name, is_given in (
-            ("aug_repeats", recipe.aug_repeats > 1),
-            ("max_broken_images", training.max_broken_images > 0),
-        ):
-            if is_given:
-                problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
+    conflicts = {"aug_repeats": recipe.aug_repeats > 1, "max_broken_images": training.max_broken_images > 0}
+    for name, is_given in conflicts.items():
+        if training.images_on_device and is_given:
+            problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
 
 
 def show_flags(title: str, *names: str) -> str:

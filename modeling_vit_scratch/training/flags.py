@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of training: what to start from, how to learn, how to augment. Defaults that depend: see `defaults`."""
+"""
+The flags of training, and their defaults.
+
+A default that depends on the command is decided here, by tables. A later one of these replaces an earlier one: from
+scratch, the data set, pretraining and its objective, a saved model, a recipe. The command line overrides them all.
+"""
 
 import argparse
 import os
@@ -22,20 +27,16 @@ from ..recipes.table import find_recipe
 
 
 FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
-# The built-in data sets: their name alone is a good command. Their accuracy is that of the last epoch, so that nothing
-# is chosen on the held-out images.
+# Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
 DATA_SETS: dict[str, dict[str, Any]] = {
-    # So small that reading them is no work for another process.
+    # So small that worker processes would cost time.
     "digits": {
-        "variant": "Mi/4",
-        "image_size": [8],
-        "num_train_epochs": 40.0,
-        "dataloader_num_workers": 0,
+        "variant": "Mi/4", "image_size": [8], "num_train_epochs": 40.0, "dataloader_num_workers": 0,
         "load_best_model_at_end": False,
     },
     # A defect is a small part of a cell: most of the cell must stay in view.
     "elpv": {"variant": "Mi/8", "smallest_area": 0.7, "num_train_epochs": 40.0, "load_best_model_at_end": False},
-}
+}  # fmt: skip
 PRETRAINING: dict[str, Any] = {"train_val_split": 0.05, "load_best_model_at_end": False}
 # Random crops and Adam's second decay as published. Without labels there is no accuracy.
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -53,11 +54,11 @@ FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
 
 def defaults_for(source: str, given: argparse.Namespace, objective: str | None = None) -> dict[str, Any]:
     """
-    The defaults that a command changes, but for its recipe.
+    The defaults that a command changes, without its recipe.
 
     Args:
         source: the name of a data set; "" for others.
-        given: `model_name_or_path`, `config_name` and `variant` of the command line, None where they are not there.
+        given: `model_name_or_path`, `config_name` and `variant` of the command line, or None.
         objective: of pretraining; None for fine-tuning.
     """
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {})}
@@ -78,16 +79,16 @@ def recipe_defaults(
     argv: list[str], per_device: int, is_saved_architecture: bool
 ) -> tuple[Recipe | None, dict[str, Any], str | None]:
     """
-    The numbers of the recipe that the command line names.
+    The defaults of the recipe that the command line names.
 
     Args:
         argv: the command line.
         per_device: the default batch size of a device.
-        is_saved_architecture: whether it starts from a saved model or configuration: the recipe's variant is not used.
+        is_saved_architecture: whether a saved model or configuration replaces the recipe's variant.
 
     Returns:
-        The recipe; its fields, with the accumulation that makes its batch and what changes if that is not possible; and
-        a message for the user. Without a recipe None, {} and None.
+        The recipe; its fields, adapted to the batch size that this machine can make; and a message for the user.
+        Without a recipe None, {} and None.
 
     Raises:
         ValueError: if there is no such recipe.
@@ -105,35 +106,29 @@ def recipe_defaults(
     per_device = _count(given.per_device_train_batch_size) or per_device
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation, changed = fit_batch_size(recipe, per_device, processes, _count(given.gradient_accumulation_steps))
-    message = _describe(recipe, per_device, processes, accumulation, changed)
+    batch = f"{per_device * processes * accumulation} = {per_device} images x {processes} processes x {accumulation}"
+    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    comparison = f"; the recipe's is {recipe.batch_size}, so: {scaled}" if changed else ", as in the recipe"
+    message = f"Recipe {recipe.describe()}\n    batch: {batch} accumulated{comparison}"
     return recipe, {**fields, "gradient_accumulation_steps": accumulation, **changed}, message
 
 
 def _count(text: str | None) -> int | None:
-    """A positive number, or None: the parser reports the others."""
+    """A positive number, or None: the parser reports other values."""
     return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None
 
 
-def _describe(recipe: Recipe, per_device: int, processes: int, accumulation: int, changed: dict[str, Any]) -> str:
-    total = per_device * processes * accumulation
-    batch = f"    batch: {total} = {per_device} images x {processes} processes x {accumulation} accumulated"
-    if not changed:
-        return f"Recipe {recipe.describe()}\n{batch}, as in the recipe"
-    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
-    return f"Recipe {recipe.describe()}\n{batch}; the recipe's is {recipe.batch_size}, so: {scaled}"
-
-
-# The names of `ViTScratchConfig`'s variants, without the one of the tests; importing them from there imports torch.
+# The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
 VARIANT_NAMES = (
     "Ti/16", "S/16", "S/32", "B/8", "B/16", "B/32", "L/16", "L/32", "H/14", "Mi/2", "Mi/4", "Mi/8", "Mi/16",
     "R+Ti/16", "R26+S/32", "R26+B/32", "R50+B/16", "R50+L/32",
 )  # fmt: skip
 LOSSES = ("softmax", "sigmoid", "bce")
 PROBES = ("knn", "fewshot")
-# What masked patch prediction predicts, in words.
+# The targets of masked patch prediction, in words.
 MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixels", "full_patch": "pixels"}
 _WHEN = ("no", "steps", "epoch")
-# What it is, and the fraction of patches that it hides.
+# A description, and the fraction of patches to hide.
 OBJECTIVES: dict[str, tuple[str, float | None]] = {
     "supervised": ("labels, with the paper's tanh layer (3.1)", None),
     "mpp": ("masked patch prediction (the paper's B.1.2)", 0.5),
@@ -219,7 +214,7 @@ class RecipeArguments:
     )
     ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
 
-    told: str | None = field(init=False, default=None)  # what the user reads about the recipe
+    message: str | None = field(init=False, default=None)  # for the user, on the recipe
 
     def check(self, problems: Problems) -> None:
         """Adds what is wrong with the values, but for `auto_augment`, whose check needs numpy."""
@@ -227,21 +222,18 @@ class RecipeArguments:
             ("color_jitter", "strength of colour jitter"),
             ("random_erasing", "probability of random erasing"),
         ):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.add(
-                    f"--{name} {getattr(self, name):g}: the {what} must be above 0 and at most 1, or 0 for none."
-                )
-        if self.aug_repeats < 1:
-            problems.add(f"--aug_repeats {self.aug_repeats} must be at least 1, for every image once.")
+            value, limits = getattr(self, name), "must be above 0 and at most 1, or 0 for none"
+            problems.require(0 <= value <= 1, f"--{name} {value:g}: the {what} {limits}.")
+        problems.require(
+            self.aug_repeats >= 1, f"--aug_repeats {self.aug_repeats} must be at least 1, for every image once."
+        )
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                problems.add(f"--{name} {getattr(self, name):g} must not be negative.")
-        if not 0 < self.layer_decay <= 1:
-            problems.add(f"--layer_decay {self.layer_decay:g} must be above 0 and at most 1.")
-        if not self.head_learning_rate_multiplier > 0:
-            problems.add(f"--head_learning_rate_multiplier {self.head_learning_rate_multiplier:g} must be above 0.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            problems.add(f"--ema_decay {self.ema_decay:g} must lie between 0 and 1, e.g. 0.9999.")
+            problems.require(getattr(self, name) >= 0, f"--{name} {getattr(self, name):g} must not be negative.")
+        decay, multiplier, average = self.layer_decay, self.head_learning_rate_multiplier, self.ema_decay
+        problems.require(0 < decay <= 1, f"--layer_decay {decay:g} must be above 0 and at most 1.")
+        problems.require(multiplier > 0, f"--head_learning_rate_multiplier {multiplier:g} must be above 0.")
+        if average is not None:
+            problems.require(0 < average < 1, f"--ema_decay {average:g} must lie between 0 and 1, e.g. 0.9999.")
 
 
 @dataclass
@@ -328,34 +320,26 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
     def check(self, problems: Problems) -> None:
         """Adds what is wrong with the values."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                problems.add(f"--{name} {getattr(self, name)} must be at least 1.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            problems.add(f"--num_train_epochs {self.num_train_epochs:g} must be above 0.")
-        if not self.learning_rate > 0:
-            problems.add(f"--learning_rate {self.learning_rate:g} must be above 0, e.g. 1e-3.")
-        if not 0.0 <= self.label_smoothing_factor < 1.0:
-            problems.add(f"--label_smoothing_factor {self.label_smoothing_factor:g} must be at least 0 and below 1.")
-        if not 0.0 < self.smallest_area <= 1.0:
-            problems.add(f"--smallest_area {self.smallest_area:g} must be above 0 and at most 1.")
+            problems.require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1.")
+        epochs, rate, smoothing = self.num_train_epochs, self.learning_rate, self.label_smoothing_factor
+        problems.require(epochs > 0 or self.max_steps > 0, f"--num_train_epochs {epochs:g} must be above 0.")
+        problems.require(rate > 0, f"--learning_rate {rate:g} must be above 0, e.g. 1e-3.")
+        problems.require(0 <= smoothing < 1, f"--label_smoothing_factor {smoothing:g} must be at least 0 and below 1.")
+        area = self.smallest_area
+        problems.require(0 < area <= 1, f"--smallest_area {area:g} must be above 0 and at most 1.")
         for name in ("max_broken_images", "weight_decay"):
-            if getattr(self, name) < 0:
-                problems.add(f"--{name} {getattr(self, name):g} must not be negative.")
+            problems.require(getattr(self, name) >= 0, f"--{name} {getattr(self, name):g} must not be negative.")
         for name in ("probe_images", "probe_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.add(f"--{name} {value} must be at least 1.")
+            problems.require(value is None or value >= 1, f"--{name} {value} must be at least 1.")
         if self.probe_steps is not None and not self.probe:
             problems.add(f"--probe_steps {self.probe_steps} says when, not what. Add --probe knn fewshot.")
         if self.probe and self.probe_steps is None and self.eval_strategy == "no":
             problems.add("--probe never runs: add --probe_steps, or an --eval_strategy other than no.")
-        given = [
-            f"--{name}"
-            for name in ("hub_model_id", "hub_private_repo", "hub_revision")
-            if getattr(self, name) is not None
-        ]
+        hub_flags = ("hub_model_id", "hub_private_repo", "hub_revision")
+        given = " ".join(f"--{name}" for name in hub_flags if getattr(self, name) is not None)
         if given and not self.push_to_hub:
-            problems.add(f"{' '.join(given)}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
+            problems.add(f"{given}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
 
 
 @dataclass
@@ -386,15 +370,11 @@ class PretrainingArguments:
     def is_supervised(self) -> bool:
         return self.objective == "supervised"
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The flags that the objective reads, for the record."""
-        names = {
-            "supervised": (),
-            "mpp": ("mask_ratio", "mpp_target"),
-            "simmim": ("mask_ratio", "mask_patch_size"),
-            "mae": ("mask_ratio", "norm_pix_loss"),
-        }
-        return {"objective": self.objective} | {name: getattr(self, name) for name in names[self.objective]}
+        own_flag = {"mpp": "mpp_target", "simmim": "mask_patch_size", "mae": "norm_pix_loss"}
+        names = () if self.is_supervised else ("mask_ratio", own_flag[self.objective])
+        return {"objective": self.objective} | {name: getattr(self, name) for name in names}
 
     def check(self, training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
         """Adds what is wrong with the values, and sets the default of `mask_ratio`."""
@@ -409,18 +389,12 @@ class PretrainingArguments:
             return
         if self.mask_ratio is None:
             self.mask_ratio = OBJECTIVES[self.objective][1]
-        if not 0.0 < self.mask_ratio < 1.0:
-            problems.add(f"--mask_ratio {self.mask_ratio:g} must lie between 0 and 1, e.g. 0.75.")
-        for name, value in (
-            ("mixup", recipe.mixup),
-            ("cutmix", recipe.cutmix),
-            ("label_smoothing_factor", training.label_smoothing_factor),
-        ):
-            if value:
-                problems.add(
-                    f"--{name} {value:g} needs labels, and --objective {self.objective} has none. Leave it out."
-                )
+        ratio = self.mask_ratio
+        problems.require(0 < ratio < 1, f"--mask_ratio {ratio:g} must lie between 0 and 1, e.g. 0.75.")
+        objective = f"--objective {self.objective}"
+        label_flags = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
+        label_flags["label_smoothing_factor"] = training.label_smoothing_factor
+        for name, value in label_flags.items():
+            problems.require(not value, f"--{name} {value:g} needs labels, and {objective} has none. Leave it out.")
         if recipe.head_learning_rate_multiplier != 1.0:
-            problems.add(
-                f"--head_learning_rate_multiplier: --objective {self.objective} has no classifier. Leave it out."
-            )
+            problems.add(f"--head_learning_rate_multiplier: {objective} has no classifier. Leave it out.")

@@ -52,7 +52,7 @@ def run_settings(
         num_images = None
     return {
         **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
-        **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "told")},
+        **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "message")},
         "processes": arguments.world_size,
         "training images": num_images,
         "augmentation": train_set.augmentation.description,

@@ -103,7 +103,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def describe(self) -> list[str]:
         """Where it pushes, the recipe, the augmentation, which weights decay and which learning rates there are."""
-        recipe = self.args.recipe_arguments.told
+        recipe = self.args.recipe_arguments.message
         parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation()]
         return [*filter(None, parts), describe_groups(self.parameter_groups())]
 
