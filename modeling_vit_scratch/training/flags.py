@@ -296,7 +296,6 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         metavar="WHAT",
     )
     hub_private_repo: bool | None = flag(None, "Make a new repository private. Default: your account's setting.")
-    hub_always_push: bool = flag(False, "Push a checkpoint even if the previous upload has not finished.")
     hub_revision: str | None = flag(None, "Branch to push to; created from main if missing.", metavar="BRANCH")
 
     license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which weights learn how fast, which decay, and LAMB.
+What training minimises and how: losses, class weights, learning rates and decay of parameters, and LAMB.
 
-Schedules and all other optimizers are the stock ones: `--lr_scheduler_type cosine`, and `polynomial` with
-`--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9 (tested);
-`--optim sgd --optim_args momentum=0.9` is its optimizer.
+A loss is a sum over images divided by the images of the whole update, so that neither accumulation nor the number of
+processes changes it. Schedules and other optimizers are the stock ones: `--lr_scheduler_type cosine`, and `polynomial`
+with `--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9
+(tested); `--optim sgd --optim_args momentum=0.9` is its optimizer.
 """
 
 import re
@@ -25,16 +26,15 @@ from .flags import LOSSES
 
 class ClassificationLoss:
     """
-    For `Trainer(compute_loss_func=)`; in float32.
+    For `Trainer(compute_loss_func=)`, in float32.
 
     Args:
-        kind: "softmax", cross-entropy; "sigmoid", binary cross-entropy summed over classes, with which the paper and
-            AugReg were pre-trained (big_vision, utils.py: sigmoid_xent); "bce", its mean over classes, where every
-            class that has a part in a mixed image is a whole one (Wightman et al., arXiv:2110.00476, and DeiT III).
+        kind: "softmax": cross-entropy. "sigmoid": binary cross-entropy summed over classes, as in the pretraining of
+            the paper and AugReg (big_vision, utils.py: sigmoid_xent). "bce": its mean over classes, with a target of 1
+            for every class in a mixed image (Wightman et al., arXiv:2110.00476, and DeiT III).
         num_labels: K.
-        label_smoothing: of labels that are classes: this share of the probability is spread over all.
-        class_weights: (K,), see `class_weights`. An image counts as much as its class does, a mixed one as its classes
-            do by their shares. Default: all count alike.
+        label_smoothing: the fraction of the probability spread over all classes, for labels that are classes.
+        class_weights: (K,), see `class_weights`. A mixed image has the mean weight of its classes by their fractions.
     """
 
     def __init__(
@@ -75,13 +75,12 @@ class ClassificationLoss:
 
 class MultiLabelLoss:
     """
-    Binary cross-entropy of every label for itself, for `Trainer(compute_loss_func=)`; in float32.
+    Binary cross-entropy of images with any number of labels, for `Trainer(compute_loss_func=)`, in float32.
 
     Args:
-        kind: "sigmoid" for the sum over the labels of an image, anything else for the mean.
-        label_smoothing: this share of the probability is spread over "has it" and "has it not".
-        positive_weights: (K,), how much more it counts that an image has the label than that it has not: see
-            `positive_weights`. Default: as much.
+        kind: "sigmoid" for the sum over labels, anything else for the mean.
+        label_smoothing: the fraction of the probability spread over "has the label" and "does not".
+        positive_weights: (K,), torch's `pos_weight`: see `positive_weights`.
     """
 
     def __init__(self, kind: str, label_smoothing: float = 0.0, positive_weights: np.ndarray | None = None) -> None:
@@ -91,12 +90,7 @@ class MultiLabelLoss:
     def __call__(
         self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """
-        Args:
-            outputs: with `logits` (B, K).
-            labels: (B, K), 0 to 1.
-            num_items_in_batch: the entries of `labels` in all batches of the update; None for this batch alone.
-        """
+        """As `ClassificationLoss`, with labels (B, K) from 0 to 1."""
         logits, weights = outputs["logits"].float(), self.positive_weights
         targets = labels.float() * (1 - self.label_smoothing) + self.label_smoothing / 2
         weights = None if weights is None else weights.to(logits.device)
@@ -108,17 +102,17 @@ class MultiLabelLoss:
 
 def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
     """
-    The weights of `--class_weights` where images have several labels: torch's `pos_weight`.
+    The weights of `--class_weights` for images with several labels: torch's `pos_weight`.
 
     Args:
-        given: "balanced", for the images without a label over those with it; or K positive numbers.
+        given: "balanced", for the ratio of images without and with a label; or K positive numbers.
         labels: of the training images, (N, K), 0 and 1.
 
     Returns:
-        (K,) float64; "balanced" gives a label that no training image has, or all have, 1.
+        (K,) float64. "balanced" gives 1 for a label that none or all of the images have.
 
     Raises:
-        ValueError: for anything else.
+        InputError: for other values.
     """
     if given != ["balanced"]:
         return _read_weights(given, labels.shape[1])
@@ -129,23 +123,22 @@ def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
 
 def class_weights(given: list[str], labels: list[int], num_labels: int) -> np.ndarray:
     """
-    The weights of `--class_weights`, such that their mean over the training images is 1.
+    The weights of `--class_weights`, with a mean over the training images of 1.
 
-    The sum of weighted losses is then divided by the number of images. Over the whole training set that is
-    `torch.nn.CrossEntropyLoss(weight)`; in a batch it is better. Torch divides by the weights of the batch, so that an
-    image would count more in one batch than in another, and alone as much as any: here it always counts the same.
+    The sum of weighted losses is divided by the number of images. Over the whole training set that equals
+    `torch.nn.CrossEntropyLoss(weight)`. That one divides a batch by its own weights, so that the weight of an image
+    would depend on its batch.
 
     Args:
-        given: "balanced", for the inverse of the number of images that a class has; or K numbers in the order of the
-            labels, of which the ratios count.
+        given: "balanced", for the inverse frequency of a class; or K numbers, of which the ratios count.
         labels: of the training images.
         num_labels: K.
 
     Returns:
-        (K,) float64. Where the training set lacks a class, "balanced" gives it 0.
+        (K,) float64. "balanced" gives 0 for a class without training images.
 
     Raises:
-        ValueError: for anything else.
+        InputError: for other values.
     """
     counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
     if given == ["balanced"]:
@@ -160,16 +153,16 @@ def _read_weights(given: list[str], num_labels: int) -> np.ndarray:
     try:
         weights = np.array([float(word) for word in given])
     except ValueError as error:
-        raise ValueError(f"--class_weights {' '.join(given)}: these are no numbers. {way_out}") from error
+        raise InputError(f"--class_weights {' '.join(given)}: these are no numbers. {way_out}") from error
     if len(weights) != num_labels:
-        raise ValueError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
+        raise InputError(f"--class_weights has {len(weights)} values for {num_labels} labels. {way_out}")
     if not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise ValueError(f"--class_weights {' '.join(given)}: not all are positive. {way_out}")
+        raise InputError(f"--class_weights {' '.join(given)}: not all are positive. {way_out}")
     return weights
 
 
 def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
-    """What --loss and --class_weights ask for; None for the model's own loss. Raises InputError if it can't be had."""
+    """The loss of the flags; None for the model's own. Raises InputError if --class_weights don't fit the data."""
     recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
     if not data.is_multi_label and (recipe.mixup or recipe.cutmix):
         smoothing = 0.0  # the labels of mixed images are smooth already
@@ -179,13 +172,10 @@ def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> Classifica
     if recipe.class_weights:
         if isinstance(data.train, ImageStream):
             raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
-        try:
-            if data.is_multi_label:
-                weights = positive_weights(recipe.class_weights, data.train.labels)
-            else:
-                weights = class_weights(recipe.class_weights, data.train.labels, len(data.label_names))
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        if data.is_multi_label:
+            weights = positive_weights(recipe.class_weights, data.train.labels)
+        else:
+            weights = class_weights(recipe.class_weights, data.train.labels, len(data.label_names))
     if data.is_multi_label:
         return MultiLabelLoss(recipe.loss, smoothing, weights)
     return ClassificationLoss(recipe.loss, len(data.label_names), smoothing, weights)
@@ -196,8 +186,8 @@ HEADS = ("classifier.", "distillation_classifier.")
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
     """
-    The kernels of dense layers and of convolutions: what the paper's code decays. No biases, norms, scales, tokens or
-    positions; the stock Trainer decays the last two.
+    The kernels of dense layers and convolutions, as in the paper's code: no biases, norms, scales, tokens or positions.
+    The stock Trainer decays the last two.
     """
     kernels = (nn.Linear, nn.Conv2d)
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kernels)]
@@ -205,8 +195,8 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 def layer_number(name: str, num_layers: int) -> int:
     """
-    Where a parameter is, from input to output: 0 for the embeddings, 1 to L for the layers of the encoder, L + 1 for
-    all after them, as in BEiT (Bao et al., arXiv:2106.08254) and MAE.
+    The depth of a parameter, as in BEiT (Bao et al., arXiv:2106.08254) and MAE: 0 for embeddings, 1 to L for the
+    encoder's layers, L + 1 for everything after them.
     """
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
         return int(match[1]) + 1
@@ -223,18 +213,18 @@ def parameter_groups(
     head_learning_rate_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """
-    What an optimizer takes: the trainable parameters by learning rate and decay, those with the full rate first, since
-    the Trainer reports the rate of the first group.
+    An optimizer's groups of trainable parameters by learning rate and decay. The Trainer reports the rate of the first
+    group, so those with the full rate come first.
 
     Args:
         model: with `config.num_hidden_layers`.
         learning_rate: of the last layer.
-        weight_decay: of the kernels; everything else has none.
-        layer_decay: the rate of each layer is that of the next times this.
-        head_learning_rate_multiplier: the classifier's rate is the learning rate times this.
+        weight_decay: of the kernels only.
+        layer_decay: the rate of a layer relative to the next one.
+        head_learning_rate_multiplier: the rate of the classifier relative to the learning rate.
 
     Returns:
-        Groups with "params", "weight_decay", "lr", and for people "layer", e.g. "embeddings", "layer 3", "head".
+        Groups with "params", "weight_decay", "lr", and "layer", e.g. "embeddings", "layer 3", "head".
     """
     num_layers, decaying = model.config.num_hidden_layers, set(decay_parameter_names(model))
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -245,7 +235,7 @@ def parameter_groups(
         number = num_layers + 2 if is_head else layer_number(name, num_layers)
         rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
         if layer_decay == 1.0 and rate == 1.0:
-            number = num_layers + 1  # one group for all that learns alike
+            number = num_layers + 1  # one group for all with the same rate
         group = groups.setdefault(
             (number, name in decaying),
             {
@@ -256,7 +246,7 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    # The last layers first, but for a head with a rate of its own; kernels before the rest.
+    # The last layers first, a head with its own rate last; kernels before the rest.
     order = sorted(groups, key=lambda key: (key[0] > num_layers + 1, -key[0], not key[1]))
     return [groups[key] for key in order]
 
@@ -270,7 +260,7 @@ def _layer_label(number: int, num_layers: int, layer_decay: float) -> str:
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """A small table: what decays and what does not, and at which rate it learns."""
+    """A table of the parameters that decay and those that don't, with their learning rates."""
     rows: dict[tuple[str, float], dict[bool, int]] = {}
     decay = max((group["weight_decay"] for group in groups), default=0.0)
     for group in groups:
@@ -284,17 +274,15 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 class Lamb(torch.optim.Optimizer):
     """
-    LAMB (You et al., arXiv:1904.00962), with which DeiT III is trained, as in apex's FusedLAMB and timm's Lamb: the
-    gradients of all parameters are clipped together to a norm; decay is added to Adam's step; and in groups with decay,
-    each step is scaled by the norm of the weight over its own. Groups without decay take Adam's step.
+    LAMB (You et al., arXiv:1904.00962), the optimizer of DeiT III, as in apex's FusedLAMB and timm's Lamb.
+
+    The gradients of all parameters are clipped together; decay is added to Adam's step; and in groups with decay, a
+    step is scaled by the norm of its weight over its own norm. Groups without decay take Adam's step.
 
     Args:
         params: parameters, or groups of them.
-        lr: learning rate.
-        betas: of the running means of the gradient and of its square.
-        eps: added to the root of the latter.
-        weight_decay: of each group.
-        max_grad_norm: what the gradients of all groups together are clipped to; 0 for no clipping.
+        lr, betas, eps, weight_decay: as in torch's AdamW.
+        max_grad_norm: the norm to clip to; 0 for no clipping.
     """
 
     def __init__(
@@ -324,7 +312,7 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _clipping(self) -> Tensor | float:
-        """What gradients are divided by: at least 1. Stays on the device."""
+        """The divisor of the gradients, at least 1. It stays on the device."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self.max_grad_norm:
             return 1.0

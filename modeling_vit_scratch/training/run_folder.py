@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: checkpoints and models that are whole or not there, room for them, and what to resume from."""
+"""The folder of a run: whole checkpoints and models, disk space, and settings compared when a run resumes."""
 
 import dataclasses
 import json
@@ -37,14 +37,7 @@ _NOT_COMPARED = {"transformers_version", "dtype", "auto_map", "architectures", "
 def run_settings(
     arguments: ImageTrainingArguments, train_set: ImageClassificationDataset, objective: str | None
 ) -> dict[str, Any]:
-    """
-    The settings of a run, by flag or in words.
-
-    Args:
-        arguments: of the run.
-        train_set: that it learns from.
-        objective: what it learns, if that is not to classify.
-    """
+    """The settings of a run, by flag or name. `objective`: in words; None for classification."""
     values, recipe = arguments.to_dict(), dataclasses.asdict(arguments.recipe_arguments)
     try:
         num_images = len(train_set)
@@ -80,12 +73,12 @@ def _shown(value: Any) -> str:
 
 def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
     """
-    Raises InputError unless a checkpoint is of a model with this configuration: the Trainer loads whatever has the
-    right shape, also weights that were trained for other labels.
+    Raises InputError if a checkpoint has another configuration. The Trainer would load any weights of the right shape,
+    also those for other labels.
     """
     ours = json.loads(config.to_json_string())
     theirs = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
-    theirs = {"temperature": 1.0, "calibrated": True, **theirs}  # checkpoints of before there was one
+    theirs = {"temperature": 1.0, "calibrated": True, **theirs}  # older checkpoints have neither
     different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     different = [name for name in different if name not in _NOT_COMPARED]
     if different:
@@ -95,24 +88,23 @@ def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
         )
 
 
-# How many numbers an optimizer keeps for each weight, where it is known.
+# Numbers that an optimizer keeps for each weight, if known.
 _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
-# What torch and safetensors say where a file can't be written, in place of an OSError.
+# What torch and safetensors raise instead of an OSError if a file can't be written.
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
 
 class RunFolder:
     """
-    --output_dir, while a run trains.
+    --output_dir during training.
 
     Args:
-        arguments: of the run.
-        processes: all processes of the run.
-        log: prints a line for people, once for all processes.
-        checkpoint_size: about how many bytes a checkpoint takes, see `checkpoint_size`.
+        arguments, processes: of the run.
+        log: prints a line, once for all processes.
+        checkpoint_size: in bytes, see `checkpoint_size`.
 
     Attributes:
-        staging: where files are until they are complete.
+        staging: the folder of files that are not complete.
         is_writing_checkpoint: whether a checkpoint is being written into `staging`.
     """
 
@@ -127,12 +119,7 @@ class RunFolder:
     # Before training
 
     def prepare(self) -> None:
-        """
-        Removes what a killed run has not finished, and looks whether the disk has room for checkpoints.
-
-        Raises:
-            InputError: if there is not even room for one.
-        """
+        """Removes unfinished files of a killed run. Raises InputError if the disk has no room for a checkpoint."""
         if not self.arguments.should_save:
             return
         if self.staging.is_dir() and any(self.staging.iterdir()):
@@ -147,7 +134,7 @@ class RunFolder:
                 f"A checkpoint takes about {_megabytes(size)}, but {_megabytes(free)} are free in {folder}. Make room, "
                 "choose another --output_dir, or leave out checkpoints: --save_strategy no."
             )
-        # While the newest is written, the one that it replaces is still there.
+        # While a checkpoint is written, the one that it replaces is still there.
         limit, present = self.arguments.save_total_limit or 1, len(files.find_checkpoints(folder))
         needed = max(limit + 1 - present, 1) * size
         if free < needed:
@@ -158,10 +145,10 @@ class RunFolder:
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """
-        The checkpoint to resume from. Tells which damaged ones are passed over.
+        The checkpoint to resume from. Logs the damaged ones that it passes over.
 
         Args:
-            wanted: a checkpoint, True for the latest one that is whole, None or False for none.
+            wanted: a checkpoint, True for the latest whole one, None or False for none.
 
         Raises:
             InputError: if there is no whole one.
@@ -179,7 +166,7 @@ class RunFolder:
         return str(wanted)
 
     def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Warns where the run of a checkpoint, which has this manifest, had other settings."""
+        """Logs a warning if the run of a checkpoint, with this manifest, had other settings."""
         if "settings" not in manifest:
             self.log(f"warning: {checkpoint} does not say which settings its run had. Give the same ones again.")
             return
@@ -192,7 +179,7 @@ class RunFolder:
             )
 
     def resume_advice(self) -> str:
-        """How a run that has stopped is resumed: the last sentence of every message about it."""
+        """How to resume a run that has stopped: the last sentence of every message about it."""
         checkpoint, _ = files.latest_whole(self.path)
         if checkpoint is None:
             return "No checkpoint was saved yet: run the same command to start again."
@@ -206,8 +193,8 @@ class RunFolder:
     @contextmanager
     def new_checkpoint(self, state: TrainerState, metadata: dict[str, Any]) -> Iterator[Path]:
         """
-        A folder to write the checkpoint of this step into, in all processes. It gets its name when all of it is on the
-        disk. `metadata` goes into its manifest; the best checkpoint of `state`, if it is this one, gets its final name.
+        A folder for all processes to write the checkpoint of this step into. It gets its final name, also in `state`,
+        when it is on the disk whole. `metadata` goes into its manifest.
         """
         name = f"checkpoint-{state.global_step}"
         staged, checkpoint = self.staging / name, self.path / name
@@ -217,10 +204,10 @@ class RunFolder:
                 yield staged
             finally:
                 self.is_writing_checkpoint = False
-            self.processes.wait()  # for what the others write, such as their random state
+            self.processes.wait()  # for files of the others, such as their random state
             if state.best_model_checkpoint == str(staged):
                 state.best_model_checkpoint = str(checkpoint)
-                if self.arguments.should_save:  # one process: several would write into each other's file
+                if self.arguments.should_save:  # only one process may write this file
                     state.save_to_json(str(staged / files.STATE))
             if self.arguments.should_save:
                 _complete(staged, checkpoint, metadata)
@@ -230,7 +217,7 @@ class RunFolder:
 
     @contextmanager
     def new_model(self, folder: Path, step: int) -> Iterator[Path]:
-        """A folder to write a model into, in all processes. Its files then move into `folder`, each at once."""
+        """A folder for all processes to write a model into. Its files then move into `folder`, each atomically."""
         staging = folder / files.STAGING
         with self._full_disk_explained("the model", folder, step):
             yield staging / "model"
@@ -240,7 +227,7 @@ class RunFolder:
         self.processes.wait()
 
     def rotate(self, state: TrainerState) -> None:
-        """Removes old checkpoints beyond --save_total_limit; the latest and the best stay."""
+        """Removes checkpoints beyond --save_total_limit, but not the latest and the best."""
         if self.arguments.should_save:
             latest = str(self.path / f"checkpoint-{state.global_step}")
             keep = {latest, state.best_model_checkpoint or latest}
@@ -249,7 +236,7 @@ class RunFolder:
 
     @contextmanager
     def _full_disk_explained(self, what: str, folder: Path, step: int) -> Iterator[None]:
-        """Turns what a full disk raises into TrainingStopped, and removes what could not be finished."""
+        """Turns errors of a full disk into TrainingStopped, and removes unfinished files."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -274,7 +261,7 @@ def _complete(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
 
 
 def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:
-    """About how many bytes a checkpoint takes: the weights, their average, and what the optimizer keeps of them."""
+    """The approximate bytes of a checkpoint: weights, their average, and the optimizer's states."""
     weights = sum(weight.nbytes for weight in model.state_dict().values())
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     states = 0 if arguments.save_only_model else _OPTIMIZER_STATES.get(arguments.optimizer_name, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops a run before a loss or a gradient that is not finite reaches the weights; counts images that can't be read."""
+"""Stops a run before a non-finite loss or gradient reaches the weights; counts images that can't be read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,44 +14,34 @@ from .arguments import ImageTrainingArguments
 
 @dataclass(frozen=True)
 class StepCheck:
-    """
-    The check of a step, made when its gradient is complete and the optimizer has not used it yet.
+    """The numbers of a step, checked when its gradient is complete and the optimizer has not used it yet."""
 
-    Attributes:
-        step, max_steps: its number, counted from 1, and the last one's.
-        losses, norm: of the accumulated batches, (N,), and of their gradient, ().
-        keys: of their images: see `StepGuard`.
-        is_scaled: whether only losses count: see `StepGuard.check`.
-        is_bad: whether one of these numbers is not finite; on the host, of a GPU only after `copied`.
-    """
-
-    step: int
+    step: int  # counted from 1
     max_steps: int
-    losses: torch.Tensor
-    norm: torch.Tensor
-    keys: list[torch.Tensor | None]
-    is_scaled: bool
-    is_bad: torch.Tensor
+    losses: torch.Tensor  # (N,), of the accumulated batches
+    norm: torch.Tensor  # (), of their gradient
+    keys: list[torch.Tensor | None]  # of their images: see `StepGuard`
+    is_scaled: bool  # whether only losses count: see `StepGuard.check`
+    is_non_finite: torch.Tensor  # () bool, on the host; for a GPU it is valid after `copied`
     copied: torch.cuda.Event | None = None
 
 
 class StepGuard:
     """
-    In every step the trainer calls `begin_step`, for each accumulated batch `add_loss`, and `check`. Before it
-    evaluates, saves or ends it calls `stop_if_bad`. All processes call these in the same order.
+    In every step the trainer calls `begin_step`, `add_loss` for each accumulated batch, and `check`. It calls
+    `stop_if_bad` before it evaluates, saves or ends. All processes call these in the same order.
 
-    Batches may hold "keys" (B, 3) int64: seed, epoch and index of each image; and "broken": pairs of the index of an
-    image that can't be read, and the reason.
+    Batches may hold "keys" (B, 3) int64, the seed, epoch and index of each image; and "broken", pairs of the index of
+    an unreadable image and the reason.
 
     Args:
-        arguments: of the run.
-        processes: all processes of the run.
-        image_name: from the index of a training image to its file, or whatever else people know it by.
-        log: prints a line for people, once for all processes.
-        resume_advice: gives the last sentence of every message.
+        arguments, processes: of the run.
+        image_name: from the index of a training image to its file or another name.
+        log: prints a line, once for all processes.
+        resume_advice: returns the last sentence of every message.
 
     Attributes:
-        broken_images: of the training images that could not be read so far, by index: why.
+        broken_images: why training images could not be read, by index.
         last_keys: of the batches of the latest step.
     """
 
@@ -71,12 +61,7 @@ class StepGuard:
         self._last_check: StepCheck | None = None
 
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """
-        Notes which images the batches of a step have.
-
-        Raises:
-            TrainingStopped: if more images than --max_broken_images could not be read.
-        """
+        """Notes the images of a step. Raises TrainingStopped if more than --max_broken_images could not be read."""
         self.last_keys, self._losses = [batch.get("keys") for batch in batches], []
         if self.arguments.max_broken_images:
             self._count_broken([pair for batch in batches for pair in batch.get("broken", ())])
@@ -99,7 +84,7 @@ class StepGuard:
             )
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Notes the loss of an accumulated batch, ()."""
+        """Notes the loss of an accumulated batch, a scalar."""
         self._losses.append(loss)
 
     def check(
@@ -113,45 +98,46 @@ class StepGuard:
         """
         Checks a step before the optimizer takes it.
 
-        To read a number means to wait for the device. An optimizer that can skip a step by itself is told on the device
-        to do so, and the run stops when the gradient of the next step is there: nothing waits.
+        Reading a number waits for the device. So an optimizer that can skip a step does so on the device, and the run
+        stops one step later.
 
         Args:
-            step, max_steps: its number, counted from 1, and the last one's.
+            step, max_steps: its number, counted from 1, and that of the last step.
             norm: of the gradient.
-            skipping: the optimizer, if it skips a step that its `found_inf` is 1 for.
+            skipping: the optimizer, if it skips steps whose `found_inf` is 1.
             is_scaled: whether a scaler of float16 skips steps whose gradient overflows: then only losses are checked.
 
         Raises:
-            TrainingStopped: if this step is bad, or where steps are skipped the one before.
+            TrainingStopped: if this step is not finite; with `skipping`, if the one before was not.
         """
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
         losses = torch.stack(self._losses).float()
         numbers = losses if is_scaled else torch.cat([losses, norm.to(losses).reshape(1)])
-        is_bad, copied = numbers.isfinite().all().logical_not(), None
+        is_non_finite, copied = numbers.isfinite().all().logical_not(), None
         self.stop_if_bad()  # the step before
         if skipping is not None:
-            skipping.found_inf = is_bad.float()
-            if is_bad.is_cuda:
-                is_bad = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_bad, non_blocking=True)
+            skipping.found_inf = is_non_finite.float()
+            if is_non_finite.is_cuda:
+                on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+                is_non_finite = on_host.copy_(is_non_finite, non_blocking=True)
                 copied = torch.cuda.Event()
                 copied.record()
-        self._last_check = StepCheck(step, max_steps, losses, norm, self.last_keys, is_scaled, is_bad, copied)
+        self._last_check = StepCheck(step, max_steps, losses, norm, self.last_keys, is_scaled, is_non_finite, copied)
         if skipping is None:
             self.stop_if_bad()
 
     def stop_if_bad(self) -> None:
-        """Raises TrainingStopped if the step that was checked last has a loss or a gradient that is not finite."""
+        """Raises TrainingStopped if the step that was checked last has a non-finite loss or gradient."""
         check, self._last_check = self._last_check, None
         if check is None:
             return
         if check.copied is not None:
             check.copied.synchronize()
-        if check.is_bad:
+        if check.is_non_finite:
             self._stop(check)
 
     def _stop(self, check: StepCheck) -> None:
-        """Every process names its images. All have one gradient: if that is bad, all of them stop here."""
+        """Every process names its images. They share the gradient: if it is not finite, all of them stop here."""
         arguments, losses = self.arguments, check.losses.tolist()
         is_everywhere = not (check.is_scaled or check.norm.isfinite())
         process = f"process {arguments.process_index}, " if arguments.world_size > 1 else ""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-transformers' Trainer for images. It has a step guard, a run folder, a Hub pusher and an average of the weights; what it
-replaces of the Trainer's private methods stands in trainer_overrides.py.
+transformers' Trainer for images, with a step guard, a run folder, a Hub pusher and an average of the weights.
+
+The private methods of the Trainer that it replaces are in trainer_overrides.py.
 """
 
 import json
@@ -45,20 +46,20 @@ from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
 class ImageTrainer(TrainerOverrides, Trainer):
     """
-    See the module. Everything else, distributed training included, is the stock Trainer's.
+    The stock Trainer, distributed training included, but for the methods below.
 
     Args:
         model, args: what to train, and how.
-        average: of the weights: it is evaluated, and in the end it is the model.
+        average: of the weights; it is evaluated and becomes the final model.
         stream_position: of a training set that is a stream.
-        objective: what it learns, in words, if that is not to classify.
-        finished_model: from the model and its weights to what is saved in the end and pushed. Default: the model.
+        objective: in words; None for classification.
+        finished_model: from the model and its weights to the model that is saved in the end and pushed. None: the same.
         others: further arguments of the Trainer.
 
     Attributes:
-        settings: what decides the numbers of this run.
-        samples_by_process: training images that went through the model in each process, since the start or the
-            resumption; those that fill up a last batch count, too. Known after training.
+        settings: everything that decides the numbers of this run.
+        samples_by_process: images trained on by each process since the start or resumption, padding of last batches
+            included. Known after training.
     """
 
     def __init__(
@@ -94,35 +95,35 @@ class ImageTrainer(TrainerOverrides, Trainer):
                 self.add_callback(callback)
 
     def log_line(self, line: str) -> None:
-        """Prints a line for people, from one process, beside the progress bar."""
+        """Prints a line from one process, above the progress bar."""
         if self.args.process_index == 0:
             tqdm.write(line, file=sys.stderr)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What is told before training
+    # Messages before training
 
     def describe(self) -> list[str]:
-        """Where it pushes, the recipe, the augmentation, which weights decay and which learning rates there are."""
+        """The Hub repository, the recipe, the augmentation, decay and learning rates."""
         recipe = self.args.recipe_arguments.message
         parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation()]
         return [*filter(None, parts), describe_groups(self.parameter_groups())]
 
     def describe_sharding(self) -> str | None:
-        """A line where FSDP was asked for and can't be had: accelerate says nothing."""
+        """A warning if FSDP was asked for and is not available: accelerate gives none."""
         wanted = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
         if not wanted or self.is_fsdp_enabled:
             return None
         return "FSDP shards over accelerators only: on a CPU every process keeps the whole model (DDP)."
 
     def describe_augmentation(self) -> str:
-        """One line on what happens to training images, one by one and in batches; and one on the objective."""
+        """A line on the augmentation of images and batches, and one on the objective."""
         mixing = self.data_collator.description if self.objective is None else None
         line = f"Augmentation: {'; '.join(filter(None, [self.augmentation_of_images, mixing]))}."
         return line if self.objective is None else f"{line}\nObjective: {self.objective}."
 
     @property
     def augmentation_of_images(self) -> str:
-        """In words, for people and records; without what is done to batches."""
+        """The augmentation of single images, in words."""
         repeats, description = self.args.recipe_arguments.aug_repeats, self.train_dataset.augmentation.description
         return description if repeats == 1 else f"each image {repeats} times in a row; {description}"
 
@@ -131,12 +132,12 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
-        As in Trainer. `True` resumes from the latest checkpoint that is whole. A run that has to stop pushes its latest
-        checkpoint first, if it pushes.
+        As in Trainer. `True` resumes from the latest whole checkpoint. With --push_to_hub, a run that stops pushes its
+        latest checkpoint first.
 
         Raises:
             InputError: if there is no such checkpoint, it is of another model, or the disk has no room for one.
-            TrainingStopped: if training can't go on.
+            TrainingStopped: if training can't continue.
             TrainingInterrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
         """
         self.run_folder.prepare()
@@ -160,7 +161,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             raise
 
     def _prepare_resumption(self, checkpoint: str) -> None:
-        """Checks that a checkpoint is of this model, warns of other settings, and tells the parts to go on from it."""
+        """Checks the model of a checkpoint, warns of other settings, and makes the parts start from it."""
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
         self.run_folder.compare_settings(checkpoint, manifest, self.settings)
@@ -173,7 +174,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     @contextmanager
     def _errors_explained(self) -> Iterator[None]:
-        """Turns what torch raises for a signal, a lost worker or a lost process into a message for people."""
+        """Turns errors of signals, lost workers and lost processes into messages for users."""
         try:
             yield
         except TrainingStopped:
@@ -181,7 +182,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         except (KeyboardInterrupt, RuntimeError) as error:
             state, arguments, advice = self.state, self.args, self.run_folder.resume_advice()
             if isinstance(error, KeyboardInterrupt) or self.save_on_signal.number:
-                # Where the launcher ends all processes, the others may be gone first: not an error either.
+                # The launcher may have ended the other processes first, which raises a RuntimeError here.
                 raise TrainingInterrupted(
                     f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}",
                     self.save_on_signal.number or signal.SIGINT,
@@ -199,14 +200,14 @@ class ImageTrainer(TrainerOverrides, Trainer):
             raise
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
-        """As in Trainer. Resumed from its last step, a run has no epoch left: the Trainer would take one more step."""
+        """As in Trainer, but a run resumed from its last step has no epoch left: the Trainer takes one more step."""
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         if self.resumed_step >= max_steps:
             epochs = max_steps // steps_per_epoch
         return epochs, steps_per_epoch, *others, max_steps
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """As in Trainer; the step guard learns of which images the batches of a step are."""
+        """As in Trainer; the step guard gets the images of the step."""
         try:
             batches, num_items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         except ImageDecodeError as error:
@@ -218,7 +219,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As in Trainer, of a batch as the loader gives it."""
+        """As in Trainer, for a batch of the loader."""
         inputs = self.prepare_batch(inputs)
         self._samples += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -226,7 +227,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return loss
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """From a batch of the loader to what the model takes: on its device, normalised and mixed, see `pixels`."""
+        """Moves a batch of the loader to the device, normalises and mixes it: see `data/pixels.py`."""
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
@@ -244,11 +245,11 @@ class ImageTrainer(TrainerOverrides, Trainer):
     # The optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Kernels only: see `optimization.decay_parameter_names`."""
+        """See `optimization.decay_parameter_names`."""
         return decay_parameter_names(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer gets: see `optimization.parameter_groups`."""
+        """See `optimization.parameter_groups`."""
         arguments, recipe = self.args, self.args.recipe_arguments
         multipliers = recipe.layer_decay, recipe.head_learning_rate_multiplier
         return parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, *multipliers)
@@ -256,7 +257,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def get_optimizer_cls_and_kwargs(
         self, args: ImageTrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, Any]:
-        """As in Trainer, or LAMB; with groups of its own where layers or the head have rates of their own."""
+        """As in Trainer, or LAMB; with our groups if layers or the head have their own learning rates."""
         if args.optim == LAMB:
             betas = (args.adam_beta1, args.adam_beta2)
             kind, settings = Lamb, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
@@ -267,7 +268,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         if args.recipe_arguments.layer_decay != 1.0 or args.recipe_arguments.head_learning_rate_multiplier != 1.0:
             if is_optimizer_factory(kind) or "params" in settings or "model" in settings:
                 raise InputError(
-                    f"--optim {args.optimizer_name} makes groups of parameters of its own. Leave out --layer_decay and "
+                    f"--optim {args.optimizer_name} makes its own groups of parameters. Leave out --layer_decay and "
                     "--head_learning_rate_multiplier, or take --optim adamw_torch_fused or sgd."
                 )
             settings["params"] = self.parameter_groups()
@@ -287,27 +288,27 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """
-        As in Trainer. With several processes the last batches are filled up with images that were there before, which
-        the Trainer leaves out of the metrics, but not out of the loss. Here the loss is the mean without them.
+        As in Trainer. With several processes the last batches are padded with earlier images. The Trainer leaves these
+        out of the metrics; here the loss leaves them out, too.
         """
         inputs = self.prepare_batch(inputs)
         number, state = len(inputs["pixel_values"]), self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        own = min(max(state.remainder - self.args.process_index * number, 1), number)  # all processes have to compute
+        own = min(max(state.remainder - self.args.process_index * number, 1), number)  # every process has to compute
         inputs = {name: value[:own] if torch.is_tensor(value) else value for name, value in inputs.items()}
         loss, *predictions = super().prediction_step(model, inputs, *args, **kwargs)
 
-        def filled_up(tensor: torch.Tensor) -> torch.Tensor:
+        def padded(tensor: torch.Tensor) -> torch.Tensor:
             return torch.cat([tensor, tensor[:1].expand(number - own, *tensor.shape[1:])])
 
-        return loss, *(recursively_apply(filled_up, part) for part in predictions)
+        return loss, *(recursively_apply(padded, part) for part in predictions)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loaders
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer. Streams and repeated augmentation have loaders of their own."""
+        """As in Trainer, or a loader for streams or repeated augmentation."""
         repeats = self.args.recipe_arguments.aug_repeats
         if isinstance(self.train_dataset, StreamDataset):
             loader, self.stream_position.batches = stream_loader(self.train_dataset, self.args, self.data_collator)
@@ -318,7 +319,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return self.workers.add(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As in Trainer, where --dataloader_drop_last leaves out held-out images too; here it spares them."""
+        """As in Trainer, but --dataloader_drop_last keeps all held-out images."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return self.workers.add(super().get_eval_dataloader(*args, **kwargs))
@@ -330,8 +331,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        As in Trainer; every file of the model is whole or not there. Without a folder it is the finished model, which
-        is not to be trained further. Never pushes: `push_to_hub` does.
+        As in Trainer, but every file is written atomically, and nothing is pushed. Without `output_dir` it writes the
+        finished model.
         """
         if self.run_folder.is_writing_checkpoint:
             self._write_model(Path(output_dir))
@@ -341,12 +342,12 @@ class ImageTrainer(TrainerOverrides, Trainer):
             if output_dir is not None or self.finished_model is None:
                 self._write_model(staged)
                 return
-            weights = self.accelerator.get_state_dict(self.model)  # with sharded weights, every process takes part
+            weights = self.accelerator.get_state_dict(self.model)  # every process takes part: weights may be sharded
             if self.args.should_save:
                 self._write_finished_model(staged, weights)
 
     def _write_model(self, folder: Path) -> None:
-        """Writes the model's files, with which training can go on; during training with the average beside them."""
+        """Writes the files that training can resume from, during training with the average of the weights."""
         if self.is_fsdp_enabled:
             self._write_sharded_model(folder)
         else:
@@ -358,9 +359,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def _write_sharded_model(self, folder: Path) -> None:
         """
-        As the Trainer does with FSDP, but that checkpoints have the configuration, with which their shards can be
-        loaded, and that the finished model is whole. FSDP2 gives the model a class of torch's, whose code the Trainer
-        would save with it.
+        As the Trainer with FSDP, but checkpoints have the configuration that their shards need to be loaded, and the
+        finished model is whole. FSDP2 changes the model's class; the Trainer would save the code of that class.
         """
         plugin = self.accelerator.state.fsdp_plugin
         if not self.run_folder.is_writing_checkpoint:
@@ -385,7 +385,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self._write_arguments(folder)
 
     def _write_arguments(self, folder: Path) -> None:
-        """Writes every argument that is no secret and no local path, in place of the Trainer's pickle of them all."""
+        """Writes the arguments without secrets and local paths, in place of the Trainer's pickle."""
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         text = json.dumps(shareable(self.args.to_dict()), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "training_args.json").write_text(text + "\n", encoding="utf-8")
@@ -394,7 +394,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     # The Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in Trainer, which calls this before training; raises InputError if nothing can be pushed."""
+        """Called by the Trainer before training. Raises InputError if nothing can be pushed."""
         if self.is_world_process_zero():
             self.hub_model_id, self.push_in_progress = self.pusher.prepare(), self.pusher
 
@@ -402,23 +402,23 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
 
     def copy_model(self, checkpoint: Path, folder: Path) -> None:
-        """Puts the finished model of a checkpoint into a new folder. Takes no random numbers from training."""
+        """Puts the finished model of a checkpoint into a new folder. Leaves training's random state as it is."""
         file = checkpoint / "model.safetensors"
         if self.finished_model is None or not file.is_file():
             link_folder(checkpoint, folder)
             return
-        with torch.random.fork_rng(devices=[]):  # for the weights that it has before it gets these
+        with torch.random.fork_rng(devices=[]):  # for the initial weights of the new model
             self._write_finished_model(folder, load_file(file))
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """
-        Saves the model and pushes it with everything that belongs to it: card, record, figures.
+        Saves the model and pushes it with its card, record and figures.
 
         Returns:
             The URL of the commit; None in all processes but the first.
 
         Raises:
-            InputError: if the push fails. The model is saved then.
+            InputError: if the push fails. The model is saved nevertheless.
         """
         self._on_push_begin()
         if self.hub_model_id is None:
@@ -427,4 +427,4 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return self.pusher.push_model(commit_message) if self.is_world_process_zero() else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the card is written from the record of the run."""
+        """Does nothing: the card is written from the record of the run."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-All that relies on private parts of transformers, accelerate and torch: what one of their releases may break.
+Everything that relies on private parts of transformers, accelerate and torch, with its reason.
 
-Each has its reason, and tests/test_trainer_overrides.py fails when what it relies on has changed.
+A release of theirs may break it: tests/test_trainer_overrides.py fails when what it relies on has changed.
 """
 
 import functools
@@ -20,11 +20,11 @@ from ..data.loader import prepare_workers
 
 
 class TrainerOverrides:
-    """The private methods of transformers' Trainer that `ImageTrainer` replaces. It is a base class before Trainer."""
+    """The private methods of transformers' Trainer that `ImageTrainer` replaces: a base class before Trainer."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The Trainer calls this between the last backward pass of a step and the optimizer. No callback gets the norm,
-        # and to compute it a second time would take as long as to clip it.
+        # Called between the last backward pass of a step and the optimizer. No callback gets the norm, and computing it
+        # again would take as long as clipping.
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.step_guard.check(
             self.state.global_step + 1,
@@ -36,12 +36,12 @@ class TrainerOverrides:
         return grad_norm
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Where the Trainer writes a checkpoint, and looks for old ones to remove: in the staging folder there are none.
+        # Where the Trainer writes a checkpoint and removes old ones: the staging folder has none.
         return str(self.run_folder.staging) if self.run_folder.is_writing_checkpoint else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The Trainer writes into a folder that has its final name from the start, and removes old ones before a new one
-        # is on the disk. on_save comes after that.
+        # The Trainer writes into the folder with the final name, and removes old checkpoints before the new one is on
+        # the disk. on_save comes too late to change that.
         self.step_guard.stop_if_bad()
         metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images}
         with self.run_folder.new_checkpoint(self.state, metadata) as folder:
@@ -53,25 +53,23 @@ class TrainerOverrides:
         self.run_folder.rotate(self.state)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer calls this while the checkpoint has no name yet. `_save_checkpoint` above pushes afterwards.
-        pass
+        pass  # called before the checkpoint has its name; `_save_checkpoint` pushes afterwards
 
 
 def skipping_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
     """
-    The trainer's optimizer, if it skips a step that its `found_inf` is 1 for: torch's fused ones, on a GPU. What they
-    have for the scaler of float16 is of use without one, too; nothing public says which optimizers have it.
+    The trainer's optimizer if it skips steps whose `found_inf` is 1. torch's fused optimizers on a GPU do, for the
+    scaler of float16; no public attribute says so.
     """
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside of accelerate's, torch's own
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # torch's, inside of accelerate's
     is_able = getattr(optimizer, "_step_supports_amp_scaling", False) and trainer.accelerator.scaler is None
     return optimizer if is_able and trainer.args.device.type == "cuda" and not trainer.is_fsdp_enabled else None
 
 
 class WorkerProcesses:
     """
-    The processes that read images for some loaders. torch remembers a loader's iterator, which has them, only while
-    they are persistent; it ends them when somebody collects the garbage, and waits five seconds for each if what it
-    ends them with is gone by then. A run that failed would leave them for as long as its error is looked at.
+    The worker processes of data loaders, to end them when training ends. torch ends them when the loader's iterator is
+    garbage collected, so that a failed run would keep them as long as its traceback lives.
     """
 
     def __init__(self) -> None:
@@ -80,14 +78,13 @@ class WorkerProcesses:
 
     def add(self, loader: DataLoader) -> DataLoader:
         """
-        A loader of accelerate's or torch's, whose iterators it remembers from now on. The loader gets a generator of
-        its own, from which it draws a seed for its workers in every epoch, or once if they stay alive: from the global
-        one, dropout would depend on how many there are.
+        Remembers the iterators of a loader. The seeds of its workers come from a generator of its own: drawn from the
+        global one, they would make dropout depend on the number of workers.
         """
         prepare_workers(loader)
-        own = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
+        own = getattr(loader, "base_dataloader", loader)  # torch's, inside of accelerate's
         own.generator = torch.Generator()
-        own._get_iterator = functools.partial(self._get_iterator, weakref.ref(own))  # it must not hold itself
+        own._get_iterator = functools.partial(self._get_iterator, weakref.ref(own))  # weak: the loader holds it
         self._persistent.add(own)
         return loader
 
@@ -98,10 +95,9 @@ class WorkerProcesses:
         return iterator
 
     def release(self) -> None:
-        """Ends all of them, now."""
+        """Ends all worker processes."""
         for iterator in list(self.iterators):
             if isinstance(iterator, _MultiProcessingDataLoaderIter):
                 iterator._shutdown_workers()
         for loader in list(self._persistent):
-            if loader._iterator is not None:
-                loader._iterator = None
+            loader._iterator = None
