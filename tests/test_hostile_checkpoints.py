@@ -20,7 +20,7 @@ from modeling_vit_scratch.checkpoint.files import open_tensors
 from modeling_vit_scratch.checkpoint.loading import parameters_at_least
 from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.common.stored_model import load_stored_model
+from modeling_vit_scratch.common.pretrained import load_pretrained
 from modeling_vit_scratch.configuration_vit_scratch import MOST, VARIANTS
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.inputs import Rows
@@ -64,7 +64,7 @@ def change(file: Path, **fields) -> None:
 
 
 def load(folder: Path):
-    return load_stored_model(ViTScratchForImageClassification, "MODEL", str(folder), {})
+    return load_pretrained(ViTScratchForImageClassification, "MODEL", str(folder), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

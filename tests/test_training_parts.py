@@ -93,10 +93,10 @@ def test_images_that_can_not_be_read_are_counted_over_all_processes_each_once():
     class Two(Processes):
         """This process and another one, which has found image 7."""
 
-        def largest(self, value):
+        def maximum(self, value):
             return 1
 
-        def everyones(self, value):
+        def gather(self, value):
             return [value, {7: "7.png is cut off"}]
 
     lines = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that users can fix: collected, printed as one message without a traceback, and turned into an exit status."""
+"""Errors that users can fix: collected, printed as one message without a traceback, and an exit status."""
 
 import errno
 import os
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 
 
-# No room on the disk, none left of a quota, or a limit on the size of a file (ulimit -f).
+# A full disk, a full quota, or a limit on the size of a file (ulimit -f).
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """A mistake that the user can fix: the message names the value, the limit and the way out, without a traceback."""
+    """A mistake that the user can fix. The message names the value, the limit and the way out."""
 
 
 class TrainingStopped(RuntimeError):
@@ -23,7 +23,7 @@ class TrainingStopped(RuntimeError):
 
     Args:
         message: for the user.
-        is_shared: whether all processes of the run stop with this message, so that only the first one prints it.
+        is_shared: whether all processes stop with this message, so that only the first one prints it.
     """
 
     def __init__(self, message: str, is_shared: bool = False) -> None:
@@ -40,13 +40,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Problems:
-    """Collects mistakes, so that one message names them all."""
+    """Collects mistakes for one message."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Adds a mistake, unless it is there already."""
+        """Adds a mistake once."""
         if message not in self.messages:
             self.messages.append(message)
 
@@ -68,8 +68,8 @@ def run_command_line(main: Callable[[], int | None]) -> int:
     Runs a script's main.
 
     Returns:
-        The exit status: what main returns, or 0; 2 for a mistake that the user can fix; 1 if training had to stop or
-        the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug and keeps its traceback.
+        The exit status: that of main, or 0; 2 for a mistake that the user can fix; 1 if training had to stop or the
+        disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep their traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -100,13 +100,13 @@ def _stops_the_run(error: Exception) -> bool:
 
 
 def without_worker_traceback(error: Exception) -> str:
-    """The message itself, without the traceback of a worker process that torch puts before it."""
+    """The message without the traceback of a worker process that torch puts before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message
 
 
 def lost_worker(error: RuntimeError, when: str = "") -> str | None:
-    """What to tell of a worker process that has ended, if that is the error: torch says so in its message alone."""
+    """A message if the error is a worker process that has ended, which only torch's message says; else None."""
     if "DataLoader worker" not in str(error):
         return None
     killed = re.search(r"killed by signal: (\w+)", str(error))

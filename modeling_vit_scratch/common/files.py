@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, after a full disk, a kill or a power cut too."""
+"""
+Files and training checkpoints that are whole or not there, also after a full disk, a kill or a power cut.
+
+A checkpoint is written in a staging folder, synced to the disk, and then renamed to its final name. The last file in
+it, run.json, lists the sizes of all others, so that a damaged checkpoint is found.
+"""
 
 import json
 import os
@@ -14,8 +19,8 @@ from typing import Any
 @contextmanager
 def atomic_write(file: str | os.PathLike[str]) -> Iterator[Path]:
     """
-    A path beside `file` to write to. It takes the name of `file` when all of it is on the disk; if writing fails, it is
-    removed and what was there before stays.
+    A temporary path beside `file` to write to. It replaces `file` when it is on the disk; if writing fails, it is
+    removed and `file` stays as it was.
     """
     file = Path(file)
     unfinished = file.with_name(f".{file.name}.unfinished")
@@ -30,21 +35,21 @@ def atomic_write(file: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8: all of it or nothing."""
+    """Writes a text file in UTF-8, atomically."""
     with atomic_write(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def sync_file(file: Path) -> None:
-    """Returns when the content of a file is on the disk."""
+    """Waits until a file is on the disk."""
     with open(file, "r+b") as opened:
         os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk."""
+    """Waits until the names in a folder are on the disk."""
     if os.name != "posix":
-        return  # elsewhere a folder can't be opened
+        return  # other systems can't open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,7 +58,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Both, for everything below a folder."""
+    """Waits until everything below a folder is on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             sync_file(path)
@@ -64,7 +69,7 @@ def sync_tree(folder: Path) -> None:
 
 MANIFEST = "run.json"
 STATE = "trainer_state.json"
-# Where files are until they are complete. The search for checkpoints does not see it, and uploads leave out "_*".
+# The folder of incomplete files. It is no checkpoint, and uploads leave out "_*".
 STAGING = "_partial"
 
 
@@ -78,7 +83,7 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """How a checkpoint is damaged; None if it is whole."""
     folder = Path(checkpoint)
     if not (folder / STATE).is_file():
         return f"it has no {STATE}"
@@ -98,7 +103,7 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, str]]:
-    """The latest checkpoint that is whole, or None; and what is wrong with each later one."""
+    """The latest whole checkpoint, or None; and how each later one is damaged."""
     damaged: dict[Path, str] = {}
     for checkpoint in find_checkpoints(output_dir):
         reason = damage(checkpoint)
@@ -113,7 +118,7 @@ def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Completes a checkpoint: all of it reaches the disk, then run.json with the metadata and the size of each file."""
+    """Completes a checkpoint: syncs it to the disk, then run.json with the metadata and the size of each file."""
     sync_tree(folder)
     files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
     (folder / MANIFEST).write_text(json.dumps({**metadata, "files": files}, indent=2), encoding="utf-8")
@@ -122,13 +127,13 @@ def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_manifest` has written; without metadata for a checkpoint of another program."""
+    """The content of run.json; without metadata if another program has written the checkpoint."""
     file = Path(checkpoint, MANIFEST)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"files": {}}
 
 
 def publish(staged: Path, checkpoint: Path) -> None:
-    """Gives a complete folder its name. An earlier checkpoint of the same step is removed."""
+    """Gives a complete checkpoint its final name, in place of an earlier one of the same step."""
     if checkpoint.exists():
         remove(checkpoint)
     os.replace(staged, checkpoint)
@@ -136,7 +141,7 @@ def publish(staged: Path, checkpoint: Path) -> None:
 
 
 def publish_files(staged: Path, folder: Path) -> None:
-    """Moves complete files into a folder, one by one: config.json, which makes the folder a model, comes last."""
+    """Moves complete files into a folder, one by one. config.json, which makes it a model, comes last."""
     sync_tree(staged)
     for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
@@ -145,16 +150,15 @@ def publish_files(staged: Path, folder: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
-    """Removes the checkpoints of the lowest steps until there are at most `limit`; those to keep always stay."""
-    if not limit or limit < 1:
-        return
-    others = [checkpoint for checkpoint in find_checkpoints(output_dir) if str(checkpoint) not in keep]
-    for checkpoint in others[max(0, limit - len(keep)) :]:
-        remove(checkpoint)
+    """Removes the oldest checkpoints until there are at most `limit`; those in `keep` stay."""
+    if limit and limit >= 1:
+        others = [checkpoint for checkpoint in find_checkpoints(output_dir) if str(checkpoint) not in keep]
+        for checkpoint in others[max(0, limit - len(keep)) :]:
+            remove(checkpoint)
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint. It loses its name first: a kill in the middle leaves nothing that looks like one."""
+    """Removes a checkpoint. It is renamed first: a kill in the middle leaves nothing that looks like one."""
     renamed = checkpoint.parent / STAGING / "removed"
     renamed.parent.mkdir(exist_ok=True)
     shutil.rmtree(renamed, ignore_errors=True)

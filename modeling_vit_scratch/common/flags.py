@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Command lines from dataclasses: a grouped --help, and every mistake in one message. Needs neither torch nor
-transformers."""
+"""Command lines from dataclasses: a grouped --help, and all mistakes in one message. Imports no torch."""
 
 import argparse
 import dataclasses
@@ -17,7 +15,7 @@ from typing import Any, TypeVar
 from .errors import Problems
 
 
-# Flags that people know from other scripts and other versions.
+# Flags of other scripts and other versions.
 FLAGS_ELSEWHERE: dict[str, str] = {
     "--token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
     "--use_auth_token": "put the token into HF_TOKEN, or run `hf auth login`: command lines are seen by others.",
@@ -28,7 +26,7 @@ FLAGS_ELSEWHERE: dict[str, str] = {
     "--no_cuda": "is --use_cpu now.",
     "--lamb": "is --optim lamb now.",
 }
-# Columns of --help for flags; the text of a longer flag begins on the next line.
+# The width of the column of flags in --help; the text of a longer flag begins on the next line.
 FLAG_WIDTH = 30
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
 
@@ -42,7 +40,7 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 
 class CollectsMistakes(argparse.ArgumentParser):
     """
-    A parser that collects wrong values instead of stopping at the first.
+    A parser that collects wrong values instead of stopping at the first one.
 
     Attributes:
         problems: the mistakes.
@@ -77,12 +75,12 @@ class CollectsMistakes(argparse.ArgumentParser):
 
 class Parser(CollectsMistakes):
     """
-    A parser whose flags are the fields of dataclasses, made by `flag`. A subclass that changes nothing but a default
-    keeps the help text.
+    A parser whose flags are the fields of dataclasses, made by `flag`. A subclass that changes only a default keeps the
+    help text.
 
     Args:
         kinds: the dataclasses; fields with `init=False` are no flags.
-        groups: of --help, in its order: a title, and names of fields. A field that is in none is not shown.
+        groups: of --help, in order: a title and names of fields. Other fields are not shown.
         more_help: gets the fields that are shown, and returns what `--help all` adds.
         kwargs: of `argparse.ArgumentParser`.
     """
@@ -124,7 +122,7 @@ class _Help(argparse.Action):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One spelling of each flag, and its default where the help text does not say it."""
+    """Shows one spelling of each flag, and its default unless the help text has it."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, **{"max_help_position": FLAG_WIDTH, **kwargs})
@@ -149,21 +147,21 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def show(text: str) -> None:
-    """Prints, also to a reader that does not want all of it: | head."""
+    """Prints, also to a pipe that ends early, such as `| head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes there at exit
 
 
 def flag_metadata(kind: type, name: str) -> dict[str, Any]:
-    """What `flag` was given for a field, in this class or in the nearest base that has a help text."""
+    """The metadata of a field, from this class or the nearest base that has a help text."""
     fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
     return next(dict(field.metadata) for field in fields if field is not None and field.metadata)
 
 
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any, metadata: dict[str, Any]) -> None:
-    """A flag in both spellings, --like_this and --like-this; with --no_like_this where it is on by default."""
+    """A flag in both spellings, --like_this and --like-this; also --no_like_this if it is on by default."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     options = {"default": field.default, **metadata}
@@ -190,13 +188,13 @@ def _boolean(text: str) -> bool:
 
 
 def fill(kind: type[_Arguments], values: dict[str, Any]) -> _Arguments:
-    """The dataclass with those of the values that are its fields."""
+    """An instance of a dataclass from the values of its fields; others are ignored."""
     names = (field.name for field in dataclasses.fields(kind) if field.init)
     return kind(**{name: values[name] for name in names if name in values})
 
 
 def first_look(argv: list[str], *names: str) -> argparse.Namespace:
-    """The values of a few flags, which decide the defaults of others; None for those that are not given."""
+    """The values of a few flags, on which the defaults of others depend; None if not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
@@ -204,19 +202,12 @@ def first_look(argv: list[str], *names: str) -> argparse.Namespace:
 
 
 def flag_name(word: str) -> str:
-    """The flag in a word of a command line, with underscores and without its value: --max-steps=3 is --max_steps."""
+    """The flag of a word, with underscores and without value: --max-steps=3 is --max_steps."""
     return word.split("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
 def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -> None:
-    """
-    Adds a message for each word that belongs to no flag, with the flag that was meant.
-
-    Args:
-        words: those that no flag took.
-        known: all flags.
-        problems: where the messages go.
-    """
+    """Adds a problem for each word that belongs to no flag, with the closest known flag."""
     known = list(known)
     for word in words:
         name = flag_name(word)
@@ -229,13 +220,13 @@ def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -
         problems.add(f"{' '.join(words)}: belongs to no flag. See --help.")
 
 
-# What training takes of a photo at least, as a fraction of its area. The usual 0.08 is for a million images.
+# Minimum area of the random crop of a photo. The usual 0.08 is for a million images.
 PHOTO_SMALLEST_AREA = 0.35
 
 
 @dataclass
 class HubFlags:
-    """Of what is downloaded."""
+    """Flags of downloads."""
 
     model_revision: str = flag("main", "Branch, tag or commit on the Hub.", metavar="REVISION")
     cache_dir: str | None = flag(None, "Folder for downloads. Default: Hugging Face's.", metavar="DIR")
@@ -243,7 +234,7 @@ class HubFlags:
 
 @dataclass
 class ImageFlags:
-    """Where the images are in the data."""
+    """Flags of the columns of images."""
 
     dataset_config_name: str | None = flag(None, "Configuration of a data set of the Hub.", metavar="NAME")
     image_column_name: str | None = flag(None, "Column of the images. Default: detected.", metavar="NAME")
@@ -251,7 +242,7 @@ class ImageFlags:
 
 @dataclass
 class LabelFlags(ImageFlags):
-    """Where the labels are, and which images are held out."""
+    """Flags of labels and held-out images."""
 
     label_column_name: str | None = flag(None, "Column of the labels. Default: detected.", metavar="NAME")
     label_separator: str | None = flag(
@@ -265,7 +256,7 @@ class LabelFlags(ImageFlags):
 
 @dataclass
 class ReadingFlags:
-    """How images are read, and in what batches."""
+    """Flags of batches and worker processes."""
 
     per_device_eval_batch_size: int = flag(128, "Batch size per device, without gradients.")
     dataloader_num_workers: int | None = flag(
@@ -275,7 +266,7 @@ class ReadingFlags:
 
 @dataclass
 class FastDecodeFlag:
-    """How exactly photos are decoded."""
+    """The flag of fast decoding."""
 
     fast_decode: bool = flag(
         True,
@@ -286,13 +277,13 @@ class FastDecodeFlag:
 
 @dataclass
 class BrokenImageFlags:
-    """What happens to images that can't be read."""
+    """The flag of unreadable images."""
 
     max_broken_images: int | None = flag(0, "Skip up to N images that can't be read; each is named.")
 
 
 @dataclass
 class SeedFlag:
-    """Of everything random."""
+    """The flag of the random seed."""
 
     seed: int = flag(42, "Random seed.")

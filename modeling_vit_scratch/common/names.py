@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What metrics and licences are called in records and cards."""
+"""Titles of metrics, and the check of licence names."""
 
 import re
 from typing import Any
 
 
-# In the order in which a record's main result is chosen: the first that there is.
+# A record's main result is the first of these that it has.
 METRIC_TITLES = {
     "accuracy": "accuracy", "mean_average_precision": "mean average precision", "top5_accuracy": "top-5 accuracy",
     "micro_f1": "micro F1", "macro_f1": "macro F1", "samples_f1": "samples F1", "exact_match": "exact match",
     "micro_average_precision": "micro average precision", "hamming_loss": "Hamming loss", "nll": "NLL (nats)",
     "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
 }  # fmt: skip
-# The others are fractions of one.
+# All others are fractions of 1.
 NO_PERCENT = ("loss", "nll", "brier")
 
 
 def title_of(metric: str) -> str:
-    """The title at the beginning of a line; a metric without one keeps its name."""
+    """The capitalized title; a metric without one keeps its name."""
     title = METRIC_TITLES.get(metric, metric)
     return title[:1].upper() + title[1:]
 
@@ -27,7 +27,7 @@ _IDENTIFIER = re.compile(r"[a-z0-9.-]+")
 
 def license_problem(license: Any, name: str | None = None, link: str | None = None) -> str | None:
     """
-    What is wrong with the licence of a model; None if nothing is.
+    A message if the licence of a model is not valid, else None.
 
     Args:
         license: the Hub's identifier, e.g. apache-2.0, or "other".

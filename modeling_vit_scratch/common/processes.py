@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who started a run, what its processes agree on, and how Ctrl-C and SIGTERM stop it where it can be resumed."""
+"""The launcher of a run, agreement between its processes, and stopping on Ctrl-C and SIGTERM."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ from torch import distributed
 from .errors import TrainingInterrupted
 
 
-# What Python runs where a launcher runs: a script or a module.
+# The script or module that Python runs in a launcher.
 LAUNCHERS = (
     "accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli",
     "torchrun", "torch.distributed.run", "torch.distributed.launch",
@@ -29,9 +29,9 @@ LAUNCHERS = (
 
 def launcher(child: int | None = None) -> int | None:
     """
-    The id of the process that has started this one (or that child), if it is accelerate's or torch's launcher.
+    The id of the parent of this process (or of `child`), if that is accelerate's or torch's launcher.
 
-    A shell is none, whatever variables it exports, and may end: under nohup, setsid or tmux its runs go on.
+    A shell is not a launcher and may end: under nohup, setsid or tmux its runs continue.
     """
     try:
         parent = psutil.Process(child).parent()
@@ -44,10 +44,9 @@ def launcher(child: int | None = None) -> int | None:
 
 class Processes:
     """
-    The processes of a run as one. Alone, a process agrees with itself and waits for nobody.
+    Communication between the processes of a run. All of them have to make the same calls in the same order.
 
-    They talk through the host, in a gloo group of their own: asking costs a round trip, and no wait for an accelerator
-    that still computes. Every process has to ask the same questions in the same order.
+    It goes over the host in its own gloo group: a call does not wait for an accelerator that still computes.
     """
 
     def __init__(self, timeout: int) -> None:
@@ -58,16 +57,16 @@ class Processes:
     def are_several(self) -> bool:
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
-    def largest(self, value: int) -> int:
-        """The largest of everyone's values."""
+    def maximum(self, value: int) -> int:
+        """The largest value of all processes."""
         if not self.are_several:
             return value
         values = torch.tensor(value)
         distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=self._gloo())
         return int(values)
 
-    def everyones(self, value: Any) -> list[Any]:
-        """Everyone's value, in the order of the processes."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order."""
         if not self.are_several:
             return [value]
         values: list[Any] = [None] * distributed.get_world_size()
@@ -75,7 +74,7 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Returns when all have got here."""
+        """Waits for all processes."""
         if self.are_several:
             distributed.barrier(group=self._gloo())
 
@@ -86,7 +85,7 @@ class Processes:
 
 
 def has_lost_contact(error: RuntimeError) -> bool:
-    """Whether that is the error of a process whose partners have ended."""
+    """Whether the error is that another process has ended."""
     if isinstance(error, distributed.DistError):
         return True
     return re.search(r"closed by peer|connection reset|gloo/transport|broken pipe", str(error), re.I) is not None
@@ -96,17 +95,17 @@ class StopSignals:
     """
     Handles SIGINT and SIGTERM between `start` and `restore`, or inside of a `with` block.
 
-    A launcher, `timeout` or a terminal may send one request twice: what comes within a second of the first is the
-    first. `accelerate launch` of one process passes nothing on: it ends, and its run would go on with nobody to stop
-    it. So the end of the launcher counts as SIGTERM, but not that of a shell.
+    A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
+    of one process passes no signal on; it ends, and nobody could stop its run. So the end of the launcher counts as
+    SIGTERM.
 
     Args:
-        on_request: called with what has happened, at the first request.
-        at_once: the first request raises, too.
+        on_request: called at the first signal with a description of it.
+        at_once: raise at the first signal, not the second.
 
     Attributes:
-        number: of the signal that asks to stop; 0 if there is none.
-        is_urgent: whether a request has raised.
+        number: of the signal; 0 if there was none.
+        is_urgent: whether a signal has raised.
     """
 
     def __init__(self, on_request: Callable[[str], None] | None = None, at_once: bool = False) -> None:
@@ -116,7 +115,7 @@ class StopSignals:
         self._handlers: dict[int, Any] = {}
 
     def start(self) -> "StopSignals":
-        """Signals are requests from now on. In a thread that is not the main one, Python handles none."""
+        """Starts to handle signals; only in the main thread, as Python does."""
         self.number, self.is_urgent = 0, False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -124,7 +123,7 @@ class StopSignals:
         return self
 
     def restore(self) -> None:
-        """Signals do again what they did before."""
+        """Restores the previous handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
@@ -135,13 +134,13 @@ class StopSignals:
         self.restore()
 
     def poll(self) -> int:
-        """`number`, after a look whether the launcher is still there."""
+        """`number`, after a check that the launcher is still there."""
         if not self.number and self._launcher not in (None, os.getppid()):
             self._request(signal.SIGTERM, "The launcher has ended")
         return self.number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Raises TrainingInterrupted at the second request, or at the first with `at_once`."""
+        """Raises TrainingInterrupted at the second signal, or at the first with `at_once`."""
         if os.getpid() != self._process:
             return  # a worker process that has just been forked
         if self.number and time.monotonic() - self._time <= 1.0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a result came about: the command, the commit of the code, the versions and the hardware."""
+"""The provenance of a result: command, commit, versions and hardware."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from .. import __version__
 
 
 def provenance() -> dict[str, Any]:
-    """`command`, `git_commit`, `versions` and `hardware`: what it takes to find a result again."""
+    """`command`, `git_commit`, `versions` and `hardware`, to reproduce a result."""
     return {
         "command": command_line(),
         "git_commit": git_commit(),
@@ -29,10 +29,10 @@ def provenance() -> dict[str, Any]:
 
 
 def command_line(argv: list[str] | None = None) -> str:
-    """The command of this process as a card may show it: of absolute paths the last part only, and no tokens."""
+    """The command of this process for a card: only the last part of absolute paths, and no tokens."""
     script, *flags = sys.argv if argv is None else argv
     processes = os.environ.get("WORLD_SIZE", "1")
-    # --multi_gpu: without, accelerate starts one process on a machine that has only a CPU.
+    # Without --multi_gpu, accelerate starts one process on a machine without GPU.
     launch = f"accelerate launch --multi_gpu --num_processes {processes}" if processes != "1" else "python"
     words = [f"'{word}'" if re.search(r"[*?\s]", word) else word for word in map(_without_folder, flags)]
     return " ".join([launch, f"scripts/{Path(script).name}", *words])
@@ -48,7 +48,7 @@ def _without_folder(word: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this library, with "-dirty" if files were changed; None if it does not run from its repository."""
+    """The commit of this library, with "-dirty" if files were changed; None outside of its repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -60,8 +60,8 @@ def git_commit() -> str | None:
 
 
 def hardware() -> str:
-    """What computes: the accelerators, or the processor and its cores."""
-    import torch  # not before it is needed: the tools that only read records start without it
+    """The accelerators, or the processor and its cores."""
+    import torch  # here: tools that only read records start without it
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -71,7 +71,7 @@ def hardware() -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights in the folder, by its name: what `sha256sum` says."""
+    """The SHA-256 of every file of weights in a folder, by name."""
     found = {}
     for file in sorted(folder.glob("model*.safetensors")):
         digest = hashlib.sha256()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ways to do the same, timed in turns, so that whatever else the machine does hits all of them."""
+"""Times functions in turns, so that other load on the machine affects all of them."""
 
 import time
 from collections.abc import Callable
@@ -9,28 +9,28 @@ import numpy as np
 
 
 def time_in_turns(
-    ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter,
+    functions: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter,
     after_round: Callable[[dict[str, list[float]]], Any] | None = None,
 ) -> dict[str, list[float]]:  # fmt: skip
     """
-    Runs each way once to warm up, and then once in each round, beginning with another one each time.
+    Runs each function once to warm up, then once in each round, starting with another one each time.
 
     Args:
-        ways: by name.
-        rounds: how often.
-        clock: of seconds. `time.process_time` leaves out what other programs take of a core.
+        functions: by name.
+        rounds: the number of rounds.
+        clock: returns seconds. `time.process_time` excludes other programs.
         after_round: gets the seconds so far.
 
     Returns:
-        The seconds of each way in each round.
+        The seconds of each function in each round.
     """
-    names, seconds = list(ways), {name: [] for name in ways}
-    for way in ways.values():
-        way()
+    names, seconds = list(functions), {name: [] for name in functions}
+    for function in functions.values():
+        function()
     for start in range(rounds):
         for name in [*names[start % len(names) :], *names[: start % len(names)]]:
             begin = clock()
-            ways[name]()
+            functions[name]()
             seconds[name].append(clock() - begin)
         if after_round is not None:
             after_round(seconds)
@@ -40,13 +40,13 @@ def time_in_turns(
 def summarize(seconds: dict[str, list[float]], items: int, ours: str) -> dict[str, dict[str, Any]]:
     """
     Args:
-        seconds: of each way in each round.
-        items: how many images a way goes through in a round.
-        ours: the way that the others are compared with.
+        seconds: of each function in each round.
+        items: images that a function processes in a round.
+        ours: the function that the others are compared with.
 
     Returns:
-        For each way: the median of its milliseconds for an image, and how many times faster ours is: the median of the
-        ratios within a round, and their quartiles.
+        For each function: its median milliseconds per image, and how many times faster ours is, the median and the
+        quartiles of the ratios within a round.
     """
     summary = {}
     for name, times in seconds.items():
@@ -62,10 +62,7 @@ def summarize(seconds: dict[str, list[float]], items: int, ours: str) -> dict[st
 
 
 def format_table(title: str, summary: dict[str, dict[str, Any]], ours: str = "ours", item: str = "image") -> str:
-    """
-    The summary for people; `ours` is what the table calls the way that the others are compared with, and `item` what a
-    way makes.
-    """
+    """The summary as a table. `ours`: the title of the function compared with; `item`: what a function processes."""
     head = f"    {'':46} {f'ms / {item}':>10} {f'{item}s / s':>10}   {ours} is faster by (quartiles)"
     has_share = any("share_of_peak" in row for row in summary.values())
     has_memory = any("memory_bytes" in row for row in summary.values())

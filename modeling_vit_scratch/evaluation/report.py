@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..common.errors import InputError
+from ..common.pretrained import load_pretrained
 from ..common.provenance import command_line, digests, git_commit, hardware
-from ..common.stored_model import load_stored_model
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments
@@ -36,7 +36,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
         InputError: if it can't be loaded, or has no classifier.
     """
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
-    model, processor, missing = load_stored_model(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
+    model, processor, missing = load_pretrained(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
     if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
         raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
     if model.config.problem_type == "regression" or model.num_labels < 2:

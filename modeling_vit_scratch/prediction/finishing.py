@@ -45,10 +45,10 @@ def open_job(
                 print(f"Going on with {job.folder}.")
         except InputError as error:
             problem = str(error)
-    problem = processes.everyones(problem)[0]
+    problem = processes.gather(problem)[0]
     if problem is not None:
         raise InputError(problem)
-    job.count, gaps, threads = processes.everyones(found)[0]
+    job.count, gaps, threads = processes.gather(found)[0]
     torch.set_num_threads(threads)
     return job, gaps, processes
 

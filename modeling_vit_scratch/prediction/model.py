@@ -12,7 +12,7 @@ import torch
 
 from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
-from ..common.stored_model import load_stored_model
+from ..common.pretrained import load_pretrained
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.pixels import Normalize
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -128,7 +128,7 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
     """
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     kind = ViTScratchForImageClassification if arguments.top_k else ViTScratchModel
-    model, processor, missing = load_stored_model(kind, f"MODEL {name}", name, hub)
+    model, processor, missing = load_pretrained(kind, f"MODEL {name}", name, hub)
     config = model.config
     if arguments.top_k and (missing or not config.num_labels):
         raise InputError(

@@ -16,7 +16,7 @@ from ..augmentation.building import build_augmentation
 from ..augmentation.device_images import build_device_images
 from ..checkpoint.classifier import fit_classifier, label_fields
 from ..common.errors import InputError
-from ..common.stored_model import default_processor, load_stored_model, loading
+from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator
 from ..data.dataset import ImageClassificationDataset
@@ -226,7 +226,7 @@ def _load(
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
     overrides = {"dtype": torch.float32, **_overrides(arguments)}
-    model, processor, missing = load_stored_model(kind, f"--model_name_or_path {name}", name, hub, **overrides)
+    model, processor, missing = load_pretrained(kind, f"--model_name_or_path {name}", name, hub, **overrides)
     needed = {key for key in missing if optional is None or not key.startswith(optional)}
     if needed:
         raise InputError(

@@ -49,7 +49,7 @@ class SaveOnSignal(TrainerCallback):
         self.signals.start()
 
     def _agree(self) -> bool:
-        self._agreed = self._agreed or self.processes.largest(self.signals.poll())
+        self._agreed = self._agreed or self.processes.maximum(self.signals.poll())
         return self._agreed > 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

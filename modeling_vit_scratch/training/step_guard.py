@@ -68,9 +68,9 @@ class StepGuard:
 
     def _count_broken(self, pairs: list[tuple[int, str]]) -> None:
         new = {index: reason for index, reason in pairs if index not in self.broken_images}
-        if not self.processes.largest(len(new)):
+        if not self.processes.maximum(len(new)):
             return
-        for index, reason in (pair for part in self.processes.everyones(new) for pair in part.items()):
+        for index, reason in (pair for part in self.processes.gather(new) for pair in part.items()):
             if index not in self.broken_images:
                 self.broken_images[index] = reason
                 self.log(f"broken image {len(self.broken_images)}, another one takes its place: {reason}")
@@ -147,9 +147,9 @@ class StepGuard:
         ]
         bad_loss = next((loss for loss in losses if not torch.tensor(loss).isfinite()), None)
         if is_everywhere:
-            everyones = self.processes.everyones((bad_loss, lines))
-            lines = [line for _, part in everyones for line in part]
-            bad_loss = next((loss for loss, _ in everyones if loss is not None), None)
+            gathered = self.processes.gather((bad_loss, lines))
+            lines = [line for _, part in gathered for line in part]
+            bad_loss = next((loss for loss, _ in gathered if loss is not None), None)
         found = f"The gradient's norm is {float(check.norm):g}" if bad_loss is None else f"The loss is {bad_loss:g}"
         raise TrainingStopped(
             f"{found} at step {check.step} of {check.max_steps}. The weights are those of the step before. The images "

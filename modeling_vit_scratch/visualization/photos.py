@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..common.stored_model import load_stored_model
+from ..common.pretrained import load_pretrained
 from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 
@@ -51,7 +51,7 @@ def open_model(
         InputError: if it can't be loaded, with the reason.
     """
     overrides = {} if image_size is None else {"image_size": list(image_size)}
-    model, processor, missing = load_stored_model(
+    model, processor, missing = load_pretrained(
         ViTScratchForImageClassification, f"The model {source}", source, {"revision": revision}, dtype=torch.float32,
         **overrides,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from benchmarks.peers import build_peers
 from benchmarks.timing import OURS
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.checkpoint.formats import TRANSFORMERS
-from modeling_vit_scratch.common.stored_model import default_processor
+from modeling_vit_scratch.common.pretrained import default_processor
 from modeling_vit_scratch.data.splits import ImageData, read_data
 from modeling_vit_scratch.training.build import build_trainer
 from modeling_vit_scratch.training.command_line import parse_arguments

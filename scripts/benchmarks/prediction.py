@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import pipeline
 
 from benchmarks.timing import OURS
-from modeling_vit_scratch.common.stored_model import default_processor
+from modeling_vit_scratch.common.pretrained import default_processor
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.prediction.arguments import parse_arguments
