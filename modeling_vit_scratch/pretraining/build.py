@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a command line to a trainer that pretrains, and from what it trained to the folder that is fine-tuned."""
+"""Builds the trainer that pretrains, and the encoder that is saved from it for fine-tuning."""
 
 from typing import Any
 
@@ -24,20 +24,16 @@ def build_pretraining(
     model_arguments: ModelArguments, options: PretrainingArguments, data: ImageData, arguments: ImageTrainingArguments
 ) -> tuple[ImageTrainer, list[str]]:
     """
-    The trainer, and lines for the user on the starting point.
+    The trainer, and lines for the user on the initial model.
 
     Raises:
-        InputError: if the starting point can't be loaded, or the objective does not fit it or the flags.
+        InputError: if that can't be loaded, or the objective does not fit it or the flags.
     """
     channels = data.source.num_channels
     if options.is_supervised:
+        labels = {"label_names": data.label_names, "is_multi_label": data.is_multi_label}
         model, processor, lines = build_model(
-            model_arguments,
-            data.label_names,
-            channels,
-            arguments.seed,
-            has_representation=True,
-            is_multi_label=data.is_multi_label,
+            model_arguments, num_channels=channels, seed=arguments.seed, has_representation=True, **labels
         )
         return build_trainer(model, processor, data, arguments), lines
     if arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
@@ -51,16 +47,16 @@ def build_pretraining(
     missing = model.vit.load_state_dict(classifier.vit.state_dict(), strict=False).missing_keys
     if set(missing) - {"embeddings.mask_token"}:
         raise InputError(f"--model_name_or_path lacks weights of the encoder, e.g. {min(missing)}.")
-    # The labels only count the images; no objective takes them, so that the Trainer would not find them.
+    # No objective takes the labels, which only count the images; the Trainer would not find them by itself.
     arguments.label_names, arguments.prediction_loss_only = ["labels"], True
-    # SimMIM's model is loaded as a whole, for masked image modeling.
+    # SimMIM's model is saved as a whole, for masked image modeling.
     finished = None if isinstance(model, ViTScratchForMaskedImageModeling) else encoder_of
     objective = Objective(collator, mean_loss, description=collator.description, finished_model=finished)
     return build_trainer(model, processor, data, arguments, objective), lines
 
 
 def encoder_of(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScratchModel:
-    """A new model with the encoder's weights out of those of a pretraining model."""
+    """The encoder of a pretraining model, given its weights."""
     encoder = ViTScratchModel(model.config, add_pooling_layer=False)
     encoder.load_state_dict({name: weights[f"vit.{name}"] for name in encoder.state_dict()})
     return encoder
@@ -72,8 +68,8 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
 
     Args:
         outputs: with `loss`, the mean over the images of this batch.
-        labels: (B,), read for their number only.
-        num_items_in_batch: the number of images in all batches of the update; None for this batch alone.
+        labels: (B,), only counted.
+        num_items_in_batch: images in all batches of the update; None for this batch alone.
     """
     loss = outputs["loss"]
     return loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)
@@ -82,7 +78,7 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
 def build_pretraining_model(
     config: ViTScratchConfig, options: PretrainingArguments, processor: BaseImageProcessor
 ) -> PreTrainedModel:
-    """The encoder of that configuration with what the objective adds. Raises ValueError if they don't go together."""
+    """The encoder with the decoder of the objective. Raises ValueError if the configuration does not fit."""
     if options.objective == "simmim":
         return ViTScratchForMaskedImageModeling(config)
     if options.objective == "mpp":
@@ -99,7 +95,7 @@ def build_pretraining_model(
 
 
 def build_masking(options: PretrainingArguments, config: ViTScratchConfig) -> MaskingCollator:
-    """What hides patches for the objective."""
+    """The collator that masks patches for the objective."""
     ratio, patch = options.mask_ratio, config.patch_hw
     share = f"{100 * ratio:g} %"
     if options.objective == "mpp":
@@ -113,9 +109,8 @@ def build_masking(options: PretrainingArguments, config: ViTScratchConfig) -> Ma
 
 
 def pixel_statistics(processor: BaseImageProcessor, num_channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by which the processor normalises pixels between 0 and 1, one for each channel."""
+    """The processor's mean and standard deviation of pixels from 0 to 1, for each channel."""
     if not processor.do_normalize:
         return [0.0] * num_channels, [1.0] * num_channels
-    return tuple(
-        np.broadcast_to(values, num_channels).tolist() for values in (processor.image_mean, processor.image_std)
-    )
+    mean, std = processor.image_mean, processor.image_std
+    return tuple(np.broadcast_to(values, num_channels).tolist() for values in (mean, std))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a network can be pretrained on without labels: masked patch prediction of the paper's B.1.2, and MAE.
+Models for pretraining without labels: masked patch prediction (the paper, B.1.2) and MAE.
 
-SimMIM, the third, is `ViTScratchForMaskedImageModeling`. All of them take normalised pixels of any size that the patch
-divides, and have the encoder as `vit`: fine-tuning takes that and leaves the rest. Shapes are those of
-`encoder_vit_scratch.py`; V is the number of visible patches, P of the values in a patch, C * patch area.
+SimMIM, the third, is `ViTScratchForMaskedImageModeling`. All take normalised pixels of any size that the patch divides.
+Fine-tuning takes their encoder, `vit`. Shapes are as in `encoder_vit_scratch.py`; V is the number of visible patches, P
+the number of values in a patch, C * patch area.
 """
 
 import copy
@@ -26,14 +26,14 @@ from ..training.flags import MPP_TARGETS
 
 @dataclass
 class PretrainingOutput(ModelOutput):
-    """`loss`, a float32 scalar, the mean over images; `predictions` for every patch, (B, N, ...), in float32."""
+    """`loss`, a scalar, the mean over images; `predictions` (B, N, ...) for every patch. Both are float32."""
 
     loss: Tensor | None = None
     predictions: Tensor | None = None
 
 
 def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
-    """The mean over the chosen patches of each image, (B, N) each, then over images."""
+    """The mean over the chosen patches of each image, then over images; both arguments are (B, N)."""
     chosen = chosen.to(losses.dtype)
     return ((losses * chosen).sum(1) / chosen.sum(1).clamp(min=1)).mean()
 
@@ -41,8 +41,8 @@ def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
 def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
     if config.stem_layers is not None:
         raise ValueError(
-            f"{objective} hides patches, but a ResNet stem has seen the pixels around each of them: take a variant "
-            "without one."
+            f"{objective} hides patches, but a ResNet stem sees the pixels around each patch: take a variant without "
+            "one."
         )
 
 
@@ -52,16 +52,16 @@ def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
 
 class MaskedPatchPrediction(ViTScratchPreTrainedModel):
     """
-    The paper's self-supervision (B.1.2): patch embeddings are corrupted, and what the patches showed is predicted.
+    The paper's self-supervision (B.1.2): predicts the content of patches whose embeddings are corrupted.
 
     Args:
         config: of the encoder.
         target: "mean_color", the 3-bit mean colour of the patch, one of 8^C = 512 classes; "downsized", the same for
-            each of 4 x 4 parts of the patch, 16 predictions; "full_patch", its normalised values, with a squared error.
-        image_mean, image_std: (C,), what pixels between 0 and 1 were normalised with: the colours are those of pixels.
+            each of 4 x 4 parts of the patch; "full_patch", its normalised values, with a squared error.
+        image_mean, image_std: (C,), the normalisation of pixels from 0 to 1, to get colours from pixels.
 
     Raises:
-        ValueError: for an unknown target, a patch that 4 x 4 does not divide, or a hybrid.
+        ValueError: for an unknown target, a patch that 4 does not divide, or a hybrid.
     """
 
     def __init__(self, config: ViTScratchConfig, target: str, image_mean: list[float], image_std: list[float]) -> None:
@@ -83,8 +83,8 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         Args:
             pixel_values: (B, C, H, W).
             corrupted: (B, N) bool, the patches to predict.
-            replaced: (B, N) bool, those whose embedding becomes the mask token.
-            source: (B, N) int64, the patch whose embedding each other one gets: itself, where nothing changes.
+            replaced: (B, N) bool, the patches whose embedding becomes the mask token.
+            source: (B, N) int64, the patch whose embedding each of the others gets; its own index keeps it.
 
         Returns:
             `predictions` (B, N, classes), (B, N, 16, classes) or (B, N, P), and the `loss`.
@@ -106,9 +106,9 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
 
     def mean_colors(self, patches: Tensor, parts: int) -> Tensor:
         """
-        The 3-bit mean colours of parts x parts pieces of each patch: normalised (B, N, P) -> classes (B, N, parts^2).
+        3-bit mean colours of parts x parts pieces of each patch: normalised (B, N, P) -> classes (B, N, parts^2).
 
-        The paper does not say in which order the bits of the channels stand; here the first channel has the highest.
+        The paper does not give the order of the channels' bits; here the first channel has the highest bits.
         """
         channels, patch = self.config.num_channels, self.config.patch_hw
         pixels = patches.unflatten(2, (channels, parts, patch[0] // parts, parts, patch[1] // parts))
@@ -130,17 +130,17 @@ def patch_values(config: ViTScratchConfig) -> int:
 
 class MaskedAutoencoder(ViTScratchPreTrainedModel):
     """
-    A masked autoencoder (He et al., arXiv:2111.06377): the encoder sees only a quarter of the patches, and a small
-    decoder, with a mask token at the places of the others, paints these.
+    A masked autoencoder (He et al., arXiv:2111.06377): the encoder sees only visible patches, and a small decoder with
+    mask tokens at the other positions predicts the pixels of these.
 
     Args:
         config: of the encoder.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads: of the decoder; its MLP is four
-            times as wide. The paper has 512, 8 and 16 for B, L and H.
-        norm_pix_loss: whether the pixels of each patch are normalised by their own mean and variance to be the target.
+            times as wide. The paper uses 512, 8 and 16 for B, L and H.
+        norm_pix_loss: whether targets are normalised by the mean and variance of each patch.
 
     Raises:
-        ValueError: for a hybrid, and for positions that enter at every layer: there, a subset of patches has no grid.
+        ValueError: for a hybrid, and for positions that enter at every layer, where a subset of patches has no grid.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         _check_patches_are_hidden(config, "MAE")
         if config.position_embedding == "relative_1d" or config.position_embedding_placement != "stem":
             raise ValueError(
-                "MAE encodes a part of the patches, so that positions must enter once, with the embeddings: take "
+                "MAE encodes some of the patches, so positions must enter once, with the embeddings: take "
                 "position_embedding='learned_1d', 'learned_2d' or 'sincos_2d', and position_embedding_placement='stem'."
             )
         small = copy.deepcopy(config)
@@ -185,7 +185,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
             visible: (B, V) int64, the patches that the encoder sees.
 
         Returns:
-            `predictions` (B, N, P) and the `loss`: the squared error on the patches that it did not see.
+            `predictions` (B, N, P) and the `loss`, the squared error on hidden patches.
         """
         grid = self.vit.embeddings.patch_embeddings.grid(pixel_values)
         predictions = self.decode(self.encode(pixel_values, visible), visible, grid).float()
@@ -212,8 +212,8 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         width, count = states.shape[2], grid[0] * grid[1]
         patches = self.mask_token.to(states.dtype).expand(states.shape[0], count, -1)
         patches = patches.scatter(1, visible[..., None].expand(-1, -1, width), states[:, prefix:])
-        places = grid_places(self.config.grid_hw, grid, states.device)
-        patches = patches + sincos_positions(*places, width).to(states.dtype)
+        positions = sincos_positions(*grid_places(self.config.grid_hw, grid, states.device), width)
+        patches = patches + positions.to(states.dtype)
         states = torch.cat([states[:, :prefix], patches], dim=1)
         for layer in self.decoder_layers:
             states = layer(states)

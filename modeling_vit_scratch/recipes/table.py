@@ -2,14 +2,14 @@
 """
 Published runs as rows: `--recipe NAME` puts a row between the defaults of the command line and its flags.
 
-Every number is from the source that the row names, or is said to be ours. "GV" is github.com/google-research/
-vision_transformer at c6de1e5, "BV" github.com/google-research/big_vision at 0127fb6, "MAE" github.com/
-facebookresearch/mae at efb2a80, "SimMIM" github.com/microsoft/SimMIM at d3e29bc. Where a run here would not be the
-published one, `differs` says how: a published result is then what to compare with, not what to expect.
+Every number is from the source that the row names, or is ours. "GV" is github.com/google-research/vision_transformer at
+c6de1e5, "BV" github.com/google-research/big_vision at 0127fb6, "MAE" github.com/facebookresearch/mae at efb2a80,
+"SimMIM" github.com/microsoft/SimMIM at d3e29bc. `differs` says how a run here differs from the published one: do not
+expect its result then, but compare with it.
 
-For all: what TensorFlow code calls "linear" ends at 1e-5 (GV, vit_jax/utils.py), here `polynomial` with `lr_end`. BV's
-weight decay is relative to the schedule: its 1e-4 at a rate of 1e-3 is torch's 0.1. Models from the JAX code have the
-tanh form of GELU.
+For all: the "linear" schedule of the TensorFlow code ends at 1e-5 (GV, vit_jax/utils.py), here `polynomial` with
+`lr_end`. BV's weight decay is relative to the schedule: 1e-4 at a rate of 1e-3 is torch's 0.1. Models of the JAX code
+have the tanh form of GELU.
 """
 
 import difflib
@@ -68,8 +68,7 @@ PAPER_PRETRAINING = [
             **_TABLE_3, **COSINE, **IMAGENET, "name": "paper_imagenet1k_{slug}", "num_train_epochs": 300.0,
             "learning_rate": 3e-3, "weight_decay": 0.3, "max_grad_norm": 1.0,
             "config_overrides": f"{_JAX},hidden_dropout_prob=0.1",
-            "expected": "{ACCURACY} % at 224 pixels (GV, issue 62)",
-            "differs": _BIAS_NOT_PUBLISHED,
+            "expected": "{ACCURACY} % at 224 pixels (GV, issue 62)", "differs": _BIAS_NOT_PUBLISHED,
         },
         "variant WIDTH ACCURACY",
         ("B/16", 768, 74.79),
@@ -134,11 +133,10 @@ PAPER_FINETUNING = [
 PAPER_MPP = rows(
     {
         **COSINE, "name": "paper_mpp_b16", "what": "masked pre-training", "trained_on": "JFT-300M",
-        "script": "pretrain",
-        "source": "Dosovitskiy et al., arXiv:2010.11929v2, B.1.2", "batch_size": 4096, "variant": "B/16",
-        "image_size": [224], "config_overrides": "hidden_act=gelu_pytorch_tanh", "objective": "mpp", "mask_ratio": 0.5,
-        "mpp_target": "mean_color", "max_steps": 1_000_000, "learning_rate": 2e-4, "weight_decay": 0.1,
-        "warmup_steps": 10_000.0, "max_grad_norm": 0.0, "smallest_area": 0.05,
+        "script": "pretrain", "source": "Dosovitskiy et al., arXiv:2010.11929v2, B.1.2", "batch_size": 4096,
+        "variant": "B/16", "image_size": [224], "config_overrides": "hidden_act=gelu_pytorch_tanh", "objective": "mpp",
+        "mask_ratio": 0.5, "mpp_target": "mean_color", "max_steps": 1_000_000, "learning_rate": 2e-4,
+        "weight_decay": 0.1, "warmup_steps": 10_000.0, "max_grad_norm": 0.0, "smallest_area": 0.05,
         "data": "--train_dir 'shards/*.tar' --streaming",
         "expected": "from JFT-300M, fine-tuned on ImageNet: 79.9 %; 100,000 steps give most of it (B.1.2)",
         "differs": "the paper gives no weight decay and no clipping for it: here those of Table 3 for JFT-300M",
@@ -216,8 +214,7 @@ DEIT3 = [
             "config_overrides": "layer_scale_init_value=1e-4,cls_token_position=False,drop_path_rate={DROP_PATH:g}",
             "optim": "lamb", "loss": "bce", "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr": 1e-5}, "warmup_steps": 5 / 800, "weight_decay": 0.05,
-            "auto_augment": "3a",
-            "color_jitter": 0.3, "aug_repeats": 3,
+            "auto_augment": "3a", "color_jitter": 0.3, "aug_repeats": 3,
             "differs": "the warm-up starts at 0, not 1e-6; epochs are longer by up to 255 images",
         },
         "variant learning_rate DROP_PATH image_size expected price",
@@ -288,12 +285,10 @@ SIMMIM = rows(
     {
         **COSINE, **IMAGENET, "name": "simmim_b16", "what": "masked pre-training", "script": "pretrain",
         "source": "Xie et al., arXiv:2111.09886; SimMIM, configs/vit_base__800ep", "batch_size": 2048,
-        "variant": "B/16",
-        "image_size": [224], "config_overrides": "layer_scale_init_value=0.1,drop_path_rate=0.1", "objective": "simmim",
-        "mask_ratio": 0.6, "mask_patch_size": 32, "num_train_epochs": 800.0, "learning_rate": 1e-4 * 2048 / 512,
-        "adam_beta2": 0.999, "weight_decay": 0.05, "warmup_steps": 10 / 800, "max_grad_norm": 5.0,
-        "smallest_area": 0.67,
-        "expected": "fine-tuned on ImageNet: 83.8 %",
+        "variant": "B/16", "image_size": [224], "config_overrides": "layer_scale_init_value=0.1,drop_path_rate=0.1",
+        "objective": "simmim", "mask_ratio": 0.6, "mask_patch_size": 32, "num_train_epochs": 800.0,
+        "learning_rate": 1e-4 * 2048 / 512, "adam_beta2": 0.999, "weight_decay": 0.05, "warmup_steps": 10 / 800,
+        "max_grad_norm": 5.0, "smallest_area": 0.67, "expected": "fine-tuned on ImageNet: 83.8 %",
         "differs": "a cosine for one step to a tenth after 700 epochs; learned positions for shared relative biases; "
         f"{_PIXELS}; the warm-up starts at 0, not 5e-7",
     }
@@ -313,7 +308,7 @@ _SMALL = {
     "weight_decay": 0.05, "max_grad_norm": 1.0,
 }  # fmt: skip
 OURS = [
-    # A plain ViT of 7.2 million weights on 100,000 images of 64 x 64 pixels and 200 classes, from scratch.
+    # A plain ViT of 7.2 million weights, from scratch on 100,000 images of 64 x 64 pixels and 200 classes.
     *rows(
         {
             **_TINY_IMAGENET, "name": "tiny_imagenet", "batch_size": 2048, "variant": "Ti/16", "image_size": [64],
@@ -325,13 +320,12 @@ OURS = [
             "price": "364 s on one NVIDIA H200",
         }
     ),
-    # Goes on from there at a higher resolution (the paper, section 3.2): the same images, enlarged, mixed less.
+    # Continues it at a higher resolution (the paper, section 3.2): the same images, enlarged, with less mixup.
     *rows(
         {
             **_TINY_IMAGENET, "name": "tiny_imagenet_96", "batch_size": 512, "model": "tiny_imagenet",
-            "image_size": [96],
-            "num_train_epochs": 91.0, "learning_rate": 3e-3, "warmup_steps": 0.03, "ema_decay": 0.999,
-            "smallest_area": 0.35, "mixup": 0.2,
+            "image_size": [96], "num_train_epochs": 91.0, "learning_rate": 3e-3, "warmup_steps": 0.03,
+            "ema_decay": 0.999, "smallest_area": 0.35, "mixup": 0.2,
             "data": "--model_name_or_path MODEL --dataset_name tiny-imagenet --torch_compile True --torch_compile_mode "
             "reduce-overhead --per_device_train_batch_size 512",
             "expected": "from tiny_imagenet: 53.77 % of Tiny ImageNet's validation images (n = 1)",
@@ -364,12 +358,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """
-    The recipe of that name.
-
-    Raises:
-        ValueError: if there is none; the message lists them.
-    """
+    """The recipe of a name. Raises ValueError, which lists all of them, if there is none."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
