@@ -36,21 +36,13 @@ from .trainer import ImageTrainer
 
 @dataclass(frozen=True)
 class Objective:
-    """
-    What a run learns.
-
-    Attributes:
-        data_collator: makes batches.
-        compute_loss_func: for the Trainer; None for the model's own loss.
-        metrics: the Trainer's arguments for metrics beside the loss.
-        description: for people; None for classification.
-        finished_model: builds the model that is saved in the end from the trained one and its weights. None: the same.
-    """
+    """What a run learns."""
 
     data_collator: ImageCollator
-    compute_loss_func: Callable[..., torch.Tensor] | None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    description: str | None = None
+    compute_loss_func: Callable[..., torch.Tensor] | None  # for the Trainer; None for the model's own loss
+    metrics: dict[str, Any] = field(default_factory=dict)  # the Trainer's arguments for metrics beside the loss
+    description: str | None = None  # for people; None for classification
+    # Builds the model that is saved in the end from the trained one and its weights. None: it is the trained one.
     finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None
 
 
@@ -62,14 +54,8 @@ def build_trainer(
     objective: Objective | None = None,
 ) -> ImageTrainer:
     """
-    The trainer with its data sets and callbacks. Its runs resume bit for bit.
-
-    Args:
-        model, processor, data, arguments: what to train, on what, and how.
-        objective: what to learn. Default: classification.
-
-    Raises:
-        InputError: if the flags don't fit the data or the model.
+    The trainer with its data sets and callbacks, whose runs resume bit for bit. The default objective is
+    classification. Raises InputError if the flags don't fit the data or the model.
     """
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
@@ -166,8 +152,8 @@ def build_model(
         label_names: in the order of the class indices, for the configuration. [] for no classifier.
         num_channels: of a new network.
         seed: of new weights.
-        has_representation: whether a new network has the tanh layer of the paper's pretraining (3.1), as wide as the
-            encoder, unless the command line says otherwise.
+        has_representation: gives a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder,
+            unless the command line says otherwise.
         is_multi_label: whether images have any number of labels.
 
     Returns:
@@ -203,14 +189,8 @@ def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """
-    The encoder of --model_name_or_path, with its representation layer if it has one.
-
-    Args:
-        arguments: of the command line.
-        random_seed: if given, the same network with random weights from this seed.
-
-    Raises:
-        InputError: if it can't be loaded, or lacks weights.
+    The encoder of --model_name_or_path, with its representation layer if it has one; with `random_seed`, the same
+    network with random weights. Raises InputError if it can't be loaded, or lacks weights.
     """
     model, processor, _ = _load(ViTScratchModel, arguments)
     if random_seed is not None:

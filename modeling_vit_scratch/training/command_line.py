@@ -69,21 +69,13 @@ CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
 
 @dataclass(frozen=True)
 class Script:
-    """
-    What differs between the scripts that train.
-
-    Attributes:
-        usage, epilog: for --help.
-        output_suffix: of the default output folder.
-        flags: dataclasses of further flags, each with a method `check(training, recipe, problems)`.
-        groups: of --help, before the others.
-    """
+    """What differs between the scripts that train."""
 
     usage: str
     epilog: str
-    output_suffix: str = ""
-    flags: tuple[type, ...] = ()
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    output_suffix: str = ""  # of the default output folder
+    flags: tuple[type, ...] = ()  # dataclasses of further flags, with a method `check(training, recipe, problems)`
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of --help, before the others
 
 
 _EPILOG = """Several GPUs: accelerate launch scripts/{name}.py [...].
@@ -211,13 +203,8 @@ def _set_defaults(
     parser: Parser, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """
-    Gives the parser the defaults of this command, so that --help shows them.
-
-    Returns:
-        The defaults of flags that only the Trainer has; and a message on the recipe.
-
-    Raises:
-        ValueError: for a recipe that does not exist, or is another script's.
+    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of flags that only
+    the Trainer has, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
     """
     is_pretraining = "--objective" in parser.known_flags()
     objective = (given.objective or "supervised") if is_pretraining else None

@@ -54,12 +54,8 @@ FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
 
 def defaults_for(source: str, given: argparse.Namespace, objective: str | None = None) -> dict[str, Any]:
     """
-    The defaults that a command changes, without its recipe.
-
-    Args:
-        source: the name of a data set; "" for others.
-        given: `model_name_or_path`, `config_name` and `variant` of the command line, or None.
-        objective: of pretraining; None for fine-tuning.
+    The defaults that a command changes, without its recipe: for a built-in data set (else ""), the flags `given`, and
+    an objective of pretraining (None for fine-tuning).
     """
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {})}
     if objective is not None:
@@ -79,19 +75,13 @@ def recipe_defaults(
     argv: list[str], per_device: int, is_saved_architecture: bool
 ) -> tuple[Recipe | None, dict[str, Any], str | None]:
     """
-    The defaults of the recipe that the command line names.
+    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
+    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
 
     Args:
         argv: the command line.
         per_device: the default batch size of a device.
         is_saved_architecture: whether a saved model or configuration replaces the recipe's variant.
-
-    Returns:
-        The recipe; its fields, adapted to the batch size that this machine can make; and a message for the user.
-        Without a recipe None, {} and None.
-
-    Raises:
-        ValueError: if there is no such recipe.
     """
     given = first_look(argv, "recipe", "per_device_train_batch_size", "gradient_accumulation_steps")
     if given.recipe is None:
@@ -296,6 +286,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         metavar="WHAT",
     )
     hub_private_repo: bool | None = flag(None, "Make a new repository private. Default: your account's setting.")
+    hub_always_push: bool = flag(False, "Push a checkpoint even if the previous upload has not finished.")
     hub_revision: str | None = flag(None, "Branch to push to; created from main if missing.", metavar="BRANCH")
 
     license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")

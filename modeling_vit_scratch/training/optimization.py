@@ -43,24 +43,22 @@ class ClassificationLoss:
         if kind not in LOSSES:
             raise ValueError(f"The loss {kind!r} is none of {', '.join(LOSSES)}.")
         self.kind, self.num_labels, self.label_smoothing = kind, num_labels, label_smoothing
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        weights = np.ones(num_labels) if class_weights is None else class_weights
+        self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
     def __call__(
         self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
-        Args:
-            outputs: with `logits` (B, K).
-            labels: classes (B,), or probabilities of the classes (B, K).
-            num_items_in_batch: the entries of `labels` in all batches of the update; None for this batch alone.
+        `outputs` has "logits" (B, K); `labels` are classes (B,) or their probabilities (B, K); `num_items_in_batch` is
+        the number of entries of `labels` in all batches of the update, None for this batch alone.
         """
         logits, is_classes = outputs["logits"].float(), not torch.is_floating_point(labels)
         targets = labels.float()
         if is_classes:
             targets = F.one_hot(labels.long(), self.num_labels).float()
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
-        weights = torch.ones(self.num_labels) if self.class_weights is None else self.class_weights
-        weights = weights.to(logits.device)
+        weights = self.class_weights.to(logits.device)
         if self.kind == "softmax":
             losses = -(targets * weights * logits.log_softmax(dim=1)).sum(dim=1)  # (B,), as torch weights it
         else:
@@ -102,17 +100,10 @@ class MultiLabelLoss:
 
 def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
     """
-    The weights of `--class_weights` for images with several labels: torch's `pos_weight`.
+    The weights (K,) of `--class_weights` for images with several labels (N, K), 0 or 1: torch's `pos_weight`.
 
-    Args:
-        given: "balanced", for the ratio of images without and with a label; or K positive numbers.
-        labels: of the training images, (N, K), 0 and 1.
-
-    Returns:
-        (K,) float64. "balanced" gives 1 for a label that none or all of the images have.
-
-    Raises:
-        InputError: for other values.
+    `given` is "balanced", for the ratio of images without and with a label (1 if that is 0 or infinite), or K positive
+    numbers. Other values raise InputError.
     """
     if given != ["balanced"]:
         return _read_weights(given, labels.shape[1])
@@ -129,16 +120,8 @@ def class_weights(given: list[str], labels: list[int], num_labels: int) -> np.nd
     `torch.nn.CrossEntropyLoss(weight)`. That one divides a batch by its own weights, so that the weight of an image
     would depend on its batch.
 
-    Args:
-        given: "balanced", for the inverse frequency of a class; or K numbers, of which the ratios count.
-        labels: of the training images.
-        num_labels: K.
-
-    Returns:
-        (K,) float64. "balanced" gives 0 for a class without training images.
-
-    Raises:
-        InputError: for other values.
+    `given` is "balanced", for the inverse frequency of a class (0 if it has no training images), or K numbers, of which
+    the ratios count. Other values raise InputError.
     """
     counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
     if given == ["balanced"]:
@@ -214,14 +197,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """
     An optimizer's groups of trainable parameters by learning rate and decay. The Trainer reports the rate of the first
-    group, so those with the full rate come first.
-
-    Args:
-        model: with `config.num_hidden_layers`.
-        learning_rate: of the last layer.
-        weight_decay: of the kernels only.
-        layer_decay: the rate of a layer relative to the next one.
-        head_learning_rate_multiplier: the rate of the classifier relative to the learning rate.
+    group, so those with the full rate come first. `layer_decay` is the rate of a layer relative to the next one.
 
     Returns:
         Groups with "params", "weight_decay", "lr", and "layer", e.g. "embeddings", "layer 3", "head".
@@ -236,16 +212,9 @@ def parameter_groups(
         rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
         if layer_decay == 1.0 and rate == 1.0:
             number = num_layers + 1  # one group for all with the same rate
-        group = groups.setdefault(
-            (number, name in decaying),
-            {
-                "params": [],
-                "weight_decay": weight_decay if name in decaying else 0.0,
-                "lr": learning_rate * rate,
-                "layer": _layer_label(number, num_layers, layer_decay),
-            },
-        )
-        group["params"].append(parameter)
+        decay, label = weight_decay if name in decaying else 0.0, _layer_label(number, num_layers, layer_decay)
+        new = {"params": [], "weight_decay": decay, "lr": learning_rate * rate, "layer": label}
+        groups.setdefault((number, name in decaying), new)["params"].append(parameter)
     # The last layers first, a head with its own rate last; kernels before the rest.
     order = sorted(groups, key=lambda key: (key[0] > num_layers + 1, -key[0], not key[1]))
     return [groups[key] for key in order]
@@ -321,11 +290,8 @@ class Lamb(torch.optim.Optimizer):
     def _step(self, group: dict[str, Any], parameters: list[Tensor], scale: Tensor | float) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[parameter] = {"step": torch.zeros(()), "exp_avg": mean, "exp_avg_sq": square}
         states, (beta1, beta2) = [self.state[parameter] for parameter in parameters], group["betas"]
         means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         gradients = torch._foreach_div([parameter.grad for parameter in parameters], scale)
@@ -343,8 +309,7 @@ class Lamb(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
             norms, lengths = torch._foreach_norm(parameters), torch._foreach_norm(updates)
-            ratios = [
-                torch.where((norm > 0) & (length > 0), norm / length, 1.0) for norm, length in zip(norms, lengths)
-            ]
+            pairs = zip(norms, lengths)
+            ratios = [torch.where((norm > 0) & (length > 0), norm / length, 1.0) for norm, length in pairs]
             torch._foreach_mul_(updates, ratios)
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])

@@ -2,7 +2,7 @@
 """Stops a run before a non-finite loss or gradient reaches the weights; counts images that can't be read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class StepCheck:
     copied: torch.cuda.Event | None = None
 
 
+@dataclass
 class StepGuard:
     """
     In every step the trainer calls `begin_step`, `add_loss` for each accumulated batch, and `check`. It calls
@@ -33,32 +34,17 @@ class StepGuard:
 
     Batches may hold "keys" (B, 3) int64, the seed, epoch and index of each image; and "broken", pairs of the index of
     an unreadable image and the reason.
-
-    Args:
-        arguments, processes: of the run.
-        image_name: from the index of a training image to its file or another name.
-        log: prints a line, once for all processes.
-        resume_advice: returns the last sentence of every message.
-
-    Attributes:
-        broken_images: why training images could not be read, by index.
-        last_keys: of the batches of the latest step.
     """
 
-    def __init__(
-        self,
-        arguments: ImageTrainingArguments,
-        processes: Processes,
-        image_name: Callable[[int], str],
-        log: Callable[[str], None],
-        resume_advice: Callable[[], str],
-    ) -> None:
-        self.arguments, self.processes, self.image_name = arguments, processes, image_name
-        self.log, self.resume_advice = log, resume_advice
-        self.broken_images: dict[int, str] = {}
-        self.last_keys: list[torch.Tensor | None] = []
-        self._losses: list[torch.Tensor] = []
-        self._last_check: StepCheck | None = None
+    arguments: ImageTrainingArguments
+    processes: Processes
+    image_name: Callable[[int], str]  # from the index of a training image to its file or another name
+    log: Callable[[str], None]  # prints a line, once for all processes
+    resume_advice: Callable[[], str]  # returns the last sentence of every message
+    broken_images: dict[int, str] = field(default_factory=dict)  # reasons by index of a training image
+    last_keys: list[torch.Tensor | None] = field(default_factory=list)  # of the batches of the latest step
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _last_check: StepCheck | None = None
 
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
         """Notes the images of a step. Raises TrainingStopped if more than --max_broken_images could not be read."""

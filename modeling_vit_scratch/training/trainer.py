@@ -79,12 +79,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
+        advice = self.run_folder.resume_advice
         self.step_guard = StepGuard(
-            args,
-            self.processes,
-            image_name=lambda index: self.train_dataset.name(index),
-            log=self.log_line,
-            resume_advice=self.run_folder.resume_advice,
+            args, self.processes, lambda index: self.train_dataset.name(index), self.log_line, advice
         )
         kind = None if objective is None else f"{type(model).__name__}, {objective}"
         self.settings = run_settings(args, self.train_dataset, kind)
@@ -106,7 +103,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """The Hub repository, the recipe, the augmentation, decay and learning rates."""
         recipe = self.args.recipe_arguments.message
         parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation()]
-        return [*filter(None, parts), describe_groups(self.parameter_groups())]
+        return [*filter(None, parts), describe_groups(self._parameter_groups())]
 
     def describe_sharding(self) -> str | None:
         """A warning if FSDP was asked for and is not available: accelerate gives none."""
@@ -245,11 +242,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
     # The optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """See `optimization.decay_parameter_names`."""
         return decay_parameter_names(model)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `optimization.parameter_groups`."""
+    def _parameter_groups(self) -> list[dict[str, Any]]:
         arguments, recipe = self.args, self.args.recipe_arguments
         multipliers = recipe.layer_decay, recipe.head_learning_rate_multiplier
         return parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, *multipliers)
@@ -271,7 +266,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
                     f"--optim {args.optimizer_name} makes its own groups of parameters. Leave out --layer_decay and "
                     "--head_learning_rate_multiplier, or take --optim adamw_torch_fused or sgd."
                 )
-            settings["params"] = self.parameter_groups()
+            settings["params"] = self._parameter_groups()
         return kind, settings
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -412,13 +407,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
         """
-        Saves the model and pushes it with its card, record and figures.
-
-        Returns:
-            The URL of the commit; None in all processes but the first.
-
-        Raises:
-            InputError: if the push fails. The model is saved nevertheless.
+        Saves the model and pushes it with its card, record and figures. Returns the URL of the commit in the first
+        process. Raises InputError if the push fails; the model is saved nevertheless.
         """
         self._on_push_begin()
         if self.hub_model_id is None:
