@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Inference on a CPU in less time: linear layers with their weights as oneDNN wants them, reordered into blocks once.
+Faster inference on a CPU: linear layers with weights that are reordered once into the blocks of oneDNN.
 
 For float32 PyTorch calls MKL, which leaves a tenth of an AMD core unused; for bfloat16 it calls oneDNN, which reorders
-the weights in every pass. torch.compile does the same as this when it freezes a model, and takes a compiler for it.
+the weights in every pass. torch.compile with freezing does the same, but needs a compiler.
 """
 
 import functools
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 
-# Multiplications. A call of oneDNN takes ten microseconds more, which is all that fewer of them in float32 would gain.
+# Multiplications. A call of oneDNN takes ten microseconds more, which fewer of them in float32 would not make up for.
 SMALL = 4_000_000
 
 
 @functools.cache
 def is_available(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this PyTorch, on this processor, can do it for weights of this type. The operators are inductor's own."""
+    """Whether this PyTorch and processor can do it for weights of this type. The operators are inductor's."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -32,8 +32,8 @@ def is_available(dtype: torch.dtype = torch.float32) -> bool:
 
 class BlockedLinear(nn.Linear):
     """
-    A linear layer that is faster on a CPU while no gradients are computed, and in all else the one it was. The
-    reordered weight is a second copy, in no state dict, and made anew when the weight has changed.
+    A linear layer that is faster on a CPU without gradients, and otherwise unchanged. The reordered weight is a second
+    copy that is in no state dict, and is made again when the weight has changed.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -51,20 +51,20 @@ class BlockedLinear(nn.Linear):
 
     def _blocked_weight(self) -> Tensor:
         weight = self.weight.detach()
-        # A tensor made in inference mode has no count of its changes; it can't be a trained one.
+        # A tensor made in inference mode has no version counter, but can't be trained either.
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         known, blocked, _ = self.__dict__.get("_blocked", (None, None, None))
         if known != state:
             blocked = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            # All at once, since other threads may be here too; with the weight, so that its address stays its own.
+            # One assignment, for other threads; it keeps the weight, so that nothing else gets its address.
             self.__dict__["_blocked"] = (state, blocked, weight)
         return blocked
 
     def train(self, mode: bool = True) -> "BlockedLinear":
-        """As in torch. The second copy is not kept through training, which may change the weight unseen."""
+        """As in torch, but drops the copy: training may change the weight without a new version."""
         self.__dict__.pop("_blocked", None)
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or another process, reorders for itself: such a tensor can be neither copied nor pickled.
+        # Reordered tensors can't be copied or pickled; a copy or another process reorders again.
         return {name: value for name, value in self.__dict__.items() if name != "_blocked"}

@@ -19,11 +19,8 @@ class InputError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """
-    Training can't continue, e.g. after a loss that is NaN. The message says where, and what to do.
-
-    Args:
-        message: for the user.
-        is_shared: whether all processes stop with this message, so that only the first one prints it.
+    Training can't continue, e.g. after a loss that is NaN. The message says where, and what to do. If it is shared, all
+    processes stop with it and only the first one prints it.
     """
 
     def __init__(self, message: str, is_shared: bool = False) -> None:
@@ -65,11 +62,9 @@ class Problems:
 
 def run_command_line(main: Callable[[], int | None]) -> int:
     """
-    Runs a script's main.
-
-    Returns:
-        The exit status: that of main, or 0; 2 for a mistake that the user can fix; 1 if training had to stop or the
-        disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep their traceback.
+    Runs a script's main, and returns the exit status: that of main, or 0; 2 for a mistake that the user can fix; 1 if
+    training had to stop or the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep
+    their traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:

@@ -27,17 +27,12 @@ _IDENTIFIER = re.compile(r"[a-z0-9.-]+")
 
 def license_problem(license: Any, name: str | None = None, link: str | None = None) -> str | None:
     """
-    A message if the licence of a model is not valid, else None.
-
-    Args:
-        license: the Hub's identifier, e.g. apache-2.0, or "other".
-        name, link: of the licence; "other" needs both.
+    A message if the licence of a model is not valid, else None. It has to be an identifier of the Hub, e.g. apache-2.0,
+    or "other" with a name and a link.
     """
     if not isinstance(license, str) or not _IDENTIFIER.fullmatch(license):
         return "it is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub/repositories-licenses)."
     if license == "other" and not (name and link):
-        return (
-            "add license_name and license_link: scripts/card.py FOLDER --license other --license_name NAME "
-            "--license_link URL."
-        )
+        flags = "--license other --license_name NAME --license_link URL"
+        return f"add license_name and license_link: scripts/card.py FOLDER {flags}."
     return None

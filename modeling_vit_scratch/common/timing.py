@@ -15,11 +15,7 @@ def time_in_turns(
     """
     Runs each function once to warm up, then once in each round, starting with another one each time.
 
-    Args:
-        functions: by name.
-        rounds: the number of rounds.
-        clock: returns seconds. `time.process_time` excludes other programs.
-        after_round: gets the seconds so far.
+    `clock` returns seconds; `time.process_time` excludes other programs. `after_round` gets the seconds so far.
 
     Returns:
         The seconds of each function in each round.
@@ -39,14 +35,8 @@ def time_in_turns(
 
 def summarize(seconds: dict[str, list[float]], items: int, ours: str) -> dict[str, dict[str, Any]]:
     """
-    Args:
-        seconds: of each function in each round.
-        items: images that a function processes in a round.
-        ours: the function that the others are compared with.
-
-    Returns:
-        For each function: its median milliseconds per image, and how many times faster ours is, the median and the
-        quartiles of the ratios within a round.
+    For each function its median milliseconds per image, and how many times faster ours is: the median and the quartiles
+    of the ratios within a round. `seconds` are those of each round, in which a function processes `items` images.
     """
     summary = {}
     for name, times in seconds.items():

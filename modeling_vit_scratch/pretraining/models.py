@@ -38,6 +38,10 @@ def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
     return ((losses * chosen).sum(1) / chosen.sum(1).clamp(min=1)).mean()
 
 
+def _patch_values(config: ViTScratchConfig) -> int:
+    return config.num_channels * math.prod(config.patch_hw)
+
+
 def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
     if config.stem_layers is not None:
         raise ValueError(
@@ -72,7 +76,7 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         if target == "downsized" and any(side % 4 for side in config.patch_hw):
             raise ValueError(f"A patch of {config.patch_hw} can't be downsized to 4 x 4: 4 must divide its sides.")
         self.target, self.colors = target, 8**config.num_channels
-        outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": patch_values(config)}
+        outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": _patch_values(config)}
         self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
         self.decoder = nn.Linear(config.hidden_size, outputs[target])
         self.image_mean, self.image_std = image_mean, image_std
@@ -117,11 +121,6 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         levels = ((means * std + mean) * 8).long().clamp(0, 7)
         weights = 8 ** torch.arange(channels - 1, -1, -1, device=levels.device)
         return (levels * weights.view(-1, 1)).sum(2)
-
-
-def patch_values(config: ViTScratchConfig) -> int:
-    """P, the values in a patch."""
-    return config.num_channels * math.prod(config.patch_hw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_hidden_size))
         self.decoder_layers = nn.ModuleList(ViTScratchLayer(small, i) for i in range(decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(decoder_hidden_size, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(decoder_hidden_size, patch_values(config))
+        self.decoder_pred = nn.Linear(decoder_hidden_size, _patch_values(config))
         self.post_init()
 
     @torch.no_grad()
