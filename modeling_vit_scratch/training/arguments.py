@@ -88,16 +88,13 @@ def _has_native_bf16() -> bool:
 
 
 class _TrainerParser(CollectsMistakes, HfArgumentParser):
-    pass
-
-
-def _trainer_parser() -> _TrainerParser:
-    return _TrainerParser([ImageTrainingArguments], add_help=False, usage="", formatter_class=HelpFormatter)
+    def __init__(self) -> None:
+        super().__init__([ImageTrainingArguments], add_help=False, usage="", formatter_class=HelpFormatter)
 
 
 def trainer_help(shown: set[str]) -> str:
     """What `--help all` adds to the flags that are shown."""
-    parser = _trainer_parser()
+    parser = _TrainerParser()
     for action in parser._actions:
         if action.dest in shown or action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
@@ -110,15 +107,14 @@ def trainer_help(shown: set[str]) -> str:
 
 def read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
     """Parses the Trainer's own flags; mistakes go to the problems."""
-    parser = _trainer_parser()
+    parser = _TrainerParser()
+    parser.problems = problems
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # the defaults are those of TrainingArguments
     try:
         values = vars(parser.parse_known_args(words)[0])
-    except InputError:  # a value is missing: all messages are in parser.problems
+    except InputError:  # a value is missing: the message is in the problems
         values = {}
-    for message in parser.problems.messages:
-        problems.add(message)
     return {name: value for name, value in values.items() if name not in parser.instead_of_invalid}
 
 
