@@ -266,5 +266,5 @@ def test_mae_refuses_positions_that_need_the_whole_grid(fields):
 @pytest.mark.parametrize("kind", [MaskedAutoencoder, MaskedPatchPrediction])
 def test_hybrids_are_refused(kind):
     more = {} if kind is MaskedAutoencoder else {"target": "mean_color", "image_mean": MEAN, "image_std": STD}
-    with pytest.raises(ValueError, match="has seen the pixels around"):
+    with pytest.raises(ValueError, match="sees the pixels around"):
         kind(ViTScratchConfig.from_variant("R+Ti/16"), **more)
