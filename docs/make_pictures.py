@@ -212,8 +212,8 @@ def draw_class_token(figure: Any, journey: Journey) -> None:
 def draw_positions(figure: Any, journey: Journey) -> None:
     """Likeness of positions: the network's own, after a minute of training, and the fixed ones."""
     from modeling_vit_scratch import ViTScratchConfig, ViTScratchModel
+    from modeling_vit_scratch.visualization.embeddings import position_similarity
     from modeling_vit_scratch.visualization.figures import tiles
-    from modeling_vit_scratch.visualization.positions import position_similarity
 
     config = ViTScratchConfig.from_variant("Mi/8", image_size=112, num_hidden_layers=1, position_embedding="sincos_2d")
     places = np.linspace(1, journey.grid[0] - 2, 4).round().astype(int)

@@ -39,7 +39,7 @@ def main() -> None:
     from modeling_vit_scratch.evaluation.data import read_evaluation_data
     from modeling_vit_scratch.evaluation.predictions import predict
     from modeling_vit_scratch.evaluation.report import build_report, load_model
-    from modeling_vit_scratch.evaluation.writing import tell_report, write_report
+    from modeling_vit_scratch.evaluation.writing import report_message, write_report
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
@@ -61,7 +61,7 @@ def main() -> None:
         report = build_report(arguments, model, data, predictions, accelerator)
         files = write_report(report, data, arguments, model, processor)
         card = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
-        print(*filter(None, (tell_report(report, data, arguments, files), card)), sep="\n")
+        print(*filter(None, (report_message(report, data, arguments, files), card)), sep="\n")
     accelerator.end_training()
 
 

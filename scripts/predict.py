@@ -23,10 +23,9 @@ def main() -> int:
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from modeling_vit_scratch.prediction.finishing import finish, open_job, tell, wait_for_all
     from modeling_vit_scratch.prediction.inputs import Rows
     from modeling_vit_scratch.prediction.model import load_predictor
-    from modeling_vit_scratch.prediction.running import print_table, run_job
+    from modeling_vit_scratch.prediction.running import finish, open_job, print_table, run_job, tell, wait_for_all
 
     logging.disable_progress_bar()
     rows = Rows(arguments)

@@ -58,7 +58,7 @@ def main() -> None:
         weights = ", random weights" if own.random_weights else ""
         print(data.describe(), f"{own.model}: {encoder.num_parameters():,} parameters{weights}.", sep="\n")
     try:
-        bank, queries = (
+        train, test = (
             extract_features(
                 encoder,
                 ImageClassificationDataset(examples, processor, encoder.config.num_channels),
@@ -69,7 +69,7 @@ def main() -> None:
             for examples in (data.train, data.validation)
         )
         if is_first:
-            found = run_probes(bank, queries, len(data.label_names), seed, with_linear=not own.skip_linear)
+            found = run_probes(train, test, len(data.label_names), seed, with_linear=not own.skip_linear)
             folder.mkdir(parents=True, exist_ok=True)
             record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
             write_record(record, folder)

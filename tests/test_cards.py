@@ -25,8 +25,15 @@ from modeling_vit_scratch.cards.values import template_values
 from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.provenance import digests
-from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
-from modeling_vit_scratch.evaluation.multi_label import label_confusions, per_label, score_labels
+from modeling_vit_scratch.evaluation.metrics import (
+    confidences,
+    confusion,
+    label_confusions,
+    per_class,
+    per_label,
+    score,
+    score_labels,
+)
 from modeling_vit_scratch.hub.checks import prepare_card
 from modeling_vit_scratch.hub.contents import collect
 
@@ -82,7 +89,7 @@ def report(folder, is_multi_label=False, **changes):
     confident, hits = confidences(values, labels)
     record = {
         "metric": results[0].metric, "value": results[0].value, "n": 60,
-        "results": [one.facts() for one in results], "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
+        "results": [one.as_dict() for one in results], "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
         "threshold": 0.5 if is_multi_label else None,
         "model": {"name": "pets", "num_parameters": 20451},
         "dataset": {

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score
 from tiny_images import class_folders, load_script
 
 from modeling_vit_scratch.common.errors import run_command_line
-from modeling_vit_scratch.evaluation.report import choose
+from modeling_vit_scratch.evaluation.report import choose_examples
 
 
 def run(script, *argv):
@@ -144,13 +144,13 @@ def test_a_card_that_fails_does_not_cost_the_model(place, tmp_path, monkeypatch,
 
 def test_examples_are_drawn_at_random_and_never_one_twice():
     correct = np.random.default_rng(0).random(200) < 0.7
-    right, wrong = choose(correct, 5, seed=1)
+    right, wrong = choose_examples(correct, 5, seed=1)
     assert len(set(right)) == len(set(wrong)) == 5
     assert correct[right].all()
     assert not correct[wrong].any()
-    assert choose(correct, 5, seed=1) == (right, wrong)
-    assert choose(correct, 5, seed=2) != (right, wrong)
-    assert choose(np.ones(3, dtype=bool), 5, seed=1) == ([0, 1, 2], [])
+    assert choose_examples(correct, 5, seed=1) == (right, wrong)
+    assert choose_examples(correct, 5, seed=2) != (right, wrong)
+    assert choose_examples(np.ones(3, dtype=bool), 5, seed=1) == ([0, 1, 2], [])
 
 
 def test_nobodys_images_are_shown_without_saying_whose(place, tmp_path, monkeypatch, capsys):

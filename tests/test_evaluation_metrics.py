@@ -16,16 +16,17 @@ from sklearn.metrics import (
 )
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.evaluation.calibration import fit_temperature
 from modeling_vit_scratch.evaluation.metrics import (
     brier_scores,
     confidences,
     negative_log_likelihoods,
+    per_label,
     probabilities,
     reliability,
     score,
+    score_labels,
 )
-from modeling_vit_scratch.evaluation.multi_label import per_label, score_labels
+from modeling_vit_scratch.evaluation.report import fit_temperature
 
 
 @pytest.fixture

@@ -108,9 +108,9 @@ def test_a_temperature_that_does_not_help_is_told_and_not_stored(trained, tmp_pa
 
 def sorted_half(count, seed=42):
     """The half of the images that --calibrate reports on."""
-    from modeling_vit_scratch.evaluation.data import halves
+    from modeling_vit_scratch.evaluation.report import calibration_split
 
-    fitted, rest = halves(count, seed)
+    fitted, rest = calibration_split(count, seed)
     assert sorted([*fitted, *rest]) == list(range(count))
     return rest.tolist()
 

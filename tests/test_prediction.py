@@ -29,10 +29,9 @@ from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
 from modeling_vit_scratch.prediction import reading, tables
 from modeling_vit_scratch.prediction.arguments import parse_arguments
-from modeling_vit_scratch.prediction.finishing import finish, open_job
 from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
-from modeling_vit_scratch.prediction.running import on_screen, run_job
+from modeling_vit_scratch.prediction.running import finish, on_screen, open_job, run_job
 
 
 SCRIPT = ROOT / "scripts" / "predict.py"

@@ -21,7 +21,7 @@ from modeling_vit_scratch.augmentation.batches import (
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.augmentation.policies import ColorJitter, RandomErasing, auto_augment
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.visualization.preview import augmentation_grid
+from modeling_vit_scratch.visualization.commands import augmentation_grid
 
 
 SIZE = (40, 48)

@@ -43,7 +43,7 @@ def clusters(count: int, classes: int = 3, width: int = 8, spread: float = 1.0, 
 # Few-shot least squares
 
 # What `_precompute_cache` and `_eig_fewshot_acc_fn` of big_vision at 0127fb6 (evaluators/fewshot_lsr.py) compute with
-# numpy in place of jax.numpy, on the numbers of `golden_inputs`: (images, width, l2) -> scores of the four queries.
+# numpy in place of jax.numpy, on the numbers of `golden_inputs`: (images, width, l2) -> scores of four test rows.
 BIG_VISION = {
     (30, 6, 1024.0): [
         [-0.200055165, -0.330846044, -0.465697069], [-0.19885411, -0.327246946, -0.470497222],
@@ -67,36 +67,36 @@ BIG_VISION = {
 def golden_inputs(count: int, width: int) -> tuple[Features, np.ndarray]:
     places, scale = np.arange(count * width, dtype=np.float64).reshape(count, width), 1 + np.arange(width)
     values = np.sin(places * 1.7) * scale + np.cos(np.arange(count))[:, None]
-    queries = np.cos(np.arange(4 * width) * 0.9).reshape(4, width) * scale
-    return Features(values, (np.arange(count) * 7 % 11) % 3), queries
+    test = np.cos(np.arange(4 * width) * 0.9).reshape(4, width) * scale
+    return Features(values, (np.arange(count) * 7 % 11) % 3), test
 
 
 @pytest.mark.parametrize(("count", "width", "l2"), BIG_VISION)
 def test_least_squares_are_those_of_big_vision(count, width, l2):
-    features, queries = golden_inputs(count, width)
-    scores = fit_least_squares(features, num_classes=3, l2=l2).scores(queries)
+    features, test = golden_inputs(count, width)
+    scores = fit_least_squares(features, num_classes=3, l2=l2).scores(test)
     np.testing.assert_allclose(scores, BIG_VISION[count, width, l2], atol=2e-9)
 
 
 @pytest.mark.parametrize(("count", "width"), [(40, 7), (8, 7), (7, 7), (6, 30)])
 @pytest.mark.parametrize("l2", [2.0**10, 0.5])
 def test_both_forms_of_least_squares_are_the_direct_solution(count, width, l2):
-    features, queries = clusters(count, width=width), clusters(11, width=width, seed=1)
+    features, test = clusters(count, width=width), clusters(11, width=width, seed=1)
     x = features.values.astype(np.float64)
     mean, std = x.mean(0), x.std(0) + 1e-5
-    x, z = (np.c_[(part - mean) / std, np.full(len(part), 100.0)] for part in (x, queries.values))
+    x, z = (np.c_[(part - mean) / std, np.full(len(part), 100.0)] for part in (x, test.values))
     y = np.where(features.labels[:, None] == np.arange(4), 1.0, -1.0)  # a class without images too
     wanted = z @ np.linalg.solve(x.T @ x + l2 * np.eye(width + 1), x.T @ y)
-    np.testing.assert_allclose(fit_least_squares(features, 4, l2).scores(queries.values), wanted, atol=1e-5)
+    np.testing.assert_allclose(fit_least_squares(features, 4, l2).scores(test.values), wanted, atol=1e-5)
 
 
 def test_shots_are_chosen_as_in_big_vision_and_reported_for_every_seed():
-    bank, queries = clusters(33, spread=0.1), clusters(30, spread=0.1, seed=1)
+    train, test = clusters(33, spread=0.1), clusters(30, spread=0.1, seed=1)
     # np.random.default_rng(0).permutation of the indices of each class in turn, the first two: big_vision's choice.
     generator = np.random.default_rng(0)
-    orders = [generator.permutation(np.where(bank.labels == label)[0]) for label in range(3)]
-    assert choose_shots(bank.labels, 3, 2, seed=0).tolist() == [i for order in orders for i in order[:2].tolist()]
-    found = few_shot_accuracies(bank, queries, 3)
+    orders = [generator.permutation(np.where(train.labels == label)[0]) for label in range(3)]
+    assert choose_shots(train.labels, 3, 2, seed=0).tolist() == [i for order in orders for i in order[:2].tolist()]
+    found = few_shot_accuracies(train, test, 3)
     assert list(found) == [1, 5, 10]  # there are 11 of each class
     assert all(len(values) == 3 for values in found.values())
     assert found[10] == [1.0, 1.0, 1.0]
@@ -110,13 +110,13 @@ def test_shots_are_chosen_as_in_big_vision_and_reported_for_every_seed():
 
 @pytest.mark.parametrize(("neighbors", "temperature"), [(20, 0.07), (5, 1.0), (1, 0.07), (500, 0.07)])
 def test_nearest_neighbours_are_those_of_scikit_learn(neighbors, temperature):
-    bank, queries = clusters(90, spread=1.5), clusters(400, spread=1.5, seed=1)
+    train, test = clusters(90, spread=1.5), clusters(400, spread=1.5, seed=1)
     theirs = KNeighborsClassifier(
         min(neighbors, 90), metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
-    ).fit(bank.values.astype(np.float64), bank.labels)
-    wanted = theirs.score(queries.values.astype(np.float64), queries.labels)
+    ).fit(train.values.astype(np.float64), train.labels)
+    wanted = theirs.score(test.values.astype(np.float64), test.labels)
     assert 0.4 < wanted < 0.99
-    assert knn_accuracy(bank, queries, 3, neighbors, temperature) == pytest.approx(wanted, abs=1e-9)
+    assert knn_accuracy(train, test, neighbors, temperature) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_a_linear_probe_chooses_its_regulariser_without_the_queries():
@@ -128,31 +128,31 @@ def test_a_linear_probe_chooses_its_regulariser_without_the_queries():
         noise = generator.normal(size=(count, 60)).astype(np.float32)
         return Features(np.concatenate([useful.values, noise], axis=1), useful.labels)
 
-    bank, queries = noisy(90, 0), noisy(600, 1)
-    found = linear_probe(bank, queries)
+    train, test = noisy(90, 0), noisy(600, 1)
+    found = linear_probe(train, test)
     assert found.l2 == max(found.held_out_accuracies, key=lambda l2: (found.held_out_accuracies[l2], l2))
     assert found.l2 > 0.01
-    assert found.accuracy > linear_probe(bank, queries, l2_grid=(1e-6,)).accuracy + 0.03
-    wrong = Features(queries.values, (queries.labels + 1) % 3)
-    assert linear_probe(bank, wrong).held_out_accuracies == found.held_out_accuracies
+    assert found.accuracy > linear_probe(train, test, l2_grid=(1e-6,)).accuracy + 0.03
+    wrong = Features(test.values, (test.labels + 1) % 3)
+    assert linear_probe(train, wrong).held_out_accuracies == found.held_out_accuracies
 
 
 def test_a_linear_probe_is_logistic_regression():
-    bank, queries = clusters(60, spread=1.5), clusters(200, spread=1.5, seed=1)
-    found = linear_probe(bank, queries, l2_grid=(3.0,))
-    x, z = (torch.from_numpy((part.values - bank.values.mean(0)) / bank.values.std(0)) for part in (bank, queries))
+    train, test = clusters(60, spread=1.5), clusters(200, spread=1.5, seed=1)
+    found = linear_probe(train, test, l2_grid=(3.0,))
+    x, z = (torch.from_numpy((part.values - train.values.mean(0)) / train.values.std(0)) for part in (train, test))
     weight, bias = torch.zeros(8, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-9)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits, labels = x @ weight + bias, torch.from_numpy(bank.labels)
+        logits, labels = x @ weight + bias, torch.from_numpy(train.labels)
         total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") + 1.5 * weight.square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
-    wanted = ((z @ weight + bias).argmax(1).numpy() == queries.labels).mean()
+    wanted = ((z @ weight + bias).argmax(1).numpy() == test.labels).mean()
     assert 0.4 < wanted < 0.99
     assert found.accuracy == pytest.approx(wanted, abs=1 / 200 + 1e-9)
 
@@ -294,9 +294,9 @@ def test_a_probe_takes_the_pixels_that_training_takes(pets, tmp_path):
     run = ["--dataloader_num_workers", "0", "--probe", "fewshot", "--probe_steps", "1", "--probe_images", "9"]
     trainer = build(tmp_path / "out", *flags(pets, *run))
     probe = trainer.callback_handler.callbacks[-1]
-    assert np.bincount([probe.bank[i]["labels"] for i in range(len(probe.bank))]).tolist() == [3, 3, 3]
-    found = extract_features(trainer.model, probe.queries, normalize=probe.normalize)
-    images = [probe.queries.examples.decode(i, trainer.processing_class) for i in range(len(probe.queries))]
+    assert np.bincount([probe.train[i]["labels"] for i in range(len(probe.train))]).tolist() == [3, 3, 3]
+    found = extract_features(trainer.model, probe.test, normalize=probe.normalize)
+    images = [probe.test.examples.decode(i, trainer.processing_class) for i in range(len(probe.test))]
     pixels = trainer.processing_class(images, return_tensors="pt")["pixel_values"]
     wanted = image_features(trainer.model.eval(), pixels)
     np.testing.assert_allclose(found.values, wanted.detach().numpy(), atol=1e-5)
@@ -305,7 +305,7 @@ def test_a_probe_takes_the_pixels_that_training_takes(pets, tmp_path):
 def test_probe_flags_are_checked(pets, tmp_path):
     for more, message in (
         (["--probe", "svm"], "--probe: invalid choice: 'svm'"),
-        (["--probe", "knn"], "has no time to run at"),
+        (["--probe", "knn"], "never runs"),
         (["--probe_steps", "3"], "says when, not what"),
         (["--probe", "knn", "--probe_steps", "0"], "--probe_steps 0 must be at least 1"),
     ):

@@ -21,9 +21,8 @@ from modeling_vit_scratch.visualization.attention import (
     rollout_maps,
     watch_attention,
 )
-from modeling_vit_scratch.visualization.filters import patch_filters
+from modeling_vit_scratch.visualization.embeddings import patch_filters, position_similarity
 from modeling_vit_scratch.visualization.gradcam import grad_cam
-from modeling_vit_scratch.visualization.positions import position_similarity
 
 
 HYBRID = {"variant": "R+Ti/16", "image_size": [64, 128], "hidden_size": 32, "num_hidden_layers": 2}

@@ -19,9 +19,9 @@ from modeling_vit_scratch.visualization import figures
 from modeling_vit_scratch.visualization.attention import attention_distances, head_maps, rollout_maps
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject
 from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+from modeling_vit_scratch.visualization.embeddings import position_similarity
 from modeling_vit_scratch.visualization.gradcam import grad_cam
 from modeling_vit_scratch.visualization.photos import as_pixels, batches, find_photos, open_model, read_photo
-from modeling_vit_scratch.visualization.positions import position_similarity
 
 
 matplotlib = pytest.importorskip("matplotlib")

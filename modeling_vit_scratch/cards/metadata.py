@@ -7,8 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..common.names import license_problem, title_of
-from ..evaluation.metrics import interval_of
+from ..common.names import interval_of, license_problem, title_of
 from .records import Evaluation, ModelRecords
 
 

@@ -105,6 +105,19 @@ class Parser(CollectsMistakes):
             _add_flag(self, field, hints[kind][name], {**flag_metadata(kind, name), "help": argparse.SUPPRESS})
         self.add_argument("-h", "--help", nargs="?", action=_Help, help=argparse.SUPPRESS)
 
+    def parse(self, kind: type[_Arguments], argv: list[str] | None = None) -> _Arguments:
+        """
+        Parses a command line (default: of this process) into a dataclass, positional arguments included. Mistakes are
+        added to `problems`.
+        """
+        namespace, unknown = self.parse_known_args(sys.argv[1:] if argv is None else argv)
+        refuse_unknown(unknown, self.known_flags(), self.problems)
+        values = {**vars(namespace), **self.instead_of_invalid}
+        arguments = fill(kind, values)
+        for action in self._get_positional_actions():
+            setattr(arguments, action.dest, values[action.dest])
+        return arguments
+
     def known_flags(self) -> list[str]:
         """All flags in the spelling with underscores."""
         return [option for option in self._option_string_actions if "-" not in option[2:]]
@@ -204,6 +217,14 @@ def first_look(argv: list[str], *names: str) -> argparse.Namespace:
 def flag_name(word: str) -> str:
     """The flag of a word, with underscores and without value: --max-steps=3 is --max_steps."""
     return word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+
+
+def check_minimum(arguments: Any, problems: Problems, **minimum: int) -> None:
+    """Adds a message for each flag whose value is below its minimum; None is no value."""
+    for name, least in minimum.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            problems.add(f"--{name} {value} must be at least {least}.")
 
 
 def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -> None:

@@ -12,6 +12,8 @@ METRIC_TITLES = {
     "micro_average_precision": "micro average precision", "hamming_loss": "Hamming loss", "nll": "NLL (nats)",
     "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
 }  # fmt: skip
+# Bins of the expected calibration error (Guo et al., arXiv:1706.04599).
+NUM_BINS = 15
 # All others are fractions of 1.
 NO_PERCENT = ("loss", "nll", "brier")
 
@@ -20,6 +22,14 @@ def title_of(metric: str) -> str:
     """The capitalized title; a metric without one keeps its name."""
     title = METRIC_TITLES.get(metric, metric)
     return title[:1].upper() + title[1:]
+
+
+def interval_of(result: dict[str, Any]) -> list[float] | None:
+    """
+    The interval to show for a result of results.json: for fractions of images Wilson's, which is informative even where
+    all are right; for others the bootstrap's; None if it has none.
+    """
+    return result.get("wilson_interval") or result.get("interval")
 
 
 _IDENTIFIER = re.compile(r"[a-z0-9.-]+")

@@ -14,15 +14,16 @@ from typing import Any
 from .. import __version__
 
 
-def provenance() -> dict[str, Any]:
-    """`command`, `git_commit`, `versions` and `hardware`, to reproduce a result."""
+def provenance(*packages: str) -> dict[str, Any]:
+    """`command`, `git_commit`, `versions` (also of `packages`) and `hardware`, to reproduce a result."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "pillow", *packages)
     return {
         "command": command_line(),
         "git_commit": git_commit(),
         "versions": {
             "modeling_vit_scratch": __version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "accelerate", "datasets", "pillow")},
+            **{package: version(package) for package in packages},
         },
         "hardware": hardware(),
     }

@@ -2,28 +2,15 @@
 """The command line of evaluation: what to evaluate, on which images, and where the report goes."""
 
 import importlib.util
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import (
-    BrokenImageFlags,
-    HubFlags,
-    LabelFlags,
-    Parser,
-    ReadingFlags,
-    SeedFlag,
-    fill,
-    flag,
-    refuse_unknown,
-)
+from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_minimum, flag
 
 
-# Views of each image: 2 is the image and its mirror image; 5 are the corners and the centre; 10 are these and theirs.
-CROPS = (1, 2, 5, 10)
-# Images in a row of a figure.
-MOST_EXAMPLES = 8
+# Images in a row of the figure.
+MAX_EXAMPLES = 8
 # --help: the groups of the flags, in their order.
 GROUPS = {
     "most used": (
@@ -67,7 +54,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, 
         1,
         "Views of each image whose probabilities are averaged. 2: with the mirror image. 5: corners and centre at 8/7 "
         "of the input size. 10: both.",
-        choices=CROPS,
+        choices=(1, 2, 5, 10),
     )
     match_labels: str = flag(
         "name", "Match the labels of data and model by name, or by index.", choices=("name", "index")
@@ -97,11 +84,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> EvaluationArguments:
     """
-    Parses the command line.
-
-    Args:
-        argv: the command line; by default that of the process.
-        description: the beginning of --help.
+    Parses a command line (default: of this process); `description` begins --help.
 
     Raises:
         InputError: with everything that is wrong with it.
@@ -120,11 +103,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         help="digits, elpv, a folder with one folder per class or with a metadata.jsonl, a .parquet, .csv, .jsonl or "
         ".tar file, a quoted pattern of such, or a data set of the Hub",
     )
-    namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    refuse_unknown(unknown, parser.known_flags(), parser.problems)
-    values = {**vars(namespace), **parser.instead_of_invalid}
-    arguments = fill(EvaluationArguments, values)
-    arguments.model, arguments.dataset = values["model"], values["dataset"]
+    arguments = parser.parse(EvaluationArguments, argv)
     _check(arguments, parser.problems)
     if parser.problems.messages:
         raise parser.problems.as_error()
@@ -132,24 +111,20 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
 
 
 def _check(arguments: EvaluationArguments, problems: Problems) -> None:
-    for name, least in (
-        ("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("bootstrap_resamples", 0), ("seed", 0),
-        ("max_broken_images", 0), ("examples", 0),
-    ):  # fmt: skip
-        if getattr(arguments, name) < least:
-            problems.add(f"--{name} {getattr(arguments, name)} must be at least {least}.")
-    if arguments.examples > MOST_EXAMPLES:
-        problems.add(f"--examples {arguments.examples} must be at most {MOST_EXAMPLES}.")
+    check_minimum(
+        arguments, problems, per_device_eval_batch_size=1, dataloader_num_workers=0, bootstrap_resamples=0, seed=0,
+        max_broken_images=0, examples=0, max_eval_samples=1,
+    )  # fmt: skip
+    if arguments.examples > MAX_EXAMPLES:
+        problems.add(f"--examples {arguments.examples} must be at most {MAX_EXAMPLES}.")
     if arguments.examples and importlib.util.find_spec("matplotlib") is None:
         problems.add(f'--examples {arguments.examples} are drawn with matplotlib: pip install -e ".[plot]"')
-    if arguments.max_eval_samples is not None and arguments.max_eval_samples < 1:
-        problems.add(f"--max_eval_samples {arguments.max_eval_samples} must be at least 1.")
-    if arguments.train_val_split is not None and not 0.0 < arguments.train_val_split < 1.0:
-        problems.add(f"--train_val_split {arguments.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
-    if arguments.threshold is not None and not 0.0 < arguments.threshold < 1.0:
-        problems.add(f"--threshold {arguments.threshold:g} must lie between 0 and 1, e.g. 0.5.")
+    for name, example in (("train_val_split", 0.15), ("threshold", 0.5)):
+        value = getattr(arguments, name)
+        if value is not None and not 0.0 < value < 1.0:
+            problems.add(f"--{name} {value:g} must lie between 0 and 1, e.g. {example}.")
     if arguments.label_map and arguments.match_labels == "index":
-        problems.add("--label_map gives labels other names, which --match_labels index does not look at. Keep one.")
+        problems.add("--label_map renames labels, which --match_labels index does not look at. Keep one.")
     if arguments.calibrate and not Path(arguments.model, "config.json").is_file():
         problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
     if arguments.calibrate and arguments.crops != 1:

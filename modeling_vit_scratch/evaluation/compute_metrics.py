@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From predictions to numbers, with `evaluate` and scikit-learn, offline."""
+"""Metrics during training, by `evaluate` and scikit-learn. They work offline: nothing is loaded from the Hub."""
 
 import warnings
 from collections.abc import Callable
@@ -17,10 +17,10 @@ TOP_K = 5
 
 class ImageClassificationMetric(evaluate.Metric):
     """
-    Accuracy, top-5 accuracy and macro F1 of ranked predictions. Works offline: nothing is loaded from the Hub.
+    Accuracy, top-5 accuracy (with more than five classes) and macro F1.
 
     `compute(predictions=, references=)` takes the classes of the highest logits, best first, (N, k), and the true
-    classes (N,). Top-5 accuracy needs more than five classes to say anything, and is left out with fewer.
+    classes (N,).
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -48,25 +48,20 @@ class ImageClassificationMetric(evaluate.Metric):
 
 class MultiLabelMetric(evaluate.Metric):
     """
-    Mean average precision, micro, macro and samples F1 and exact match, for images with any number of labels. Offline.
+    `multi_label_scores` with the threshold 0.5, for images with any number of labels.
 
-    `compute(predictions=, references=)` takes logits (N, K), of which an answer is one above 0, a probability above
-    0.5, and 0 and 1 (N, K). The numbers are those of scripts/evaluate.py: see `multi_label_scores`.
+    `compute(predictions=, references=)` takes logits (N, K), and labels of 0 and 1, (N, K).
     """
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
+        values = datasets.List(datasets.Value("float32"))
         return evaluate.MetricInfo(
             description="Mean average precision, micro, macro and samples F1 and exact match.",
             citation="",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.List(datasets.Value("float32")),
-                    "references": datasets.List(datasets.Value("float32")),
-                }
-            ),
+            features=datasets.Features({"predictions": values, "references": values}),
         )
 
     def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
@@ -76,12 +71,12 @@ class MultiLabelMetric(evaluate.Metric):
 
 def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """
-    scikit-learn's scores, each over what it is defined for: average precision over the labels that some image has, F1
-    over the labels (macro) or images (samples) for which there is a label or an answer. 0 where there is none at all.
+    Mean average precision, micro, macro and samples F1 and exact match. Average precision is over the labels that some
+    image has, F1 over the labels (macro) or images (samples) with a label or an answer; 0 where there is none.
 
     Args:
-        values: (N, K), higher for what is likelier.
-        labels, answers: (N, K), 0 and 1.
+        values: logits or probabilities (N, K).
+        labels, answers: 0 and 1, (N, K).
     """
     present = labels.any(axis=0)
     scores = {"mean_average_precision": 0.0}
@@ -97,14 +92,14 @@ def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarr
 
 
 def rank_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """For `Trainer(preprocess_logits_for_metrics=)`: logits (B, K) to the best classes (B, at most 5), best first."""
+    """For `Trainer(preprocess_logits_for_metrics=)`: logits (B, K) to the best classes (B, up to 5), best first."""
     return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
 def build_compute_metrics(num_labels: int, is_multi_label: bool = False) -> Callable[..., dict[str, float]]:
     """
-    For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`. Also counts the images, as `images`. The
-    predictions are ranked classes, of several labels logits.
+    For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`: the metrics, and the number of `images`.
+    Predictions are those of `rank_labels`, or logits if images have several labels.
     """
     metric, images = MultiLabelMetric() if is_multi_label else ImageClassificationMetric(num_labels), 0
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The figures of a report, as PNG: confusion matrix, or of any number of labels curves of precision and recall;
-reliability diagram; scores of each class.
+The figures of a report: confusion matrix or precision-recall curves, reliability diagram, scores of each class, and
+examples of right and wrong images.
 """
 
 from pathlib import Path
@@ -11,35 +11,40 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
+from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.dataset import ImageClassificationDataset
+from ..data.pixels import Normalize
+from ..modeling_vit_scratch import ViTScratchForImageClassification
+from ..visualization.attention import rollout_maps
+from ..visualization.figures import over_photo
+from ..visualization.photos import as_pixels
+from .data import EvaluationData
 from .report import Report
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
 _WHITE_TO_BLUE = LinearSegmentedColormap.from_list("white_to_blue", ["#ffffff", "#56B4E9", "#003f63"])
-# Okabe and Ito's, without black and the yellow that is hard to see on white.
+# Okabe and Ito's without black, and without yellow, which is hard to see on white.
 _COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _NUMBERS_UP_TO = 20  # classes of which each cell is labelled
 _NAMES_UP_TO = 60  # classes of which each row is labelled
+_NAME_LENGTH = 18  # letters of a class above an example
 
 
 def draw_report(report: Report, folder: Path) -> list[Path]:
     """Writes the figures into the folder, and returns the files."""
-    first = {"confusion_matrix.png": _confusion}
-    if report.threshold is not None:
-        first = {"precision_recall.png": _precision_recall}
-    drawings = {**first, "reliability.png": _reliability, "per_class.png": _per_class}
+    first = ("confusion_matrix", _confusion) if report.threshold is None else ("precision_recall", _curves)
     files = []
-    for name, draw in drawings.items():
-        figure = draw(report)
-        figure.savefig(folder / name, dpi=150)
-        files.append(folder / name)
+    for name, draw in (first, ("reliability", _reliability), ("per_class", _per_class)):
+        files.append(folder / f"{name}.png")
+        draw(report).savefig(files[-1], dpi=150)
     return files
 
 
-def _short(names: list[str], length: int = 32) -> list[str]:
-    return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
+def _shorten(text: str, length: int = 32) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _title(report: Report) -> str:
@@ -48,7 +53,7 @@ def _title(report: Report) -> str:
 
 
 def _confusion(report: Report) -> Figure:
-    counts, names = report.confusion, _short(report.label_names)
+    counts, names = report.confusion, list(map(_shorten, report.label_names))
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     size = min(max(4.5, 0.45 * len(names) + 2), 11)
@@ -97,13 +102,13 @@ def _reliability(report: Report) -> Figure:
     if of_labels:  # mostly labels that an image has not
         lower.set_yscale("symlog", linthresh=10)
         lower.set_ylabel("images x labels")
-    _plain(upper, lower)
+    _hide_frame(upper, lower)
     return figure
 
 
-def _precision_recall(report: Report) -> Figure:
-    """One curve for all labels together, and of few labels each its own; a point is the threshold of the answers."""
-    values, labels, names = report.probabilities, report.labels, _short(report.label_names)
+def _curves(report: Report) -> Figure:
+    """A precision-recall curve of all labels together, and of each if they are few; points are at the threshold."""
+    values, labels, names = report.probabilities, report.labels, list(map(_shorten, report.label_names))
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
     axes = figure.subplots()
     present = [column for column in range(len(names)) if labels[:, column].any()]
@@ -119,13 +124,12 @@ def _precision_recall(report: Report) -> Figure:
         if not y.any():
             continue
         precision, recall, _ = precision_recall_curve(y, p, drop_intermediate=True)
-        width = 2.0 if colour == "black" else 1.2
-        told = f"{name}: {average_precision_score(y, p):.3f}"
-        axes.step(recall, precision, where="post", color=colour, linewidth=width, label=told)
+        width, label = 2.0 if colour == "black" else 1.2, f"{name}: {average_precision_score(y, p):.3f}"
+        axes.step(recall, precision, where="post", color=colour, linewidth=width, label=label)
         answers = p >= report.threshold
         if answers.any():
-            found = (answers & (y == 1)).sum()
-            axes.plot(found / y.sum(), found / answers.sum(), "o", color=colour, markersize=6, clip_on=False)
+            right = (answers & (y == 1)).sum()
+            axes.plot(right / y.sum(), right / answers.sum(), "o", color=colour, markersize=6, clip_on=False)
     mean = next(one.value for one in report.scores if one.metric == "mean_average_precision")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"{_title(report)}\nmean average precision {100 * mean:.2f} % of {len(present)} labels", fontsize=10)
@@ -133,34 +137,86 @@ def _precision_recall(report: Report) -> Figure:
         loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
         title=f"average precision; points:\nanswers from {report.threshold:g} on",
     )  # fmt: skip
-    _plain(axes)
+    _hide_frame(axes)
     return figure
 
 
 def _per_class(report: Report) -> Figure:
-    main, title, kind = "f1", "F1", "classes"
+    key, title, kind = "f1", "F1", "classes"
     if report.threshold is not None:
-        main, title, kind = "average_precision", "average precision", "labels"
-    table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row[main])
-    rest = len(table) - 40
+        key, title, kind = "average_precision", "average precision", "labels"
+    table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row[key])
     shown = table[:40]
     figure = Figure(figsize=(6.4, max(2.6, 0.26 * len(shown) + 1.4)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(shown))
-    axes.barh(rows, [row[main] for row in shown], color="#56B4E9", label=title)
+    axes.barh(rows, [row[key] for row in shown], color="#56B4E9", label=title)
     axes.plot([row["precision"] for row in shown], rows, "D", color=_BLUE, markersize=5, label="precision")
     axes.plot([row["recall"] for row in shown], rows, "o", color=_ORANGE, markersize=5, label="recall")
-    axes.set_yticks(rows, [f"{name} ({row['n']})" for name, row in zip(_short([r["label"] for r in shown]), shown)])
+    axes.set_yticks(rows, [f"{_shorten(row['label'])} ({row['n']})" for row in shown])
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set(xlim=(0, 1.02), xlabel="score" if report.threshold is None else f"score (threshold {report.threshold:g})")
-    more = f"\nthe {len(shown)} {kind} with the lowest {title}" if rest > 0 else ""
+    more = f"\nthe {len(shown)} {kind} with the lowest {title}" if len(table) > len(shown) else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _plain(axes)
+    _hide_frame(axes)
     return figure
 
 
-def _plain(*all_axes: Axes) -> None:
+def _hide_frame(*all_axes: Axes) -> None:
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_examples(
+    report: Report,
+    data: EvaluationData,
+    model: ViTScratchForImageClassification,
+    processor: BaseImageProcessor,
+    file: Path,
+) -> None:
+    """
+    Writes a figure of the examples in the record: each image as the model sees it, and lit by attention rollout.
+
+    Args:
+        report: with `examples` in its record.
+        data, model, processor: of the report.
+        file: .png to write.
+    """
+    examples = report.record["examples"]
+    rows, num_right = examples["rows"], examples["right"]
+    groups = [(kind, chosen) for kind, chosen in (("right", rows[:num_right]), ("wrong", rows[num_right:])) if chosen]
+    columns = max(len(chosen) for _, chosen in groups)
+    dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
+    normalize = Normalize.from_processor(processor)
+    figure = Figure(figsize=(1.5 * max(columns, 2) + 0.4, 3.7 * len(groups)), layout="constrained")
+    grid = figure.subplots(2 * len(groups), columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for (kind, chosen), pair in zip(groups, grid.reshape(len(groups), 2, columns)):
+        for (plain, lit), row in zip(pair.T, chosen):
+            pixel_values = dataset[int(report.rows[row])]["pixel_values"][None]  # (1, C, H, W)
+            pixel_values = pixel_values if normalize is None else normalize(pixel_values)
+            photo = as_pixels(pixel_values, processor)[0]
+            plain.imshow(photo, interpolation="nearest")
+            light = over_photo(rollout_maps(model, pixel_values)[0], *photo.shape[:2])
+            lit.imshow(photo / 255 * light[..., None], interpolation="nearest")
+            label, prediction = _label_and_prediction(report, row)
+            text = prediction if kind == "right" else f"{label},\ntaken for {prediction}"
+            plain.set_title(text, fontsize=7.5)
+    figure.suptitle(f"{report.record['model']['name']} on {report.record['dataset']['name']}", fontsize=9)
+    figure.savefig(file, dpi=120)
+
+
+def _label_and_prediction(report: Report, row: int) -> tuple[str, str]:
+    names, values, labels = report.label_names, report.probabilities[row], report.labels[row]
+    if report.threshold is None:
+        best = int(values.argmax())
+        label, prediction = (_shorten(names[index], _NAME_LENGTH) for index in (labels, best))
+        return label, f"{prediction}, {100 * values[best]:.0f} %"
+    label, prediction = (
+        _shorten(", ".join(names[k] for k in np.flatnonzero(some)) or "none", _NAME_LENGTH)
+        for some in (labels, values >= report.threshold)
+    )
+    return label, prediction

@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From probabilities to scores, in float64: what is right, how sure it was, and how far a score may be off by chance.
+From probabilities to metrics, in float64, each with a 95 % interval.
 
-N images, K labels. A problem is of one label for each image (softmax) or of several (sigmoid, see `multi_label`).
+N images, K labels. A model gives each image one label (softmax) or any number of labels (sigmoid). `labels` are classes
+(N,), or 0 and 1 (N, K), where an image gets the labels whose probability reaches the threshold.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import expit, logsumexp
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    hamming_loss,
+    multilabel_confusion_matrix,
+    precision_recall_fscore_support,
+)
+
+from ..common.names import NUM_BINS
+from .compute_metrics import TOP_K, multi_label_scores
 
 
-NUM_BINS = 15  # Guo et al., arXiv:1706.04599
-TOP_K = 5
 # A probability below this counts as this in a logarithm: the smallest normal float64.
 _TINY = np.finfo(np.float64).tiny
+# Metrics that are the share of images that are right.
+_SHARES = ("accuracy", "top5_accuracy", "exact_match")
 
 DEFINITIONS = {
     "accuracy": "sklearn.metrics.accuracy_score of the likeliest class",
@@ -30,6 +40,23 @@ DEFINITIONS = {
     "ece": "Guo et al., arXiv:1706.04599: the probability of the likeliest class against whether it is right, in 15 "
     "equal bins",
     "adaptive_ece": "Nixon et al., arXiv:1904.01685: the same in 15 bins of equal numbers of images",
+}
+# Left out is what is not defined: labels that no image has, images with neither label nor prediction.
+MULTI_LABEL_DEFINITIONS = {
+    "mean_average_precision": "sklearn.metrics.average_precision_score(average='macro') over the labels that some "
+    "image has",
+    "micro_average_precision": "sklearn.metrics.average_precision_score(average='micro')",
+    "micro_f1": "sklearn.metrics.f1_score(average='micro')",
+    "macro_f1": "sklearn.metrics.f1_score(average='macro', zero_division=numpy.nan), over the labels that some image "
+    "has or gets",
+    "samples_f1": "sklearn.metrics.f1_score(average='samples', zero_division=numpy.nan), over the n images that have "
+    "or get a label",
+    "exact_match": "sklearn.metrics.accuracy_score: all labels of an image right",
+    "hamming_loss": "sklearn.metrics.hamming_loss: the share of wrong answers among N x K",
+    "nll": "the mean over images and labels of sklearn.metrics.log_loss, in nats",
+    "brier": "the mean over images and labels of (p - y)^2: sklearn.metrics.brier_score_loss of each label",
+    "ece": "Guo et al., arXiv:1706.04599: the probability of each of the N x K pairs of image and label against "
+    "whether the image has it, in 15 equal bins",
 }
 
 
@@ -44,9 +71,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0, is_multi_label: 
 
 
 def negative_log_likelihoods(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """
-    Of each image, (N,), in nats: -log p of its class; with labels (N, K) of 0 and 1, the mean of the K binary ones.
-    """
+    """Negative log-likelihood of each image, (N,), in nats; with labels (N, K) the mean of its K binary ones."""
     values = np.clip(values, _TINY, 1.0)
     if labels.ndim == 1:
         return -np.log(values[np.arange(len(labels)), labels])
@@ -56,21 +81,25 @@ def negative_log_likelihoods(values: np.ndarray, labels: np.ndarray) -> np.ndarr
 
 def brier_scores(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
-    Of each image, (N,): the sum over the classes of (p - y)^2, from 0 to 2 (Brier 1950); with labels (N, K) the mean
-    over the K labels, from 0 to 1.
+    Brier score of each image (Brier 1950), (N,): the sum over the classes of (p - y)^2, from 0 to 2; with labels (N, K)
+    the mean over the labels, from 0 to 1.
     """
     if labels.ndim == 1:
         return (values**2).sum(axis=1) - 2 * values[np.arange(len(labels)), labels] + 1.0
     return ((values - labels) ** 2).mean(axis=1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
 @dataclass(frozen=True)
 class Reliability:
     """
-    What a reliability diagram shows: confidences in bins, and how often they were right.
+    A reliability diagram: confidences in bins, and how often they were right.
 
     Attributes:
-        edges: (bins + 1,); a bin has its upper edge and not its lower one.
+        edges: (bins + 1,); a bin includes its upper edge and not its lower one.
         counts, confidence, accuracy: (bins,); means over the bin, NaN where it is empty.
     """
 
@@ -83,52 +112,56 @@ class Reliability:
     def expected_error(self) -> float:
         """ECE: the mean of `|accuracy - confidence|` over the bins, weighted by their counts."""
         filled = self.counts > 0
-        gaps = np.abs(self.accuracy[filled] - self.confidence[filled])
-        return float((gaps * self.counts[filled]).sum() / self.counts.sum())
+        errors = np.abs(self.accuracy[filled] - self.confidence[filled])
+        return float((errors * self.counts[filled]).sum() / self.counts.sum())
 
 
 def reliability(
     confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS, equal_mass: bool = False
 ) -> Reliability:
     """
-    Bins of equal width from 0 to 1 (Guo et al., arXiv:1706.04599), or of equal numbers of images (the adaptive ECE of
-    Nixon et al., arXiv:1904.01685).
-
-    Args:
-        confidence: (N,), 0 to 1.
-        correct: (N,), whether it was right.
-        bins: how many.
-        equal_mass: the second kind.
+    The reliability diagram of confidences (N,), from 0 to 1, that were `correct` (N,) or not. Its bins have equal width
+    (Guo et al., arXiv:1706.04599) or, with `equal_mass`, equal numbers of images (Nixon et al., arXiv:1904.01685).
     """
     edges = np.linspace(0.0, 1.0, bins + 1)
     if equal_mass:
         # By rank, so that equal confidences do not empty a bin.
         rank = np.argsort(np.argsort(confidence, kind="stable"), kind="stable")
-        which = rank * bins // len(confidence)
-        inner = [confidence[which >= number].min(initial=1.0) for number in range(1, bins)]
+        index = rank * bins // len(confidence)
+        inner = [confidence[index >= number].min(initial=1.0) for number in range(1, bins)]
         edges = np.array([0.0, *inner, 1.0])
     else:
-        which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    counts = np.bincount(which, minlength=bins)
+        index = _bin_index(confidence, edges)
+    counts = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):
-        means = [np.bincount(which, values, minlength=bins) / counts for values in (confidence, correct)]
+        means = [np.bincount(index, values, minlength=bins) / counts for values in (confidence, correct)]
     return Reliability(edges, counts, *means)
+
+
+def _bin_index(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
 
 
 def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    What a reliability diagram compares: the probability of the likeliest class and whether it is right, (N,); with
-    labels (N, K) the probability of each of them and whether the image has it, (N * K,).
+    Confidences and whether they are right: the probability of the likeliest class, (N,); with labels (N, K) the
+    probability of every label, (N * K,).
     """
     if labels.ndim == 1:
         return values.max(axis=1), values.argmax(axis=1) == labels
     return values.ravel(), labels.ravel()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores with intervals
+
+
 @dataclass(frozen=True)
 class Score:
     """
-    A metric, its value, and its 95 % percentile bootstrap interval over images; `more` is for results.json alone.
+    A metric over `n` images, with its 95 % percentile bootstrap interval. `more` is for results.json alone.
+
+    The bootstrap interval of an accuracy of 1 is [1, 1], which says nothing; shares of images have Wilson's too.
     """
 
     metric: str
@@ -138,82 +171,152 @@ class Score:
     wilson_interval: tuple[float, float] | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
-        """As results.json has it."""
-        facts = {"metric": self.metric, "value": self.value, "n": self.n, "interval": self.interval}
-        facts |= {} if self.wilson_interval is None else {"wilson_interval": self.wilson_interval}
-        return facts | self.more
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of results.json."""
+        entry = {"metric": self.metric, "value": self.value, "n": self.n, "interval": self.interval}
+        entry |= {} if self.wilson_interval is None else {"wilson_interval": self.wilson_interval}
+        return entry | self.more
 
 
-def interval_of(result: dict[str, Any]) -> list[float] | None:
+def score(values: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[Score]:
     """
-    The interval to show for a result of results.json: for fractions of images Wilson's, which also says something where
-    all are right; for others the bootstrap's; None if it has none.
-    """
-    return result.get("wilson_interval") or result.get("interval")
-
-
-def score(
-    values: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0, bins: int = NUM_BINS
-) -> list[Score]:
-    """
-    Every score, each with a bootstrap interval: images are drawn anew with replacement, `resamples` times.
-
-    The bootstrap interval of an accuracy of 1 is [1, 1], which is no news; accuracies therefore have Wilson's too.
+    Scores of a model that gives each image one label.
 
     Args:
         values: probabilities (N, K).
         labels: classes (N,).
-        resamples: 0 for no intervals.
+        resamples: bootstrap resamples of the images; 0 for no intervals.
         seed: of the resamples.
-        bins: of ECE.
     """
     confidence, correct = confidences(values, labels)
     best = values.argmax(axis=1)
-    means = {
+    per_image = {
         "accuracy": correct.astype(np.float64),
-        **_top_k(values, labels),
         "nll": negative_log_likelihoods(values, labels),
         "brier": brier_scores(values, labels),
     }
-    others = {"macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1])}
-    for name, equal_mass in (("ece", False), ("adaptive_ece", True)):
+    if values.shape[1] > TOP_K:
+        top = np.argpartition(-values, TOP_K - 1, axis=1)[:, :TOP_K]
+        per_image["top5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
 
-        def error(rows: np.ndarray, equal_mass: bool = equal_mass) -> float:
-            return reliability(confidence[rows], correct[rows], bins, equal_mass).expected_error
+    def expected_error(rows: np.ndarray, equal_mass: bool) -> float:
+        return reliability(confidence[rows], correct[rows], equal_mass=equal_mass).expected_error
 
-        others[name] = error
-    n, scores = len(labels), []
-    for name, of_image in means.items():
-        interval = bootstrap_interval(of_image, np.mean, resamples, seed, vectorized=True)
-        wilson_interval = wilson(of_image) if name in ("accuracy", "top5_accuracy") else None
-        more = {"definition": DEFINITIONS[name]}
-        scores.append(Score(name, float(of_image.mean()), n, interval, wilson_interval, more))
-    for name, statistic in others.items():
-        interval = bootstrap_interval(np.arange(n), statistic, resamples, seed, vectorized=False)
-        more = {"definition": DEFINITIONS[name]}
-        scores.append(Score(name, float(statistic(np.arange(n))), n, interval, more=more))
-    return scores
-
-
-def wilson(of_image: np.ndarray) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, from what is 0 or 1 of each image."""
-    bounds = binomtest(int(of_image.sum()), len(of_image)).proportion_ci(method="wilson")
-    return float(bounds.low), float(bounds.high)
+    statistics = {
+        "macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1]),
+        "ece": lambda rows: expected_error(rows, equal_mass=False),
+        "adaptive_ece": lambda rows: expected_error(rows, equal_mass=True),
+    }
+    return [
+        _score(metric, definition, len(labels), per_image, statistics, resamples, seed)
+        for metric, definition in DEFINITIONS.items()
+        if metric in per_image or metric in statistics
+    ]
 
 
-def _top_k(values: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Top-5 needs more than five classes to say anything."""
-    if values.shape[1] <= TOP_K:
-        return {}
-    best = np.argpartition(-values, TOP_K - 1, axis=1)[:, :TOP_K]
-    return {"top5_accuracy": (best == labels[:, None]).any(axis=1).astype(np.float64)}
+def score_labels(
+    values: np.ndarray, labels: np.ndarray, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
+) -> list[Score]:
+    """
+    Scores of a model that gives each image any number of labels.
+
+    Args:
+        values: probabilities (N, K).
+        labels: 0 and 1, (N, K).
+        threshold: minimum probability of a label.
+        resamples: bootstrap resamples of the images; 0 for no intervals.
+        seed: of the resamples.
+    """
+    labels, (n, num_labels) = labels.astype(np.int64), values.shape
+    answers, images = (values >= threshold).astype(np.int64), np.arange(n)
+    each_label = AveragePrecision(values, labels, images)
+    pooled = AveragePrecision(values.reshape(-1, 1), labels.reshape(-1, 1), np.repeat(images, num_labels))
+    right, either = labels * answers, labels + answers  # twice the first over the second is F1
+    has_either = either.any(axis=1)
+    f1_of_image = np.divide(2 * right.sum(1), either.sum(1), out=np.zeros(n), where=has_either)
+    bin_index = _bin_index(values.ravel(), np.linspace(0.0, 1.0, NUM_BINS + 1))
+
+    def mean_average_precision(counts: np.ndarray) -> float:
+        found = each_label(counts)
+        return 0.0 if np.isnan(found).all() else float(np.nanmean(found))
+
+    def macro_f1(counts: np.ndarray) -> float:
+        hits, total = 2 * (counts @ right), counts @ either
+        return float((hits[total > 0] / total[total > 0]).mean()) if total.any() else 0.0
+
+    def expected_error(counts: np.ndarray) -> float:
+        weights = np.repeat(counts, num_labels)
+        errors = np.bincount(bin_index, weights * (labels.ravel() - values.ravel()), minlength=NUM_BINS)
+        return float(np.abs(errors).sum() / weights.sum())
+
+    per_image = {
+        "exact_match": (answers == labels).all(axis=1).astype(np.float64),
+        "hamming_loss": (answers != labels).mean(axis=1),
+        "nll": negative_log_likelihoods(values, labels),
+        "brier": brier_scores(values, labels),
+    }
+    # As functions of (N,), how often a resample has each image: much faster than scikit-learn on the images themselves.
+    of_counts: dict[str, Callable[[np.ndarray], float]] = {
+        "mean_average_precision": mean_average_precision,
+        "micro_average_precision": lambda counts: float(pooled(counts)[0]),
+        "micro_f1": lambda counts: _ratio(2 * (counts @ right).sum(), (counts @ either).sum()),
+        "macro_f1": macro_f1,
+        "samples_f1": lambda counts: _ratio(counts @ f1_of_image, counts @ has_either),
+        "ece": expected_error,
+    }
+    statistics = {
+        metric: lambda rows, statistic=statistic: statistic(np.bincount(rows, minlength=n))
+        for metric, statistic in of_counts.items()
+    }
+    exact = multi_label_scores(values, labels, answers) | {
+        "micro_average_precision": (
+            float(average_precision_score(labels, values, average="micro")) if labels.any() else float("nan")
+        ),
+        "hamming_loss": float(hamming_loss(labels, answers)),
+        "ece": reliability(values.ravel(), labels.ravel()).expected_error,
+    }
+    num_images = {"samples_f1": int(has_either.sum())}
+    more = {
+        "mean_average_precision": {"num_labels": int(labels.any(axis=0).sum())},
+        "macro_f1": {"num_labels": int(either.any(axis=0).sum())},
+    }
+    return [
+        replace(
+            _score(metric, definition, n, per_image, statistics, resamples, seed, exact.get(metric)),
+            n=num_images.get(metric, n),
+            more={**more.get(metric, {}), "definition": definition},
+        )
+        for metric, definition in MULTI_LABEL_DEFINITIONS.items()
+    ]
 
 
-def bootstrap_interval(
+def _score(
+    metric: str,
+    definition: str,
+    n: int,
+    per_image: dict[str, np.ndarray],
+    statistics: dict[str, Callable[[np.ndarray], float]],
+    resamples: int,
+    seed: int,
+    value: float | None = None,
+) -> Score:
+    """A metric that is a mean over images, or a function of the images' indices; `value`, if it is known already."""
+    if metric in per_image:
+        data, statistic, is_mean = per_image[metric], np.mean, True
+    else:
+        data, statistic, is_mean = np.arange(n), statistics[metric], False
+    interval, wilson = _bootstrap(data, statistic, resamples, seed, vectorized=is_mean), None
+    if metric in _SHARES:
+        bounds = binomtest(int(data.sum()), n).proportion_ci(method="wilson")
+        wilson = float(bounds.low), float(bounds.high)
+    value = float(statistic(data)) if value is None else value
+    return Score(metric, value, n, interval, wilson, {"definition": definition})
+
+
+def _bootstrap(
     data: np.ndarray, statistic: Callable[..., Any], resamples: int, seed: int, vectorized: bool
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a statistic, by scipy; None without resamples or of one image."""
+    """The 95 % percentile interval of a statistic; None without resamples or for one image."""
     if resamples < 1 or len(data) < 2:
         return None
     batch = max(1, 10_000_000 // len(data)) if vectorized else None
@@ -226,11 +329,48 @@ def bootstrap_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+class AveragePrecision:
+    """
+    scikit-learn's average precision of each column for resamples of the images: values are sorted once for all.
+
+    Args:
+        values, labels: (M, C).
+        images: (M,), which image a row is about.
+    """
+
+    def __init__(self, values: np.ndarray, labels: np.ndarray, images: np.ndarray) -> None:
+        order = np.argsort(-values, axis=0, kind="stable")
+        ranked, self.images = np.take_along_axis(values, order, axis=0), images[order]
+        self.labels = np.take_along_axis(labels, order, axis=0).astype(bool)
+        # No threshold lies between equal values: they all have the precision at the last of them.
+        rows = np.arange(len(values))[:, None]
+        is_last = np.vstack([ranked[1:] != ranked[:-1], np.ones((1, values.shape[1]), dtype=bool)])
+        ends = np.where(is_last, rows, len(values))
+        self.ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        """(C,), NaN where no image has the label; `counts` (N,): how often the resample has each image."""
+        weights = counts[self.images]
+        found = np.where(self.labels, weights, 0)
+        seen, right = weights.cumsum(axis=0), found.cumsum(axis=0)
+        precision = np.divide(right, seen, out=np.zeros(seen.shape), where=seen > 0)
+        total = (found * np.take_along_axis(precision, self.ends, axis=0)).sum(axis=0)
+        return np.divide(total, right[-1], out=np.full(total.shape, np.nan), where=right[-1] > 0)
+
+
 def _macro_f1(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> float:
     """Over the classes that occur in either: scikit-learn's default, which is too slow for a thousand resamples."""
     found = np.bincount(labels[labels == predictions], minlength=num_labels)
     total = np.bincount(labels, minlength=num_labels) + np.bincount(predictions, minlength=num_labels)
     return float((2 * found[total > 0] / total[total > 0]).mean())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of classes and labels
 
 
 def per_class(values: np.ndarray, labels: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
@@ -242,6 +382,26 @@ def per_class(values: np.ndarray, labels: np.ndarray, names: list[str]) -> list[
     ]
 
 
+def per_label(values: np.ndarray, labels: np.ndarray, names: list[str], threshold: float) -> list[dict[str, Any]]:
+    """
+    For each label its average precision, None where no image has it; precision, recall and F1, 0 where they are not
+    defined; and how many images have it, `n`, and get it, `predicted`.
+    """
+    answers = (values >= threshold).astype(np.int64)
+    parts = precision_recall_fscore_support(labels, answers, average=None, zero_division=0)
+    rows = []
+    for column, (name, p, r, f, n) in enumerate(zip(names, *(np.atleast_1d(part) for part in parts))):
+        average = float(average_precision_score(labels[:, column], values[:, column])) if n else None
+        row = {"label": name, "average_precision": average, "precision": float(p), "recall": float(r), "f1": float(f)}
+        rows.append({**row, "n": int(n), "predicted": int(answers[:, column].sum())})
+    return rows
+
+
 def confusion(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(K, K): images of the row's class that were taken for the column's."""
+    """(K, K): images of the row's class that were classified as the column's."""
     return confusion_matrix(labels, values.argmax(axis=1), labels=range(values.shape[1]))
+
+
+def label_confusions(values: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
+    """(K, 2, 2): for each label the images without and with it (rows), by the prediction (columns)."""
+    return multilabel_confusion_matrix(labels, (values >= threshold).astype(np.int64))

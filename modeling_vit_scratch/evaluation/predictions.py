@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model over images, in one process or several, and gathers the logits of each image exactly once."""
+"""The logits of every image, computed once, by one process or several."""
 
 import time
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification
 class Predictions:
     """
     Attributes:
-        logits: (N, V, K), float32: of V views of each image, not divided by any temperature.
-        labels: (N,), or (N, K) of 0 and 1.
-        images_per_second: of reading, preparing and computing, without the first batch; None if there was but one.
+        logits: (N, V, K) of V views, float32, not divided by any temperature.
+        labels: (N,), or 0 and 1 (N, K).
+        images_per_second: from reading to logits, without the first batch; None if there was only one.
     """
 
     logits: np.ndarray
@@ -36,7 +36,10 @@ class Predictions:
 
 
 class ViewsDataset(ImageClassificationDataset):
-    """As ImageClassificationDataset, with several views of each image: "pixel_values" (V, C, H, W)."""
+    """
+    ImageClassificationDataset with `crops` views of each image, "pixel_values" (V, C, H, W): 2 are the image and its
+    mirror image; 5 are corners and centre; 10 are both.
+    """
 
     def __init__(
         self, examples: Examples, processor: BaseImageProcessor, num_channels: int, crops: int, size: tuple[int, int]
@@ -71,18 +74,13 @@ def predict(
     crops: int = 1,
 ) -> Predictions:
     """
-    Logits of every image, in the order of the examples.
-
-    Processes get equally many images, so the last batch is filled up with images that were there already. Each row is
-    put where its index says; whatever was there twice counts once.
+    Logits of every image, in the order of the examples. The model's temperature is not applied.
 
     Args:
-        model: its temperature is not applied here.
-        processor: the model's.
+        model, processor: of the same checkpoint.
         examples: images and labels.
         accelerator: of this process.
-        batch_size: per process.
-        num_workers: processes that read images.
+        batch_size, num_workers: per process.
         crops: views of each image: 1, 2, 5 or 10.
     """
     size, count = input_size(processor, model.config), len(examples)
@@ -93,28 +91,24 @@ def predict(
     model, was_calibrated = model.to(accelerator.device).eval(), model.config.calibrated
     logits = np.full((count, crops, model.config.num_labels), np.nan, dtype=np.float32)
     seen, start = np.zeros(count, dtype=bool), None
-    model.config.calibrated = False
+    model.config.calibrated, is_main = False, accelerator.is_main_process
+    bar = tqdm(total=count, desc="evaluating", unit=" images", disable=not is_main, leave=False)
     try:
-        with (
-            torch.inference_mode(),
-            tqdm(
-                total=count, desc="evaluating", unit=" images", disable=not accelerator.is_main_process, leave=False
-            ) as bar,
-        ):
+        with torch.inference_mode(), bar:
             for batch in loader:
                 indices, values = accelerator.gather(_forward(model, normalize, batch))
+                # Processes get equally many images: some come twice, and are written to the same row.
                 rows = indices.cpu().numpy()
                 logits[rows] = values.float().cpu().numpy()
                 seen[rows] = True
                 bar.update(int(seen.sum()) - bar.n)
-                if start is None:
-                    start = (time.perf_counter(), int(seen.sum()))
+                start = start or (time.perf_counter(), int(seen.sum()))
     finally:
         model.config.calibrated = was_calibrated
     if not seen.all():
         raise RuntimeError(f"{int((~seen).sum())} of {count} images were not evaluated: this is a bug.")
-    done = count - start[1]
-    rate = done / (time.perf_counter() - start[0]) if done else None
+    rest = count - start[1]
+    rate = rest / (time.perf_counter() - start[0]) if rest else None
     return Predictions(logits, np.asarray(examples.labels), rate)
 
 
@@ -122,8 +116,7 @@ def _forward(
     model: ViTScratchForImageClassification, normalize: Normalize | None, batch: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices (B,) and logits (B, V, K)."""
-    pixel_values = batch["pixel_values"]  # (B, V, C, H, W)
-    shape = pixel_values.shape[:2]
-    pixel_values = pixel_values.flatten(0, 1)
+    views = batch["pixel_values"]  # (B, V, C, H, W)
+    pixel_values = views.flatten(0, 1)
     pixel_values = pixel_values if normalize is None else normalize(pixel_values)
-    return batch["keys"][:, 2].contiguous(), model(pixel_values).logits.unflatten(0, shape)
+    return batch["keys"][:, 2].contiguous(), model(pixel_values).logits.unflatten(0, views.shape[:2])

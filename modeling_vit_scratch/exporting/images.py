@@ -60,4 +60,4 @@ def count_right(
             with torch.inference_mode():
                 best = torch.as_tensor(run(pixel_values=pixel_values).logits).argmax(-1)
             right[name] += int((best == batch["labels"]).sum())
-    return len(data.examples), right, data.which
+    return len(data.examples), right, data.description

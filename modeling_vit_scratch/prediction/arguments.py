@@ -2,7 +2,6 @@
 """The command line of prediction: which model, which images, what to write and where."""
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from ..common.flags import (
     ImageFlags,
     Parser,
     ReadingFlags,
-    fill,
+    check_minimum,
     flag,
-    refuse_unknown,
 )
 
 
@@ -73,11 +71,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> PredictionArguments:
     """
-    Parses the command line.
-
-    Args:
-        argv: the command line; by default that of the process.
-        description: the beginning of --help.
+    Parses a command line (default: of this process); `description` begins --help.
 
     Raises:
         InputError: with everything that is wrong with it.
@@ -100,11 +94,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         "paths (.txt, or - for standard input) or a table of them (.csv, .jsonl); a .parquet file of images; a "
         "WebDataset shard (.tar); a data set of the Hub, digits or elpv",
     )
-    namespace, unknown = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    refuse_unknown(unknown, parser.known_flags(), parser.problems)
-    values = {**vars(namespace), **parser.instead_of_invalid}
-    arguments = fill(PredictionArguments, values)
-    arguments.model, arguments.inputs = values["model"], values["inputs"]
+    arguments = parser.parse(PredictionArguments, argv)
     _check(arguments, parser.problems)
     if parser.problems.messages:
         raise parser.problems.as_error()
@@ -116,12 +106,9 @@ def _check(arguments: PredictionArguments, problems: Problems) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         arguments.dataloader_num_workers = 0 if arguments.output is None else min(8, share)
-    for name, least in (
-        ("top_k", 0), ("per_device_eval_batch_size", 1), ("dataloader_num_workers", 0), ("max_broken_images", 0),
-    ):  # fmt: skip
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            problems.add(f"--{name} {value} must be at least {least}.")
+    check_minimum(
+        arguments, problems, top_k=0, per_device_eval_batch_size=1, dataloader_num_workers=0, max_broken_images=0
+    )
     if arguments.top_k == 0 and not arguments.embeddings:
         problems.add("--top_k 0 leaves nothing to write. Add --embeddings.")
     if arguments.output is None:

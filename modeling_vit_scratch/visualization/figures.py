@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.errors import InputError
-from .filters import Filters
+from .embeddings import Filters
 
 
 STYLE = {

@@ -19,11 +19,10 @@ from modeling_vit_scratch.common.pretrained import default_processor
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.prediction.arguments import parse_arguments
-from modeling_vit_scratch.prediction.finishing import finish, open_job
 from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.reading import Batches, ItemDataset, build_loader
-from modeling_vit_scratch.prediction.running import run_job
+from modeling_vit_scratch.prediction.running import finish, open_job, run_job
 
 
 def fresh_model(variant: str, folder: Path) -> str:
