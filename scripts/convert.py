@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--inexact", action="store_true", help="write a format whose own code computes a little differently"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write into OUTPUT although something is there")
     arguments = vars(parser.parse_args())
     for name in ("image_size", "patch_size"):
         if arguments[name] is not None:
