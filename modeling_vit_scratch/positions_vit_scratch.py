@@ -7,7 +7,6 @@ Shapes are those of `encoder_vit_scratch.py`. "The paper" is Dosovitskiy et al. 
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +20,17 @@ def resample_positions(positions: Tensor, rows: int, columns: int, interpolation
     Resamples a grid of position embeddings (3.2 of the paper), (1, rows', columns', D) -> (1, rows, columns, D).
 
     `interpolation`: `"bilinear"` with corners aligned, which is the `scipy.ndimage.zoom(order=1)` of the paper's code;
-    `"bicubic"`, as transformers and DINO; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision.
+    `"bicubic"`, as transformers; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision;
+    `"bicubic_offset"`, as the authors of DINO and DINOv2, who scale as if to 0.1 patches more.
     """
-    kernel: dict[str, Any] = {
-        "mode": interpolation.split("_")[0],
-        "align_corners": interpolation in ("bilinear", "bicubic_align_corners"),
-        "antialias": interpolation == "bicubic_antialias",
-    }
-    values = positions if positions.dtype == torch.float64 else positions.float()
-    resampled = F.interpolate(values.permute(0, 3, 1, 2), size=(rows, columns), **kernel)
+    values = (positions if positions.dtype == torch.float64 else positions.float()).permute(0, 3, 1, 2)
+    if interpolation == "bicubic_offset":
+        scales = [(new + 0.1) / old for new, old in zip((rows, columns), values.shape[2:])]
+        resampled = torch.ops.aten.upsample_bicubic2d(values, (rows, columns), False, *scales)
+    else:
+        align_corners = interpolation in ("bilinear", "bicubic_align_corners")
+        options = {"mode": interpolation.split("_")[0], "antialias": interpolation == "bicubic_antialias"}
+        resampled = F.interpolate(values, size=(rows, columns), align_corners=align_corners, **options)
     return resampled.permute(0, 2, 3, 1).to(positions.dtype)
 
 

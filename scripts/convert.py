@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--inexact", action="store_true", help="write a format whose own code computes a little differently"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write into OUTPUT although something is there")
     return parser
 
 

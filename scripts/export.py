@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "after")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="images in a batch that is timed (default: 8)")
     parser.add_argument("--rounds", type=int, default=7, help="how often each is timed, 0: not at all (default: 7)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is an earlier program")
     parser.add_argument("--model_revision", default="main", help="branch, tag or commit of MODEL on the Hub")
     return parser
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.timing import format_table
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.report import load_model
-    from modeling_vit_scratch.exporting.export import check, compare, export, missing_packages, save
+    from modeling_vit_scratch.exporting.export import check, check_output, compare, export, missing_packages, save
     from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
     from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
 
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(
             f"--batch_size {arguments.batch_size} must be at least 1, --rounds {arguments.rounds} at least 0."
         )
-    if arguments.output.exists() and not arguments.overwrite:
-        raise InputError(f"{arguments.output} is there already. Give --overwrite to replace it, or another name.")
+    inputs = [arguments.model, *filter(None, [arguments.dataset]), *(arguments.images or ())]
+    check_output(arguments.output, arguments.overwrite, inputs)
     evaluation = EvaluationArguments(model_revision=arguments.model_revision)
     evaluation.model, evaluation.dataset = arguments.model, arguments.dataset or ""
     model, processor = load_model(evaluation)
@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     exported = export(model, arguments.format, arguments.any_size, arguments.int8)
     comparison = compare(model, exported, pixel_values)
-    if not arguments.int8:
-        check(comparison, arguments.format)
+    check(comparison, arguments.format, arguments.int8)
     save(exported, processor, arguments.output)
     size = sum(file.stat().st_size for file in arguments.output.iterdir()) / 1e6
     print(f"{arguments.output}: {size:,.1f} MB. On {comparison.n} images logits differ from the model's by up to "

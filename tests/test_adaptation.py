@@ -32,7 +32,9 @@ from modeling_vit_scratch.checkpoint.adaptation import (
     resize_matrix,
     resize_patch_kernel,
     resize_positions,
+    resize_relative_positions,
 )
+from modeling_vit_scratch.checkpoint.conversion import load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +135,17 @@ def test_positions_from_a_rectangle_equal_scipys_zoom():
     )
 
 
+def test_positions_as_facebooks_dino_resamples_them():
+    """interpolate_pos_encoding of DINOv2's authors, with their offset of 0.1; their grids are squares."""
+    positions = torch.randn(1, 7 * 7, 8)
+    for rows, columns in ((3, 3), (16, 10), (49, 1)):
+        grid, scale = positions.view(1, 7, 7, 8).permute(0, 3, 1, 2), ((rows + 0.1) / 7, (columns + 0.1) / 7)
+        theirs = F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+        ours = resize_positions(positions, (7, 7), (rows, columns), "bicubic_offset")
+        assert (ours - theirs).abs().max() < 1e-5
+        assert (ours - resize_positions(positions, (7, 7), (rows, columns), "bicubic")).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["bicubic", "bicubic_antialias", "bicubic_align_corners"])
 def test_positions_of_the_other_kernels(kind):
     positions = torch.randn(1, 6 * 4, 8)
@@ -174,6 +187,83 @@ def test_a_size_that_is_baked_in_equals_the_same_at_run_time(folder, caplog):
     assert torch.allclose(logits(before, images), logits(after, images), atol=1e-6)
     assert "Positions: resampled, bilinear; grid 4 x 6 to 8 x 5, images 16 x 24 to 32 x 20." in caplog.messages
     assert torch.equal(before.classifier.weight, after.classifier.weight)
+
+
+SAME_COUNT = [((48, 80), (80, 48)), ((96, 96), (72, 128)), ((112, 112), (56, 224))]
+
+
+@pytest.mark.parametrize(("old", "new"), SAME_COUNT)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"position_embedding": "learned_2d"},
+     {"position_embedding_placement": "every_layer", "position_embedding_interpolation": "bicubic_antialias"},
+     {"position_embedding_placement": "every_layer_shared", "num_register_tokens": 2}],
+    ids=str,
+)  # fmt: skip
+def test_another_grid_of_as_many_patches_is_resampled_too(old, new, fields, tmp_path, caplog):
+    """Tensors of the same shape are not the same positions. The model itself, at the other size, is the oracle."""
+    config = ViTScratchConfig.from_variant("test/4", patch_size=8, image_size=old, num_labels=3, **fields)
+    save(ViTScratchForImageClassification(config), tmp_path)
+    before = ViTScratchForImageClassification.from_pretrained(tmp_path)
+    after = ViTScratchForImageClassification.from_pretrained(tmp_path, image_size=new)
+    images = torch.randn(2, 3, *new)
+    assert torch.allclose(logits(before, images), logits(after, images), atol=1e-5)
+    assert any(message.startswith("Positions: ") for message in caplog.messages)
+
+
+@pytest.mark.parametrize(("old", "new"), [*SAME_COUNT, ((48, 80), (96, 160)), ((32, 32), (8, 8))])
+def test_relative_positions_are_as_near_as_a_table_can_be(old, new):
+    """The network interpolates between each two patches of another grid. Least squares over all of them is the best."""
+    old, new = ([side // 8 for side in size] for size in (old, new))
+    weight = torch.randn(2 * old[0] * old[1] - 1, 5)
+    y, x = (torch.arange(n).double() * (stored - 1) / max(n - 1, 1) for n, stored in zip(new, old))
+    place = (y[:, None] * old[1] + x).flatten()
+    distance = (place[:, None] - place + old[0] * old[1] - 1).flatten()
+    below, above = distance.floor().long(), distance.ceil().long()
+    wanted = torch.lerp(weight[below].double(), weight[above].double(), (distance - below)[:, None])
+    flat = torch.arange(new[0] * new[1])
+    index = (flat[:, None] - flat + len(flat) - 1).flatten()
+    design = F.one_hot(index).double()
+    best = torch.linalg.lstsq(design, wanted).solution
+    assert torch.allclose(resize_relative_positions(weight, tuple(old), tuple(new)).double(), best, atol=1e-6)
+    assert torch.allclose(resize_relative_positions(weight, tuple(old), tuple(old)), weight, atol=1e-6)
+
+
+def test_another_patch_of_as_many_pixels_or_patches(tmp_path):
+    """Patches of 2 x 8 for 4 x 4: another grid of as many patches, and a decoder of the same shape."""
+    save(
+        ViTScratchForMaskedImageModeling(ViTScratchConfig.from_variant("test/4", patch_size=4, image_size=16)), tmp_path
+    )
+    source = ViTScratchForMaskedImageModeling.from_pretrained(tmp_path)
+    model = ViTScratchForMaskedImageModeling.from_pretrained(tmp_path, patch_size=(2, 8))
+    weight = source.decoder.weight.detach()
+    assert torch.allclose(model.decoder.weight, adapt_decoder(weight, (3, 4, 4), (3, 2, 8)), atol=1e-6)
+    stored = source.vit.embeddings.position_embeddings.weight.detach()
+    got = model.vit.embeddings.position_embeddings.weight
+    assert got.shape == stored.shape
+    assert torch.allclose(got, resize_positions(stored, (4, 4), (8, 2), "bilinear"), atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [(144, 256), (192, 192), (96, 384), (288, 288)])
+def test_a_wanted_size_is_not_taken_for_that_of_the_stored_positions(wanted, tmp_path, caplog):
+    """12 x 12 positions in a file that says nothing, and images of 9 x 16 patches."""
+    tensors = golden_checkpoints.weights(
+        {
+            **json.loads(golden_checkpoints.FILE.read_text())["cases"]["timm:deit_base_patch16_224"]["shapes"],
+            "pos_embed": [1, 145, 16],
+            "patch_embed.proj.weight": [16, 3, 16, 16],
+        }
+    )
+    save_file(tensors, tmp_path / "weights.safetensors")
+    file, heads = tmp_path / "weights.safetensors", {"num_attention_heads": 2}
+    model = ViTScratchForImageClassification.from_pretrained(file, image_size=wanted, **heads)
+    before = ViTScratchForImageClassification.from_pretrained(file, **heads)
+    assert before.config.image_hw == (192, 192)
+    images = torch.randn(1, 3, *wanted)
+    assert torch.allclose(logits(before, images), logits(model, images), atol=1e-5)
+    # Said, the positions are what they are said to be.
+    said = load_checkpoint(file, {"source_image_size": (144, 256), **heads})
+    assert said.config.image_hw == (144, 256)
 
 
 @pytest.mark.parametrize("kind", ["learned_2d", "sincos_2d", "relative_1d", "none"])

@@ -802,6 +802,43 @@ def test_convert_script_through_our_folder_and_back(convert, tmp_path):
     assert_same_file(tmp_path / "out.npz", tmp_path / "in.npz")
 
 
+def test_convert_script_writes_over_nothing_without_being_asked(convert, tmp_path):
+    np.savez(tmp_path / "in.npz", **jax_oracle.random_parameters())
+    trained = tmp_path / "trained"
+    ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4", num_labels=2)).save_pretrained(trained)
+    (trained / "results.json").write_text("{}")
+    (trained / "checkpoint-40").mkdir()
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    status, printed = convert(tmp_path / "in.npz", trained)
+    assert status == 1
+    assert "is there already, with checkpoint-40, config.json" in printed
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+    (tmp_path / "out.npz").write_text("mine")
+    assert convert(tmp_path / "in.npz", tmp_path / "out.npz", "--format", "npz")[0] == 1
+    assert (tmp_path / "out.npz").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert convert(tmp_path / "in.npz", tmp_path / "empty")[0] == 0
+    status, printed = convert(tmp_path / "in.npz", trained, "--overwrite")
+    assert status == 0, printed
+    assert "Left as they were, and not about these weights: checkpoint-40, results.json." in printed
+    assert ViTScratchForImageClassification.from_pretrained(trained).num_labels == 5
+
+
+def test_convert_script_never_writes_over_its_source(convert, tmp_path):
+    source = tmp_path / "models" / "in"
+    ViTScratchForImageClassification(ViTScratchConfig.from_variant("test/4", num_labels=2)).save_pretrained(source)
+    before = (source / "model.safetensors").read_bytes()
+    for output, more in (
+        (source, ()), (tmp_path / "models", ()), (source / "model.safetensors", ("--format", "timm")),
+        (tmp_path / "models" / ".." / "models" / "in", ()),
+    ):  # fmt: skip
+        status, printed = convert(source, output, "--overwrite", *more)
+        assert status == 1
+        assert "which is read" in printed
+    assert (source / "model.safetensors").read_bytes() == before
+    assert convert(source, source / "timm.safetensors", "--format", "timm")[0] == 0  # a new file beside it
+
+
 def test_convert_script_fails_in_a_sentence(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}

@@ -69,10 +69,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "position_embedding": ("learned_1d", "learned_2d", "sincos_2d", "relative_1d", "none"),
     "position_embedding_placement": ("stem", "every_layer", "every_layer_shared"),
-    "position_embedding_interpolation": ("bilinear", "bicubic", "bicubic_antialias", "bicubic_align_corners"),
+    "position_embedding_interpolation": (
+        "bilinear", "bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset",
+    ),
     "pooling": ("cls", "mean"),
     "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
-}
+}  # fmt: skip
 
 # More than ten times the largest ViT that anyone has trained (22 billion parameters: width 6,144, 48 layers, MLP width
 # 24,576; Dehghani et al., arXiv:2302.05442), and little enough that a damaged or hostile config.json ends in an error
@@ -129,8 +131,9 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         position_embedding_placement (`str`, defaults to `"stem"`): `"stem"`, `"every_layer"` or
             `"every_layer_shared"` (the paper, Table 8).
         position_embedding_interpolation (`str`, defaults to `"bilinear"`): the kernel that resamples positions to
-            another grid: `"bilinear"` with corners aligned, as the paper's code; `"bicubic"`, as transformers and
-            DINO; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision.
+            another grid: `"bilinear"` with corners aligned, as the paper's code; `"bicubic"`, as transformers;
+            `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision; `"bicubic_offset"`, as the
+            authors' code of DINO and DINOv2, which scales to 0.1 patches more.
         cls_token_position (`bool`, defaults to `True`): whether the class token has a position of its own
             (equation 1 of the paper; DeiT III has none). Only for `"learned_1d"`.
         pooling (`str`, defaults to `"cls"`): what represents the image: the class token, or the mean over patches.

@@ -76,6 +76,27 @@ def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int],
     return torch.cat([weight[:, :placed], grid.flatten(1, 2).to(weight.dtype)], dim=1)
 
 
+def resize_relative_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """
+    Embeddings of distances, counted in patches row by row, for another grid: (2 N - 1, E) -> (2 N' - 1, E).
+
+    The network itself interpolates at any other grid: between each two patches by where they lie on the old one. Pairs
+    that are as far apart when counted row by row can be so in two directions; the table has room for their mean.
+    """
+    (rows, columns), (old_rows, old_columns) = new, old
+    y = torch.arange(1 - rows, rows, dtype=torch.float64)
+    x = torch.arange(1 - columns, columns, dtype=torch.float64)
+    pairs = torch.outer(rows - y.abs(), columns - x.abs()).flatten()  # pairs of patches so many rows and columns apart
+    index = (torch.outer(y * columns, torch.ones_like(x)) + x).flatten().long() + rows * columns - 1
+    moved_y, moved_x = y * (old_rows - 1) / max(rows - 1, 1), x * (old_columns - 1) / max(columns - 1, 1)
+    place = (torch.outer(moved_y * old_columns, torch.ones_like(x)) + moved_x).flatten() + old_rows * old_columns - 1
+    below, above = place.floor().long(), place.ceil().long()
+    values = torch.lerp(weight[below].double(), weight[above].double(), (place - below)[:, None])
+    sums = torch.zeros(2 * rows * columns - 1, weight.shape[1], dtype=torch.float64)
+    sums.index_add_(0, index, values * pairs[:, None])
+    return (sums / torch.zeros(len(sums), dtype=torch.float64).index_add_(0, index, pairs)[:, None]).to(weight.dtype)
+
+
 def adapt_decoder(weight: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
     """A decoder to patches (C, height, width) of another size: what it paints is resized, averaged or repeated."""
     flat = weight.dim() == 1
@@ -122,10 +143,7 @@ def adapt(
         elif full not in source:
             fresh.append(name)
         else:
-            tensor = source[full]
-            state[name] = (
-                tensor if tensor.shape == shape else _fit(full, tensor, shape, source.config, config, patch_resize)
-            )
+            state[name] = _fit(full, source[full], shape, source.config, config, patch_resize)
     if issubclass(cls, ViTScratchForImageClassification):
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
@@ -139,22 +157,20 @@ def adapt(
 
 
 def _fit(
-    name: str, tensor: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str
+    name: str, stored: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str
 ) -> Tensor:
-    if name.endswith("position_embeddings.weight") or "later_position_embeddings" in name:
-        interpolation = new.position_embedding_interpolation
+    """What differs is seen from the configurations: other grids and patches can have tensors of the same shape."""
+    tensor, interpolation = stored, new.position_embedding_interpolation
+    has_new_grid = old.grid_hw != new.grid_hw
+    if "position_embeddings." in name and has_new_grid:
         if name.endswith("row_weight"):
             tensor = resample_positions(tensor, new.grid_hw[0], 1, interpolation)
         elif name.endswith("column_weight"):
             tensor = resample_positions(tensor, 1, new.grid_hw[1], interpolation)
         else:
             tensor = resize_positions(tensor, old.grid_hw, new.grid_hw, interpolation)
-    elif name.endswith(("position_embeddings.row_weight", "position_embeddings.column_weight")):
-        rows, columns = (new.grid_hw[0], 1) if name.endswith("row_weight") else (1, new.grid_hw[1])
-        tensor = resample_positions(tensor, rows, columns, new.position_embedding_interpolation)
-    elif name.endswith("relative_positions.weight"):
-        table = F.interpolate(tensor.T[None].double(), size=shape[0], mode="linear", align_corners=True)
-        tensor = table[0].T.to(tensor.dtype)
+    elif name.endswith("relative_positions.weight") and has_new_grid:
+        tensor = resize_relative_positions(tensor, old.grid_hw, new.grid_hw)
     elif name.endswith("patch_embeddings.projection.weight"):
         if new.stem_layers is None and old.stem_layers is None:
             tensor = adapt_channels(tensor, new.num_channels)
@@ -162,7 +178,8 @@ def _fit(
     elif name.endswith("stem.root_conv.weight"):
         tensor = adapt_channels(tensor, new.num_channels)
     elif name.startswith("decoder."):
-        tensor = adapt_decoder(tensor, (old.num_channels, *old.patch_hw), (new.num_channels, *new.patch_hw))
+        before, after = (old.num_channels, *old.patch_hw), (new.num_channels, *new.patch_hw)
+        tensor = tensor if before == after else adapt_decoder(tensor, before, after)
     if tensor.shape != shape:
         raise ValueError(
             f"{name} has the shape {tuple(tensor.shape)} in the checkpoint and {tuple(shape)} in the model, and there"
@@ -170,7 +187,7 @@ def _fit(
             " representation_size=None takes that layer away."
         )
     # Copied, since a view's strides would make a convolution round otherwise than after saving and loading.
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return stored if tensor is stored else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _notes(old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str) -> list[str]:
@@ -189,7 +206,7 @@ def _notes(old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str) -> l
         grids = f"grid {size(old.grid_hw)} to {size(new.grid_hw)}, images {size(old.image_hw)} to {size(new.image_hw)}"
         how = {
             "sincos_2d": "computed for the new grid",
-            "relative_1d": "table of distances resampled linearly, which is an approximation",
+            "relative_1d": "table of distances resampled, which is an approximation",
         }.get(new.position_embedding, f"resampled, {new.position_embedding_interpolation}")
         notes.append(f"Positions: {how}; {grids}.")
     elif old.image_hw != new.image_hw:

@@ -10,7 +10,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from .families import Family, find_family
 from .formats import Format
+from .sidecars import TIMM_ACTIVATIONS
 from .tensor_file import CheckpointError
 
 
@@ -21,8 +23,15 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": BILINEAR, "bicubic": BICUBI
 
 # Heads by width where a head has not 64 channels: the paper's H (Table 1) and Zhai et al., arXiv:2106.04560, Table 2.
 _HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
-_TIMM_HEADS = {"test_vit": 2, "test_vit2": 2, "test_vit3": 3, "test_vit4": 3}
-_MODEL_TYPES = ("vit", "deit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers")
+# Arguments of timm's models that are read below, that tensors show, or that matter in training alone.
+_TIMM_ARGUMENTS = {
+    "img_size", "num_heads", "global_pool", "act_layer", "norm_layer", "pos_embed",
+    "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "qk_norm", "proj_bias",
+    "init_values", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "pre_norm", "final_norm",
+    "scale_attn_norm", "scale_mlp_norm", "embed_norm_layer", "dynamic_img_size", "dynamic_img_pad",
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+    "weight_init", "fix_init",
+}  # fmt: skip
 _TAKEN_FROM_TRANSFORMERS = (
     "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
     "initializer_range", "attention_probs_dropout_prob", "problem_type", "drop_path_rate",
@@ -31,11 +40,15 @@ _TAKEN_FROM_TRANSFORMERS = (
 
 @dataclass
 class Evidence:
-    """What is known of a checkpoint before a tensor is read. `given`: fields that the user sets."""
+    """
+    What is known of a checkpoint before a tensor is read. `family`: the model that it is said to be of, if it is said.
+    `given`: fields that the user sets.
+    """
 
     source: str
+    family: Family | None
     form: Format
-    dialect: dict[str, str]
+    dialect: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     config: dict[str, Any]
     preprocessor: dict[str, Any]
@@ -59,13 +72,12 @@ class Evidence:
     def need(self, ours: str) -> tuple[int, ...]:
         shape = self.find(ours)
         if shape is None:
-            raise CheckpointError(
-                f"{self.source}: looks like a {self.form.title}, but lacks what {ours} is made of, for any layer."
-            )
+            raise self.fail(f"looks like a {self.form.title}, but lacks what {ours} is made of, for any layer.")
         return shape
 
     def fail(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {reason}")
+        """The error that names the file and, where it is known, the model."""
+        return CheckpointError(f"{self.source}{f' ({self.family})' if self.family else ''}: {reason}")
 
 
 def infer_config(evidence: Evidence) -> ViTScratchConfig:
@@ -83,6 +95,8 @@ def infer_config(evidence: Evidence) -> ViTScratchConfig:
 def _from_shapes(evidence: Evidence) -> dict[str, Any]:
     patch = "vit.embeddings.patch_embeddings."
     is_npz, kernel = evidence.form.name == "npz", evidence.need(f"{patch}projection.weight")
+    if len(kernel) != 4:
+        raise evidence.fail(f"its patch projection has the shape {kernel}, which is that of no convolution.")
     height, width, channels, hidden = kernel if is_npz else (kernel[2:] + (kernel[1], kernel[0]))
     fields: dict[str, Any] = {"hidden_size": hidden, "num_channels": channels}
     root = evidence.find(f"{patch}stem.root_conv.weight")
@@ -135,49 +149,74 @@ def _count_units(evidence: Evidence) -> list[int]:
 
 
 def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
-    """The image size that the positions are for, and whether class and distillation token have one."""
-    height, width = _pair(fields["patch_size"])
+    """The image size that the positions are for, and which of the tokens before the patches have one."""
+    patch, given = _pair(fields["patch_size"]), evidence.given
     stored = evidence.find("vit.embeddings.position_embeddings.weight")
-    said = evidence.given.get("source_image_size") or fields.get("_image_size")
-    known = said or evidence.given.get("image_size")
     if stored is None:
-        is_big_vision = evidence.dialect.get("scanned", False)
-        wanted = evidence.given.get("position_embedding")
-        if wanted == "none":
-            return {"position_embedding": "none", "image_size": known or _default_size(height, width)}
-        if evidence.form.name == "npz" and (not fields["use_cls_token"] or is_big_vision or wanted == "sincos_2d"):
-            evidence.notes.append("Positions: none in the file, so the fixed sines and cosines of big_vision.")
-            return {"position_embedding": "sincos_2d", "image_size": known or _default_size(height, width)}
-        raise evidence.fail(
-            "it has no position embeddings. If the model has fixed ones, say position_embedding='sincos_2d'; if it has"
-            " none, position_embedding='none'."
-        )
-    tokens = stored[1]
+        size = given.get("source_image_size") or fields.get("_image_size") or given.get("image_size")
+        kind = _without_positions(evidence, fields)
+        return {"position_embedding": kind, "image_size": size or _default_size(*patch)}
+    tokens, registers = stored[1], fields["num_register_tokens"]
     num_prefix = int(fields["use_cls_token"]) + int(fields["use_distillation_token"])
-    for placed in dict.fromkeys((num_prefix, 0)):
-        patches, grid = tokens - placed, None
-        if known is not None and _pair(known)[0] // height * (_pair(known)[1] // width) == patches:
-            grid = (_pair(known)[0] // height, _pair(known)[1] // width)
-        elif said is None and patches > 0 and math.isqrt(patches) ** 2 == patches:
-            grid = (math.isqrt(patches),) * 2
-            if placed < num_prefix:
+    placements = [num_prefix, 0]
+    if evidence.dialect.get("registers") == "reg_token":  # timm gives a position to all tokens, or to patches only
+        placements.insert(0, num_prefix + registers)
+    placements = list(dict.fromkeys(placements))
+    # What is said, if anything is; else a square; else what is wanted: so many positions may be for it.
+    said = given.get("source_image_size")
+    grids = [_grid(size, patch) for size in (said or fields.get("_image_size"),) if size]
+    grids += [None] if said is None else []
+    grids += [_grid(given["image_size"], patch)] if given.get("image_size") and said is None else []
+    for grid in grids:
+        for placed in placements:
+            patches = tokens - placed
+            side = math.isqrt(max(patches, 0))
+            rows, columns = grid or (side, side)
+            if rows * columns != patches or patches < 1:
+                continue
+            if grid is None and placed < num_prefix:
                 evidence.notes.append(
-                    f"Positions: {tokens}, taken as {grid[0]} x {grid[1]} patches and none for the class token. If they"
+                    f"Positions: {tokens}, taken as {rows} x {columns} patches and none for the class token. If they"
                     " are a rectangle and the class token, say source_image_size=(height, width)."
                 )
-        if grid is not None:
-            size = _shorten([grid[0] * height, grid[1] * width])
-            return {"image_size": size, "cls_token_position": placed == num_prefix}
+            if placed > num_prefix:
+                evidence.dialect["registers_placed"] = True
+            elif grid is None and fields.get("_image_size"):
+                evidence.notes.append(
+                    f"Positions: {rows} x {columns}, which is not the grid of config.json's {fields['_image_size']}."
+                )
+            size = _shorten([rows * patch[0], columns * patch[1]])
+            return {"image_size": size, "cls_token_position": placed >= num_prefix}
     if said is not None:
         raise evidence.fail(
-            f"its {tokens} positions don't fit an image_size of {said}, patches of {height} x {width} and {num_prefix}"
-            " tokens before the patches."
+            f"its {tokens} positions don't fit an image_size of {said}, patches of {patch[0]} x {patch[1]} and"
+            f" {num_prefix} tokens before the patches."
         )
     if not num_prefix and math.isqrt(tokens - 1) ** 2 == tokens - 1:
         raise evidence.fail(f"its {tokens} positions are for a class token too, but there is no class token in it.")
     raise evidence.fail(
         f"its {tokens} positions are those of no square grid, with {num_prefix} more for tokens before the patches or"
         " without. If the grid is a rectangle, say source_image_size=(height, width)."
+    )
+
+
+def _without_positions(evidence: Evidence, fields: dict[str, Any]) -> str:
+    """The kind of positions of a model whose file has none."""
+    wanted = evidence.given.get("position_embedding")
+    if evidence.form.name == "npz" and wanted == "none":
+        return "none"
+    if evidence.form.name == "npz":
+        if fields["use_cls_token"] and not evidence.dialect.get("scanned", False) and wanted != "sincos_2d":
+            raise evidence.fail(
+                "it has no position embeddings. Say position_embedding='sincos_2d' for the fixed ones of big_vision."
+            )
+        evidence.notes.append("Positions: none in the file, so the fixed sines and cosines of big_vision.")
+        return "sincos_2d"
+    if (evidence.config.get("model_args") or {}).get("pos_embed") in ("", "none"):
+        return "none"
+    raise evidence.fail(
+        "it has no position embeddings. A model that needs none in its file computes them as this package doesn't:"
+        " rotary ones (DINOv3, EVA, RoPE-ViT), relative ones (BEiT), or others."
     )
 
 
@@ -193,6 +232,8 @@ def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
             f"the number of heads is not in the file, and a width of {width} is no multiple of 64, the usual width of a"
             " head. Say num_attention_heads=…"
         )
+    if evidence.family is not None and evidence.family.row is not None:
+        return heads  # rows say where a name means another number
     evidence.notes.append(
         f"Heads: {heads}, as usual for a width of {width}; the file doesn't say. If it is another number, say"
         " num_attention_heads=…"
@@ -216,31 +257,51 @@ def _of_torchvision(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any
     return {"position_embedding_interpolation": "bicubic_align_corners"}
 
 
+def _note_timm_family(family: Family | None, is_in_config: bool) -> list[str]:
+    if family is None:
+        return [
+            "Architecture: no config.json beside the file names it, and the file is not called as one of timm's; read"
+            " as the plain Vision Transformer that its tensors look like, with exact GELU and an epsilon of 1e-6."
+        ]
+    if family.row is None:
+        return [
+            f"Architecture: {family} is unknown here, and read as the plain Vision Transformer that its tensors look"
+            " like. If its code computes something else, the numbers differ: compare them before you use it."
+        ]
+    return [] if is_in_config else [f"Architecture: {family}, by the name of the file."]
+
+
 def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
-    config = evidence.config
+    config, family = evidence.config, evidence.family
     arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    unknown = {name: value for name, value in arguments.items() if value and name not in _TIMM_ARGUMENTS}
+    if unknown or arguments.get("norm_layer") not in (None, "layernorm"):
+        unknown = unknown or {"norm_layer": arguments["norm_layer"]}
+        raise evidence.fail(f"its config.json has model_args that this package doesn't know: {unknown}.")
+    evidence.notes += _note_timm_family(family, bool(config))
     added: dict[str, Any] = {"position_embedding_interpolation": "bicubic_antialias"}
-    heads = arguments.get("num_heads") or _TIMM_HEADS.get(str(config.get("architecture")).split(".")[0])
-    if heads:
-        added["num_attention_heads"] = heads
-    activation = arguments.get("act_layer")
-    if activation:
-        names = {
-            "gelu": "gelu",
-            "gelu_tanh": "gelu_pytorch_tanh",
-            "quick_gelu": "quick_gelu",
-            "relu": "relu",
-            "silu": "silu",
-        }
-        if activation not in names:
-            raise evidence.fail(f"its activation {activation!r} is unknown here. Known: {', '.join(names)}.")
-        added["hidden_act"] = names[activation]
+    if family is not None and family.row is not None:
+        added.update(family.row.fields)
+        if not family.name.startswith("eva_giant"):  # whose class in timm has other arguments
+            evidence.dialect["architecture"] = family.name
+    if arguments.get("num_heads"):
+        added["num_attention_heads"] = arguments["num_heads"]
+    if activation := arguments.get("act_layer"):
+        if activation not in TIMM_ACTIVATIONS:
+            known = ", ".join(TIMM_ACTIVATIONS)
+            raise evidence.fail(f"its activation {activation!r} is unknown here. Known: {known}.")
+        added["hidden_act"] = TIMM_ACTIVATIONS[activation]
+    if not config and evidence.shapes.get("mask_token") == (1, fields["hidden_size"]) and fields["use_mask_token"]:
+        # DINOv2 as its authors publish it, with and without registers
+        added["position_embedding_interpolation"] = (
+            "bicubic_antialias" if fields["num_register_tokens"] else "bicubic_offset"
+        )
     comes_last = "fc_norm.weight" in evidence.shapes
     pooling = arguments.get("global_pool") or config.get("global_pool") or ("avg" if comes_last else None)
     if pooling in ("avg", "token") and not (pooling == "token" and not fields["use_cls_token"]):
         added["pooling"] = {"avg": "mean", "token": "cls"}[pooling]
     elif pooling not in (None, ""):
-        raise evidence.fail(f"it pools by {pooling!r}; this package's models take the class token or the mean.")
+        raise evidence.fail(f"it pools by {pooling!r}. This package's models take the class token or the mean.")
     added["norm_after_pooling"] = comes_last and added.get("pooling", fields["pooling"]) == "mean"
     size = arguments.get("img_size") or (pretrained.get("input_size") or [None])[1:]
     if size:
@@ -258,20 +319,16 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
         is_dino, has_registers = fields.get("layer_scale_init_value"), fields["num_register_tokens"]
         model_type = "dinov2_with_registers" if has_registers else "dinov2" if is_dino else "vit"
         model_type = "deit" if fields["use_distillation_token"] else model_type
+        model_type = model_type if fields["use_cls_token"] else "ijepa"
         evidence.notes.append(
             f"There is no config.json beside it: read as model_type {model_type!r} with its defaults."
-        )
-    if model_type not in _MODEL_TYPES:
-        raise evidence.fail(
-            f"model_type {model_type!r} is another architecture. Read are {', '.join(_MODEL_TYPES)}, and 'vit_scratch'."
         )
     theirs = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in evidence.config.items() if k != "model_type"})
     has_config = "model_type" in evidence.config
     unknown = () if has_config else ("num_hidden_layers", "num_attention_heads")
     added = {k: getattr(theirs, k) for k in _TAKEN_FROM_TRANSFORMERS if hasattr(theirs, k) and k not in unknown}
-    added["position_embedding_interpolation"] = (
-        "bicubic_antialias" if model_type == "dinov2_with_registers" else "bicubic"
-    )
+    added["position_embedding_interpolation"] = "bicubic"
+    added.update(find_family({"model_type": model_type}, "").row.fields)
     if has_config:
         added["_image_size"] = theirs.image_size
         is_classifier = any("ForImageClassification" in name for name in evidence.config.get("architectures") or [])
@@ -279,7 +336,7 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
             added.update(id2label=theirs.id2label, label2id=theirs.label2id)
     if "decoder.0.weight" in evidence.shapes:
         added["use_mask_token"] = False  # masked image modeling has one in any case
-    if fields["num_labels"] or "decoder.0.weight" in evidence.shapes:
+    if fields["num_labels"] or "decoder.0.weight" in evidence.shapes or model_type == "ijepa":
         added["representation_size"] = None
         reason = "transformers' models with a head compute no pooler"
         evidence.left_out.update(
@@ -299,6 +356,11 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
         del fields["num_labels"]
     evidence.dialect["model_type"] = model_type
     return added
+
+
+def _grid(size: int | list[int], patch: tuple[int, int]) -> tuple[int, int]:
+    height, width = _pair(size)
+    return height // patch[0], width // patch[1]
 
 
 def _default_size(height: int, width: int) -> int | list[int]:

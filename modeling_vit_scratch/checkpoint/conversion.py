@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_vit_scratch import MOST, ViTScratchConfig
+from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from .architecture import Evidence, infer_config, infer_processor
+from .families import find_family
 from .files import find_files, open_tensors, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
+from .layouts import fold_registers, join_biases, unstack, unwrap
 from .sidecars import their_configs
 from .tensor_file import CheckpointError, TensorFile
 
@@ -99,28 +101,34 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
             message lists them.
     """
     path, beside = find_files(source, **hub)
-    file = open_tensors(path)
+    their_config = beside["config.json"]
+    family = find_family(their_config, path)
+    if family is not None and family.row is not None and family.row.refused:
+        raise CheckpointError(f"{path}: {family} {family.row.refused}. No model of this package does that.")
+    file, notes = unwrap(open_tensors(path))
     form = recognise(file)
     if form is None:
         raise CheckpointError(
-            f"{path}: no Vision Transformer that this package knows: {', '.join(list(file)[:5]) or 'it is empty'}, …"
-            f" Known formats: {', '.join(FORMATS)}."
+            f"{path}{f' ({family})' if family else ''}: no Vision Transformer that this package knows:"
+            f" {', '.join(list(file)[:5]) or 'it is empty'}, … Known formats: {', '.join(FORMATS)}."
         )
-    their_config = beside["config.json"]
     if form is NATIVE:
-        return _native(path, file, their_config)
+        return _native(path, file, their_config, notes)
     is_scanned = form is NPZ and any("Transformer/encoderblock/" in name for name in file)
-    file = _unstacked(file) if is_scanned else file
+    file = unstack(file) if is_scanned else join_biases(file) if form is TIMM else file
     shapes, dialect = file.shapes, _dialect(form, file)
     if form is NPZ:
         dialect["scanned"] = is_scanned
-    evidence = Evidence(
-        path, form, dialect, shapes, their_config, beside["preprocessor_config.json"], dict(given or {})
-    )
+    processor = beside["preprocessor_config.json"]
+    evidence = Evidence(path, family, form, dialect, shapes, their_config, processor, dict(given or {}), notes)
     _refuse_unsupported(evidence)
     if form is TIMM and any(name.startswith("decoder_") for name in shapes):
         evidence.left_out["mask_token"] = "MAE's decoder, which only pre-training uses"
     config = infer_config(evidence)
+    if dialect.get("registers_placed"):
+        before = int(config.use_cls_token) + int(config.use_distillation_token)
+        file = fold_registers(file, dialect["registers"], "pos_embed", before)
+        evidence.shapes = file.shapes
     config.source_format = {"name": form.name, **dialect}
     rows = _match(evidence, config)
     processor = infer_processor(evidence, their_config, config)
@@ -145,38 +153,11 @@ def _dialect(form: Format, names: TensorFile) -> dict[str, Any]:
     return dialect
 
 
-def _unstacked(file: TensorFile) -> TensorFile:
-    """big_vision's scanned layers, (layers, …) in one array, under the names that they have apart."""
-    stacks = {name: name.replace("/encoderblock/", "/encoderblock_{}/") for name in file if "/encoderblock/" in name}
-    shapes = {name: shape for name, shape in file.shapes.items() if name not in stacks}
-    where: dict[str, tuple[str, int]] = {}
-    for name, template in stacks.items():
-        layers = file.shapes[name][0] if file.shapes[name] else 0
-        if layers > MOST["num_hidden_layers"]:
-            raise CheckpointError(f"{file.path}: {name} is of {layers:,} layers; no network has so many.")
-        for layer in range(layers):
-            where[template.format(layer)] = (name, layer)
-            shapes[template.format(layer)] = file.shapes[name][1:]
-    last: dict[str, Tensor] = {}
-
-    def read(name: str) -> Tensor:
-        if name not in where:
-            return file[name]
-        stack, layer = where[name]
-        if stack not in last:
-            while len(last) > 2:  # query, key and value are read in turn
-                del last[next(iter(last))]
-            last[stack] = file[stack]
-        return last[stack][layer].clone()
-
-    return TensorFile(file.path, shapes, read)
-
-
 def _refuse_unsupported(evidence: Evidence) -> None:
     for pattern, reason in evidence.form.unsupported.items():
         names = [name for name in evidence.shapes if re.search(pattern, name)]
         if names:
-            raise evidence.fail(f"{reason}, and this package has no such model ({', '.join(names[:3])}).")
+            raise evidence.fail(f"it {reason} ({', '.join(names[:3])}). No model of this package does that.")
 
 
 def _expected_shapes(config: ViTScratchConfig) -> tuple[dict[str, torch.Size], set[str]]:
@@ -244,7 +225,7 @@ def _is_in_table(form: Format, name: str) -> bool:
     return any(ours == plain for ours, _, _ in form.rows)
 
 
-def _native(path: str, file: TensorFile, their_config: dict[str, Any]) -> Checkpoint:
+def _native(path: str, file: TensorFile, their_config: dict[str, Any], notes: list[str]) -> Checkpoint:
     if their_config.get("model_type") != ViTScratchConfig.model_type:
         raise CheckpointError(
             f"{path}: tensors of this package, but no config.json of it lies beside them. Load the folder that"
@@ -260,7 +241,7 @@ def _native(path: str, file: TensorFile, their_config: dict[str, Any]) -> Checkp
     unexpected = sorted(set(rows) - set(expected))
     if missing or unexpected:
         raise CheckpointError(f"{path}: keys are missing: {missing[:20]}; unexpected: {unexpected[:20]}.")
-    return Checkpoint(path, NATIVE.name, config, {}, file, rows)
+    return Checkpoint(path, NATIVE.name, config, {}, file, rows, notes)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -294,6 +275,7 @@ def save_checkpoint(
         heads = ("classifier.", "distillation_classifier.")
         state = {name: state[name] / config.temperature if name.startswith(heads) else state[name] for name in state}
     dialect = _writing_dialect(form, origin, config, state)
+    state = _with_places(state, form, config, dialect)
     tensors, leftover = {}, set(state)
     for ours, theirs, rule in expand(form, config, dialect):
         if ours in state:
@@ -322,34 +304,61 @@ def _full_state(model: nn.Module | Checkpoint) -> Mapping[str, Tensor]:
     return state if any(name.startswith("vit.") for name in state) else {f"vit.{name}": t for name, t in state.items()}
 
 
+def _with_places(
+    state: Mapping[str, Tensor], form: Format, config: ViTScratchConfig, dialect: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """Zeros as the positions of tokens that have none here, and have one in the format."""
+    name = "vit.embeddings.position_embeddings.weight"
+    if config.position_embedding != "learned_1d" or form is NPZ:
+        return state
+    tokens = int(config.use_cls_token) + int(config.use_distillation_token)
+    placed = tokens if config.cls_token_position else 0
+    if form is TIMM and not config.use_distillation_token:
+        wanted = config.num_prefix_tokens if dialect.get("registers_placed") else placed
+    else:
+        wanted = tokens
+    weight = state[name]
+    zeros = weight.new_zeros(1, wanted - placed, weight.shape[2])
+    return (
+        {**state, name: torch.cat([weight[:, :placed], zeros, weight[:, placed:]], dim=1)} if wanted > placed else state
+    )
+
+
 def _writing_dialect(
     form: Format, origin: dict[str, Any], config: ViTScratchConfig, state: Mapping[str, Tensor]
 ) -> dict:
-    usual: dict[str, Any] = {name: values[0] for name, values in form.dialects.items()}
+    dialect: dict[str, Any] = {name: values[0] for name, values in form.dialects.items()}
+    is_dino = config.layer_scale_init_value is not None
     if form is NPZ:
-        usual.update(prefix="", scanned=False, norm_axes=1)
+        dialect.update(prefix="", scanned=False, norm_axes=1)
         if not config.cls_token_position:
-            usual["positions"] = "pos_embedding"
+            dialect["positions"] = "pos_embedding"
+    elif form is TIMM:
+        # timm gives a position to every token before the patches, or to none of them.
+        dialect["registers_placed"] = (
+            config.num_register_tokens > 0 and config.use_cls_token and config.cls_token_position
+        )
     elif form is TRANSFORMERS:
-        is_dino = config.layer_scale_init_value is not None
         model_type = "dinov2_with_registers" if config.num_register_tokens else "dinov2" if is_dino else "vit"
         model_type = "deit" if config.use_distillation_token else model_type
-        has_head = any(name.startswith(("classifier", "decoder")) for name in state)
-        prefix = {"vit": "vit.", "deit": "deit."}.get(model_type, f"{model_type}.") if has_head else ""
-        usual.update(prefix=prefix, model_type=model_type)
+        dialect.update(prefix="", model_type=model_type)
         if is_dino:
-            usual.update(norm1="norm1", norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+            dialect.update(norm1="norm1", norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
         if config.use_distillation_head:
-            usual["classifier"] = "cls_classifier"
+            dialect["classifier"] = "cls_classifier"
     if origin.get("name") == form.name:
-        usual.update({key: value for key, value in origin.items() if key != "name"})
-        if form is TRANSFORMERS:
-            has_head = any(name.startswith(("classifier", "decoder")) for name in state)
-            base = {"deit": "deit.", "dinov2": "dinov2.", "dinov2_with_registers": "dinov2_with_registers."}
-            usual["prefix"] = (
-                (usual["prefix"] or base.get(usual["model_type"], "vit.")) if has_head else usual["prefix"]
-            )
-    return usual
+        dialect.update({key: value for key, value in origin.items() if key != "name"})
+    if form is TIMM and dialect["registers"] != "reg_token":  # Facebook's code has positions for the class token alone
+        dialect["registers_placed"] = False
+    if (
+        form is TRANSFORMERS
+        and not dialect["prefix"]
+        and any(name.startswith(("classifier", "decoder")) for name in state)
+    ):
+        dialect["prefix"] = {"vit_msn": "vit.", "vit_mae": "vit."}.get(
+            dialect["model_type"], f"{dialect['model_type']}."
+        )
+    return dialect
 
 
 def _refuse_loss(form: Format, config: ViTScratchConfig, leftover: set[str], exact: bool) -> None:
@@ -360,9 +369,11 @@ def _refuse_loss(form: Format, config: ViTScratchConfig, leftover: set[str], exa
             " model can't be written in it."
         )
     origin = getattr(config, "source_format", None) or {}
-    if form is TIMM and config.representation_size and origin.get("name") != TIMM.name:
+    origin = origin if origin.get("name") == form.name else {}
+    if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
-    for name, values in form.fixed.items():
+    fixed = {**form.fixed, "pooling": ("mean",)} if origin.get("model_type") == "ijepa" else form.fixed
+    for name, values in fixed.items():
         value = getattr(config, name)
         if value not in values and exact:
             raise ValueError(

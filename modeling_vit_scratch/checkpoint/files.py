@@ -6,13 +6,17 @@ What a file is, is seen from its first bytes, whatever its name. Nothing here kn
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
 import pickle
+import re
+import types
 import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +44,19 @@ _SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-# Where training scripts keep the weights, best first: DINO's teacher and an average are what is published.
-_NESTED = ("model_ema", "state_dict_ema", "teacher", "model", "state_dict", "module", "params", "student")
-_WRAPPERS = ("module.", "_orig_mod.", "backbone.")
+_SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]  # the functions that unpickle them
+# Plain values that training scripts store beside the weights, some under other names than today's: numbers and arrays
+# of NumPy, paths, settings. To build them runs no code.
+_HARMLESS: list[Any] = [
+    argparse.Namespace, types.SimpleNamespace, datetime.date, datetime.datetime, datetime.timedelta, np.dtype,
+    np.ndarray, *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind != "O"},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((PurePath, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local")
+      for kind in ("", "Pure", "Posix", "Windows", "PurePosix", "PureWindows")),
+    *((dict, f"{module}.AttributeDict") for module in (
+        "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")),
+]  # fmt: skip
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
@@ -168,35 +182,32 @@ def _open_safetensors(path: str) -> TensorFile:
 
 
 def _open_torch(path: str) -> TensorFile:
-    # Training scripts store their arguments beside the weights; a namespace of plain values runs no code.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = named[1] if named else str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path}: holds Python objects that are not read, since they can run code ({reason}). Save its "
-            "state_dict() alone, best as safetensors."
+            f"{path}: holds Python objects that are not read, since they can run code ({what}). Save the model's"
+            " state_dict() alone, best as safetensors."
         ) from error
-    tensors = _find_tensors(content)
+    tensors = dict(_flat(content, set()))
     if not tensors:
         raise CheckpointError(f"{path}: there is no dictionary of tensors in it.")
     return TensorFile(path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
 
 
-def _find_tensors(content: object) -> dict[str, Tensor]:
-    """The state dict in what a training script saved, without the names that wrappers put before its keys."""
-    while isinstance(content, dict) and not any(torch.is_tensor(value) for value in content.values()):
-        content = next((content[key] for key in _NESTED if content.get(key)), None)
-    if not isinstance(content, dict):
-        return {}
-    tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
-    for wrapper in _WRAPPERS:
-        # DINO keeps its projection head beside the backbone; every other wrapper is around everything.
-        is_inside = any(name.startswith(wrapper) for name in tensors)
-        if is_inside and all(name.startswith((wrapper, "head.")) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
-    return tensors
+def _flat(content: object, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in dictionaries of dictionaries, with the keys that lead to it joined by dots; each of them once."""
+    if not isinstance(content, Mapping) or id(content) in seen:
+        return
+    seen.add(id(content))
+    for key, value in content.items():
+        if torch.is_tensor(value):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _flat(value, seen, f"{prefix}{key}.")
 
 
 def _open_index(path: str) -> TensorFile:
@@ -243,8 +254,9 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
     source = os.fspath(source)
     if os.path.isfile(source):
         folder, name = os.path.split(source)
-        beside = _read_jsons(lambda wanted: os.path.join(folder, wanted)) if name in WEIGHT_NAMES else _NO_JSONS
-        return source, beside
+        # Of the files in a folder of downloads, config.json is about none that can be told.
+        is_its_own = name in WEIGHT_NAMES or _weight_files(folder) == [name]
+        return source, _read_jsons(lambda wanted: os.path.join(folder, wanted)) if is_its_own else _NO_JSONS
     subfolder = hub.get("subfolder") or ""
     if os.path.isdir(source):
         folder = os.path.join(source, subfolder)
@@ -252,9 +264,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
         if is_sharded(folder):
             weights = SHARDS
         if weights is None:
-            found = [
-                name for name in sorted(os.listdir(folder)) if name.endswith(SUFFIXES) and name != "training_args.bin"
-            ]
+            found = _weight_files(folder)
             if len(found) != 1:
                 what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
                 raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
@@ -290,6 +300,11 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
         for part in sorted(set(json.loads(Path(weights).read_text(encoding="utf-8"))["weight_map"].values())):
             fetch(part)
     return weights, beside
+
+
+def _weight_files(folder: str) -> list[str]:
+    names = sorted(os.listdir(folder or os.curdir))
+    return [name for name in names if name.endswith(SUFFIXES) and name != "training_args.bin"]
 
 
 def is_sharded(folder: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_vit_scratch import ViTScratchConfig
+from .families import ATTENTION_POOLING, GATED_MLP, NORM_FIRST, RELATIVE, ROTARY, TIMM_STEM
 
 
 class Rule(NamedTuple):
@@ -133,7 +134,7 @@ TIMM_ROWS: list[Row] = [
     *_both("vit.layernorm", "norm."),
     *_both("vit.pooler.layernorm", "fc_norm."),
     *_both("vit.pooler.dense", "pre_logits.fc."),
-    *_both("classifier", "head."),
+    *_both("classifier", "{head}."),
     *_both("distillation_classifier", "head_dist."),
 ]
 
@@ -184,7 +185,7 @@ TORCHVISION_ROWS: list[Row] = [
     *_both("vit.layers.{i}.mlp.fc2", _TV_LAYER + "mlp.{fc2}."),
     *_both("vit.layernorm", "encoder.ln."),
     *_both("vit.pooler.dense", "heads.pre_logits."),
-    *_both("classifier", "heads.head."),
+    *_both("classifier", "{head}."),
 ]
 
 # Ours ----------------------------------------------------------------------------------------------------------------
@@ -199,8 +200,8 @@ class Format:
 
     `marks`: names that it has and the others have not, after any prefix. `dialects`: for each field of the table, the
     values it can have, most usual first. `leftovers`: patterns of the names
-    that may be left over, and why. `unsupported`: patterns of names that tell a model this package has not, and what to
-    say. `fixed`: what the format's own code computes with and no file says: writing refuses any other value.
+    that may be left over, and why. `unsupported`: patterns of names of models that this package does not have, and why
+    not. `fixed`: what the format's own code computes with and no file says: writing refuses any other value.
     """
 
     name: str
@@ -228,10 +229,7 @@ NPZ = Format(
         "positions": ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding"),
     },
     leftovers={r"^(opt|chrono|states?|step)(/|$)": "the optimizer's state"},
-    unsupported={
-        r"MAPHead_0/|^probe$": "it pools by attention (big_vision's MAP head)",
-        r"(MixerBlock|token_mixing)": "it is an MLP-Mixer",
-    },
+    unsupported={r"MAPHead_0/|^probe$": ATTENTION_POOLING, r"(MixerBlock|token_mixing)": "is an MLP-Mixer"},
     fixed={
         "norm_after_pooling": (False,),
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
@@ -249,24 +247,24 @@ TIMM = Format(
         "registers": ("reg_token", "register_tokens"),
         "scale1": ("ls1.gamma", "gamma_1"),
         "scale2": ("ls2.gamma", "gamma_2"),
+        "head": ("head", "head.0", "head.1"),  # users' own, of dropout and one linear layer
     },
     leftovers={
         r"^decoder_(embed|blocks|norm|pred|pos_embed)\b": _MAE_DECODER,
         r"^head\.(mlp|last_layer)\.": "DINO's projection head, which only pre-training uses",
     },
     unsupported={
-        r"^attn_pool\.": "it pools by attention",
-        r"^norm_pre\.": "it normalises before the first layer (CLIP)",
-        r"^patch_embed\.backbone\.": "it is one of timm's hybrids, whose stem differs from the paper's in two epsilons;"
-        " read the official .npz",
-        r"\.mlp\.(w12|w3|fc1_g|fc1_x)\.": "its MLP is a SwiGLU",
-        r"\.attn\.(q_bias|v_bias|relative_position)": "it is a BEiT or EVA",
-        r"^rope\b|\.rope\b": "it has rotary positions",
+        r"^attn_pool\.": ATTENTION_POOLING,
+        r"^norm_pre\.": NORM_FIRST,
+        r"^patch_embed\.backbone\.": TIMM_STEM,
+        r"\.mlp\.(w12|w3|fc1_g|fc1_x)\.": GATED_MLP,
+        r"relative_position|rel_pos": RELATIVE,
+        r"^rope\b|\.rope\b": ROTARY,
     },
     fixed={
-        "hidden_act": ("gelu", "gelu_pytorch_tanh"),
+        "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"),
         "layer_norm_eps": (1e-6,),
-        "position_embedding": ("learned_1d",),
+        "position_embedding": ("learned_1d", "none"),
         "position_embedding_placement": ("stem",),
     },
 )
@@ -291,13 +289,13 @@ TRANSFORMERS = Format(
         "out": ("attention.output.dense", "attention.o_proj"),
         "fc1": ("intermediate.dense", "mlp.fc1"),
         "fc2": ("output.dense", "mlp.fc2"),
-        "classifier": ("classifier", "cls_classifier"),
+        "classifier": ("classifier", "cls_classifier", "classifier.0", "classifier.1"),
     },
     leftovers={
         r"^decoder\.(mask_token|decoder_\w+)": _MAE_DECODER,
         r"embeddings\.position_ids$": "a counter, no weight",
     },
-    unsupported={r"\.mlp\.(weights_in|weights_out)\.": "its MLP is a SwiGLU", r"relative_position": "it is a BEiT"},
+    unsupported={r"\.mlp\.(weights_in|weights_out)\.": GATED_MLP, r"relative_position": RELATIVE},
     fixed={
         "norm_after_pooling": (False,),
         "position_embedding": ("learned_1d",),
@@ -310,8 +308,12 @@ TORCHVISION = Format(
     "torchvision checkpoint",
     TORCHVISION_ROWS,
     marks=("conv_proj.weight", "encoder.pos_embedding", "in_proj_weight", "class_token"),
-    dialects={"fc1": ("0", "linear_1"), "fc2": ("3", "linear_2")},
-    unsupported={r"^conv_proj\.conv_bn_relu": "it has a convolutional stem with BatchNorm"},
+    dialects={
+        "fc1": ("0", "linear_1"),
+        "fc2": ("3", "linear_2"),
+        "head": ("heads.head", "heads", "heads.0", "heads.1"),
+    },
+    unsupported={r"^conv_proj\.conv_bn_relu": "has a convolutional stem with BatchNorm"},
     fixed={
         "norm_after_pooling": (False,),
         "hidden_act": ("gelu",),

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
@@ -224,9 +225,29 @@ def _progress(checkpoint: Checkpoint) -> Callable[[Iterable], Iterable]:
     return lambda names: tqdm(names, desc="Reading weights", unit=" tensors", disable=is_quiet)
 
 
+def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> None:
+    """Raises InputError if the output is the source, or is there already and may not be written over."""
+    if os.path.exists(source):
+        read, written = Path(source).resolve(), output.resolve()
+        if written == read or written in read.parents or (read in written.parents and output.exists()):
+            raise InputError(f"{output} is, holds or is part of {source}, which is read. Give another name.")
+    names = sorted(os.listdir(output)) if output.is_dir() else []
+    if not overwrite and (names or output.is_file()):
+        listed = f", with {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+        raise InputError(
+            f"{output} is there already{listed}. Give another name, or --overwrite to write over what has the same"
+            " names."
+        )
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """Name and time of everything in a folder; empty for a file."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} if folder.is_dir() else {}
+
+
 def convert(
     source: str | os.PathLike, output: str | os.PathLike, format: str = NATIVE.name, verify: bool = False,
-    inexact: bool = False, **overrides: Any,
+    inexact: bool = False, overwrite: bool = False, **overrides: Any,
 ) -> None:  # fmt: skip
     """
     Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each.
@@ -236,11 +257,16 @@ def convert(
         format: one of `FORMATS`.
         verify: print the largest difference to the source's own implementation, if it is installed.
         inexact: write a format whose own code computes other numbers.
+        overwrite: write over files that are there.
         overrides: as `from_pretrained` takes them.
 
     Raises:
-        CheckpointError, ValueError: as `load_checkpoint`, `from_pretrained` and `save_checkpoint`.
+        CheckpointError, ValueError: as `load_checkpoint`, `from_pretrained` and `save_checkpoint`; and if the output is
+            the source, or is there already.
     """
+    output = Path(output)
+    _check_output(source, output, overwrite)
+    before = _times(output)
     names = ("num_attention_heads", "position_embedding", "source_image_size", "image_size")
     checkpoint = load_checkpoint(source, {name: overrides[name] for name in names if name in overrides})
     print(checkpoint.describe())
@@ -263,3 +289,6 @@ def convert(
     else:
         save_checkpoint(model, output, format, exact=not inexact)
     print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")
+    left = sorted(name for name, time in _times(output).items() if before.get(name) == time)
+    if left:
+        print(f"Left as they were, and not about these weights: {', '.join(left)}.")

@@ -14,11 +14,15 @@ _ARCHITECTURES = {
     "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
     "vit_msn": ("ViTMSNModel", "ViTMSNForImageClassification", "ViTMSNModel"),
     "vit_mae": ("ViTMAEModel",) * 3,
+    "ijepa": ("IJepaModel", "IJepaForImageClassification", "IJepaModel"),
     "deit": ("DeiTModel", "DeiTForImageClassification", "DeiTForMaskedImageModeling"),
     "dinov2": ("Dinov2Model",) * 3,
     "dinov2_with_registers": ("Dinov2WithRegistersModel",) * 3,
 }
 _TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+TIMM_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
+}  # fmt: skip
 _TIMM_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -28,7 +32,7 @@ def their_configs(
     """File names to contents (JSON); empty for formats that have none."""
     if form is TRANSFORMERS:
         return _of_transformers(config, dialect["model_type"], processor, state)
-    return {"config.json": _of_timm(config, processor)} if form is TIMM else {}
+    return {"config.json": _of_timm(config, dialect, processor)} if form is TIMM else {}
 
 
 def _side(pair: tuple[int, int]) -> int | list[int]:
@@ -73,7 +77,7 @@ def _of_transformers(
     return files
 
 
-def _of_timm(config: ViTScratchConfig, processor: Any) -> dict[str, Any]:
+def _of_timm(config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any) -> dict[str, Any]:
     size = _TIMM_SIZES.get(config.hidden_size, "base")
     family, distilled = ("deit", "_distilled") if config.use_distillation_token else ("vit", "")
     arguments: dict[str, Any] = {
@@ -87,17 +91,20 @@ def _of_timm(config: ViTScratchConfig, processor: Any) -> dict[str, Any]:
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
         "init_values": config.layer_scale_init_value,
+        "act_layer": next(name for name, ours in TIMM_ACTIVATIONS.items() if ours == config.hidden_act),
     }
     if not distilled:
+        # of all tokens before the patches, or of none
+        has_positions = dialect.get("registers_placed") if config.num_register_tokens else config.cls_token_position
         arguments.update(
             class_token=config.use_cls_token,
-            no_embed_class=not config.cls_token_position or config.num_register_tokens > 0,
+            no_embed_class=not has_positions,
             reg_tokens=config.num_register_tokens,
             global_pool="token" if config.pooling == "cls" else "avg",
             fc_norm=config.norm_after_pooling,
         )
-    if config.hidden_act == "gelu_pytorch_tanh":
-        arguments["act_layer"] = "gelu_tanh"
+    if config.position_embedding == "none":
+        arguments["pos_embed"] = "none"
     settings = {} if processor is None else processor.to_dict()
     pretrained = {
         "input_size": [config.num_channels, *config.image_hw],
@@ -111,7 +118,7 @@ def _of_timm(config: ViTScratchConfig, processor: Any) -> dict[str, Any]:
         "classifier": ["head", "head_dist"] if config.use_distillation_head else "head",
     }
     return {
-        "architecture": f"{family}_{size}{distilled}_patch16_224",
+        "architecture": dialect.get("architecture") or f"{family}_{size}{distilled}_patch16_224",
         "num_classes": config.num_labels,
         "num_features": config.hidden_size,
         "global_pool": "token" if config.pooling == "cls" else "avg",

@@ -94,7 +94,11 @@ def _timm_model(checkpoint: Checkpoint) -> nn.Module:
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    written = their_configs(TIMM, checkpoint.config, {}, None, checkpoint.rows)["config.json"]
+    folder, name = os.path.split(checkpoint.source)
+    if name == "model.safetensors" and os.path.isfile(os.path.join(folder, "config.json")):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    dialect = checkpoint.config.source_format
+    written = their_configs(TIMM, checkpoint.config, dialect, None, checkpoint.rows)["config.json"]
     model = timm.create_model(written["architecture"], num_classes=written["num_classes"], **written["model_args"])
     model.load_state_dict(checkpoint_filter_fn(_tensors(checkpoint), model, adapt_layer_scale=True))
     return model

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Files whose tensors lie otherwise than the tables of `formats.py` have them, shown as if they did: behind the prefix of
+a wrapper, all layers in one array, with positions for registers. No tensor is read before it is asked for.
+"""
+
+import re
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ..configuration_vit_scratch import MOST
+from .tensor_file import CheckpointError, TensorFile
+
+
+# The patch projection of every format but the official one, with whatever is before it.
+_PROJECTION = re.compile(r"((?:.*\.)?)(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection|conv_proj)\.weight")
+# What transformers' classifiers call their encoder; their heads stand beside it.
+_ENCODER = re.compile(r"(?:^|(?<=\.))(?:vit|deit|dinov2|dinov2_with_registers|ijepa)\.$")
+_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
+_PRETRAINING_HEAD = re.compile(r"(^|[._])head\.(mlp|last_layer)\.")
+# Where training scripts keep a network, best first: an average or a teacher is what is published.
+_PREFERRED = (
+    "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "teacher", "target_encoder", "base_encoder",
+    "model", "state_dict", "module", "params",
+)  # fmt: skip
+
+
+def unwrap(file: TensorFile) -> tuple[TensorFile, list[str]]:
+    """
+    The one network of a training checkpoint, without the names that wrappers put before its tensors.
+
+    Returns:
+        The tensors of the network, and a line that names what lies beside it, if anything does.
+
+    Raises:
+        CheckpointError: if there are several networks and no usual name says which is meant.
+    """
+    found = dict.fromkeys(match[1] for name in file if (match := _PROJECTION.fullmatch(name)))
+    prefixes = sorted(found, key=_preference)
+    if not prefixes:
+        return file, []
+    if len(prefixes) > 1 and _preference(prefixes[0]) == _preference(prefixes[1]):
+        raise CheckpointError(
+            f"{file.path}: there are {len(prefixes)} networks in it, {', '.join(map(repr, prefixes[:4]))}. Save the"
+            " state_dict() of the one that you mean alone."
+        )
+    prefix = prefixes[0]
+    parent = _ENCODER.sub("", prefix)
+    encoder = prefix[len(parent) :]
+    beside = [name[len(parent) :] for name in file if name.startswith(parent) and not name.startswith(prefix)]
+    if not beside or any(name.startswith(_HEADS) for name in beside):
+        prefix = parent
+    names = {_plain_name(name[len(prefix) :], encoder): name for name in file if name.startswith(prefix)}
+    outside = [name for name in file if not name.startswith(prefix)]
+    groups, notes = Counter(_first_difference(name, prefix) for name in outside), []
+    if groups:
+        listed = ", ".join(f"{group} ({count} tensors)" if count > 1 else group for group, count in groups.items())
+        reason = " with its projection head, which only pre-training uses"
+        reason = reason if any(map(_PRETRAINING_HEAD.search, outside)) else ""
+        notes = [f"Left out, beside {prefix.rstrip('.')!r}{reason}: {listed}."]
+    shapes = {new: file.shapes[old] for new, old in names.items()}
+    return TensorFile(file.path, shapes, lambda name: file[names[name]]), notes
+
+
+def _preference(prefix: str) -> int:
+    """The lower, the better: by the best name in the prefix."""
+    parts = prefix.split(".")
+    known = [_PREFERRED.index(part) for part in parts if part in _PREFERRED]
+    return min(known, default=len(_PREFERRED)) + len(_PREFERRED) * ("student" in parts)
+
+
+def _plain_name(name: str, encoder: str) -> str:
+    """DINOv2's training keeps layers in chunks, blocks.CHUNK.LAYER; transformers saves ViTMSN's layers without vit."""
+    if encoder and name.startswith("encoder.layer."):
+        return encoder + name
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def _first_difference(name: str, prefix: str) -> str:
+    """The name as far as it shows that it lies outside of the prefix."""
+    parts, same = name.split("."), 0
+    for part, inside in zip(parts, prefix.split(".")):
+        same += part == inside
+        if part != inside:
+            break
+    return ".".join(parts[: same + 1])
+
+
+def unstack(file: TensorFile) -> TensorFile:
+    """big_vision's scanned layers, (layers, …) in one array, under the names that they have apart."""
+    stacks = {name: name.replace("/encoderblock/", "/encoderblock_{}/") for name in file if "/encoderblock/" in name}
+    shapes = {name: shape for name, shape in file.shapes.items() if name not in stacks}
+    where: dict[str, tuple[str, int]] = {}
+    for name, template in stacks.items():
+        layers = file.shapes[name][0] if file.shapes[name] else 0
+        if layers > MOST["num_hidden_layers"]:
+            raise CheckpointError(f"{file.path}: {name} is of {layers:,} layers; no network has so many.")
+        for layer in range(layers):
+            where[template.format(layer)] = (name, layer)
+            shapes[template.format(layer)] = file.shapes[name][1:]
+    last: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            return file[name]
+        stack, layer = where[name]
+        if stack not in last:
+            while len(last) > 2:  # query, key and value are read in turn
+                del last[next(iter(last))]
+            last[stack] = file[stack]
+        return last[stack][layer].clone()
+
+    return TensorFile(file.path, shapes, read)
+
+
+def join_biases(file: TensorFile) -> TensorFile:
+    """EVA's biases for queries and values, whose keys have none, as one bias (3 D,) with zeros for the keys."""
+    shapes, parts = dict(file.shapes), {}
+    for name in file:
+        value = name.removesuffix("q_bias") + "v_bias"
+        if name.endswith(".attn.q_bias") and file.shapes.get(value) == file.shapes[name]:
+            joined = name.removesuffix("q_bias") + "qkv.bias"
+            parts[joined], shapes[joined] = (name, value), (3 * file.shapes[name][0],)
+            del shapes[name], shapes[value]
+
+    def read(name: str) -> Tensor:
+        if name not in parts:
+            return file[name]
+        query, value = (file[part] for part in parts[name])
+        return torch.cat([query, torch.zeros_like(query), value])
+
+    return TensorFile(file.path, shapes, read) if parts else file
+
+
+def fold_registers(file: TensorFile, registers: str, positions: str, before: int) -> TensorFile:
+    """
+    Positions of registers added to the registers themselves, which computes the same.
+
+    Args:
+        registers, positions: names of the tensors, (1, R, D) and (1, before + R + N, D).
+        before: tokens before the registers, which keep theirs.
+    """
+    count, shapes = file.shapes[registers][1], dict(file.shapes)
+    shapes[positions] = (1, shapes[positions][1] - count, shapes[positions][2])
+
+    def read(name: str) -> Tensor:
+        if name == registers:
+            return file[registers] + file[positions][:, before : before + count]
+        if name == positions:
+            stored = file[positions]
+            return torch.cat([stored[:, :before], stored[:, before + count :]], dim=1)
+        return file[name]
+
+    return TensorFile(file.path, shapes, read)
