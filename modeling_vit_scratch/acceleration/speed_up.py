@@ -40,6 +40,9 @@ def speed_up(model: Model) -> Model:
     logits and loss (hidden states, attentions, masks) is computed as before, and so is training with dropout. Layers
     with adapters, hooks, quantisation or a replaced forward stay as they are, also when they get these later.
 
+    Make the call last. Of weights that somebody changes through `.data` later, which PyTorch does not count as a
+    change, it learns at the next `model.eval()` or `model.train()`.
+
     Args:
         model: of any kind here, or a module that contains one.
     """
