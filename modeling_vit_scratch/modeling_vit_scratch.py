@@ -265,7 +265,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
             `logits` (B, K), outside of training divided by the temperature; with labels, `loss`, a float32 scalar, of
             the logits before that.
         """
-        outputs = self.vit(pixel_values, attention_mask=attention_mask, **kwargs)
+        outputs = self.vit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits, loss = self.classifier(outputs.pooler_output), None
         if self.distillation_classifier is not None:
             logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
@@ -309,7 +309,7 @@ class ViTScratchForMaskedImageModeling(ViTScratchPreTrainedModel):
             `reconstruction` (B, C, H, W); with `bool_masked_pos`, `loss`, the mean absolute error on masked pixels.
         """
         masks = {"bool_masked_pos": bool_masked_pos, "attention_mask": attention_mask}
-        outputs = self.vit(pixel_values, **masks, **kwargs)
+        outputs = self.vit(pixel_values, **masks, return_dict=True, **kwargs)
         grid, patch = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.patch_hw
         patches = self.decoder(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])  # (B, N, C * patch area)
         reconstruction = unpatchify(patches, grid, patch)  # (B, C, H, W)
@@ -343,7 +343,7 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         Returns:
             `feature_maps`, for each of `out_features` (B, D, rows, columns) after the final LayerNorm.
         """
-        outputs = self.vit(pixel_values, **kwargs)
+        outputs = self.vit(pixel_values, return_dict=True, **kwargs)
         grid, prefix = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.num_prefix_tokens
         states = [s for stage, s in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
         maps = tuple(self.vit.layernorm(s)[:, prefix:].transpose(1, 2).unflatten(2, grid) for s in states)

@@ -7,16 +7,21 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_images import build as build_trainer
+from tiny_images import class_folders, load_script
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.models import ACCELERATED, ModelBenchmark
 from modeling_vit_scratch import (
     ViTScratchConfig,
     ViTScratchForImageClassification,
     ViTScratchForMaskedImageModeling,
+    ViTScratchImageProcessor,
     ViTScratchModel,
 )
 from modeling_vit_scratch.acceleration.speed_up import only_pooled_output, speed_up, undo_speed_up
+from modeling_vit_scratch.prediction.model import Predictor
 
 
 OPTIONS = {
@@ -400,3 +405,28 @@ def test_a_subclass_that_reads_the_tokens_gets_them(pixel_values):
 
     model = speed_up(Segmenter(build().config))
     assert model(pixel_values).shape == (2, 25, 32)
+
+
+def test_training_prediction_the_page_and_the_benchmark_make_the_call(tmp_path):
+    trainer = build_trainer(tmp_path / "out", "--train_dir", str(class_folders(tmp_path / "pets")))
+    build().save_pretrained(tmp_path / "saved")
+    processor = ViTScratchImageProcessor(size={"height": 16, "width": 24})
+    processor.save_pretrained(tmp_path / "saved")
+    models = {
+        "training": trainer.model,
+        "prediction": Predictor(build(), processor, top_k=1, has_embeddings=True).model,
+        "page": load_script("app").open_viewer(str(tmp_path / "saved"), "main", False).model,
+        "benchmark": ModelBenchmark("training", "Mi/8", 16, peers=()).models()[0][ACCELERATED],
+    }
+    for name, model in models.items():
+        assert only_pooled_output(model.vit.eval()) == {"num_queries": 1}, name
+
+
+def test_embeddings_for_predictions_cost_no_token_more(pixel_values, tokens_seen):
+    model, expected = watched(build()), build()
+    processor = ViTScratchImageProcessor(size={"height": 16, "width": 24})
+    pixels = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
+    found = Predictor(model, processor, top_k=2, has_embeddings=True)(pixels).embeddings
+    assert tokens_seen == [1]
+    values = processor(list(pixels), return_tensors="pt", do_resize=False)["pixel_values"]
+    torch.testing.assert_close(torch.from_numpy(found), expected.vit(values).pooler_output.detach(), rtol=0, atol=1e-5)

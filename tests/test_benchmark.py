@@ -20,7 +20,7 @@ from benchmarks.finetuning import STOCK, FinetuneBenchmark, normalized
 from benchmarks.kernels import IDLE, device_kernels, group_of, summarize_kernels
 from benchmarks.loading import in_process_ways, load_ways, save_models
 from benchmarks.memory import memory_in_this_process
-from benchmarks.models import ModelBenchmark
+from benchmarks.models import ACCELERATED, ModelBenchmark
 from benchmarks.peers import build_peers, check_equal, random_batch
 from benchmarks.prediction import PredictionBenchmark, fresh_model
 from benchmarks.processor import FAST, THEIRS, differences, processor_ways, resizing_alone, times_faster, to_time
@@ -184,10 +184,11 @@ def test_peers_have_our_weights_or_a_reason(tmp_path):
 def test_everybody_takes_the_same_steps_and_all_of_a_network_is_counted():
     benchmark = ModelBenchmark("training", "Mi/8", 32, num_labels=5)
     models, _ = benchmark.models()
-    models = {name: model for name, model in models.items() if name in (OURS, "transformers")}
+    models = {name: model for name, model in models.items() if name in (OURS, ACCELERATED, "transformers")}
     before = copy.deepcopy(models[OURS].state_dict())
     losses = {name: [way().item() for _ in range(3)] for name, way in benchmark.ways(models, 4).items()}
     assert losses[OURS] == pytest.approx(losses["transformers"], rel=1e-4)
+    assert losses[OURS] == pytest.approx(losses[ACCELERATED], rel=1e-4)
     assert losses[OURS][2] < losses[OURS][0]
     assert all(torch.equal(before[name], weight) for name, weight in models[OURS].state_dict().items())
     ours = models[OURS].eval()

@@ -479,4 +479,8 @@ def test_nothing_is_tied_and_a_batch_equals_its_rows(pixel_values):
 def test_return_dict_false_gives_a_tuple_and_no_labels_give_features(pixel_values):
     loss, logits = classifier()(pixel_values, labels=torch.tensor([0, 1]), return_dict=False)
     assert (loss.shape, logits.shape) == ((), (2, 3))
+    for kind in ALL_MODELS:
+        model = kind(ViTScratchConfig.from_variant("test/4", return_dict=False)).eval()
+        assert isinstance(model(pixel_values), tuple)
+        torch.testing.assert_close(model(pixel_values), model(pixel_values, return_dict=True).to_tuple())
     assert classifier(num_labels=0)(pixel_values).logits.shape == (2, 32)

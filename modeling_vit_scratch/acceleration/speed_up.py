@@ -167,6 +167,9 @@ def speed_up(model: Model) -> Model:
     Logits and gradients stay the same up to rounding. Calls that ask for hidden states, attentions or masks, training
     with dropout, and layers with adapters, hooks, quantisation or a replaced forward run the network's own code.
 
+    Make the call last. Of weights that somebody changes through `.data` later, which PyTorch does not count as a
+    change, it learns at the next `model.eval()` or `model.train()`.
+
     Args:
         model: of any kind here, or a module that contains one.
     """
