@@ -20,7 +20,7 @@ from modeling_vit_scratch.data.checking import find_broken
 from modeling_vit_scratch.data.splits import read_data
 from modeling_vit_scratch.evaluation.arguments import parse_arguments as evaluation_arguments
 from modeling_vit_scratch.evaluation.data import read_evaluation_data
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 
 
 pytestmark = [

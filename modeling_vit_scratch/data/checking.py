@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm.auto import tqdm
 
 from ..common.errors import Problems
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from ..image_decoding_vit_scratch import ImageDecodeError
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples
 
 

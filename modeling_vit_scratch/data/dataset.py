@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from ..image_decoding_vit_scratch import ImageDecodeError
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .decoding import Augmentation, PhotoPart, StoredImage, to_pixels
 
 

@@ -35,7 +35,7 @@ from ..data.pixels import Normalize, mix
 from ..data.streaming import StreamDataset, StreamPlace, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
-from ..image_processing_vit_scratch import ImageDecodeError
+from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, ImageTrainingArguments
 from .callbacks import SaveOnSignal, WeightAverage
 from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
