@@ -13,8 +13,7 @@ import pyarrow.parquet
 
 from ..common.errors import InputError, Problems, TrainingStopped
 from .arguments import DataArguments
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label
-from .labels import is_label_list
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_class_label, is_label_list
 from .listing import read_rows
 from .sources import VALIDATION_SPLITS, Source, own_files, place_name
 from .streams import ImageStream, Shard

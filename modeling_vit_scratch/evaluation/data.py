@@ -14,10 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
 from ..data.arguments import BUILT_IN, DataArguments
-from ..data.checking import find_broken, listed_below
 from ..data.dataset import Examples
 from ..data.sources import Source, listed, read_source
-from ..data.splits import LabelledSplit, hold_out, read_split, sample
+from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
 from .arguments import EvaluationArguments
 
 

@@ -30,9 +30,9 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
-from ..data.loader import repeating_loader
-from ..data.pixels import Normalize, mix
-from ..data.streaming import StreamDataset, StreamPlace, stream_loader
+from ..data.collation import Normalize, mix
+from ..data.dataset import repeating_loader
+from ..data.streams import StreamDataset, StreamPlace, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
