@@ -32,7 +32,7 @@ from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
 from ..data.collation import Normalize, mix
 from ..data.dataset import repeating_loader
-from ..data.streams import StreamDataset, StreamPlace, stream_loader
+from ..data.streams import StreamDataset, StreamPosition, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
@@ -67,7 +67,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         model: PreTrainedModel,
         args: ImageTrainingArguments,
         average: WeightAverage | None = None,
-        stream_position: StreamPlace | None = None,
+        stream_position: StreamPosition | None = None,
         objective: str | None = None,
         finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None,
         **others: Any,
