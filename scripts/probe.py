@@ -42,8 +42,8 @@ def main() -> None:
 
     from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
+    from modeling_vit_scratch.data.collation import Normalize
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
-    from modeling_vit_scratch.data.pixels import Normalize
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
     from modeling_vit_scratch.evaluation.probes import extract_features, run_probes, table
     from modeling_vit_scratch.training.build import load_encoder

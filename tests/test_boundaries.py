@@ -38,8 +38,8 @@ def source(*folders: str) -> list[Path]:
 
 def test_the_hub_files_are_those_that_are_saved_and_nothing_else_stands_beside_them():
     assert [path.stem for path in HUB_FILES] == [
-        "configuration_vit_scratch", "encoder_vit_scratch", "image_processing_vit_scratch", "modeling_vit_scratch",
-        "positions_vit_scratch", "stem_vit_scratch",
+        "configuration_vit_scratch", "encoder_vit_scratch", "image_decoding_vit_scratch",
+        "image_processing_vit_scratch", "modeling_vit_scratch", "positions_vit_scratch", "stem_vit_scratch",
     ]  # fmt: skip
     assert {*PACKAGE.glob("*.py")} == {*HUB_FILES, PACKAGE / "__init__.py"}
     assert list(CODE) == HUB_FILES  # what publishing finds by following imports
@@ -133,7 +133,7 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
         "image_size": "grid_hw", "patch_size": "patch_hw", "use_cls_token": "num_prefix_tokens",
         "stem_width_factor": "stem_width",
     }  # fmt: skip
-    others = {PACKAGE / "configuration_vit_scratch.py", PACKAGE / "image_processing_vit_scratch.py"}
+    others = {PACKAGE / f"{name}_vit_scratch.py" for name in ("configuration", "image_decoding", "image_processing")}
     read = attributes_read([path for path in HUB_FILES if path not in others])
     assert {name for name in own if name not in read and derived.get(name) not in read} == set()
 
@@ -169,9 +169,11 @@ def test_every_flag_of_ours_is_read():
 
 
 def test_no_file_outgrows_its_purpose():
-    # About 500 lines ask for a new step. The encoder is read in one go, and so is shorter; the image processor is a Hub
-    # file of its own and has some more.
-    limits = {"encoder_vit_scratch.py": 320, "image_processing_vit_scratch.py": 780}
+    # About 500 lines ask for a new step. The encoder is read in one go, and so is shorter; so are the two files of the
+    # image processor.
+    limits = {
+        "encoder_vit_scratch.py": 320, "image_decoding_vit_scratch.py": 360, "image_processing_vit_scratch.py": 380,
+    }  # fmt: skip
     for path in source("modeling_vit_scratch", "scripts"):
         assert len(path.read_text().splitlines()) <= limits.get(path.name, 560), f"{path.name} is too long"
     assert not list(PACKAGE.rglob("utils.py"))

@@ -59,7 +59,7 @@ def test_the_folder_has_all_that_the_model_needs(finished):
     assert names >= {
         "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
         "trainer_state.json", "configuration_vit_scratch.py", "modeling_vit_scratch.py",
-        "image_processing_vit_scratch.py",
+        "image_decoding_vit_scratch.py", "image_processing_vit_scratch.py",
     }  # fmt: skip
     config = json.loads((finished / "out" / "pets" / "config.json").read_text())
     assert config["problem_type"] == "single_label_classification"

@@ -25,8 +25,9 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import ChannelDimension
 
-from modeling_vit_scratch import image_processing_vit_scratch
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from modeling_vit_scratch import image_decoding_vit_scratch
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_processing_vit_scratch import ViTScratchImageProcessor
 
 
 HEIGHT, WIDTH = 23, 37
@@ -380,8 +381,8 @@ class Endless(http.server.BaseHTTPRequestHandler):
     ],
 )
 def test_a_url_costs_no_more_than_its_limits(plain, monkeypatch, path, words):
-    monkeypatch.setattr(image_processing_vit_scratch, "MAX_URL_BYTES", 1_000_000)
-    monkeypatch.setattr(image_processing_vit_scratch, "URL_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(image_decoding_vit_scratch, "MAX_URL_BYTES", 1_000_000)
+    monkeypatch.setattr(image_decoding_vit_scratch, "URL_TIMEOUT_SECONDS", 0.5)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     httpd.daemon_threads = True
     threading.Thread(target=httpd.serve_forever, daemon=True).start()

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchImageProcessor, image_processing_vit_scratch
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from golden_policies import FILE, mixing_inputs
 from torch.utils.data import DataLoader
 
-from modeling_vit_scratch.data.collation import ImageCollator, MixingCollator, cutmix, mixup
-from modeling_vit_scratch.data.pixels import mix
+from modeling_vit_scratch.data.collation import ImageCollator, MixingCollator, cutmix, mix, mixup
 
 
 GOLDEN = json.loads(FILE.read_text())["mixing"]

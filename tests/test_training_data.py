@@ -18,10 +18,10 @@ from transformers import ViTImageProcessorPil
 from modeling_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError, Problems
+from modeling_vit_scratch.data.collation import Normalize
 from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDataset
-from modeling_vit_scratch.data.pixels import Normalize
 from modeling_vit_scratch.data.splits import export_examples
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
 from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 

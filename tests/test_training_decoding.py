@@ -14,7 +14,7 @@ from tiny_images import build, flags
 from modeling_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.data.decoding import PhotoPart, StoredImage, open_photo
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError, is_scalable_jpeg
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError, is_scalable_jpeg
 
 
 DECODER = ViTScratchImageProcessor()

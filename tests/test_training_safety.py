@@ -20,7 +20,7 @@ from tiny_images import ROOT, build, class_folders, difference, flags, load_scri
 from modeling_vit_scratch.common import files, processes
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.processes import launcher
-from modeling_vit_scratch.image_processing_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.training import trainer_overrides
 
 

@@ -12,8 +12,14 @@ from tiny_images import CLASSES, build, difference, read, rows, table, webdatase
 from modeling_vit_scratch.common.errors import InputError, Problems, TrainingStopped
 from modeling_vit_scratch.data.arguments import DataArguments
 from modeling_vit_scratch.data.splits import read_data
-from modeling_vit_scratch.data.streaming import StreamBatches, StreamDataset
-from modeling_vit_scratch.data.streams import ROWS_PER_SHARD, ImageStream, RecordOrder, Shard
+from modeling_vit_scratch.data.streams import (
+    ROWS_PER_SHARD,
+    ImageStream,
+    RecordOrder,
+    Shard,
+    StreamBatches,
+    StreamDataset,
+)
 
 
 COUNTS = (5, 1, 8, 3)

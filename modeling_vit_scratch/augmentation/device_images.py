@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from ..common.errors import InputError
 from ..data.dataset import ImageClassificationDataset
-from ..image_processing_vit_scratch import ImageDecodeError
+from ..image_decoding_vit_scratch import ImageDecodeError
 from .batches import BatchAugmentation, batch_augmentation, to_device
 
 

@@ -89,7 +89,7 @@ def run_command_line(main: Callable[[], int | None]) -> int:
 
 
 def _stops_the_run(error: Exception) -> bool:
-    from ..image_processing_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
+    from ..image_decoding_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
 
     return isinstance(error, (TrainingStopped, ImageDecodeError))
 

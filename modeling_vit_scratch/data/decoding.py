@@ -19,16 +19,8 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ..image_processing_vit_scratch import (
-    TORCH_FILTERS,
-    ImageDecodeError,
-    ViTScratchImageProcessor,
-    decode_errors,
-    is_scalable_jpeg,
-    open_image,
-    orientation_of,
-    resize_interleaved,
-)
+from ..image_decoding_vit_scratch import ImageDecodeError, decode_errors, is_scalable_jpeg, open_image, orientation_of
+from ..image_processing_vit_scratch import TORCH_FILTERS, ViTScratchImageProcessor, resize_interleaved
 
 
 # The EXIF orientations of upright images whose x (y) axis runs against one of the axes that are stored, and those whose

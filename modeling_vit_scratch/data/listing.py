@@ -12,15 +12,14 @@ import json
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import datasets
 from PIL import Image
 
 from ..common.errors import InputError, Problems
-from .columns import IMAGE_COLUMNS, find_column
+from .columns import find_column
 
 
 URLS = ("http://", "https://")
@@ -174,7 +173,7 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
         for row in read_rows(path):
             number += 1
             if column is None:
-                column = image_column_of(path, image_column, [], [name for name in row if name is not None])
+                column = image_column_of(path, image_column, dict.fromkeys(name for name in row if name is not None))
             name = row[column]
             if not isinstance(name, str) or not name:
                 raise ValueError(f"column {column!r} holds {name!r}, and not a path")
@@ -232,18 +231,13 @@ def is_whole_number(text: str) -> bool:
     return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(text)) == text
 
 
-def image_column_of(table: str, wanted: str | None, of_type: list[str], columns: list[str]) -> str:
-    """The column that holds the images: see `find_column`. Raises InputError if that can't be told."""
+def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) -> str:
+    """The column that holds the images: see `find_column`. Raises InputError if that is not clear."""
     problems = Problems()
-    column = find_column("image", wanted, of_type, IMAGE_COLUMNS, columns, table, problems)
+    column = find_column("image", named, features, table, problems)
     if column is None:
         raise InputError(f"{table}: " + "; ".join(problems.messages))
     return column
-
-
-def image_features(features: datasets.Features) -> list[str]:
-    """The columns whose type says that they hold images."""
-    return [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
 
 
 def _opened(path: str) -> IO[str]:

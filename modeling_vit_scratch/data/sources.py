@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: one reader for each kind of source, all of them returning a `Source`."""
+"""
+Where images come from: folders, files, data sets of the Hub and two built-in ones, read into memory or as a stream.
+Each reader returns a `Source`; no image is decoded.
+"""
 
 import importlib.util
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 
-from ..common.errors import Problems
+from ..common.errors import InputError, Problems, TrainingStopped
 from .arguments import DataArguments
-from .columns import LABEL_COLUMNS
-from .listing import image_endings, read_csv, walk
-from .streams import ImageStream
+from .columns import USUAL_NAMES, find_columns, is_image, is_label_list
+from .listing import image_endings, read_csv, read_rows, walk
+from .streams import ImageStream, Shard
 
 
-# Which reader of `datasets` reads a file.
+# The reader of `datasets` for a kind of file.
 FILE_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Paths in a table are relative to the folder of its file, which is kept in this column.
 FOLDER_COLUMN = "__folder__"
@@ -24,6 +33,8 @@ FOLDER_COLUMN = "__folder__"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # A folder of these is a folder of splits, not of classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+# Records of a stream that are read before training, to find wrong labels early.
+CHECKED_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Source:
 
     Attributes:
         name: for people.
-        train, validation: splits with whatever columns they have; `validation` is None where there is none.
+        train: a split with whatever columns it has, or a stream; None if it can't be read: see the problems.
+        validation: a split, or None.
         augmentation: "photo" or "digit".
         num_channels: 1 for grey images, 3 for colour.
         hub_id: the id on the Hub, if it came from there.
@@ -42,7 +54,7 @@ class Source:
     """
 
     name: str
-    train: datasets.Dataset | ImageStream
+    train: datasets.Dataset | ImageStream | None
     validation: datasets.Dataset | None = None
     augmentation: str = "photo"
     num_channels: int = 3
@@ -56,24 +68,34 @@ def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
     """
-    Reads what the command line names. No image is decoded.
+    Reads what the command line names.
 
     Args:
         arguments: the command line's.
         cache_dir: where to keep what is downloaded.
-        problems: the mistakes found so far.
+        problems: collects mistakes.
         needs_labels: whether folders must be of classes; if not, images may lie anywhere in them.
 
     Returns:
-        The source, or None if it can't be read; why not is then among the problems.
+        The source, or None if nothing of it can be read. `train` or `validation` may be None, too: whatever can't be
+        read is among the problems.
     """
-    if arguments.train_dir is not None:
-        return _read_own(arguments, cache_dir, problems, needs_labels)
-    if arguments.dataset_name == "digits":
-        return read_digits()
-    if arguments.dataset_name == "elpv":
-        return read_elpv(problems)
-    return _read_hub(arguments, cache_dir, problems)
+    if arguments.train_dir is None:
+        if arguments.dataset_name == "digits":
+            return read_digits()
+        if arguments.dataset_name == "elpv":
+            return read_elpv(problems)
+        return _read_hub(arguments, cache_dir, problems, needs_labels)
+    if arguments.streaming:
+        train = _stream_files(arguments, cache_dir, problems, needs_labels)
+    else:
+        train = _read_path("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
+    validation = None
+    if arguments.validation_dir is not None:
+        validation = _read_path("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
+    if train is None and validation is None:
+        return None
+    return Source(name=_public_name(arguments.train_dir), train=train, validation=validation)
 
 
 def read_digits() -> Source:
@@ -82,13 +104,10 @@ def read_digits() -> Source:
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
-    )
-    columns = {"image": [Image.fromarray(array) for array in pixels], "label": digits.target.tolist()}
+    names = [str(name) for name in digits.target_names]
     return Source(
         name="digits of scikit-learn",
-        train=datasets.Dataset.from_dict(columns, features=features),
+        train=_table([Image.fromarray(array) for array in pixels], digits.target.tolist(), names),
         augmentation="digit",
         num_channels=1,
         license="cc-by-4.0",
@@ -110,16 +129,10 @@ def read_elpv(problems: Problems) -> Source | None:
         return None
     folder = Path(package.origin).parent / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["functional", "defective"])}
-    )
-    columns = {
-        "image": [str(folder / path) for path, _, _ in rows],
-        "label": [int(float(probability) >= 0.5) for _, probability, _ in rows],
-    }
+    labels = [int(float(probability) >= 0.5) for _, probability, _ in rows]
     return Source(
         name="ELPV",
-        train=datasets.Dataset.from_dict(columns, features=features),
+        train=_table([str(folder / path) for path, _, _ in rows], labels, ["functional", "defective"]),
         num_channels=1,
         license="cc-by-nc-sa-4.0",
         url="https://github.com/zae-bayern/elpv-dataset",
@@ -128,83 +141,102 @@ def read_elpv(problems: Problems) -> Source | None:
     )
 
 
-def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problems) -> Source | None:
-    name = arguments.dataset_name
+def _table(images: list[Any], labels: list[int], names: list[str]) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool) -> Source | None:
+    name, shards = arguments.dataset_name, []
     try:
-        splits = datasets.load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir)
+        if arguments.streaming:
+            builder = datasets.load_dataset_builder(name, arguments.dataset_config_name, cache_dir=cache_dir)
+            splits = builder.as_streaming_dataset()
+            files = (getattr(builder.config, "data_files", None) or {}).get("train", [])
+            shards = _shards(splits["train"], [str(file) for file in files]) if "train" in splits else []
+        else:
+            splits = datasets.load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir)
     except Exception as error:  # the library raises a dozen types here, all of them about the name or the connection
-        problems.add(f"--dataset_name {name} can't be read: {str(error).strip()}")
+        verb = "streamed" if arguments.streaming else "read"
+        problems.add(f"--dataset_name {name} can't be {verb}: {str(error).strip()}")
         return None
     if "train" not in splits:
         problems.add(f"--dataset_name {name} has no train split; it has: {', '.join(splits)}.")
         return None
+    train, license = splits["train"], splits["train"].info.license or None
     validation = next((splits[split] for split in VALIDATION_SPLITS if split in splits), None)
+    if arguments.streaming:
+        train = _open_stream(shards, train.features, arguments, problems, needs_labels)
+        if train is None:
+            return None
+        if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
+            rows = _undecoded(validation)
+            validation = datasets.Dataset.from_generator(
+                lambda: iter(rows), features=rows.features, cache_dir=cache_dir
+            )
     is_local = Path(name).exists()
     return Source(
         name=Path(name).resolve().name if is_local else name,
-        train=splits["train"],
+        train=train,
         validation=validation,
         hub_id=None if is_local else name,
-        license=splits["train"].info.license or None,
+        license=license,
         url=None if is_local else f"https://huggingface.co/datasets/{name}",
     )
 
 
-def _read_own(arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool) -> Source | None:
-    """--train_dir and --validation_dir; both are read even if the first fails, so that all mistakes are told."""
-    train = read_place("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
-    validation = None
-    if arguments.validation_dir is not None:
-        validation = read_place("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
-    if train is None or (arguments.validation_dir is not None and validation is None):
-        return None
-    return Source(name=place_name(arguments.train_dir), train=train, validation=validation)
-
-
-def place_name(place: str) -> str:
+def _public_name(path: str) -> str:
     """The last part of a path that says something: no card should show where on a disk the images were."""
-    parts = [part for part in Path(place).absolute().parts if "*" not in part]
+    parts = [part for part in Path(path).absolute().parts if "*" not in part]
     while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES | {"metadata"}:
         parts.pop()
     return Path(parts[-1]).stem or "images"
 
 
-def read_place(
-    flag: str, place: str, cache_dir: str | None, problems: Problems, needs_labels: bool
+def listed(names: list[str], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _read_path(
+    flag: str, given: str, cache_dir: str | None, problems: Problems, needs_labels: bool
 ) -> datasets.Dataset | None:
-    path = Path(place).expanduser()
+    path = Path(given).expanduser()
     if path.is_dir() and needs_labels and (metadata := _metadata_file(path)) is not None:
-        path, place = metadata, str(metadata)
+        path, given = metadata, str(metadata)
     if path.is_dir():
         if not needs_labels and not _has_class_folders(path):
             return _read_unlabelled(flag, path, problems)
         return _read_class_folders(flag, path, problems)
-    found = own_files(flag, place, problems)
-    if found is None:
+    reader, files = _find_files(flag, given, problems)
+    if reader is None:
         return None
-    reader, files = found
     try:
         return _read_files(reader, files, cache_dir)
     except Exception as error:  # a broken file raises whatever its parser raises
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        problems.add(f"{flag} {place} can't be read as {reader}: {cause}")
+        problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
         return None
 
 
-def own_files(flag: str, place: str, problems: Problems) -> tuple[str, list[Path]] | None:
-    """The files that a name or a pattern stands for, and which reader of `datasets` reads them."""
-    path = Path(place).expanduser()
+def _find_files(flag: str, given: str, problems: Problems) -> tuple[str | None, list[Path]]:
+    """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
+    path = Path(given).expanduser()
     files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+    endings = {file.suffix.lower() for file in files}
+    reader = FILE_READERS.get(min(endings)) if len(endings) == 1 else None
     if not files:
-        problems.add(f"{flag} {place} does not exist.")
-        return None
-    reader = FILE_READERS.get(files[0].suffix.lower())
-    if reader is None or any(file.suffix.lower() != files[0].suffix.lower() for file in files):
+        problems.add(f"{flag} {given} does not exist.")
+    elif reader is None:
         kinds = ", ".join(sorted({file.suffix or "no ending" for file in files}))
         problems.add(
-            f"{flag} {place}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
+            f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
         )
-        return None
     return reader, files
 
 
@@ -224,8 +256,8 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
 
 def _metadata_file(folder: Path) -> Path | None:
     """
-    The table that says what is in a folder of images, as `imagefolder` of `datasets` has it: with a column "file_name",
-    and here with one of labels too, unless the images lie in class folders.
+    The table of a folder of images, as `imagefolder` of `datasets` has it: with a column "file_name", and here with one
+    of labels too, unless the images lie in class folders.
     """
     for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
         if not file.is_file():
@@ -234,19 +266,25 @@ def _metadata_file(folder: Path) -> Path | None:
             return file
         try:
             columns = _read_files(FILE_READERS[file.suffix], [file], None).column_names
-        except Exception:  # a broken file raises whatever its parser raises; whoever reads it for good tells
+        except Exception:  # a broken file raises whatever its parser raises; it is reported when it is read for good
             return file
-        if any(column.lower() in LABEL_COLUMNS for column in columns):
+        if any(column.lower() in USUAL_NAMES["label"] for column in columns):
             return file
     return None
 
 
 def _has_class_folders(folder: Path) -> bool:
     """Whether it has folders, none of them a split, and no images beside them."""
-    folders = {entry.name.lower() for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    return bool(folders - SPLIT_NAMES) and not any(
-        entry.suffix.lower() in image_endings() for entry in folder.iterdir()
-    )
+    return bool({name.lower() for name in _folders_in(folder)} - SPLIT_NAMES) and not _loose_images(folder)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _loose_images(folder: Path) -> list[str]:
+    endings = image_endings()
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in endings)
 
 
 def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
@@ -255,47 +293,25 @@ def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Da
     if not files:
         problems.add(f"{flag} {folder} has no images in it.")
         return None
-    features = datasets.Features({"image": datasets.Image()})
-    return datasets.Dataset.from_dict({"image": [str(file) for file in files]}, features=features)
-
-
-def _images_below(flag: str, folder: Path, problems: Problems) -> list[Path]:
-    """
-    The images in a folder at any depth, sorted. Also pipes and links to nothing: whoever checks the images tells why
-    these are none.
-    """
-    endings, found = image_endings(), []
-    for item in walk(str(folder)):
-        if item.fault:
-            problems.add(f"{flag} {item.path}: {item.fault}. Change its permissions, or move it away.")
-        elif Path(item.path).suffix.lower() in endings:
-            found.append(Path(item.path))
-    unnameable = [file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))]
-    if unnameable:
-        names = listed([ascii(file.name) for file in unnameable])
-        problems.add(f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename.")
-    return sorted(set(found) - set(unnameable))
+    return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
 
 
 def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
     """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
-    endings = image_endings()
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = _folders_in(folder)
     if not classes or {name.lower() for name in classes} <= SPLIT_NAMES:
         problems.add(_not_class_folders(flag, folder, classes))
         return None
-    loose = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in endings]
-    if loose:
-        problems.add(f"{flag} {folder}: {listed(sorted(loose))} in no class folder. Move to one, or away.")
+    if loose := _loose_images(folder):
+        problems.add(f"{flag} {folder}: {listed(loose)} in no class folder. Move to one, or away.")
     paths, labels = [], []
     for label, name in enumerate(classes):
         files = _images_below(flag, folder / name, problems)
         if not files:
             problems.add(f"{flag} {folder}: the class folder {name!r} has no images. Fill it or remove it.")
-        paths += [str(file) for file in files]
+        paths += files
         labels += [label] * len(files)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
-    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
+    return _table(paths, labels, classes)
 
 
 def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
@@ -314,7 +330,141 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     )
 
 
-def listed(names: list[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+def _images_below(flag: str, folder: Path, problems: Problems) -> list[str]:
+    """
+    The images in a folder at any depth, sorted. Pipes and links to nothing are among them: the check of the images
+    reports them.
+    """
+    endings, found = image_endings(), set()
+    for item in walk(str(folder)):
+        if item.fault:
+            problems.add(f"{flag} {item.path}: {item.fault}. Change its permissions, or move it away.")
+        elif Path(item.path).suffix.lower() in endings:
+            found.add(Path(item.path))
+    not_utf8 = {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}
+    if not_utf8:
+        names = listed([ascii(file.name) for file in sorted(not_utf8)])
+        problems.add(f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename.")
+    return [str(file) for file in sorted(found - not_utf8)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def _stream_files(
+    arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool
+) -> ImageStream | None:
+    given = arguments.train_dir
+    if Path(given).expanduser().is_dir():
+        problems.add(
+            f"--train_dir {given} is a folder: --streaming reads files of many images, e.g. {given}/'*.parquet' or "
+            f"{given}/'*.tar'. Leave out --streaming for a folder of images."
+        )
+        return None
+    reader, files = _find_files("--train_dir", given, problems)
+    if reader is None:
+        return None
+    names = [str(file) for file in files]
+    try:
+        if reader == "csv":
+            rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
+        else:
+            rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir, streaming=True)
+        shards = _shards(rows, names)
+    except Exception as error:  # a broken file raises whatever its parser raises
+        problems.add(f"--train_dir {given} can't be read as {reader}: {str(error).strip()}")
+        return None
+    return _open_stream(shards, rows.features, arguments, problems, needs_labels)
+
+
+def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
+    """Text as it stands in the files: "007" is not 7."""
+    for file in files:
+        yield from read_rows(file)
+
+
+def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
+    """One for each file; where `datasets` shards in another way, its own, with unknown counts."""
+    rows, count = _undecoded(rows), rows.num_shards
+    if count != len(files):
+        return [Shard(rows.shard(count, index), f"shard {index}") for index in range(count)]
+    counts: list[int | None] = [None] * count
+    if all(file.endswith(".parquet") for file in files):
+        with ThreadPoolExecutor(16) as pool:  # mostly waiting, where files are far away
+            counts = list(pool.map(_parquet_rows, files))
+    return [
+        Shard(rows.shard(count, index), Path(file).name, counts[index], str(Path(file).parent))
+        for index, file in enumerate(files)
+    ]
+
+
+def _parquet_rows(file: str) -> int:
+    """From the end of the file: no image is read."""
+    with fsspec.open(file, "rb") as opened:
+        return pyarrow.parquet.ParquetFile(opened).metadata.num_rows
+
+
+def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    for name, feature in (rows.features or {}).items():
+        if is_image(feature):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def _open_stream(
+    shards: list[Shard],
+    features: datasets.Features | None,
+    arguments: DataArguments,
+    problems: Problems,
+    needs_labels: bool,
+) -> ImageStream | None:
+    """A stream with its columns and label names, after a look at its first records; None if these are wrong."""
+    first = next(iter(shards[0].rows), None)
+    if first is None:
+        problems.add(f"{shards[0].name} has no rows. Remove it.")
+        return None
+    features = {column: (features or {}).get(column) for column in first}
+    needs_labels = needs_labels or bool(arguments.label_column_name or arguments.label_names_file)
+    columns, names = find_columns(arguments, features, "training", problems, needs_labels), []
+    label = columns and columns[1]
+    if label is not None:
+        label_problems = problems if needs_labels else Problems()
+        names = _label_names(features[label], label, arguments.label_names_file, label_problems)
+    if columns is None or (names is None and needs_labels):
+        return None
+    is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
+    stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
+    try:
+        for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
+            pass
+    except (InputError, TrainingStopped) as error:
+        problems.add(str(error))
+        return None
+    return stream
+
+
+def _label_names(feature: Any, column: str, file: str | None, problems: Problems) -> list[str] | None:
+    known = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel, or of a list of them
+    if file is None:
+        if known is None:
+            problems.add(
+                f"Column {column!r} does not say which labels there are, and a stream can't be read through before "
+                "training. Give --label_names_file FILE, a text file with a name in each line, in the order of numbers."
+            )
+        return known
+    if not Path(file).is_file():
+        problems.add(f"--label_names_file {file} is not a file. Give a text file with one name in a line.")
+        return None
+    names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        problems.add(
+            f"--label_names_file {file}: {len(names)} names, {len(set(names))} of them different. Give each once."
+        )
+        return None
+    if known is not None and len(known) != len(names):
+        problems.add(
+            f"--label_names_file {file} has {len(names)} names, but column {column!r} has {len(known)} labels."
+        )
+        return None
+    return names

@@ -14,10 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
 from ..data.arguments import BUILT_IN, DataArguments
-from ..data.checking import find_broken, listed_below
 from ..data.dataset import Examples
 from ..data.sources import Source, listed, read_source
-from ..data.splits import LabelledSplit, hold_out, read_split, sample
+from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
 from .arguments import EvaluationArguments
 
 
@@ -219,14 +218,14 @@ def _match_labels(
         )
         return {}
     if arguments.match_labels == "index":
-        if len(split.names) != len(label_names):
+        if len(split.label_names) != len(label_names):
             problems.add(
                 f"--match_labels index is for the same labels in the same order, and the data have "
-                f"{len(split.names)}, the model {len(label_names)}. Give --label_map."
+                f"{len(split.label_names)}, the model {len(label_names)}. Give --label_map."
             )
         return {index: index for index in range(len(label_names))}
     renamed = read_label_map(arguments.label_map, label_names, problems) if arguments.label_map else {}
-    names = [renamed.get(name, name) for name in split.names]
+    names = [renamed.get(name, name) for name in split.label_names]
     known = {name: index for index, name in enumerate(label_names)}
     unknown = [names[index] for index in sorted(set(split.used())) if names[index] not in known]
     if unknown:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
-from ..data.pixels import Normalize
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..visualization.attention import rollout_maps
 from ..visualization.figures import over_photo

@@ -14,10 +14,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
 from ..common.errors import InputError
-from ..data.collation import ImageCollator
+from ..data.collation import ImageCollator, Normalize, input_size
 from ..data.dataset import Examples, ImageClassificationDataset
 from ..data.decoding import StoredImage
-from ..data.pixels import Normalize, input_size
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..acceleration.speed_up import only_pooled_output
+from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
-from ..data.pixels import Normalize
 from ..data.splits import ImageData, check_for_probes
 from ..data.streams import ImageStream
 

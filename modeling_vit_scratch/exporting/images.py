@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
-from ..data.collation import ImageCollator
+from ..data.collation import ImageCollator, Normalize
 from ..data.dataset import ImageClassificationDataset
-from ..data.pixels import Normalize
 from ..evaluation.arguments import EvaluationArguments
 from ..evaluation.data import read_evaluation_data
 from ..modeling_vit_scratch import ViTScratchForImageClassification

@@ -23,7 +23,6 @@ from ..data.listing import (
     Item,
     image_column_of,
     image_endings,
-    image_features,
     item_of_file,
     list_folder,
     list_lines,
@@ -145,7 +144,7 @@ class Rows:
             except (OSError, ValueError, pyarrow.ArrowException) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise InputError(f"{path} can't be read as Parquet: {reason}") from error
-            column = image_column_of(path, self.image_column_name, image_features(features), list(features))
+            column = image_column_of(path, self.image_column_name, features)
             self._tables = {path: (file, column)}  # one open file at a time
         return self._tables[path]
 
@@ -196,8 +195,7 @@ class Rows:
                 table = source.train
             else:
                 table = self._load(name)
-            is_image = image_features(table.features)
-            column = image_column_of(name, self.image_column_name, is_image, table.column_names)
+            column = image_column_of(name, self.image_column_name, table.features)
             table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
             self._tables[name] = table, column
         return self._tables[name]

@@ -14,7 +14,7 @@ from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
 from ..common.pretrained import load_pretrained
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.pixels import Normalize
+from ..data.collation import Normalize
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .arguments import PredictionArguments

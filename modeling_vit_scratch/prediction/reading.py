@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError
+from ..data.dataset import prepare_workers
 from ..data.listing import Item
-from ..data.loader import prepare_workers
-from ..image_processing_vit_scratch import ImageDecodeError, ViTScratchImageProcessor
+from ..image_decoding_vit_scratch import ImageDecodeError
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .inputs import Rows
 
 

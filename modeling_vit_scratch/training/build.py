@@ -18,12 +18,10 @@ from ..checkpoint.classifier import fit_classifier, label_fields
 from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.collation import ImageCollator, MixingCollator
+from ..data.collation import ImageCollator, MixingCollator, input_size
 from ..data.dataset import ImageClassificationDataset
-from ..data.pixels import input_size
 from ..data.splits import ImageData
-from ..data.streaming import StreamDataset, StreamPlace, check_stream
-from ..data.streams import ImageStream
+from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_stream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
@@ -64,7 +62,7 @@ def build_trainer(
         speed_up(model),
         arguments,
         average=None if decay is None else WeightAverage(decay, warmup),
-        stream_position=StreamPlace() if isinstance(train_set, StreamDataset) else None,
+        stream_position=StreamPosition() if isinstance(train_set, StreamDataset) else None,
         objective=objective.description,
         finished_model=objective.finished_model,
         data_collator=objective.data_collator,

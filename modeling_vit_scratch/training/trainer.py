@@ -30,12 +30,12 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
-from ..data.loader import repeating_loader
-from ..data.pixels import Normalize, mix
-from ..data.streaming import StreamDataset, StreamPlace, stream_loader
+from ..data.collation import Normalize, mix
+from ..data.dataset import repeating_loader
+from ..data.streams import StreamDataset, StreamPosition, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
-from ..image_processing_vit_scratch import ImageDecodeError
+from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, ImageTrainingArguments
 from .callbacks import SaveOnSignal, WeightAverage
 from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
@@ -67,7 +67,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         model: PreTrainedModel,
         args: ImageTrainingArguments,
         average: WeightAverage | None = None,
-        stream_position: StreamPlace | None = None,
+        stream_position: StreamPosition | None = None,
         objective: str | None = None,
         finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None,
         **others: Any,

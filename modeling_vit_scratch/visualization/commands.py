@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from ..common.errors import InputError
 from ..data.dataset import ImageClassificationDataset
-from ..data.streaming import StreamDataset
+from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import figures
 from .attention import attention_distances, head_maps, patch_distances, rollout_maps

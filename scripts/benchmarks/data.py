@@ -15,9 +15,8 @@ from transformers import ViTImageProcessorPil
 from benchmarks.timing import OURS
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.data.collation import ImageCollator
+from modeling_vit_scratch.data.collation import ImageCollator, Normalize
 from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDataset
-from modeling_vit_scratch.data.pixels import Normalize
 from modeling_vit_scratch.image_processing_vit_scratch import ViTScratchImageProcessor
 
 
