@@ -25,7 +25,14 @@ def main() -> int:
 
     from modeling_vit_scratch.prediction.inputs import Rows
     from modeling_vit_scratch.prediction.model import load_predictor
-    from modeling_vit_scratch.prediction.running import finish, open_job, print_table, run_job, tell, wait_for_all
+    from modeling_vit_scratch.prediction.running import (
+        finish,
+        open_job,
+        print_table,
+        result_message,
+        run_job,
+        wait_for_all,
+    )
 
     logging.disable_progress_bar()
     rows = Rows(arguments)
@@ -35,13 +42,13 @@ def main() -> int:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         predictor = load_predictor(arguments, accelerator.device)
-    job, gaps, processes = open_job(predictor, rows, arguments, accelerator)
-    run_job(job, gaps, predictor, rows, arguments, accelerator)
+    job, missing, processes = open_job(predictor, rows, arguments, accelerator)
+    run_job(job, missing, predictor, rows, arguments, accelerator)
     wait_for_all(processes)
     broken = 0
     if accelerator.is_main_process:
         predicted, broken = finish(job, predictor)
-        print(tell(job, predicted, broken))
+        print(result_message(job, predicted, broken))
     wait_for_all(processes)
     accelerator.end_training()
     return int(broken > arguments.broken_limit)

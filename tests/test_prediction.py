@@ -387,8 +387,8 @@ def runner(place):
         argv = [str(folder / "model"), str(folder / "photos"), "--output", str(output), "--dataloader_num_workers", "0"]
         arguments = parse_arguments([*argv, "--per_device_eval_batch_size", "2", *flags])
         rows = Rows(arguments)
-        job, gaps, _ = open_job(predictor, rows, arguments, accelerator)
-        run_job(job, gaps, predictor, rows, arguments, accelerator)
+        job, missing, _ = open_job(predictor, rows, arguments, accelerator)
+        run_job(job, missing, predictor, rows, arguments, accelerator)
         return finish(job, predictor)
 
     return run

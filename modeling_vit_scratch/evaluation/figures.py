@@ -17,7 +17,7 @@ from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..visualization.attention import rollout_maps
-from ..visualization.figures import over_photo
+from ..visualization.figures import lit
 from ..visualization.photos import as_pixels
 from .data import EvaluationData
 from .report import Report
@@ -195,13 +195,12 @@ def draw_examples(
     for axes in grid.ravel():
         axes.set_axis_off()
     for (kind, chosen), pair in zip(groups, grid.reshape(len(groups), 2, columns)):
-        for (plain, lit), row in zip(pair.T, chosen):
+        for (plain, looks), row in zip(pair.T, chosen):
             pixel_values = dataset[int(report.rows[row])]["pixel_values"][None]  # (1, C, H, W)
             pixel_values = pixel_values if normalize is None else normalize(pixel_values)
             photo = as_pixels(pixel_values, processor)[0]
             plain.imshow(photo, interpolation="nearest")
-            light = over_photo(rollout_maps(model, pixel_values)[0], *photo.shape[:2])
-            lit.imshow(photo / 255 * light[..., None], interpolation="nearest")
+            looks.imshow(lit(photo, rollout_maps(model, pixel_values)[0]), interpolation="nearest")
             label, prediction = _label_and_prediction(report, row)
             text = prediction if kind == "right" else f"{label},\ntaken for {prediction}"
             plain.set_title(text, fontsize=7.5)

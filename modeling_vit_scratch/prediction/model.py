@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model as prediction needs it: scores and embeddings of pixels, and what it is told apart from others by."""
+"""The model of a prediction: pixels to scores and embeddings, and the fingerprint of its weights and settings."""
 
 import hashlib
 import json
@@ -20,16 +20,15 @@ from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchM
 from .arguments import PredictionArguments
 
 
-# Images that a thread of a CPU takes at a time: the numbers of more are in no cache, which costs small networks a fifth
-# of their speed.
+# Images that a CPU thread takes at a time: more don't fit into its cache, which makes small networks a fifth slower.
 PER_THREAD = 16
 
 
 class Prediction(NamedTuple):
     """
     Attributes:
-        labels, scores: (B, k), best first; of equal scores the label with the lower index.
-        embeddings: (B, D) float32, the pooled output; or None.
+        labels, scores: (B, k), best first; of equal scores the lower label index first.
+        embeddings: (B, D) float32, the pooled output, or None.
     """
 
     labels: np.ndarray
@@ -39,12 +38,14 @@ class Prediction(NamedTuple):
 
 class Predictor:
     """
+    Predicts batches of images.
+
     Args:
-        model: a classifier; or where no labels are wanted, an encoder.
-        processor: the model's.
-        top_k: labels of each image.
-        has_embeddings: whether to keep the pooled output.
-        device, dtype: where and in what the network computes.
+        model: a classifier, or with `top_k` 0 an encoder.
+        processor: of the model.
+        top_k: labels per image.
+        has_embeddings: whether to return the pooled output.
+        device, dtype: of the computation.
     """
 
     def __init__(
@@ -73,21 +74,18 @@ class Predictor:
 
     @property
     def width(self) -> int:
-        """Of an embedding."""
+        """Length of an embedding."""
         return self.config.representation_size or self.config.hidden_size
 
     def __call__(self, pixels: torch.Tensor) -> Prediction:
-        """
-        Args:
-            pixels: (B, C, H, W), uint8.
-        """
+        """The prediction for pixels (B, C, H, W), uint8."""
         if torch.device(self.device).type != "cpu":
             return self._predict(pixels)
-        # Each thread has images of its own. If they shared every operation, all of them would wait each time for the
-        # one whose core reads a photo, or does other people's work.
+        # Each thread computes its own images. If all shared each operation, they would wait each time for the slowest,
+        # whose core is decoding a photo.
         threads, run = torch.get_num_threads(), map
         parts = pixels.split(min(PER_THREAD, -(-len(pixels) // threads)))
-        if len(parts) > 1 < threads:  # one image has all threads
+        if len(parts) > 1 < threads:  # a single part uses all threads
             self._pool = self._pool or ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             run = self._pool.map
         labels, scores, embeddings = zip(*run(self._predict, parts))
@@ -109,8 +107,8 @@ class Predictor:
 
 def to_scores(logits: torch.Tensor, config: ViTScratchConfig) -> torch.Tensor:
     """
-    What a pipeline of transformers makes of logits (B, K): probabilities that sum to 1; for several labels of an image,
-    or for a single one, one probability for each; for a regression the numbers themselves.
+    Scores as in a pipeline of transformers, from logits (B, K): softmax; sigmoid for models with several labels per
+    image or a single one; for a regression the logits.
     """
     if config.problem_type == "regression":
         return logits
@@ -121,7 +119,7 @@ def to_scores(logits: torch.Tensor, config: ViTScratchConfig) -> torch.Tensor:
 
 def load_predictor(arguments: PredictionArguments, device: torch.device | str = "cpu") -> Predictor:
     """
-    What the command line asks for.
+    The predictor of the command line.
 
     Raises:
         InputError: if MODEL can't be loaded, has no classifier, or fewer labels than --top_k.
@@ -145,7 +143,7 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
 
 
 def fingerprint(predictor: Predictor) -> str:
-    """SHA-256 of everything that the model's numbers and labels follow from: weights, configuration, processor."""
+    """SHA-256 of weights, configuration and processor, which decide scores and labels."""
     digest = hashlib.sha256()
     for key, tensor in sorted(predictor.model.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())

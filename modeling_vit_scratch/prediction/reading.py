@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From items to batches of pixels: the main process hands out items, worker processes read and decode them."""
+"""From items to batches of pixels. The main process hands out items; worker processes read and decode them."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -16,23 +16,22 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .inputs import Rows
 
 
-# The encoded image of a shard or a table may have so many bytes.
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30  # of an encoded image in a shard or a table
 
 
 class Batch(NamedTuple):
     """
     Attributes:
-        number: which batch of the run it is: its first image is number * batch size.
-        names: (B,) of the images.
-        pixels: (B, C, H, W), uint8; zeros for what can't be read.
-        faults: (B,) why an image can't be read, or None.
+        number: of the batch in the run: its first image is number * batch size.
+        names: (B,).
+        pixels: (B, C, H, W), uint8; zeros for images that can't be read.
+        errors: (B,), why an image can't be read, or None.
     """
 
     number: int
     names: list[str]
     pixels: torch.Tensor
-    faults: list[str | None]
+    errors: list[str | None]
 
 
 def pixel_size(processor: ViTScratchImageProcessor) -> tuple[int, int]:
@@ -53,11 +52,11 @@ def pixel_size(processor: ViTScratchImageProcessor) -> tuple[int, int]:
 
 class ItemDataset(Dataset):
     """
-    Batches of items to batches of pixels, as the processor resizes and crops them, not yet normalised.
+    Batches of pixels, resized and cropped by the processor and not yet normalised.
 
     Args:
-        processor: the model's.
-        fast_decode: decode and resize the fast way, as with the processor's `do_fast_resize`, whatever that is.
+        processor: of the model.
+        fast_decode: whether to decode and resize as with the processor's `do_fast_resize`.
     """
 
     def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
@@ -65,18 +64,18 @@ class ItemDataset(Dataset):
         channels = processor.num_channels if processor.do_convert_rgb else len(np.atleast_1d(processor.image_mean))
         self.shape = (channels, *pixel_size(processor))
 
-    def __getitems__(self, numbered: tuple[int, list[tuple[Item, Any]]]) -> Batch:
-        number, items = numbered
-        pixels, faults = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
+    def __getitems__(self, batch: tuple[int, list[tuple[Item, Any]]]) -> Batch:
+        number, items = batch
+        pixels, errors = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
         for row, (item, content) in enumerate(items):
-            fault = item.fault
-            if fault is None:
+            reason = item.fault
+            if reason is None:
                 try:
                     pixels[row] = self._read(item, content)
-                except ValueError as error:  # ImageDecodeError, or what can't become what the processor makes
-                    fault = _reason(error, item.name)
-            faults.append(fault)
-        return Batch(number, [item.name for item, _ in items], pixels, faults)
+                except ValueError as error:  # ImageDecodeError, or an image that does not fit the processor
+                    reason = _reason(error, item.name)
+            errors.append(reason)
+        return Batch(number, [item.name for item, _ in items], pixels, errors)
 
     def _read(self, item: Item, content: Any) -> torch.Tensor:
         if isinstance(content, ValueError):
@@ -113,7 +112,7 @@ def _reason(error: ValueError, name: str) -> str:
 
 
 class Batches:
-    """The batches of a process, as torch's batch sampler: their numbers and items, with what rows of tables hold."""
+    """A batch sampler for torch: numbers and items of a process's batches, with the contents of rows of tables."""
 
     def __init__(self, items: Iterable[tuple[int, list[Item]]], rows: Rows) -> None:
         self._items, self._rows = items, rows
@@ -137,12 +136,12 @@ class Batches:
 def build_loader(batches: Batches, dataset: ItemDataset, num_workers: int, pin_memory: bool) -> Iterable[Batch]:
     """Batches in their order, read ahead by the worker processes."""
     loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory
+        dataset, batch_sampler=batches, collate_fn=_identity, num_workers=num_workers, pin_memory=pin_memory
     )
     if num_workers:
         prepare_workers(loader)
     return loader
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of scripts/visualize.py: for each a function from a model and photos to arrays and their drawing."""
+"""The figures of scripts/visualize.py: each is a function from a model and photos to arrays and how to draw them."""
 
 import difflib
 import textwrap
@@ -23,7 +23,6 @@ from . import figures
 from .attention import attention_distances, head_maps, patch_distances, rollout_maps
 from .descriptions import LIMITS
 from .embeddings import patch_filters, position_similarity
-from .figures import check_drawing, new_figure
 from .gradcam import grad_cam
 from .photos import as_pixels, batches, encoder, read_photo
 
@@ -33,7 +32,7 @@ MAX_PHOTOS_IN_SHEET = 3
 
 @dataclass(frozen=True)
 class Subject:
-    """What a figure is of: a model, its image processor, its name, the files of photos, and the command's options."""
+    """A model with its image processor and name, the files of photos, and options of the command line."""
 
     model: ViTScratchPreTrainedModel
     processor: Any
@@ -42,20 +41,24 @@ class Subject:
     label: str | None = None
     batch_size: int = 8
 
+    @property
+    def pools_cls(self) -> bool:
+        return encoder(self.model).config.pooling == "cls"
+
     def read(self, limit: int) -> Iterator[Tensor]:
-        """`pixel_values` (1, C, H, W) of the first photos, one after the other."""
+        """`pixel_values` (1, C, H, W) of each of the first photos."""
         if not self.photos:
             raise InputError("This figure is of photos: give images or folders of images after the model.")
         return (read_photo(file, self.model, self.processor) for file in self.photos[:limit])
 
-    def represents(self) -> str:
-        """Which tokens stand for the image, in words."""
-        return "the class token" if encoder(self.model).config.pooling == "cls" else "the mean of the patches"
+    def as_photo(self, pixel_values: Tensor) -> np.ndarray:
+        """(1, C, H, W) to (H, W, 3), uint8."""
+        return as_pixels(pixel_values, self.processor)[0]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Arrays, and how they are drawn: `draw(figure, width)` in inches, on a page of `size`."""
+    """Arrays, and `draw(figure, width)` for a page of `size`, in inches."""
 
     arrays: dict[str, np.ndarray]
     size: tuple[float, float]
@@ -67,7 +70,7 @@ class Picture:
 
 
 def filters(subject: Subject) -> Picture:
-    """What the first layer looks for (Figure 7, left, of the paper)."""
+    """Figure 7, left, of the paper."""
     found = patch_filters(subject.model)
     height, width = found.components.shape[1:3]
     count, explained = len(found.components), found.explained.sum()
@@ -77,29 +80,29 @@ def filters(subject: Subject) -> Picture:
     )
     arrays = {"components": found.components, "explained": found.explained}
     size = (6.0, 6.0 * -(-count // 7) / 7 * height / width + 0.9)
-    return Picture(arrays, size, partial(_draw, figures.draw_filters, found, caption))
+    return Picture(arrays, size, partial(figures.draw_filters, filters=found, caption=caption))
 
 
 def positions(subject: Subject) -> Picture:
-    """What the model knows about positions (Figure 7, centre, and D.4 of the paper)."""
-    base = encoder(subject.model)
+    """Figure 7, centre, and D.4 of the paper."""
     similarity = position_similarity(subject.model)
     rows, columns = similarity.shape[:2]
     shown = [min(rows, figures.MAX_TILES), min(columns, figures.MAX_TILES)]
     part = "" if shown == [rows, columns] else f", {shown[0]} × {shown[1]} of them shown"
     caption = (
-        f"{subject.name}: {base.config.position_embedding} embeddings of {rows} × {columns} patches{part}. A tile "
-        "compares its patch's embedding with those of all patches."
+        f"{subject.name}: {encoder(subject.model).config.position_embedding} embeddings of {rows} × {columns} patches"
+        f"{part}. A tile compares its patch's embedding with those of all patches."
     )
-    # Of rows and columns that are not equally many, each tile has the shape of the whole.
+    # Each tile has the shape of the whole grid.
     aspect = shown[0] * rows / (shown[1] * columns)
     wide = min(5.2, 7.5 / aspect)
     size = (max(wide + 1.2, 4.2), wide * aspect + 1.3)
-    return Picture({"similarity": similarity}, size, partial(_draw, figures.draw_positions, similarity, caption))
+    draw = partial(figures.draw_positions, similarity=similarity, caption=caption)
+    return Picture({"similarity": similarity}, size, draw)
 
 
 def distance(subject: Subject) -> Picture:
-    """How far each head looks (Figure 7, right, and D.7 of the paper)."""
+    """Figure 7, right, and D.7 of the paper."""
     base, rows, uniforms, sizes = encoder(subject.model), [], [], set()
     photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
@@ -118,61 +121,64 @@ def distance(subject: Subject) -> Picture:
         f"{seen} pixels. Attention between patches only, the rest left out and rows divided by their sum."
     )
     arrays = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
-    return Picture(arrays, (6.0, 4.4), partial(_draw, figures.draw_distances, mean, uniform, caption))
+    draw = partial(figures.draw_distances, distances=mean, uniform=uniform, caption=caption)
+    return Picture(arrays, (6.0, 4.4), draw)
 
 
 def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
-    """What the model looks at, through all layers (Figures 6 and 14, and D.8 of the paper)."""
-    shown, maps = [], []
-    for pixel_values in subject.read(limit):
-        shown.append(as_pixels(pixel_values, subject.processor)[0])
-        maps.append(rollout_maps(subject.model, pixel_values)[0])
+    """Figures 6 and 14, and D.8 of the paper."""
+    pixel_values = list(subject.read(limit))
+    maps = [rollout_maps(subject.model, one)[0] for one in pixel_values]
+    represents = "the class token" if subject.pools_cls else "the mean of the patches"
     caption = (
-        f"{subject.name}: how much of each patch is in {subject.represents()}, by attention of all layers. Right: a "
-        "patch of 2 counts twice the mean."
+        f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
+        "counts twice the mean."
     )
-    draw = partial(_draw, figures.draw_rollout, shown, maps, caption)
-    return Picture(_named(rollout=maps), _page(shown), draw)
+    photos, titles = list(map(subject.as_photo, pixel_values)), (figures.TITLES["rollout"], "attention")
+    return _picture_of_photos("rollout", photos, maps, overlay=figures.lit, titles=titles, caption=caption)
 
 
 def heads(subject: Subject) -> Picture:
-    """What every head of every layer looks at, in one photo."""
+    """Every head of every layer for one photo."""
     (pixel_values,) = list(subject.read(1))
-    maps, photo = head_maps(subject.model, pixel_values)[0], as_pixels(pixel_values, subject.processor)[0]
+    maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
-    looks = "the class token" if encoder(subject.model).config.pooling == "cls" else "all patches, on average,"
+    looks = "the class token" if subject.pools_cls else "all patches, on average,"
     caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
     tile = min(0.9, 13 / max(layers * rows / columns, count))
     wide = count * tile
     beside = wide * figures.photo_part(count)
     high = max(layers * tile * rows / columns, beside * photo.shape[0] / photo.shape[1])
     size = (max(wide + beside + 1.0, 4.5), max(high + 1.3, 2.5))
-    return Picture({"attention": maps, "photo": photo}, size, partial(_draw, figures.draw_heads, photo, maps, caption))
+    draw = partial(figures.draw_heads, photo=photo, maps=maps, caption=caption)
+    return Picture({"attention": maps, "photo": photo}, size, draw)
 
 
 def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
-    """Which patches speak for a class."""
-    classes = _class_index(subject.model, subject.label)
-    shown, maps, labels = [], [], []
+    """Grad-CAM for the predicted class or --label."""
+    index = _class_index(subject.model, subject.label)
+    photos, maps, labels = [], [], []
     for pixel_values in subject.read(limit):
-        found, (label,), (logits,) = grad_cam(subject.model, pixel_values, None if classes is None else [classes])
-        shown.append(as_pixels(pixel_values, subject.processor)[0])
+        found, (label,), (logits,) = grad_cam(subject.model, pixel_values, None if index is None else [index])
+        photos.append(subject.as_photo(pixel_values))
         maps.append(found[0])
         labels.append(_label_text(subject.model, int(label), logits))
-    chosen = "the predicted class" if classes is None else f"the class {subject.model.config.id2label[classes]!r}"
+    chosen = "the predicted class" if index is None else f"the class {subject.model.config.id2label[index]!r}"
     caption = (
         f"{subject.name}: which patches speak for {chosen}, with the score of each photo. Last layer, before its "
         "attention. Right: a patch of 2 counts twice the mean."
     )
-    draw = partial(_draw, figures.draw_gradcam, shown, maps, labels, caption)
-    return Picture(_named(gradcam=maps), _page(shown), draw)
+    titles = (figures.TITLES["gradcam"], "Grad-CAM")
+    return _picture_of_photos(
+        "gradcam", photos, maps, overlay=figures.coloured, titles=titles, caption=caption, labels=labels
+    )
 
 
 def sheet(subject: Subject) -> Picture:
     """All figures of a model on one page."""
     makers = {"filters": filters, "positions": positions, "distance": distance}
     makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
-    subject.read(1)  # says so at once if there is no photo
+    subject.read(1)  # raises at once if there is no photo
     pictures: dict[str, Picture | str] = {}
     for name, make in {**makers, "heads": heads}.items():
         try:
@@ -183,7 +189,7 @@ def sheet(subject: Subject) -> Picture:
             pictures[name] = str(error)
     found = {name: picture.arrays for name, picture in pictures.items() if isinstance(picture, Picture)}
     arrays = {f"{name}_{key}": array for name, parts in found.items() for key, array in parts.items()}
-    return Picture(arrays, (17.0, 11.5), partial(_draw_sheet, subject.name, pictures))
+    return Picture(arrays, (17.0, 11.5), partial(_draw_sheet, name=subject.name, pictures=pictures))
 
 
 FIGURES: dict[str, Callable[..., Picture]] = {
@@ -191,12 +197,7 @@ FIGURES: dict[str, Callable[..., Picture]] = {
 }
 
 
-def _draw(draw: Callable, *arguments: Any) -> None:
-    *arrays, figure, width = arguments
-    draw(figure, *arrays, width)
-
-
-def _draw_sheet(name: str, pictures: dict[str, Picture | str], figure: Any, width: float) -> None:
+def _draw_sheet(figure: Any, width: float, name: str, pictures: dict[str, Picture | str]) -> None:
     figure.suptitle(f"{name}: what is inside", fontsize=14, weight="bold")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35], hspace=0.03)
     parts = [*above.subfigures(1, 3, wspace=0.03), *below.subfigures(1, 3, wspace=0.03)]
@@ -204,17 +205,15 @@ def _draw_sheet(name: str, pictures: dict[str, Picture | str], figure: Any, widt
         if isinstance(picture, Picture):
             picture.draw(part, width / 3 - 0.3)
         else:
-            figures.draw_message(part, figures.TITLES[kind], picture, width / 3)
+            figures.draw_message(part, width / 3, figures.TITLES[kind], picture)
 
 
-def _named(**lists: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _picture_of_photos(name: str, photos: list[np.ndarray], maps: list[np.ndarray], **drawing: Any) -> Picture:
     """One array for each photo: photos may differ in size."""
-    return {f"{name}_{index}": array for name, arrays in lists.items() for index, array in enumerate(arrays)}
-
-
-def _page(photos: list[np.ndarray]) -> tuple[float, float]:
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
-    return 7.0, max(sum(heights) + 1.0, 2.2)
+    draw = partial(figures.draw_photos, photos=photos, maps=maps, **drawing)
+    arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}
+    return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), draw)
 
 
 def _class_index(model: ViTScratchPreTrainedModel, label: str | None) -> int | None:
@@ -241,18 +240,22 @@ def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray
     return f"{name} {score:.0%}"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training images
+
+
 def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
     """
-    Training images as training makes them, with the random numbers of the run itself.
+    Training images as the run sees them, with the random numbers of the run.
 
     Args:
-        trainer: that was built from a command line.
-        rows: images, spread over the training set.
-        epochs: how many, from the first on.
+        trainer: of the run.
+        rows: images, evenly spaced in the training set.
+        epochs: the first ones.
 
     Returns:
-        (rows, 1 + epochs, H, W, 3), uint8: in each row the image without augmentation, then as in each epoch; mixed, if
-        the run mixes, with the image of the row above.
+        (rows, 1 + epochs, H, W, 3), uint8: each image without augmentation, then as in each epoch; mixed, if the run
+        mixes, with the image of the row above.
     """
     train_set, collate = trainer.train_dataset, trainer.data_collator
     if isinstance(train_set, StreamDataset):
@@ -273,16 +276,15 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
     """Writes the grid as a PNG. Raises InputError without matplotlib."""
-    check_drawing(file)
     rows, columns = grid.shape[:2]
-    figure = new_figure((1.5 * columns, 1.5 * rows + 0.6))
-    figure.suptitle(title, fontsize=8, wrap=True)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        for column in range(columns):
+
+    def draw(figure: Any) -> None:
+        figure.suptitle(title, fontsize=8, wrap=True)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for row, column in np.ndindex(rows, columns):
             axes[row, column].imshow(grid[row, column])
             axes[row, column].set_axis_off()
-            if row == 0:
-                axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+        for column in range(columns):
+            axes[0, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
+
+    figures.save_figure(draw, (1.5 * columns, 1.5 * rows + 0.6), file)

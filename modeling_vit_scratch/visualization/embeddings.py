@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the first layer looks for: the principal components of its filters (Figure 7, left, of the paper)."""
+"""Figures of the embeddings: principal components of the patch filters, and similarity of position embeddings."""
 
 from dataclasses import dataclass
 
@@ -22,9 +22,9 @@ class Filters:
     Principal components of the first layer's filters, the strongest first.
 
     Attributes:
-        components: (n, height, width, C), float64, of length 1; the sign makes the largest entry positive.
-        explained: (n,), each one's part of the filters' variance.
-        num_filters: how many filters there are.
+        components: (n, height, width, C), float64, of length 1; the largest entry is positive.
+        explained: (n,), fractions of the filters' variance.
+        num_filters: number of filters.
     """
 
     components: np.ndarray
@@ -34,13 +34,12 @@ class Filters:
 
 def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_COMPONENTS) -> Filters:
     """
-    Principal components of the filters that map a patch to a token: the rows of E in equation 1 as points in the space
-    of patches, less their mean. Of a hybrid, those of the stem's root convolution, standardised as the forward does:
-    the layer that sees pixels.
+    Principal components of the patch embedding's filters (Figure 7, left, of the paper): the rows of E in equation 1,
+    less their mean. In a hybrid they are those of the stem's root convolution, standardised as in the forward pass.
 
     Args:
         model: of this package.
-        num_components: at most so many; there are never more than filters, or than pixels times channels.
+        num_components: the maximum; there are never more than filters, or than pixels times channels.
     """
     embeddings = encoder(model).embeddings.patch_embeddings
     if embeddings.stem is None:
@@ -63,19 +62,19 @@ def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_CO
 @torch.no_grad()
 def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] | None = None) -> np.ndarray:
     """
-    Cosine similarity of each patch's position embedding with every other's.
+    Cosine similarity of all pairs of position embeddings (Figure 7, centre, and D.4 of the paper).
 
     Args:
-        model: with `position_embedding` `"learned_1d"`, `"learned_2d"` or `"sincos_2d"`; where positions enter again
+        model: with `position_embedding` `"learned_1d"`, `"learned_2d"` or `"sincos_2d"`; if positions are added again
             before later layers, those of the stem are taken.
-        grid: rows and columns of patches, for which the model resamples its positions. Default: the stored grid.
+        grid: rows and columns of patches, for which positions are resampled. Default: the stored grid.
 
     Returns:
-        (rows, columns, rows, columns), float64, -1 to 1: `[r, c]` is the map for the patch in row r and column c. An
-        embedding of nothing but zeros is like no other: 0.
+        (rows, columns, rows, columns), float64, -1 to 1: `[r, c]` is the map for the patch in row r and column c. 0 for
+        an embedding of zeros.
 
     Raises:
-        InputError: if the model has no embedding of places.
+        InputError: if the model has no position embeddings.
     """
     base = encoder(model)
     positions = base.embeddings.position_embeddings
@@ -86,7 +85,7 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
             "relative_1d": "it embeds distances between patches, inside its attention",
         }[kind]
         raise InputError(
-            f"The model has position_embedding={kind!r}: {why}, and there are no embeddings of places to compare. "
+            f"The model has position_embedding={kind!r}: {why}, and there are no position embeddings to compare. "
             "Models with learned_1d, learned_2d or sincos_2d have them."
         )
     rows, columns = base.config.grid_hw if grid is None else grid

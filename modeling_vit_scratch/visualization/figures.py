@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From arrays to pictures. Every function draws into a matplotlib figure or a part of one; matplotlib comes with the extra
-`plot`, and is not imported before something is drawn. Colours are viridis and magma, which read the same in grey and to
-the colour-blind.
+From arrays to pictures, with matplotlib, which comes with the extra `plot` and is imported only to draw.
+
+Functions `draw_...` draw into a figure or a subfigure that is `width` inches wide. Colours are viridis and magma, which
+read the same in grey and to the colour-blind.
 """
 
 import textwrap
@@ -35,12 +36,12 @@ TITLES = {
     "heads": "Attention of every head",
     "gradcam": "Grad-CAM",
 }
-# Of a grid with more rows or columns, so many are shown, evenly spread.
+# A larger grid is sampled evenly.
 MAX_TILES = 14
 
 
 def check_drawing(file: Path) -> None:
-    """Raises InputError without matplotlib, and for a file whose suffix is of no format that it writes."""
+    """Raises InputError without matplotlib, or if it can't write files with this suffix."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -51,12 +52,12 @@ def check_drawing(file: Path) -> None:
 
 def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Path) -> None:
     """
-    Draws a figure and writes it, in the format of the file's suffix.
+    Writes a figure; the same figure gives the same file.
 
     Args:
         draw: gets the empty figure.
         size: width and height in inches.
-        file: .png, .pdf or .svg; its folder is made.
+        file: .png, .pdf or .svg; its folder is created.
 
     Raises:
         InputError: as `check_drawing`.
@@ -64,7 +65,6 @@ def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Pa
     check_drawing(file)
     import matplotlib
 
-    # The same picture is the same file: no date in it.
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix.lower())
     with matplotlib.rc_context(STYLE):
         figure = new_figure(size)
@@ -74,7 +74,7 @@ def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Pa
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure of so many inches that gives every label its room."""
+    """An empty figure, `size` in inches, that leaves room for every label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -83,7 +83,7 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def tiles(images: np.ndarray, gap: int = 1) -> np.ndarray:
-    """Rows and columns of pictures in one, (R, C, h, w[, 3]) -> (R * (h + gap) - gap, ...), with NaN between them."""
+    """Joins a grid of images, (R, C, h, w[, 3]) -> (R * (h + gap) - gap, ...), with NaN between them."""
     rows, columns, height, width, *colours = images.shape
     canvas = np.full((rows * (height + gap), columns * (width + gap), *colours), np.nan)
     for row, column in np.ndindex(rows, columns):
@@ -93,26 +93,48 @@ def tiles(images: np.ndarray, gap: int = 1) -> np.ndarray:
 
 
 def to_unit(array: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
-    """Shifted and scaled to 0..1 over the axes; what is constant becomes 0."""
+    """Scales to 0..1 over the axes; a constant becomes 0."""
     low, high = array.min(axis=axis, keepdims=True), array.max(axis=axis, keepdims=True)
     return np.divide(array - low, high - low, out=np.zeros(array.shape), where=high > low)
 
 
 def over_photo(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map of patches (rows, columns) as smooth as a photo (height, width), 0 to 1 by its largest value."""
+    """Scales a map of patches (rows, columns) to a photo (height, width), smoothly, with the maximum 1."""
     values = values / max(values.max(), np.finfo(float).tiny)
     smooth = Image.fromarray(values.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(smooth).clip(0, 1)
 
 
-def describe(figure: Any, title: str, caption: str, width: float) -> None:
-    """Title above, and below, in lines that fit `width` inches, how to read it."""
+def lit(photo: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A photo (H, W, 3), uint8, bright where a map of patches is large; floats from 0 to 1."""
+    return photo / 255 * over_photo(values, *photo.shape[:2])[..., None]
+
+
+def coloured(photo: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A photo (H, W, 3), uint8, in colours where a map of patches is large; floats from 0 to 1."""
+    import matplotlib
+
+    strength = over_photo(values, *photo.shape[:2])
+    part = 0.75 * np.sqrt(strength)[..., None]
+    return photo / 255 * (1 - part) + matplotlib.colormaps["magma"](strength)[..., :3] * part
+
+
+def _describe(figure: Any, width: float, title: str, caption: str) -> None:
     figure.suptitle(title, weight="bold")
     characters = int(width * 72 / CAPTION_POINTS / 0.58)  # a letter is a good half as wide as high
     figure.supxlabel(textwrap.fill(caption, characters), fontsize=CAPTION_POINTS, color="0.35")
 
 
-def draw_filters(figure: Any, filters: Filters, caption: str, width: float) -> None:
+def _label_tiles(axes: Any, rows: np.ndarray, columns: np.ndarray, tile: tuple[int, int], gap: int) -> None:
+    """Labels rows and columns of tiles, from 1; only every second one if there are many."""
+    for axis, names, size in ((axes.yaxis, rows, tile[0]), (axes.xaxis, columns, tile[1])):
+        step = 1 + (len(names) > 16)
+        axis.set_ticks(np.arange(0, len(names), step) * (size + gap) + (size - 1) / 2, names[::step] + 1)
+        axis.set_tick_params(length=0, labelsize=7)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+def draw_filters(figure: Any, width: float, filters: Filters, caption: str) -> None:
     """The components in rows of seven, each scaled to the full range of colours."""
     components = to_unit(filters.components, axis=(1, 2, 3))
     if components.shape[-1] != 3:  # neither colours nor one gray: the mean over channels
@@ -123,39 +145,24 @@ def draw_filters(figure: Any, filters: Filters, caption: str, width: float) -> N
     axes = figure.subplots()
     axes.imshow(np.nan_to_num(tiles(padded.reshape(rows, 7, *components.shape[1:])), nan=1.0))
     axes.set_axis_off()
-    describe(figure, TITLES["filters"], caption, width)
+    _describe(figure, width, TITLES["filters"], caption)
 
 
-def spread(size: int) -> np.ndarray:
-    """Which of `size` rows or columns are shown."""
-    return np.linspace(0, size - 1, min(size, MAX_TILES)).round().astype(int)
-
-
-def label_tiles(axes: Any, rows: np.ndarray, columns: np.ndarray, tile: tuple[int, int], gap: int) -> None:
-    """Ticks in the middle of tiles, counted from 1; every second one where there are many."""
-    for axis, names, size in ((axes.yaxis, rows, tile[0]), (axes.xaxis, columns, tile[1])):
-        step = 1 + (len(names) > 16)
-        axis.set_ticks(np.arange(0, len(names), step) * (size + gap) + (size - 1) / 2, names[::step] + 1)
-        axis.set_tick_params(length=0, labelsize=7)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_visible(False)
-
-
-def draw_positions(figure: Any, similarity: np.ndarray, caption: str, width: float) -> None:
-    """A map for each patch, at its place."""
-    rows, columns = spread(similarity.shape[0]), spread(similarity.shape[1])
+def draw_positions(figure: Any, width: float, similarity: np.ndarray, caption: str) -> None:
+    """A map for each patch, at the patch's position."""
+    rows, columns = (np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in similarity.shape[:2])
     low = -1.0 if similarity.min() < 0 else np.floor(similarity.min() * 10) / 10
     gap = 1 + min(similarity.shape[2:]) // 12
     axes = figure.subplots()
-    shown = axes.imshow(tiles(similarity[np.ix_(rows, columns)], gap), vmin=low, vmax=1, cmap="viridis")
-    label_tiles(axes, rows, columns, similarity.shape[2:], gap)
+    image = axes.imshow(tiles(similarity[np.ix_(rows, columns)], gap), vmin=low, vmax=1, cmap="viridis")
+    _label_tiles(axes, rows, columns, similarity.shape[2:], gap)
     axes.set(xlabel="input patch column", ylabel="input patch row")
-    figure.colorbar(shown, ax=axes, label="cosine similarity", shrink=0.8)
-    describe(figure, TITLES["positions"], caption, width)
+    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+    _describe(figure, width, TITLES["positions"], caption)
 
 
-def draw_distances(figure: Any, distances: np.ndarray, uniform: float, caption: str, width: float) -> None:
-    """A dot for each head of each layer, (L, A), in the colour of its rank; and where uniform attention would be."""
+def draw_distances(figure: Any, width: float, distances: np.ndarray, uniform: float, caption: str) -> None:
+    """A dot for each head of each layer, (L, A), coloured by rank; `uniform`: the distance of uniform attention."""
     axes = figure.subplots()
     layers, heads = distances.shape
     depth = np.arange(1, layers + 1)
@@ -172,67 +179,49 @@ def draw_distances(figure: Any, distances: np.ndarray, uniform: float, caption: 
     axes.set_xticks(depth[:: 1 + (layers - 1) // 16])
     axes.grid(color="0.92", zorder=0)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
-    describe(figure, TITLES["distance"], caption, width)
+    _describe(figure, width, TITLES["distance"], caption)
 
 
-def draw_rollout(figure: Any, photos: list[np.ndarray], maps: list[np.ndarray], caption: str, width: float) -> None:
-    """For each photo: itself, lit where the model looks, and the map."""
-    axes = figure.subplots(len(photos), 3, squeeze=False)
-    for (plain, lit, heat), photo, values in zip(axes, photos, maps):
-        plain.imshow(photo)
-        lit.imshow(photo / 255 * over_photo(values, *photo.shape[:2])[..., None])
-        draw_map(figure, heat, values, photo)
-    finish_photos(figure, axes, ("input", "attention", "patches, mean = 1"))
-    describe(figure, TITLES["rollout"], caption, width)
-
-
-def draw_gradcam(
-    figure: Any, photos: list[np.ndarray], maps: list[np.ndarray], labels: list[str], caption: str, width: float
+def draw_photos(
+    figure: Any,
+    width: float,
+    photos: list[np.ndarray],
+    maps: list[np.ndarray],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    titles: tuple[str, str],
+    caption: str,
+    labels: list[str] | None = None,
 ) -> None:
-    """For each photo: itself, coloured where it speaks for the label, and the map."""
-    import matplotlib
-
-    axes = figure.subplots(len(photos), 3, squeeze=False)
-    for (plain, coloured, heat), photo, values, label in zip(axes, photos, maps, labels):
+    """A row for each photo: itself with its label, the overlay of photo and map, and the map divided by its mean."""
+    grid = figure.subplots(len(photos), 3, squeeze=False)
+    for row, (photo, values) in enumerate(zip(photos, maps)):
+        height, wide = photo.shape[:2]
+        plain, over, heat = grid[row]
         plain.imshow(photo)
-        plain.set_xlabel(label, fontsize=7.5, labelpad=3)
-        strength = over_photo(values, *photo.shape[:2])
-        part = 0.75 * np.sqrt(strength)[..., None]
-        coloured.imshow(photo / 255 * (1 - part) + matplotlib.colormaps["magma"](strength)[..., :3] * part)
-        draw_map(figure, heat, values, photo)
-    finish_photos(figure, axes, ("input", "Grad-CAM", "patches, mean = 1"))
-    describe(figure, TITLES["gradcam"], caption, width)
-
-
-def draw_map(figure: Any, axes: Any, values: np.ndarray, photo: np.ndarray) -> None:
-    """A map of patches in its own size on the photo's place, divided by its mean, with its scale."""
-    height, width = photo.shape[:2]
-    relative = values / max(values.mean(), np.finfo(float).tiny)
-    top = max(float(relative.max()), 1.0)
-    shown = axes.imshow(relative, cmap="magma", extent=(0, width, height, 0), vmin=0, vmax=top)
-    bar = figure.colorbar(shown, cax=axes.inset_axes([1.03, 0, 0.05, 1]))  # as high as the map
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, length=2)
-
-
-def finish_photos(figure: Any, axes: np.ndarray, titles: tuple[str, ...]) -> None:
-    """Names of the columns over the first row; no ticks, no frames."""
-    for row in axes:
-        for place in row:
-            place.set(xticks=[], yticks=[])
-            for spine in place.spines.values():
-                spine.set_visible(False)
-    for place, title in zip(axes[0], titles):
-        place.set_title(title, fontsize=8)
+        if labels is not None:
+            plain.set_xlabel(labels[row], fontsize=7.5, labelpad=3)
+        over.imshow(overlay(photo, values))
+        relative = values / max(values.mean(), np.finfo(float).tiny)
+        top = max(float(relative.max()), 1.0)
+        image = heat.imshow(relative, cmap="magma", extent=(0, wide, height, 0), vmin=0, vmax=top)
+        bar = figure.colorbar(image, cax=heat.inset_axes([1.03, 0, 0.05, 1]))  # as high as the map
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7, length=2)
+        for axes in grid[row]:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    for axes, column in zip(grid[0], ("input", titles[1], "patches, mean = 1")):
+        axes.set_title(column, fontsize=8)
+    _describe(figure, width, titles[0], caption)
 
 
 def photo_part(heads: int) -> float:
-    """How wide the photo is beside the maps of so many heads, in parts of their width."""
+    """The width of the photo beside the maps of so many heads, as a fraction of their width."""
     return max(0.18, 1.2 / heads)
 
 
-def draw_heads(figure: Any, photo: np.ndarray, maps: np.ndarray, caption: str, width: float) -> None:
-    """The photo, and a map for each head (columns) of each layer (rows), (L, A, rows, columns), by its own largest."""
+def draw_heads(figure: Any, width: float, photo: np.ndarray, maps: np.ndarray, caption: str) -> None:
+    """The photo, and maps of heads (columns) and layers (rows), (L, A, rows, columns), each with the maximum 1."""
     layers, heads, *tile = maps.shape
     scaled = maps / np.maximum(maps.max(axis=(2, 3), keepdims=True), np.finfo(np.float32).tiny)
     gap = 1 + min(tile) // 12
@@ -243,13 +232,13 @@ def draw_heads(figure: Any, photo: np.ndarray, maps: np.ndarray, caption: str, w
     plain.set_axis_off()
     axes.imshow(tiles(scaled, gap), cmap="magma", vmin=0, vmax=1)
     axes.set_anchor("N")
-    label_tiles(axes, np.arange(layers), np.arange(heads), tuple(tile), gap)
+    _label_tiles(axes, np.arange(layers), np.arange(heads), tuple(tile), gap)
     axes.set(xlabel="head", ylabel="layer")
-    describe(figure, TITLES["heads"], caption, width)
+    _describe(figure, width, TITLES["heads"], caption)
 
 
-def draw_message(figure: Any, title: str, message: str, width: float) -> None:
-    """Why there is no picture here."""
+def draw_message(figure: Any, width: float, title: str, message: str) -> None:
+    """The reason why there is no picture."""
     axes = figure.subplots()
     axes.set_axis_off()
     axes.text(0.5, 0.5, textwrap.fill(message, int(width * 10)), ha="center", va="center", color="0.35")

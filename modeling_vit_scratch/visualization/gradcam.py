@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patches speak for a class: Grad-CAM (Selvaraju et al., arXiv:1610.02391) on the tokens of the last layer."""
+"""Grad-CAM (Selvaraju et al., arXiv:1610.02391): which patches speak for a class."""
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ def grad_cam(
     model: ViTScratchPreTrainedModel, pixel_values: Tensor, classes: list[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Grad-CAM maps: the last layer's tokens after its first LayerNorm, just before the attention that hands them to the
-    class token; each channel weighted by the mean, over the patches, of the gradient of the class's logit; summed, and
-    negative values cut. (After that attention, patches of a model that pools by the class token have no gradient.)
+    Grad-CAM maps of the last layer's tokens after its first LayerNorm: each channel is weighted by the mean, over the
+    patches, of the gradient of the class's logit; channels are summed, and negative values cut. (After that layer's
+    attention, patches have no gradient in a model that pools by the class token.)
 
     Args:
         model: with a classifier.
-        pixel_values: (B, C, H, W), as the image processor makes them.
-        classes: of each image; default: the class of its largest logit.
+        pixel_values: (B, C, H, W), from the image processor.
+        classes: of each image. Default: the predicted one.
 
     Returns:
         Maps (B, rows, columns), float32, not below 0; the classes (B,); the logits (B, K).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at: a model from anywhere, and photos as it sees them."""
+"""The model of a figure, and photos as the model sees them."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def encoder(model: ViTScratchPreTrainedModel) -> ViTScratchModel:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards as it was."""
+    """Evaluation mode; afterwards every module has its own mode again."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -37,18 +37,16 @@ def open_model(
     source: str, revision: str = "main", image_size: tuple[int, int] | None = None
 ) -> tuple[ViTScratchPreTrainedModel, Any]:
     """
-    A saved model in float32 on the accelerator, if there is one, and the image processor that fits.
+    A saved model in float32 on the accelerator, if there is one, and its image processor. Without a classifier in the
+    checkpoint, the model is an encoder.
 
     Args:
-        source: whatever `from_pretrained` reads: a folder, a Hub id, a checkpoint of another library.
+        source: what `from_pretrained` reads: a folder, a Hub id, a checkpoint of another library.
         revision: branch, tag or commit on the Hub.
-        image_size: height and width to look at, if not the model's own; its positions are resampled.
-
-    Returns:
-        The model, without a classifier if the checkpoint has none, and the processor.
+        image_size: height and width, if not the model's own; positions are resampled.
 
     Raises:
-        InputError: if it can't be loaded, with the reason.
+        InputError: if it can't be loaded.
     """
     overrides = {} if image_size is None else {"image_size": list(image_size)}
     model, processor, missing = load_pretrained(
@@ -64,7 +62,7 @@ def open_model(
 
 def find_photos(sources: list[str]) -> list[str]:
     """
-    The images that paths and URLs name; of a folder every image in it and below, in the order of their names.
+    Images by path or URL; for a folder all images below it, in the order of their names.
 
     Raises:
         InputError: if a path does not exist, or a folder has no image.
@@ -86,7 +84,7 @@ def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> T
 
     Raises:
         ImageDecodeError: if it can't be read.
-        InputError: if the model can't look at it, e.g. since its patches don't divide what the processor makes.
+        InputError: if the model can't take it, e.g. because the processor's size is not divisible into patches.
     """
     pixel_values = processor(file, return_tensors="pt")["pixel_values"]
     try:
@@ -97,7 +95,7 @@ def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> T
 
 
 def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """Joins images (1, C, H, W) to batches of at most `size`: neighbours of the same shape."""
+    """Batches of up to `size` consecutive images (1, C, H, W) of the same shape."""
     batch: list[Tensor] = []
     for tensor in tensors:
         if batch and (len(batch) == size or tensor.shape != batch[0].shape):
@@ -109,7 +107,7 @@ def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
-    """What the model sees, for people: normalised (B, C, H, W) -> (B, H, W, 3), uint8."""
+    """Undoes the processor's normalisation: (B, C, H, W) -> (B, H, W, 3), uint8."""
     values = pixel_values.permute(0, 2, 3, 1).double().cpu().numpy()  # (B, H, W, C)
     if processor.do_normalize:
         values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)

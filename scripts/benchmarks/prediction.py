@@ -96,8 +96,8 @@ class PredictionBenchmark:
             output = Path(folder, "labels.csv")
             arguments = parse_arguments([*argv, "--output", str(output), "--overwrite"])
             rows = Rows(arguments)
-            job, gaps, _ = open_job(predictor, rows, arguments, accelerator)
-            run_job(job, gaps, predictor, rows, arguments, accelerator)
+            job, missing, _ = open_job(predictor, rows, arguments, accelerator)
+            run_job(job, missing, predictor, rows, arguments, accelerator)
             finish(job, predictor)
             return output
 
