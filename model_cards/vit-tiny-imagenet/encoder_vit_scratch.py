@@ -246,6 +246,9 @@ class ViTScratchLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.layer_scale_mlp(transformed))  # equation 3
 
 
+# All of it, and the vector that stands for the image: equation 4 ------------------------------------------------------
+
+
 class ViTScratchEncoder(PreTrainedModel):
     """Equations 1 to 4 in a row. `ViTScratchModel` is this with pooling and the outputs of transformers."""
 
