@@ -117,7 +117,6 @@ class Rows:
     def _hub(self, name: str) -> tuple[datasets.Dataset, str]:
         if name not in self._tables:
             table = _read_built_in(name) if name in BUILT_IN else self._load(name)
-            columns = table.column_names
             column = image_column_of(name, self.image_column_name, table.features)
             table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
             self._tables[name] = table, column
