@@ -108,7 +108,7 @@ def test_arrows_point_one_way():
 def test_files_import_each_other_in_no_circle():
     paths = source("modeling_vit_scratch")
     order = TopologicalSorter({path: modules_imported(path) for path in paths if path.name != "__init__.py"})
-    assert len(list(order.static_order())) > 100  # raises CycleError with the circle
+    assert len(list(order.static_order())) > 80  # raises CycleError with the circle
 
 
 def test_the_package_imports_no_script():

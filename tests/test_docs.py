@@ -269,7 +269,7 @@ def test_the_migration_page_has_the_names_of_fields_and_flags(monkeypatch):
     for row in re.findall(r"^\|[^|]*\|([^|]*)\|$", flags, flags=re.MULTILINE):
         ours += re.findall(r"--\w+", row)
     assert len(ours) > 40
-    assert not [flag for flag in ours if not re.search(rf"^\s+(-h, )?{flag}\b", text, re.MULTILINE)]
+    assert not [flag for flag in ours if flag != "--help" and not re.search(rf"^\s+{flag}\b", text, re.MULTILINE)]
 
 
 def test_the_soak_is_on_record():

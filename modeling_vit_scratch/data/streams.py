@@ -106,7 +106,8 @@ class ImageStream:
             except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:  # each reader has its own
                 raise TrainingStopped(
                     f"{source.name} can't be read after row {row}: {str(error).strip() or type(error).__name__}. "
-                    "Repair it or the connection, and go on from the latest checkpoint with --resume_from_checkpoint True."
+                    "Repair it or the connection, and go on from the latest checkpoint with "
+                    "--resume_from_checkpoint True."
                 ) from error
             if values is None:
                 return
