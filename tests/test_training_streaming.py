@@ -112,6 +112,14 @@ def test_reading_from_the_middle_is_reading_from_the_start(tmp_path, known, rank
             assert Rows.read < 3 * 2 + 3  # six records came before; no more than the block of the first was read again
 
 
+def test_an_endless_stream_goes_on_from_any_record():
+    for seed in range(4):
+        order, blocks = RecordOrder(stream(known=False), seed, 1), {}
+        whole = [record.number for record in itertools.islice(order.endless(0, blocks), 40)]
+        resumed = [next(order.endless(first, {first: blocks[first]})).number for first in range(40)]
+        assert resumed == whole
+
+
 def test_a_block_is_shuffled_within_itself_and_memory_holds_one():
     # One shard in its own order, blocks of 3: each block has its own records, not in their order everywhere.
     flat = list(itertools.chain.from_iterable(numbers(batches(counts=(12,), buffer_size=3))))

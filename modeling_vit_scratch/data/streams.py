@@ -205,7 +205,7 @@ class RecordOrder:
         by_shard = len(self.stream.shards) % self.world_size == 0
         while True:
             order, is_empty = self._shards(epoch), number is None
-            resumed, row = divmod(number or order[0] * ROWS_PER_SHARD, ROWS_PER_SHARD)
+            resumed, row = divmod(order[0] * ROWS_PER_SHARD if number is None else number, ROWS_PER_SHARD)
             first = order.index(resumed)
             for position, shard in enumerate(order[first:], start=first):
                 if not by_shard or position % self.world_size == self.rank:
