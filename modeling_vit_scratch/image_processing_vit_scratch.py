@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import PILImageResampling, SizeDict, get_image_size_for_max_height_width
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.image_utils import PILImageResampling, get_image_size_for_max_height_width
+from transformers.processing_utils import Unpack
 
+from .compatibility_vit_scratch import ImagesKwargs, PilBackend, SizeDict, validate_typed_dict
 from .image_decoding_vit_scratch import (
     decode_errors,
     decode_image,
@@ -242,7 +241,7 @@ def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f"crop_size must have height and width, got {dict(settings['crop_size'])}"
     if settings["do_pad"]:
         yield "do_pad is not supported: use a size with height and width, or do_center_crop"
-    if settings["do_resize"] and settings["size"].max_pixels is not None:
+    if settings["do_resize"] and getattr(settings["size"], "max_pixels", None) is not None:  # no such up to 5.16
         yield "size with min_pixels and max_pixels is not supported: use height and width, or shortest_edge"
     if settings["do_resize"] and settings["resample"] not in set(PILImageResampling):
         yield f"resample must be one of PIL.Image.Resampling, got {settings['resample']!r}"

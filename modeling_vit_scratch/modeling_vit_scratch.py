@@ -15,9 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
@@ -28,8 +25,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility_vit_scratch import (
+    BackboneMixin,
+    capture_outputs,
+    create_bidirectional_mask,
+    filter_output_hidden_states,
+    init,
+)
 from .configuration_vit_scratch import ViTScratchConfig
 from .encoder_vit_scratch import (
     ViTScratchAttention,
@@ -41,6 +44,7 @@ from .encoder_vit_scratch import (
     ViTScratchPooler,
 )
 from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
+from .stem_vit_scratch import ViTScratchStem  # noqa: F401 (up to 5.0, only what this file imports is found with a folder)
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:
@@ -343,7 +347,7 @@ class ViTScratchBackbone(BackboneMixin, ViTScratchPreTrainedModel):
         Returns:
             `feature_maps`, for each of `out_features` (B, D, rows, columns) after the final LayerNorm.
         """
-        outputs = self.vit(pixel_values, return_dict=True, **kwargs)
+        outputs = self.vit(pixel_values, **kwargs | {"return_dict": True, "output_hidden_states": True})
         grid, prefix = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.num_prefix_tokens
         states = [s for stage, s in zip(self.stage_names, outputs.hidden_states) if stage in self.out_features]
         maps = tuple(self.vit.layernorm(s)[:, prefix:].transpose(1, 2).unflatten(2, grid) for s in states)

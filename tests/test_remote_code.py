@@ -2,6 +2,7 @@
 """A saved folder in a fresh process that has not got the package: what every Hub user does."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stranger import STEPS
 
 import modeling_vit_scratch
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
@@ -60,9 +62,10 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_folder_holds_weights_configs_and_all_code_files(folder):
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "photo.png", "configuration_vit_scratch.py",
-        "encoder_vit_scratch.py", "image_decoding_vit_scratch.py", "image_processing_vit_scratch.py",
-        "modeling_vit_scratch.py", "positions_vit_scratch.py", "stem_vit_scratch.py",
+        "config.json", "model.safetensors", "preprocessor_config.json", "photo.png", "compatibility_vit_scratch.py",
+        "configuration_vit_scratch.py", "encoder_vit_scratch.py", "image_decoding_vit_scratch.py",
+        "image_processing_vit_scratch.py", "modeling_vit_scratch.py", "positions_vit_scratch.py",
+        "stem_vit_scratch.py",
     }  # fmt: skip
 
 
@@ -159,3 +162,23 @@ print("more:", *({heavy} & (set(sys.modules) - before)))
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.split() == ["more:"]
+
+
+def test_all_that_strangers_do_works_with_this_transformers(folder, tmp_path):
+    # The steps that version_matrix.py compares between versions.
+    code = (ROOT / "tests" / "stranger.py").read_text(encoding="utf-8").replace("sys.argv[2]", '"photo.png"')
+    (tmp_path / "photo.png").write_bytes((folder / "photo.png").read_bytes())
+    steps = json.loads(run_without_package(code, folder, tmp_path).splitlines()[-1])
+    assert [step for step in STEPS if isinstance(steps[step], str)] == []
+    assert steps["image processor"][-1]
+    assert steps["Trainer"][-1]
+    assert steps["saved again"][-1] == steps["logits, attentions"][0]
+
+
+def test_an_older_transformers_is_told_in_one_sentence(monkeypatch):
+    path = ROOT / "modeling_vit_scratch" / "compatibility_vit_scratch.py"
+    monkeypatch.setattr("transformers.__version__", "4.56.2")
+    with pytest.raises(
+        ImportError, match=r"needs transformers 4\.57 or newer, and 4\.56\.2 is installed\. Update it: pip"
+    ):
+        runpy.run_path(str(path))

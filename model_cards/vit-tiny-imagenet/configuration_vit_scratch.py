@@ -9,10 +9,9 @@ import difflib
 import math
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneConfigMixin
+
+from .compatibility_vit_scratch import BackboneConfigMixin, PreTrainedConfig, strict
 
 
 # width, layers, MLP width, heads. B, L and H: the paper, Table 1. Ti and S: Steiner et al., How to train your ViT?

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
+from .compatibility_vit_scratch import ALL_ATTENTION_FUNCTIONS
 from .configuration_vit_scratch import ViTScratchConfig
 from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
 from .stem_vit_scratch import ViTScratchStem

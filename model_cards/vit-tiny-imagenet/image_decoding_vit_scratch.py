@@ -19,8 +19,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from transformers.image_utils import ChannelDimension, httpx
+from transformers.image_utils import ChannelDimension
 from transformers.utils import logging
+
+from .compatibility_vit_scratch import httpx
 
 
 logger = logging.get_logger(__name__)
