@@ -50,7 +50,7 @@ def _load_checkpoint(*args: Any, **kwargs: Any) -> Any:
 # `from_pretrained` reads other people's checkpoints too, and adapts weights to other sizes.
 ViTScratchPreTrainedModel.checkpoint_loader = staticmethod(_load_checkpoint)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "VARIANTS",
     "ViTScratchBackbone",

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """Configuration of the Vision Transformer: every architecture choice once, and the table of named variants.
 
 Field names follow transformers' `ViTConfig` wherever it has the field, so that the dictionary of a `ViTConfig` is
@@ -91,6 +92,9 @@ MOST: dict[str, int] = {
     "stem_width_factor": 100,
     "num_labels": 1_000_000,
 }
+
+# Of the files that travel with a model; each has it in its second line, and config.json as `code_version`.
+CODE_VERSION = "0.2.0"
 
 # A `ViTConfig` always carries these, whether its model uses them or not. Masked image modeling here reconstructs at
 # the patch size, and the tanh layer before a head is `representation_size`: both follow from other fields.
@@ -216,6 +220,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_absurd(kwargs.get("num_labels"))
         # The config.json of another architecture must not rename this one.
         kwargs.pop("model_type", None)
+        kwargs.pop("code_version", None)  # the code that saves is the code that is saved
         for name in _FOREIGN_FIELDS:
             kwargs.pop(name, None)
         self._refuse_misspelt(kwargs)
@@ -227,7 +232,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         # The whole map, so that a folder saved from one class loads through every Auto class; and never a map that
         # points to the repository a model came from, since the code is saved next to the weights.
         kwargs.pop("auto_map", None)
-        self.auto_map = dict(_AUTO_MAP)
+        self.auto_map = dict(AUTO_MAP)
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
@@ -256,6 +261,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
         """As in transformers, without what follows from other fields: it would contradict an override."""
         output = super().to_dict()
         output.pop("stage_names", None)
+        output["code_version"] = CODE_VERSION
         if output.get("out_features") == [self.stage_names[-1]]:
             del output["out_features"], output["out_indices"]
         return output
@@ -485,7 +491,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
 
-_AUTO_MAP: dict[str, str] = {
+AUTO_MAP: dict[str, str] = {
     "AutoConfig": "configuration_vit_scratch.ViTScratchConfig",
     "AutoModel": "modeling_vit_scratch.ViTScratchModel",
     "AutoModelForImageClassification": "modeling_vit_scratch.ViTScratchForImageClassification",

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 The Vision Transformer as transformers wants it: initialisation, outputs, heads, loss, masked model, backbone.
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 The kinds of positions: what is added to tokens (E_pos of equation 1) and what attention adds to its scores, for the
 grid of patches that was trained and, resampled, for any other.

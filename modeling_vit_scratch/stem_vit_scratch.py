@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 The stem of the hybrid models (3.1 of the paper): a ResNet before the patches are cut.
 

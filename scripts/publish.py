@@ -6,12 +6,15 @@ Publishes the folder of a model on the Hub, in one commit, after a look at what 
     python scripts/publish.py outputs/pets me/vit-pets --yes      uploads
     python scripts/publish.py outputs/pets me/vit-pets --yes --private --revision v2
     python scripts/publish.py outputs/pets me/vit-pets --space --yes    a page to try the published model on
+    python scripts/publish.py outputs/pets --refresh_code         renews the code of a folder, or of a Hub id
 
 What goes: weights (safetensors), configuration, processor, the code files, card, figures, the record. What stays:
 checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
 
-With --space it is a Space with the page of scripts/app.py, which loads the model me/vit-pets from the Hub; in place of
-a folder, any model's Hub id will do.
+With --space it is a Space with the page of scripts/app.py for the model me/vit-pets; FOLDER may be any model's Hub id.
+
+With --refresh_code the code files are replaced by those of this version, which newer versions of transformers run, if
+the outputs of the old and the new code are the same.
 """
 
 import argparse
@@ -27,8 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", help="of a finished model, e.g. outputs/pets")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="where to; made if it is not there")
+    parser.add_argument("repo_id", nargs="?", metavar="USER/NAME", help="where to; made if it is not there")
     parser.add_argument("--space", action="store_true", help="publish a page in the browser, for the published model")
+    parser.add_argument("--refresh_code", action="store_true", help="renew the code of FOLDER, which may be a Hub id")
     parser.add_argument("--yes", action="store_true", help="upload; without it, only show what would be uploaded")
     parser.add_argument("--private", action="store_true", help="make a new repository that only you can read")
     parser.add_argument("--revision", help="commit to this branch, made from main if there is none of that name")
@@ -51,11 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.hub.space import check_served, plan_space
 
     disable_progress_bar()
+    if arguments.refresh_code:
+        return refresh_code(arguments)
     repo_id, problems, served = arguments.repo_id, Problems(), None
     if not arguments.space and not Path(arguments.folder).is_dir():
         raise InputError(f"{arguments.folder} is no folder. Give that of a finished model, e.g. outputs/digits.")
-    if repo_id.count("/") != 1:
-        raise InputError(f"{repo_id}: give USER/NAME, e.g. me/{Path(arguments.folder).resolve().name}.")
+    if repo_id is None or repo_id.count("/") != 1:
+        raise InputError(
+            f"{repo_id or 'Where to publish it'}: give USER/NAME, e.g. me/{Path(arguments.folder).resolve().name}."
+        )
     if arguments.create_pr and arguments.revision:
         raise InputError("--create_pr opens its pull request against main: leave out --revision.")
     if arguments.space and arguments.license:
@@ -105,6 +113,20 @@ def main(argv: list[str] | None = None) -> None:
     except ConnectionLost as error:
         raise ConnectionLost(f"{error} Run the same command again later.") from error
     print(f"Published: {url}", *([advice] if advice else []), sep="\n")
+
+
+def refresh_code(arguments: argparse.Namespace) -> None:
+    from modeling_vit_scratch.common.errors import InputError
+    from modeling_vit_scratch.hub.refreshing import plan_renewal, renew
+
+    if arguments.repo_id or arguments.space or arguments.private or arguments.license:
+        raise InputError("--refresh_code takes a folder or a Hub id, --yes, --revision and --create_pr, nothing else.")
+    renewal = plan_renewal(arguments.folder, arguments.revision)
+    print(*renewal.describe(), sep="\n")
+    if renewal.uploads and not arguments.yes:
+        print("Nothing was changed. To write the new files, add --yes.")
+    elif renewal.uploads:
+        print(f"Renewed: {renew(arguments.folder, renewal, arguments.revision, arguments.create_pr)}")
 
 
 def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[Any], list[str], list[str]]:

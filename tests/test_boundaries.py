@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 import modeling_vit_scratch
 from modeling_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.configuration_vit_scratch import CODE_VERSION
 from modeling_vit_scratch.hub.contents import CODE
 
 
@@ -43,6 +44,9 @@ def test_the_hub_files_are_those_that_are_saved_and_nothing_else_stands_beside_t
     ]  # fmt: skip
     assert {*PACKAGE.glob("*.py")} == {*HUB_FILES, PACKAGE / "__init__.py"}
     assert list(CODE) == HUB_FILES  # what publishing finds by following imports
+    for path in HUB_FILES:
+        assert path.read_text().splitlines()[1] == f"# modeling_vit_scratch {CODE_VERSION}"
+    assert modeling_vit_scratch.__version__ == CODE_VERSION
 
 
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)

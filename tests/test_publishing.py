@@ -18,7 +18,9 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.cards import writing
 from modeling_vit_scratch.cards.records import CardOptions
 from modeling_vit_scratch.common.errors import InputError, run_command_line
+from modeling_vit_scratch.configuration_vit_scratch import CODE_VERSION
 from modeling_vit_scratch.hub import commit as publishing_hub
+from modeling_vit_scratch.hub import refreshing
 from modeling_vit_scratch.hub.contents import CODE, collect
 from modeling_vit_scratch.hub.privacy import find_leaks, shareable, without_leaks
 
@@ -306,3 +308,86 @@ def test_leaks_are_found_and_taken_out():
         "n": None,
     }
     assert shareable(settings) == {"output_dir": "pets", "nested": [{"rate": 0.1}], "n": None}
+
+
+def as_saved_earlier(folder: Path, eps: str = "eps=config.layer_norm_eps") -> dict[str, bytes]:
+    """The folder as an older version would have saved it: other code, and no version. What is in it now."""
+    encoder = folder / "encoder_vit_scratch.py"
+    encoder.write_text("# older\n" + encoder.read_text().replace("eps=config.layer_norm_eps", eps))
+    config = json.loads((folder / "config.json").read_text())
+    del config["code_version"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_old_code_is_renewed_after_a_comparison_of_numbers(folder, capsys):
+    before = as_saved_earlier(folder)
+    publish(folder, "--refresh_code", "--yes")
+    shown = capsys.readouterr().out
+    assert "Code of version unknown, to be replaced by version" in shown
+    assert "differ by at most 0.0e+00." in shown
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name for name in after if after[name] != before[name]} == {"config.json", "encoder_vit_scratch.py"}
+    for path in CODE:
+        assert after[path.name] == path.read_bytes()
+    config = json.loads(after["config.json"])
+    assert config == json.loads(before["config.json"]) | {"code_version": CODE_VERSION}
+    publish(folder, "--refresh_code")
+    assert f"Its code is that of version {CODE_VERSION} already." in capsys.readouterr().out
+
+
+def test_code_that_gives_other_numbers_does_not_replace_the_old(folder):
+    before = as_saved_earlier(folder, eps="eps=0.3")
+    assert "gives other numbers with the code of version" in error(folder, "--refresh_code", "--yes")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.fixture
+def quick_outputs(monkeypatch):
+    """The two runs of the model, which take seconds each, in place of which numbers are given."""
+    found = {"old": [torch.zeros(2)], "new": [torch.zeros(2)]}
+
+    def outputs(path: Path) -> list[torch.Tensor]:
+        result = found["new" if path.name == "renewed" else "old"]
+        if isinstance(result, str):
+            raise RuntimeError(result)
+        return result
+
+    monkeypatch.setattr(refreshing, "_outputs", outputs)
+    return found
+
+
+def test_code_is_renewed_on_the_hub_in_one_commit_that_keeps_the_rest(folder, hub, quick_outputs, capsys):
+    publish(folder, "owner/pets", "--yes")
+    repository = hub.repositories["owner/pets"]
+    older = Path(shutil.copytree(folder, folder.with_name("older")))
+    as_saved_earlier(older)
+    changed = {name: (older / name).read_bytes() for name in ("encoder_vit_scratch.py", "config.json")}
+    repository.add("main", repository.files() | changed, "older")
+    commits = len(repository.commits)
+    publish("owner/pets", "--refresh_code")
+    assert "Nothing was changed. To write the new files, add --yes." in capsys.readouterr().out
+    assert len(repository.commits) == commits
+    publish("owner/pets", "--refresh_code", "--yes")
+    assert len(repository.commits) == commits + 1
+    assert set(repository.files()) >= PUBLISHED
+    assert repository.files()["encoder_vit_scratch.py"] == (folder / "encoder_vit_scratch.py").read_bytes()
+    assert json.loads(repository.files()["config.json"])["code_version"] == CODE_VERSION
+
+
+def test_code_that_does_not_run_is_renewed_with_a_word_or_refused(folder, quick_outputs, capsys):
+    as_saved_earlier(folder)
+    quick_outputs["old"] = "ImportError: cannot import name 'X'"
+    publish(folder, "--refresh_code")
+    assert "does not run here, so there is nothing to compare with: ImportError" in capsys.readouterr().out
+    quick_outputs["new"] = "KeyError: 'y'"
+    assert "does not run with the code of version" in error(folder, "--refresh_code")
+    quick_outputs.update(old=[torch.zeros(2)], new=[torch.tensor([0.0, float("nan")])])
+    assert "gives other numbers" in error(folder, "--refresh_code")
+
+
+def test_renewing_takes_models_of_ours_and_no_other_arguments(folder, tmp_path):
+    assert "nothing else" in error(folder, "me/pets", "--refresh_code")
+    assert "no folder of a vit_scratch model" in error(tmp_path, "--refresh_code")
+    assert "is no folder, nor USER/NAME" in error("nothing", "--refresh_code")
+    assert "Where to publish it: give USER/NAME" in error(folder)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 What older versions of transformers lack, so that no other file asks which version is there.
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 The Vision Transformer, equations 1 to 4 of the paper: read from top to bottom.
 

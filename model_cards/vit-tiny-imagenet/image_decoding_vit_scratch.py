@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 From what people have (paths, URLs, bytes, PIL images, arrays, tensors) to an upright image with 8 bits per channel.
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# modeling_vit_scratch 0.2.0
 """
 The image processor of the Vision Transformer: from decoded images to `pixel_values`.
 
