@@ -10,6 +10,7 @@ which version it is for. It goes when nobody needs that version any more; with t
 import copy
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
@@ -24,6 +25,16 @@ if VERSION < (4, 57):
         f"This model needs transformers 4.57 or newer, and {transformers.__version__} is installed. "
         "Update it: pip install --upgrade transformers"
     )
+
+
+def make_importable(name: str) -> None:
+    """
+    Makes a module of a model folder an attribute of its package, which transformers (all versions) leaves out. Without
+    it dill copies the module's classes into a pickle: `datasets.map` with several processes then fails.
+    """
+    package, _, module = name.rpartition(".")
+    setattr(sys.modules[package], module, sys.modules[name])
+
 
 # Configurations -------------------------------------------------------------------------------------------------------
 
@@ -245,5 +256,5 @@ else:  # up to 5.3
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "BackboneConfigMixin", "BackboneMixin", "ImagesKwargs", "PilBackend",
     "PreTrainedConfig", "SizeDict", "capture_outputs", "create_bidirectional_mask", "filter_output_hidden_states",
-    "httpx", "init", "strict", "validate_typed_dict",
+    "httpx", "init", "make_importable", "strict", "validate_typed_dict",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from .compatibility_vit_scratch import BackboneConfigMixin, PreTrainedConfig, strict
+from .compatibility_vit_scratch import BackboneConfigMixin, PreTrainedConfig, make_importable, strict
 
 
 # width, layers, MLP width, heads. B, L and H: the paper, Table 1. Ti and S: Steiner et al., How to train your ViT?
@@ -103,6 +103,9 @@ _FOREIGN_FIELDS = ("encoder_stride", "pooler_output_size", "pooler_act")
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+make_importable(__name__)
 
 
 @strict

@@ -22,7 +22,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import PILImageResampling, get_image_size_for_max_height_width
 from transformers.processing_utils import Unpack
 
-from .compatibility_vit_scratch import ImagesKwargs, PilBackend, SizeDict, validate_typed_dict
+from .compatibility_vit_scratch import ImagesKwargs, PilBackend, SizeDict, make_importable, validate_typed_dict
 from .image_decoding_vit_scratch import (
     decode_errors,
     decode_image,
@@ -35,6 +35,8 @@ from .image_decoding_vit_scratch import (
     source_name,
 )
 
+
+make_importable(__name__)
 
 # More than any camera has; a damaged or hostile preprocessor_config.json must not fill the memory.
 MAX_CHANNELS = 10_000

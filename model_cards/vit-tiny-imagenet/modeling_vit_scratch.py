@@ -33,6 +33,7 @@ from .compatibility_vit_scratch import (
     create_bidirectional_mask,
     filter_output_hidden_states,
     init,
+    make_importable,
 )
 from .configuration_vit_scratch import ViTScratchConfig
 from .encoder_vit_scratch import (
@@ -46,6 +47,9 @@ from .encoder_vit_scratch import (
 )
 from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
 from .stem_vit_scratch import ViTScratchStem  # noqa: F401 (up to 5.0, only what this file imports is found with a folder)
+
+
+make_importable(__name__)
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from .blocked_linear import BlockedLinear, is_available
 
 # Hooks of these libraries move weights, count operations or record outputs. They need not see every token.
 _LIBRARIES = ("torch.", "transformers.", "accelerate.")
+# Layers of these compute each token by itself. Others may scale all tokens of a batch by the largest.
+_LAYERS = ("torch.nn.", "transformers.activations", "peft.", __name__.partition(".")[0])
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -43,9 +45,15 @@ def _has_user_hooks(hooks: Iterable[Mapping]) -> bool:
     return any(not (getattr(function, "__module__", None) or "").startswith(_LIBRARIES) for function in functions)
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer is of another library, or has weights of a type of its own, as quantisers make them."""
+    is_plain = type(getattr(layer, "weight", None)) in (nn.Parameter, Tensor, type(None))
+    return not is_plain or not type(layer).__module__.startswith(_LAYERS)
+
+
 def is_modified(layer: nn.Module) -> bool:
-    """Whether a layer has hooks or a replaced forward, which faster code would skip."""
-    return any(_hooks(layer)) or "forward" in layer.__dict__ or _has_user_hooks(_GLOBAL_HOOKS)
+    """Whether a layer is quantised or has hooks or a replaced forward, which faster code would skip."""
+    return is_quantised(layer) or any(_hooks(layer)) or "forward" in layer.__dict__ or _has_user_hooks(_GLOBAL_HOOKS)
 
 
 def has_user_hooks(layers: Iterable[nn.Module]) -> bool:
@@ -118,6 +126,8 @@ def only_pooled_output(encoder: ViTScratchModel) -> dict[str, int]:
     if last.training and (attention.attention_dropout or attention.dropout.p or last.mlp.dropout.p):
         return {}  # dropout would draw other numbers for fewer tokens
     if config.output_hidden_states or config.output_attentions:
+        return {}
+    if any(map(is_quantised, last.modules())):
         return {}
     if has_user_hooks([encoder, encoder.layernorm, *encoder.pooler.modules(), *last.modules()]):
         return {}
