@@ -9,8 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..common.files import write_text
-from ..common.names import METRIC_TITLES
-from ..common.provenance import provenance
+from ..common.records import METRIC_TITLES, provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..recipes.table import find_recipe

@@ -17,7 +17,7 @@ from ..augmentation.policies import auto_augment
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.flags import METAVARS, CollectsMistakes, HelpFormatter, fill
-from ..common.names import license_problem
+from ..common.records import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..hub.commit import check_can_publish
 from .flags import ModelArguments, RecipeArguments, TrainingFlags

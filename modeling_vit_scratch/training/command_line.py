@@ -19,8 +19,7 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import HelpFormatter, Parser, fill, first_look, flag_name, refuse_unknown, show
 from ..data.arguments import DataArguments
-from ..recipes.recipe import recipe_table
-from ..recipes.table import RECIPES
+from ..recipes.table import RECIPES, recipe_table
 from .flags import (
     VARIANT_NAMES,
     ModelArguments,

@@ -22,8 +22,7 @@ from ..common.flags import (
     first_look,
     flag,
 )
-from ..recipes.recipe import Recipe, fit_batch_size
-from ..recipes.table import find_recipe
+from ..recipes.table import Recipe, find_recipe, fit_batch_size
 
 
 FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
