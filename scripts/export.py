@@ -13,7 +13,7 @@ labels. Its speed is shown beside that of the model. `pip install -e ".[export]"
 import argparse
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,4 +103,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

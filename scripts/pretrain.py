@@ -10,7 +10,7 @@ Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae. 
 --model_name_or_path of scripts/finetune.py.
 """
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def main() -> None:
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -14,7 +14,7 @@ images and are tested on held-out ones. The record goes to results.json in --out
 import argparse
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 # Of scripts/finetune.py.
@@ -92,4 +92,4 @@ def build_parser(data_flags: str) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

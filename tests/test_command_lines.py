@@ -163,7 +163,7 @@ def test_every_script_reads_its_command_line_first():
         }
         assert names <= {"startup.quick", "pathlib", "typing"}, script
         assert "    with before_torch():\n" in text
-        assert text.endswith('if __name__ == "__main__":\n    run(main)\n')
+        assert text.endswith('if __name__ == "__main__":\n    raise SystemExit(run_command_line(main))\n')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
