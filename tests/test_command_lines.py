@@ -17,17 +17,15 @@ from modeling_vit_scratch.common.flags import Parser, flag_metadata
 from modeling_vit_scratch.data.arguments import BUILT_IN, DataArguments
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
 from modeling_vit_scratch.prediction.arguments import PredictionArguments
-from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, build_parser, parse_arguments
-from modeling_vit_scratch.training.flags import (
+from modeling_vit_scratch.pretraining.arguments import OBJECTIVE_DEFAULTS, OBJECTIVES, PRETRAIN, PretrainingArguments
+from modeling_vit_scratch.training.arguments import (
     DATA_SETS,
-    OBJECTIVE_DEFAULTS,
-    OBJECTIVES,
     VARIANT_NAMES,
     ModelArguments,
-    PretrainingArguments,
     RecipeArguments,
     TrainingFlags,
 )
+from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
 
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
@@ -76,6 +74,11 @@ def test_help_needs_no_torch_and_fits_on_a_few_pages(script):
              "--mixup -1", "no recipe 'x'"),
         ),
         ("finetune", ["--variant", "S/16", "--image_size", "100"], ("must divide",)),
+        (
+            "finetune",
+            ["--optim", "adamw", "--learning_rate", "0"],
+            ("2 problems", "--optim: invalid choice: 'adamw'", "--learning_rate 0 must be above 0."),
+        ),
         ("finetune", ["--train_val_split", "7", "--max_stepss", "3"], ("2 problems", "Did you mean --max_steps?")),
         ("finetune", ["--activation_checkpoint", "1"], ("Did you mean --activation_checkpointing?",)),
         ("pretrain", ["--objective", "foo", "--mask_ratio", "x"], ("2 problems", "--objective foo", "--mask_ratio: ")),

@@ -13,10 +13,11 @@ from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
-from ..training.arguments import ImageTrainingArguments
+from ..training.arguments import ModelArguments
 from ..training.build import Objective, build_model, build_trainer
-from ..training.flags import MPP_TARGETS, ModelArguments, PretrainingArguments
 from ..training.trainer import ImageTrainer
+from ..training.trainer_overrides import ImageTrainingArguments
+from .arguments import MPP_TARGETS, PretrainingArguments
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
 

@@ -15,9 +15,12 @@ have the tanh form of GELU.
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from ..common.flags import first_look
 
 
 @dataclass(frozen=True)
@@ -476,3 +479,40 @@ def fit_batch_size(
         if fields.get(name, 0) >= 1:
             changed[name] = kind(max(1, round(fields[name] * recipe.batch_size / total)))
     return accumulation, changed
+
+
+def recipe_defaults(
+    argv: list[str], per_device: int, is_saved_architecture: bool
+) -> tuple[Recipe | None, dict[str, Any], str | None]:
+    """
+    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
+    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
+
+    Args:
+        argv: the command line.
+        per_device: the default batch size of a device.
+        is_saved_architecture: whether a saved model or configuration replaces the recipe's variant.
+    """
+    given = first_look(argv, "recipe", "per_device_train_batch_size", "gradient_accumulation_steps")
+    if given.recipe is None:
+        return None, {}, None
+    recipe = find_recipe(given.recipe)
+    fields = {"image_size": None, "patch_size": None, **recipe.fields}
+    if "variant" in fields and is_saved_architecture:
+        for name in ("variant", "config_overrides"):
+            fields.pop(name, None)
+    elif "variant" not in fields:
+        fields.pop("patch_size")
+    per_device = _count(given.per_device_train_batch_size) or per_device
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, changed = fit_batch_size(recipe, per_device, processes, _count(given.gradient_accumulation_steps))
+    batch = f"{per_device * processes * accumulation} = {per_device} images x {processes} processes x {accumulation}"
+    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    comparison = f"; the recipe's is {recipe.batch_size}, so: {scaled}" if changed else ", as in the recipe"
+    message = f"Recipe {recipe.describe()}\n    batch: {batch} accumulated{comparison}"
+    return recipe, {**fields, "gradient_accumulation_steps": accumulation, **changed}, message
+
+
+def _count(text: str | None) -> int | None:
+    """A positive number, or None: the parser reports other values."""
+    return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None

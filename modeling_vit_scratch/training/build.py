@@ -25,11 +25,11 @@ from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_str
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from .arguments import ImageTrainingArguments, config_fields, sizes
+from .arguments import ModelArguments, config_fields, sizes
 from .callbacks import Progress, SetEpoch, WeightAverage
-from .flags import ModelArguments
 from .optimization import build_loss
 from .trainer import ImageTrainer
+from .trainer_overrides import ImageTrainingArguments
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..common.errors import InputError
 from ..data.splits import ImageData
 from ..data.streams import ImageStream
-from .arguments import ImageTrainingArguments
-from .flags import LOSSES
+from .arguments import LOSSES
+from .trainer_overrides import ImageTrainingArguments
 
 
 class ClassificationLoss:

@@ -20,7 +20,7 @@ from ..common.errors import InputError, TrainingStopped
 from ..common.processes import Processes
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
-from .arguments import ImageTrainingArguments
+from .trainer_overrides import ImageTrainingArguments
 
 
 # The arguments of the Trainer that decide the weights a run ends with, on the same hardware.

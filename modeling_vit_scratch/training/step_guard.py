@@ -9,7 +9,7 @@ import torch
 
 from ..common.errors import TrainingStopped
 from ..common.processes import Processes
-from .arguments import ImageTrainingArguments
+from .trainer_overrides import ImageTrainingArguments
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ from ..data.streams import StreamDataset, StreamPosition, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .arguments import LAMB, ImageTrainingArguments
+from .arguments import LAMB
 from .callbacks import SaveOnSignal, WeightAverage
 from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
 from .run_folder import RunFolder, check_same_model, checkpoint_size, run_settings
 from .step_guard import StepGuard
-from .trainer_overrides import TrainerOverrides, WorkerProcesses
+from .trainer_overrides import ImageTrainingArguments, TrainerOverrides, WorkerProcesses
 
 
 class ImageTrainer(TrainerOverrides, Trainer):
