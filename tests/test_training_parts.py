@@ -16,8 +16,7 @@ from modeling_vit_scratch.common.files import damage, find_checkpoints, read_man
 from modeling_vit_scratch.common.processes import Processes
 from modeling_vit_scratch.hub import pushing
 from modeling_vit_scratch.hub.pushing import HubPusher
-from modeling_vit_scratch.training.run_folder import RunFolder
-from modeling_vit_scratch.training.step_guard import StepGuard
+from modeling_vit_scratch.training.safety import RunFolder, StepGuard
 
 
 def arguments(folder="out", **more):

@@ -19,8 +19,8 @@ from modeling_vit_scratch.data.collation import MixingCollator
 from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.recipes.table import RECIPES, recipe_defaults
 from modeling_vit_scratch.training.arguments import config_fields
-from modeling_vit_scratch.training.callbacks import WeightAverage
 from modeling_vit_scratch.training.command_line import FINETUNE, parse_arguments
+from modeling_vit_scratch.training.optimization import WeightAverage
 
 
 EVERYTHING = [

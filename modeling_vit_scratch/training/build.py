@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -26,8 +26,7 @@ from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from .arguments import ModelArguments, config_fields, sizes
-from .callbacks import Progress, SetEpoch, WeightAverage
-from .optimization import build_loss
+from .optimization import WeightAverage, build_loss
 from .trainer import ImageTrainer
 from .trainer_overrides import ImageTrainingArguments
 
@@ -292,3 +291,31 @@ def label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any]
         # Never left to be guessed from the type of the labels.
         "problem_type": problem if label_names else None,
     }
+
+
+class SetEpoch(TrainerCallback):
+    """Sets the epoch of the training set. The data loader does not if it resumes in the middle of an epoch."""
+
+    def __init__(self, train_set: ImageClassificationDataset) -> None:
+        self.train_set = train_set
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class Progress(ProgressCallback):
+    """The stock progress bar, with one short line for each report."""
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
+        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
+        if part is None or not state.is_world_process_zero or self.training_bar is None:
+            return
+        names = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
+        names = (*names, "grad_norm", "learning_rate")
+        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

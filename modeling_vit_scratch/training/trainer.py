@@ -37,10 +37,8 @@ from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB
-from .callbacks import SaveOnSignal, WeightAverage
-from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
-from .run_folder import RunFolder, check_same_model, checkpoint_size, run_settings
-from .step_guard import StepGuard
+from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model, checkpoint_size, run_settings
 from .trainer_overrides import ImageTrainingArguments, TrainerOverrides, WorkerProcesses
 
 
