@@ -17,9 +17,9 @@ from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
 from modeling_vit_scratch.pretraining.arguments import PRETRAIN
-from modeling_vit_scratch.recipes.table import RECIPES, recipe_defaults
+from modeling_vit_scratch.recipes.table import RECIPES
 from modeling_vit_scratch.training.arguments import config_fields
-from modeling_vit_scratch.training.command_line import FINETUNE, parse_arguments
+from modeling_vit_scratch.training.command_line import FINETUNE, parse_arguments, recipe_defaults
 from modeling_vit_scratch.training.optimization import WeightAverage
 
 

@@ -15,12 +15,9 @@ have the tanh form of GELU.
 import dataclasses
 import difflib
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from ..common.flags import first_look
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ def rows(shared: dict[str, Any], columns: str = "", *values: tuple[Any, ...]) ->
     Args:
         shared: attributes of `Recipe` and values of flags. Texts may contain columns in braces, and {slug}, the variant
             as it is written in names.
-        columns: names of attributes and flags that differ; those in capitals are for texts only.
-        values: of the columns, a tuple for each recipe. Without columns there is one recipe.
+        columns: attributes and flags that differ; those in capitals are for texts only.
+        values: of the columns, a tuple for each recipe. Without any there is one recipe.
     """
     recipes = []
     for row in values or [()]:
@@ -444,8 +441,8 @@ def recipe_table(recipes: Iterable[Recipe]) -> str:
 
 def scale_learning_rate(rate: float, from_batch_size: int, to_batch_size: int, optimizer: str) -> float:
     """
-    Scales a learning rate with the batch size for SGD (Goyal et al., arXiv:1706.02677), and with its square root for
-    Adam and similar optimizers (Malladi et al., arXiv:2205.10287).
+    A learning rate for another batch size: proportional to it for SGD (Goyal et al., arXiv:1706.02677), to its square
+    root for Adam and similar optimizers (Malladi et al., arXiv:2205.10287).
     """
     ratio = to_batch_size / from_batch_size
     return rate * (ratio if optimizer == "sgd" else math.sqrt(ratio))
@@ -455,17 +452,11 @@ def fit_batch_size(
     recipe: Recipe, per_device: int, processes: int, accumulation: int | None = None
 ) -> tuple[int, dict[str, Any]]:
     """
-    Fits a recipe to this machine by accumulated batches, and changes fields if its batch size can't be reached.
-
-    Args:
-        recipe: the recipe.
-        per_device: images in a batch of one device.
-        processes: the number of devices.
-        accumulation: batches for one step; None for those that come closest to the recipe.
+    Fits a recipe to `processes` devices with batches of `per_device` images.
 
     Returns:
-        The accumulated batches, and for another total than the recipe's the fields that change: the learning rate, and
-        steps for the same number of images.
+        The batches to accumulate, by default those that come closest to the recipe's batch size; and if they miss it
+        the fields that change: the learning rate, and steps for the same number of images.
     """
     together = per_device * processes
     if accumulation is None:
@@ -473,46 +464,9 @@ def fit_batch_size(
     total, fields, changed = together * accumulation, recipe.fields, {}
     if total == recipe.batch_size:
         return accumulation, changed
-    rate, optimizer = fields["learning_rate"], fields.get("optim", "adamw_torch_fused")
-    changed["learning_rate"] = scale_learning_rate(rate, recipe.batch_size, total, optimizer)
+    optimizer = fields.get("optim", "adamw_torch_fused")
+    changed["learning_rate"] = scale_learning_rate(fields["learning_rate"], recipe.batch_size, total, optimizer)
     for name, kind in (("max_steps", int), ("warmup_steps", float)):
         if fields.get(name, 0) >= 1:
             changed[name] = kind(max(1, round(fields[name] * recipe.batch_size / total)))
     return accumulation, changed
-
-
-def recipe_defaults(
-    argv: list[str], per_device: int, is_saved_architecture: bool
-) -> tuple[Recipe | None, dict[str, Any], str | None]:
-    """
-    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
-    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
-
-    Args:
-        argv: the command line.
-        per_device: the default batch size of a device.
-        is_saved_architecture: whether a saved model or configuration replaces the recipe's variant.
-    """
-    given = first_look(argv, "recipe", "per_device_train_batch_size", "gradient_accumulation_steps")
-    if given.recipe is None:
-        return None, {}, None
-    recipe = find_recipe(given.recipe)
-    fields = {"image_size": None, "patch_size": None, **recipe.fields}
-    if "variant" in fields and is_saved_architecture:
-        for name in ("variant", "config_overrides"):
-            fields.pop(name, None)
-    elif "variant" not in fields:
-        fields.pop("patch_size")
-    per_device = _count(given.per_device_train_batch_size) or per_device
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation, changed = fit_batch_size(recipe, per_device, processes, _count(given.gradient_accumulation_steps))
-    batch = f"{per_device * processes * accumulation} = {per_device} images x {processes} processes x {accumulation}"
-    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
-    comparison = f"; the recipe's is {recipe.batch_size}, so: {scaled}" if changed else ", as in the recipe"
-    message = f"Recipe {recipe.describe()}\n    batch: {batch} accumulated{comparison}"
-    return recipe, {**fields, "gradient_accumulation_steps": accumulation, **changed}, message
-
-
-def _count(text: str | None) -> int | None:
-    """A positive number, or None: the parser reports other values."""
-    return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None

@@ -10,6 +10,7 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_who
 from ..common.flags import Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
 from ..common.records import license_problem
 from ..data.arguments import DataArguments
-from ..recipes.table import RECIPES, recipe_defaults, recipe_table
+from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
     DATA_SETS,
     FINE_TUNING,
@@ -119,13 +120,9 @@ def parse_arguments(
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
-    Parses the command line.
+    Parses a command line, by default that of the process.
 
-    Args:
-        argv: the command line; by default that of the process.
-        script: the script that has it.
-        description: the beginning of --help.
-        defaults: of a script that uses these flags for something else than training.
+    `description` begins --help. `defaults` are those of a script that uses these flags for something else.
 
     Returns:
         ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and the Problems found in their
@@ -174,6 +171,7 @@ def parse_arguments(
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
     _check_flags(training_flags, recipe_arguments, problems)
+    values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
     # With mistakes, it goes on only where more may be found: in flags that are checked late, and in the user's images.
     has_late_flags = trainer_words or any(values[name] for name in CHECKED_LATE)
     if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
@@ -211,8 +209,8 @@ def _set_defaults(
     parser: Parser, script: Script, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """
-    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of flags that only
-    the Trainer has, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
+    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of the Trainer's own
+    flags, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
     """
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
@@ -230,6 +228,39 @@ def _set_defaults(
     chosen |= settings | defaults
     parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
     return {name: value for name, value in chosen.items() if name not in ours}, message
+
+
+def recipe_defaults(
+    argv: list[str], per_device: int, is_saved_architecture: bool
+) -> tuple[Recipe | None, dict[str, Any], str | None]:
+    """
+    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
+    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
+
+    `per_device` is the default batch size; a saved architecture replaces the recipe's variant.
+    """
+
+    def count(text: str | None) -> int | None:  # the parser reports other values
+        return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None
+
+    given = first_look(argv, "recipe", "per_device_train_batch_size", "gradient_accumulation_steps")
+    if given.recipe is None:
+        return None, {}, None
+    recipe = find_recipe(given.recipe)
+    fields = {"image_size": None, "patch_size": None, **recipe.fields}
+    if "variant" in fields and is_saved_architecture:
+        for name in ("variant", "config_overrides"):
+            fields.pop(name, None)
+    elif "variant" not in fields:
+        fields.pop("patch_size")
+    per_device = count(given.per_device_train_batch_size) or per_device
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, changed = fit_batch_size(recipe, per_device, processes, count(given.gradient_accumulation_steps))
+    batch = f"{per_device * processes * accumulation} = {per_device} images x {processes} processes x {accumulation}"
+    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    comparison = f"; the recipe's is {recipe.batch_size}, so: {scaled}" if changed else ", as in the recipe"
+    message = f"Recipe {recipe.describe()}\n    batch: {batch} accumulated{comparison}"
+    return recipe, {**fields, "gradient_accumulation_steps": accumulation, **changed}, message
 
 
 @cache
@@ -341,13 +372,9 @@ def _read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
 def _build_training_arguments(
     values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
 ) -> "ImageTrainingArguments":
-    """
-    The arguments of the Trainer. Mistakes in the values of the flags go to the problems.
-
-    Raises:
-        InputError: with all problems, if the Trainer refuses the values.
-    """
+    """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
     from ..augmentation.policies import auto_augment
+    from ..hub.commit import check_can_publish
     from .trainer_overrides import ImageTrainingArguments
 
     try:
@@ -364,8 +391,12 @@ def _build_training_arguments(
             auto_augment(recipe_arguments.auto_augment)
     except ValueError as error:
         problems.add(str(error))
-    _check_hub(arguments, problems)
-    _resolve_resume(arguments, problems)
+    if arguments.push_to_hub and arguments.process_index == 0:  # without the Hub; the trainer asks it before it trains
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        try:
+            check_can_publish(name)
+        except InputError as error:
+            problems.add(f"--push_to_hub to {name}: {error}")
     return arguments
 
 
@@ -385,43 +416,31 @@ def _check_configuration(arguments: ModelArguments, problems: Problems) -> None:
             problems.add(f"--variant {arguments.variant}: {error}")
 
 
-def _check_hub(arguments: "ImageTrainingArguments", problems: Problems) -> None:
-    """Checks a push without the Hub; the trainer asks the Hub before it trains."""
-    from ..hub.commit import check_can_publish
-
-    if arguments.push_to_hub and arguments.process_index == 0:
-        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
-            check_can_publish(name)
-        except InputError as error:
-            problems.add(f"--push_to_hub to {name}: {error}")
-
-
-def _resolve_resume(arguments: "ImageTrainingArguments", problems: Problems) -> None:
-    """Turns --resume_from_checkpoint into a folder or None, and refuses to overwrite an earlier run."""
+def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str | None:
+    """The folder of --resume_from_checkpoint. Without one, the folder of an earlier run is a mistake."""
     output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if given is None or given.lower() in ("false", "no", "0"):
-        arguments.resume_from_checkpoint = None
         if (output / "config.json").exists() or find_checkpoints(output):
             problems.add(
                 f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
                 "continue it with --resume_from_checkpoint True."
             )
-    elif given.lower() in ("true", "yes", "1"):
+        return None
+    if given.lower() in ("true", "yes", "1"):
         latest, damaged = latest_whole(output)
-        arguments.resume_from_checkpoint = None if latest is None else str(latest)
-        if latest is None and damaged:
+        if latest is not None:
+            return str(latest)
+        if damaged:
             reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
-            problems.add(
-                f"--resume_from_checkpoint {given}: no checkpoint in {output} is whole ({reasons}). Name one to try it "
-                "all the same, or remove the folder to start a new run."
-            )
-        elif latest is None:
-            problems.add(
-                f"--resume_from_checkpoint {given}: there is no checkpoint in {output}. Leave it out for a new run."
-            )
-    elif not Path(given, STATE).is_file():
+            reason = f"no checkpoint in {output} is whole ({reasons}). Name one to try it all the same, or remove the "
+            reason += "folder to start a new run."
+        else:
+            reason = f"there is no checkpoint in {output}. Leave it out for a new run."
+        problems.add(f"--resume_from_checkpoint {given}: {reason}")
+        return None
+    if not Path(given, STATE).is_file():
         problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
     elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
         # A checkpoint of another program or an earlier version has no run.json to check it by.
         problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
+    return given
