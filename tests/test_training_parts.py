@@ -35,9 +35,13 @@ def arguments(folder="out", **more):
 
 def guard(lines=None, processes=None, **more):
     lines = [] if lines is None else lines
-    return StepGuard(
-        arguments(**more), processes or Processes(60), lambda i: f"{i}.png", lines.append, lambda: "Go on."
+    folder = SimpleNamespace(
+        arguments=arguments(**more),
+        processes=processes or Processes(60),
+        log=lines.append,
+        resume_advice=lambda: "Go on.",
     )
+    return StepGuard(folder, lambda i: f"{i}.png")
 
 
 def begin(guard, losses, indices=((0, 1), (2, 3))):

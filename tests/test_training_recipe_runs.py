@@ -18,7 +18,7 @@ from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
 from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.recipes.table import RECIPES
-from modeling_vit_scratch.training.arguments import config_fields
+from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.command_line import FINETUNE, parse_arguments, recipe_defaults
 from modeling_vit_scratch.training.optimization import WeightAverage
 
@@ -150,8 +150,9 @@ def test_a_recipe_with_a_field_that_does_not_exist_is_refused(monkeypatch):
 def test_overrides_of_the_configuration_have_types_and_reach_the_model(pets, tmp_path):
     text = "drop_path_rate=0.2, pooling=mean,use_cls_token=True,num_register_tokens=2"
     expected = {"drop_path_rate": 0.2, "pooling": "mean", "use_cls_token": True, "num_register_tokens": 2}
-    assert config_fields(text) == expected
-    assert config_fields("stem_layers=[2, 2],qkv_bias=False") == {"stem_layers": [2, 2], "qkv_bias": False}
+    assert ModelArguments(config_overrides=text).config_fields() == expected
+    fields = ModelArguments(config_overrides="stem_layers=[2, 2],qkv_bias=False").config_fields()
+    assert fields == {"stem_layers": [2, 2], "qkv_bias": False}
     trainer = build(tmp_path / "out", *flags(pets, "--config_overrides", text))
     assert {name: getattr(trainer.model.config, name) for name in expected} == expected
     trainer.save_model()

@@ -32,22 +32,13 @@ def title_of(metric: str) -> str:
 
 
 def interval_of(result: dict[str, Any]) -> list[float] | None:
-    """
-    The interval to show for a result of results.json: for fractions of images Wilson's, which is informative even where
-    all are right; for others the bootstrap's; None if it has none.
-    """
+    """The interval of a result: for fractions of images Wilson's, even where all are right; else the bootstrap's."""
     return result.get("wilson_interval") or result.get("interval")
 
 
-_IDENTIFIER = re.compile(r"[a-z0-9.-]+")
-
-
 def license_problem(license: Any, name: str | None = None, link: str | None = None) -> str | None:
-    """
-    A message if the licence of a model is not valid, else None. It has to be an identifier of the Hub, e.g. apache-2.0,
-    or "other" with a name and a link.
-    """
-    if not isinstance(license, str) or not _IDENTIFIER.fullmatch(license):
+    """A message unless the licence is an identifier of the Hub, e.g. apache-2.0, or "other" with a name and a link."""
+    if not isinstance(license, str) or not re.fullmatch(r"[a-z0-9.-]+", license):
         return "it is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub/repositories-licenses)."
     if license == "other" and not (name and link):
         flags = "--license other --license_name NAME --license_link URL"

@@ -72,6 +72,28 @@ class ModelArguments(HubFlags):
     )
     trust_remote_code: bool = flag(False, "Run code that comes with --image_processor_name. The model needs none.")
 
+    def config_fields(self) -> dict[str, Any]:
+        """
+        The fields of the configuration that the flags set. Raises ValueError for --config_overrides other than
+        NAME=VALUE, and for fields that another flag or the data determine.
+        """
+        from ..configuration_vit_scratch import ViTScratchConfig  # here: it imports torch
+
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        fields = {name: size[0] if len(size) == 1 else size for name, size in sizes.items() if size is not None}
+        for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", self.config_overrides or ""))):
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if not equals or name not in ViTScratchConfig.__annotations__:
+                raise ValueError(f"--config_overrides {part}: give NAME=VALUE with a field of the configuration.")
+            if name in ("image_size", "patch_size", "num_channels"):
+                reason = "--image_size and --patch_size are flags, the data say how many channels there are."
+                raise ValueError(f"--config_overrides {name}: leave it out. {reason}")
+            try:
+                fields[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                fields[name] = value
+        return fields
+
 
 @dataclass
 class RecipeArguments:
@@ -227,35 +249,3 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         given = " ".join(f"--{name}" for name in hub_flags if getattr(self, name) is not None)
         if given and not self.push_to_hub:
             problems.add(f"{given}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
-
-
-def sizes(arguments: ModelArguments) -> dict[str, int | list[int]]:
-    """--image_size and --patch_size, if given, as fields of the configuration."""
-    given = {"image_size": arguments.image_size, "patch_size": arguments.patch_size}
-    return {name: size[0] if len(size) == 1 else size for name, size in given.items() if size is not None}
-
-
-def config_fields(text: str | None) -> dict[str, Any]:
-    """
-    Parses --config_overrides to fields of the configuration.
-
-    Raises:
-        ValueError: for anything but NAME=VALUE, and for fields that another flag or the data determine.
-    """
-    from ..configuration_vit_scratch import ViTScratchConfig  # here: it imports torch
-
-    fields: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", text or ""):
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not part.strip():
-            continue
-        if not equals or name not in ViTScratchConfig.__annotations__:
-            raise ValueError(f"--config_overrides {part.strip()}: give NAME=VALUE with a field of the configuration.")
-        if name in ("image_size", "patch_size", "num_channels"):
-            reason = "--image_size and --patch_size are flags, the data say how many channels there are."
-            raise ValueError(f"--config_overrides {name}: leave it out. {reason}")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[name] = value
-    return fields

@@ -25,7 +25,7 @@ from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_str
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from .arguments import ModelArguments, config_fields, sizes
+from .arguments import ModelArguments
 from .optimization import WeightAverage, build_loss
 from .trainer import ImageTrainer
 from .trainer_overrides import ImageTrainingArguments
@@ -144,14 +144,9 @@ def build_model(
     """
     The model that training starts from: a new one, or a saved one whose classifier is adapted to the labels.
 
-    Args:
-        arguments: of the command line.
-        label_names: in the order of the class indices, for the configuration. [] for no classifier.
-        num_channels: of a new network.
-        seed: of new weights.
-        has_representation: gives a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder,
-            unless the command line says otherwise.
-        is_multi_label: whether images have any number of labels.
+    `label_names` are in the order of the class indices; without any there is no classifier. `has_representation` gives
+    a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder, unless the command line says
+    otherwise.
 
     Returns:
         Model, image processor, and a line for the user on the origin of weights and classifier.
@@ -160,7 +155,7 @@ def build_model(
         InputError: if the model can't be loaded, or does not fit.
     """
     set_seed(seed)
-    overrides, labels = _overrides(arguments), label_fields(label_names, is_multi_label)
+    overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
     if arguments.model_name_or_path is not None:
         model, processor, missing = _load(ViTScratchForImageClassification, arguments, optional="classifier.")
         bias = overrides.get("head_bias_init", 0.0)
@@ -186,8 +181,8 @@ def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """
-    The encoder of --model_name_or_path, with its representation layer if it has one; with `random_seed`, the same
-    network with random weights. Raises InputError if it can't be loaded, or lacks weights.
+    The encoder of --model_name_or_path; with `random_seed`, the same network with random weights. Raises InputError if
+    it can't be loaded, or lacks weights.
     """
     model, processor, _ = _load(ViTScratchModel, arguments)
     if random_seed is not None:
@@ -202,7 +197,7 @@ def _load(
     """Model, image processor, and missing weights, which must have the `optional` prefix (InputError)."""
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
-    overrides = {"dtype": torch.float32, **_overrides(arguments)}
+    overrides = {"dtype": torch.float32, **arguments.config_fields()}
     model, processor, missing = load_pretrained(kind, f"--model_name_or_path {name}", name, hub, **overrides)
     needed = {key for key in missing if optional is None or not key.startswith(optional)}
     if needed:
@@ -211,11 +206,6 @@ def _load(
             "model of this library."
         )
     return model, _given_processor(arguments) or processor, missing
-
-
-def _overrides(arguments: ModelArguments) -> dict[str, Any]:
-    """The fields of the configuration that the command line sets."""
-    return sizes(arguments) | config_fields(arguments.config_overrides)
 
 
 def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
@@ -233,18 +223,10 @@ def fit_classifier(
     model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
 ) -> str:
     """
-    Gives the classifier one row for each label, in the order of the data. Its rows are kept if the labels are the same,
-    and if both or neither allow several labels for an image.
+    Gives the classifier one row for each label, in the order of the data. Returns a line that says what was done.
 
-    Args:
-        model: to change.
-        label_names: of the data; [] for no classifier.
-        is_fresh: whether the classifier was not loaded.
-        bias: of a new classifier; its weights are zero.
-        is_multi_label: whether an image has any number of labels.
-
-    Returns:
-        A line that says what was done.
+    Its rows are kept if it is not fresh, the labels are the same, and both or neither allow several labels for an
+    image. Else it is replaced by a classifier of zeros and this bias.
     """
     config = model.config
     old = [config.id2label[index] for index in range(config.num_labels)]

@@ -34,8 +34,6 @@ from .arguments import (
     ModelArguments,
     RecipeArguments,
     TrainingFlags,
-    config_fields,
-    sizes,
 )
 
 
@@ -405,13 +403,13 @@ def _check_configuration(arguments: ModelArguments, problems: Problems) -> None:
     from ..configuration_vit_scratch import ViTScratchConfig
 
     try:
-        fields = config_fields(arguments.config_overrides)
+        fields = arguments.config_fields()
     except ValueError as error:
         problems.add(str(error))
         return
     if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
         try:
-            ViTScratchConfig.from_variant(arguments.variant, **sizes(arguments), **fields)
+            ViTScratchConfig.from_variant(arguments.variant, **fields)
         except ValueError as error:
             problems.add(f"--variant {arguments.variant}: {error}")
 

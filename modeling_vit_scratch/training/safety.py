@@ -299,11 +299,8 @@ class StepGuard:
     an unreadable image and the reason.
     """
 
-    arguments: ImageTrainingArguments
-    processes: Processes
+    folder: RunFolder
     image_name: Callable[[int], str]  # from the index of a training image to its file or another name
-    log: Callable[[str], None]  # prints a line, once for all processes
-    resume_advice: Callable[[], str]  # returns the last sentence of every message
     broken_images: dict[int, str] = field(default_factory=dict)  # reasons by index of a training image
     last_keys: list[torch.Tensor | None] = field(default_factory=list)  # of the batches of the latest step
     _losses: list[torch.Tensor] = field(default_factory=list)
@@ -312,23 +309,23 @@ class StepGuard:
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
         """Notes the images of a step. Raises TrainingStopped if more than --max_broken_images could not be read."""
         self.last_keys, self._losses = [batch.get("keys") for batch in batches], []
-        if self.arguments.max_broken_images:
+        if self.folder.arguments.max_broken_images:
             self._count_broken([pair for batch in batches for pair in batch.get("broken", ())])
 
     def _count_broken(self, pairs: list[tuple[int, str]]) -> None:
         new = {index: reason for index, reason in pairs if index not in self.broken_images}
-        if not self.processes.maximum(len(new)):
+        if not self.folder.processes.maximum(len(new)):
             return
-        for index, reason in (pair for part in self.processes.gather(new) for pair in part.items()):
+        for index, reason in (pair for part in self.folder.processes.gather(new) for pair in part.items()):
             if index not in self.broken_images:
                 self.broken_images[index] = reason
-                self.log(f"broken image {len(self.broken_images)}, another one takes its place: {reason}")
-        limit = self.arguments.max_broken_images
+                self.folder.log(f"broken image {len(self.broken_images)}, another one takes its place: {reason}")
+        limit = self.folder.arguments.max_broken_images
         if len(self.broken_images) > limit:
             lines = "".join(f"\n    {reason}" for reason in self.broken_images.values())
             raise TrainingStopped(
                 f"{len(self.broken_images)} training images can't be read, more than --max_broken_images {limit}:"
-                f"{lines}\nRepair or remove them, or raise the limit. {self.resume_advice()}",
+                f"{lines}\nRepair or remove them, or raise the limit. {self.folder.resume_advice()}",
                 is_shared=True,
             )
 
@@ -385,7 +382,7 @@ class StepGuard:
 
     def _stop(self, check: StepCheck) -> None:
         """Every process names its images. They share the gradient: if it is not finite, all of them stop here."""
-        arguments, losses = self.arguments, check.losses.tolist()
+        arguments, losses = self.folder.arguments, check.losses.tolist()
         is_everywhere = not (check.is_scaled or check.norm.isfinite())
         process = f"process {arguments.process_index}, " if arguments.world_size > 1 else ""
         lines = [
@@ -394,7 +391,7 @@ class StepGuard:
         ]
         bad_loss = next((loss for loss in losses if not torch.tensor(loss).isfinite()), None)
         if is_everywhere:
-            gathered = self.processes.gather((bad_loss, lines))
+            gathered = self.folder.processes.gather((bad_loss, lines))
             lines = [line for _, part in gathered for line in part]
             bad_loss = next((loss for loss, _ in gathered if loss is not None), None)
         found = f"The gradient's norm is {float(check.norm):g}" if bad_loss is None else f"The loss is {bad_loss:g}"
@@ -402,7 +399,7 @@ class StepGuard:
             f"{found} at step {check.step} of {check.max_steps}. The weights are those of the step before. The images "
             "of this step:\n" + "\n".join(lines) + "\nUsual ways out: a lower --learning_rate "
             f"({arguments.learning_rate:g} now), more --warmup_steps, --max_grad_norm 1, --bf16 False. "
-            + self.resume_advice(),
+            + self.folder.resume_advice(),
             is_shared=is_everywhere,
         )
 
