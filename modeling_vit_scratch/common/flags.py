@@ -245,7 +245,7 @@ PHOTO_SMALLEST_AREA = 0.35
 class HubFlags:
     """Flags of downloads."""
 
-    model_revision: str = flag("main", "Branch, tag or commit on the Hub.", metavar="REVISION")
+    model_revision: str = flag("main", "Branch, tag or commit.", metavar="REVISION")
     cache_dir: str | None = flag(None, "Folder for downloads. Default: Hugging Face's.", metavar="DIR")
 
 
@@ -266,10 +266,7 @@ class LabelFlags(ImageFlags):
         None, "Separator of labels in a text column, for images with several. Example: '|'", metavar="TEXT"
     )
     train_val_split: float | None = flag(
-        None,
-        "Fraction of each class that training holds out, where the data have no validation split.",
-        above=0,
-        below=1,
+        None, "Fraction of each class to hold out, where the data have no validation split.", above=0, below=1
     )
     max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.", at_least=1)
 
@@ -291,7 +288,7 @@ class FastDecodeFlag:
     fast_decode: bool = flag(
         True,
         "Decode JPEG photos at reduced scale and resize with 8-bit kernels: faster, and pixels differ by up to about 1 "
-        "of 255 levels on average. Evaluation always decodes in full.",
+        "of 255 levels on average. Evaluation does not.",
     )
 
 

@@ -41,7 +41,7 @@ class DataArguments(LabelFlags):
     )
     max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.", at_least=1)
     verify_images: bool = flag(True, "Decode every image once before training, to find broken files first.")
-    export_examples: str | None = flag(None, "Save ten held-out images here, to try the model on.", metavar="DIR")
+    export_examples: str | None = flag(None, "Save ten held-out images here to try the model.", metavar="DIR")
 
     def check(self, problems: Problems) -> None:
         """Adds what is wrong with the values, but for limits of single flags."""

@@ -53,9 +53,9 @@ class PretrainingArguments:
         "MPP: predict mean_color (3-bit, 512 classes), downsized (4 x 4 of them per patch) or full_patch (pixels).",
         metavar="NAME",
     )
-    norm_pix_loss: bool = flag(True, "MAE: normalize the target pixels of each patch.")
-    decoder_hidden_size: int | None = flag(None, "MAE: decoder width. Default: two thirds, at most 512.")
-    decoder_num_hidden_layers: int | None = flag(None, "MAE: its layers. Default: two thirds, at most 8.")
+    norm_pix_loss: bool = flag(True, "MAE: normalize target patches.")
+    decoder_hidden_size: int | None = flag(None, "MAE: decoder width. Default: 2/3, at most 512.")
+    decoder_num_hidden_layers: int | None = flag(None, "MAE: its layers. Default: 2/3, at most 8.")
     decoder_num_attention_heads: int | None = flag(None, "MAE: its heads. Default: one per 32 channels.")
 
     @property

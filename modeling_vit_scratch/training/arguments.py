@@ -107,8 +107,8 @@ class RecipeArguments:
     )
     auto_augment: str | None = flag(
         None,
-        "Augmentation policy: ra (RandAugment), ta_wide (TrivialAugment), 3a (3-Augment), rand-m9-mstd0.5-inc1 (as in "
-        "timm) or randaug(2,10) (as in big_vision).",
+        "ra (RandAugment), ta_wide (TrivialAugment), 3a (3-Augment), rand-m9-mstd0.5-inc1 (timm) or randaug(2,10) "
+        "(big_vision).",
         metavar="POLICY",
     )
     color_jitter: float = flag(
@@ -125,8 +125,8 @@ class RecipeArguments:
     cutmix: float = flag(0.0, "CutMix alpha.", metavar="ALPHA", at_least=0)
     loss: str = flag(
         "softmax",
-        "softmax: cross-entropy. sigmoid: binary cross-entropy, summed over classes, as in the paper. bce: its mean, "
-        "as in DeiT III. With several labels per image always binary.",
+        "softmax: cross-entropy. sigmoid: binary cross-entropy, summed over classes (the paper). bce: its mean (DeiT "
+        "III). With several labels per image always binary.",
         choices=LOSSES,
     )
     class_weights: list[str] | None = flag(
@@ -170,8 +170,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
     )
     optim: str = flag(
         "adamw_torch_fused",
-        "Optimizer: any of transformers', e.g. sgd; or lamb, for large batches as in DeiT III, which clips gradients "
-        "to a norm of 1.",
+        "Optimizer: any of transformers', e.g. sgd; or lamb, which clips gradients to a norm of 1.",
         metavar="NAME",
     )
     lr_scheduler_type: str = flag("cosine", "Learning rate schedule.", metavar="NAME")
@@ -179,7 +178,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
     weight_decay: float = flag(
         0.05, "Weight decay of dense layers and the patch projection; nothing else decays.", at_least=0
     )
-    max_grad_norm: float = flag(1.0, "Clip gradients to this norm; 0: off.")
+    max_grad_norm: float = flag(1.0, "Clip gradients to norm X; 0: off.")
     label_smoothing_factor: float = flag(0.0, "Label smoothing.", at_least=0, below=1)
     eval_strategy: str = flag("epoch", "Evaluate: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
     save_strategy: str = flag(
@@ -188,7 +187,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
     logging_strategy: str = flag("epoch", "When to report the loss: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
     save_total_limit: int | None = flag(2, "Checkpoints to keep.")
     load_best_model_at_end: bool | None = flag(
-        None, "End with the weights of the best epoch. Default: if checkpoints are saved whenever they are evaluated."
+        None, "End with the best epoch. Default: if checkpoints are saved whenever they are evaluated."
     )
     metric_for_best_model: str | None = flag(
         "accuracy",
@@ -219,15 +218,12 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
 
     license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")
     smallest_area: float = flag(
-        PHOTO_SMALLEST_AREA,
-        "Minimum area of the random crop, as a fraction of the image (torchvision's scale). 1 disables it.",
-        above=0,
-        at_most=1,
+        PHOTO_SMALLEST_AREA, "Minimum area of the random crop (torchvision's scale). 1 disables it.", above=0, at_most=1
     )
     probe: list[str] | None = flag(
         None,
-        "Test the features at every evaluation, without training on them: 20 nearest neighbours (knn), and least "
-        "squares on 1, 5, 10 and 25 images per class (fewshot).",
+        "Test the features at every evaluation: 20 nearest neighbours (knn), and least squares on 1, 5, 10 and 25 "
+        "images per class (fewshot).",
         choices=PROBES,
         metavar="NAME",
     )
