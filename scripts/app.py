@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,4 +76,4 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -26,7 +26,7 @@ versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
 import importlib.util
 import sys
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def declare_operators() -> None:
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 # The names of `checkpoint.formats.FORMATS`, which torch would be imported for.
@@ -86,4 +86,4 @@ def read_arguments(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

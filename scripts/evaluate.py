@@ -14,7 +14,7 @@ results.json, predictions.csv and figures into MODEL/evaluation/DATASET, and upd
 import sys
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 # Python puts this folder first on its path, where the name of this file would hide the library `evaluate`, also from
@@ -66,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -13,7 +13,7 @@ labels. Its speed is shown beside that of the model. `pip install -e ".[export]"
 import argparse
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,15 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     with before_torch():
         arguments = build_parser().parse_args(argv)
 
+    import torch
     from transformers.utils import logging
 
+    from benchmarks.timing import format_table, summarize, time_in_turns
     from modeling_vit_scratch.common.errors import InputError
-    from modeling_vit_scratch.common.timing import format_table
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.report import load_model
     from modeling_vit_scratch.exporting.export import check, check_output, compare, export, missing_packages, save
     from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
-    from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
 
     logging.disable_progress_bar()
     if missing := missing_packages(arguments.format):
@@ -80,8 +80,15 @@ def main(argv: list[str] | None = None) -> None:
         counts = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
         print(f"Of {count:,} images ({which}) right: {counts}.")
     if arguments.rounds:
-        summary = measure_speed(model, exported, pixel_values, arguments.batch_size, arguments.rounds)
-        print(format_table(f"Batches of {arguments.batch_size}:", summary, PROGRAM))
+        batch = pixel_values.repeat(-(-arguments.batch_size // len(pixel_values)), 1, 1, 1)[: arguments.batch_size]
+        batch = batch.contiguous()
+        functions = {
+            "the program": lambda: exported(pixel_values=batch),
+            "the model, eager": torch.inference_mode()(lambda: model(pixel_values=batch).logits),
+        }
+        seconds = time_in_turns(functions, arguments.rounds)
+        summary = summarize(seconds, arguments.batch_size, "the program")
+        print(format_table(f"Batches of {arguments.batch_size}:", summary, "the program"))
     print(f"""To use it:
 
     from transformers import AutoImageProcessor
@@ -96,4 +103,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

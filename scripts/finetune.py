@@ -9,7 +9,7 @@ Trains a Vision Transformer to classify images, from scratch or from a saved mod
 Ends with the held-out accuracy, the model's folder and three lines that use it.
 """
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def main() -> None:
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

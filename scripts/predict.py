@@ -10,7 +10,7 @@ A run with --output that was stopped, or killed at any moment, continues with th
 same bytes as if it had not been. Broken images are listed with their reasons in OUTPUT.errors.csv.
 """
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def main() -> int:
@@ -55,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

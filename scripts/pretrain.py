@@ -10,12 +10,13 @@ Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae. 
 --model_name_or_path of scripts/finetune.py.
 """
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def main() -> None:
     with before_torch():
-        from modeling_vit_scratch.training.command_line import PRETRAIN, parse_arguments
+        from modeling_vit_scratch.pretraining.arguments import PRETRAIN
+        from modeling_vit_scratch.training.command_line import parse_arguments
 
         parsed = parse_arguments(script=PRETRAIN, description=__doc__)
         model_arguments, data_arguments, training_arguments, pretraining, problems = parsed
@@ -40,7 +41,7 @@ def main() -> None:
 
     if is_first:
         record = build_pretraining_record(
-            trainer, data, model_arguments, pretraining, scores, outcome.metrics["train_runtime"]
+            trainer, data, model_arguments, pretraining.metadata(), scores, outcome.metrics["train_runtime"]
         )
         write_record(record, training_arguments.output_dir)
         write_training_card(trainer, record)
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -14,7 +14,7 @@ images and are tested on held-out ones. The record goes to results.json in --out
 import argparse
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 # Of scripts/finetune.py.
@@ -28,9 +28,9 @@ DATA_FLAGS = (
 def main() -> None:
     with before_torch():
         from modeling_vit_scratch.common.errors import InputError
-        from modeling_vit_scratch.training.command_line import parse_arguments, show_flags
+        from modeling_vit_scratch.training.command_line import build_parser, parse_arguments
 
-        own, flags = build_parser(show_flags("data", *DATA_FLAGS)).parse_known_args()
+        own, flags = own_parser(build_parser()).parse_known_args()
         defaults = {"output_dir": "outputs/probe", "report_to": "none"}
         words = ["--model_name_or_path", own.model, *flags]
         model_arguments, data_arguments, training_arguments, problems = parse_arguments(words, defaults=defaults)
@@ -78,10 +78,17 @@ def main() -> None:
         raise InputError(str(error)) from error
 
 
-def build_parser(data_flags: str) -> argparse.ArgumentParser:
+def own_parser(training: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The own flags; --help shows those of finetune.py for data, too."""
+    formatter = training.formatter_class("")
+    formatter.start_section("data")
+    formatter.add_arguments([action for name in DATA_FLAGS for action in training._actions if action.dest == name])
+    formatter.end_section()
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=data_flags, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog=formatter.format_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="any checkpoint that the library knows: a file, a folder or a Hub id")
     parser.add_argument("--skip_linear", action="store_true", help="leave out the linear probe, which takes longest")
@@ -92,4 +99,4 @@ def build_parser(data_flags: str) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

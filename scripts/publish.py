@@ -22,7 +22,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,4 +149,4 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 def main() -> None:
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

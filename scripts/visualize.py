@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from startup.quick import before_torch, run
+from startup.quick import before_torch, run_command_line
 
 
 AUGMENTATION = """
@@ -146,4 +146,4 @@ def draw_augmentation(model_arguments: Any, data_arguments: Any, training_argume
 
 
 if __name__ == "__main__":
-    run(main)
+    raise SystemExit(run_command_line(main))

@@ -25,9 +25,9 @@ from benchmarks.peers import build_peers, check_equal, random_batch
 from benchmarks.prediction import PredictionBenchmark, fresh_model
 from benchmarks.processor import FAST, THEIRS, differences, processor_ways, resizing_alone, times_faster, to_time
 from benchmarks.soak import commands, summarize_samples, watch
+from benchmarks.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
 from modeling_vit_scratch.training.command_line import parse_arguments as parse_finetuning
 

@@ -24,7 +24,7 @@ from modeling_vit_scratch.cards.rendering import FILTERS, render
 from modeling_vit_scratch.cards.values import template_values
 from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.common.provenance import digests
+from modeling_vit_scratch.common.records import digests
 from modeling_vit_scratch.evaluation.metrics import (
     confidences,
     confusion,

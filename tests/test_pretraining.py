@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, pipeline
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.training.command_line import PRETRAIN, parse_arguments
-from modeling_vit_scratch.training.flags import OBJECTIVES
+from modeling_vit_scratch.pretraining.arguments import OBJECTIVES, PRETRAIN
+from modeling_vit_scratch.training.command_line import parse_arguments
 
 
 UNLABELLED = [name for name in OBJECTIVES if name != "supervised"]
@@ -164,7 +164,7 @@ def test_the_held_out_loss_is_the_same_whenever_it_is_asked_for(pets, tmp_path):
     ("argv", "part"),
     [
         (("--objective", "dino"), "none of supervised, mpp, simmim, mae"),
-        (("--objective", "mae", "--mask_ratio", 1), "between 0 and 1"),
+        (("--objective", "mae", "--mask_ratio", 1), "--mask_ratio 1 must be above 0 and below 1"),
         (("--mask_ratio", 0.5), "goes with an --objective that masks"),
         (("--objective", "mae", "--mixup", 0.2), "--mixup 0.2 needs labels"),
         (("--objective", "mpp", "--cutmix", 1), "--cutmix 1 needs labels"),

@@ -7,7 +7,7 @@ import torch
 from tiny_images import build, difference, flags, weights
 
 from modeling_vit_scratch.training.optimization import Lamb
-from modeling_vit_scratch.training.run_folder import differences
+from modeling_vit_scratch.training.safety import differences
 
 
 # What timm.optim.lamb.Lamb gives for the four steps of `steps`: max_grad_norm -> weight, bias, a weight of zeros.

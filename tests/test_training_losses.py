@@ -11,7 +11,7 @@ from tiny_images import build, flags, weights
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.training.flags import LOSSES
+from modeling_vit_scratch.training.arguments import LOSSES
 from modeling_vit_scratch.training.optimization import ClassificationLoss, class_weights
 
 

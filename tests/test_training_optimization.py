@@ -12,8 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.training.callbacks import WeightAverage
 from modeling_vit_scratch.training.optimization import (
+    WeightAverage,
     decay_parameter_names,
     describe_groups,
     layer_number,

@@ -16,8 +16,7 @@ from modeling_vit_scratch.common.files import damage, find_checkpoints, read_man
 from modeling_vit_scratch.common.processes import Processes
 from modeling_vit_scratch.hub import pushing
 from modeling_vit_scratch.hub.pushing import HubPusher
-from modeling_vit_scratch.training.run_folder import RunFolder
-from modeling_vit_scratch.training.step_guard import StepGuard
+from modeling_vit_scratch.training.safety import RunFolder, StepGuard
 
 
 def arguments(folder="out", **more):
@@ -36,9 +35,13 @@ def arguments(folder="out", **more):
 
 def guard(lines=None, processes=None, **more):
     lines = [] if lines is None else lines
-    return StepGuard(
-        arguments(**more), processes or Processes(60), lambda i: f"{i}.png", lines.append, lambda: "Go on."
+    folder = SimpleNamespace(
+        arguments=arguments(**more),
+        processes=processes or Processes(60),
+        log=lines.append,
+        resume_advice=lambda: "Go on.",
     )
+    return StepGuard(folder, lambda i: f"{i}.png")
 
 
 def begin(guard, losses, indices=((0, 1), (2, 3))):

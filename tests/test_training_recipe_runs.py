@@ -16,11 +16,11 @@ from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.data.collation import MixingCollator
+from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.recipes.table import RECIPES
-from modeling_vit_scratch.training.arguments import config_fields
-from modeling_vit_scratch.training.callbacks import WeightAverage
-from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, parse_arguments
-from modeling_vit_scratch.training.flags import recipe_defaults
+from modeling_vit_scratch.training.arguments import ModelArguments
+from modeling_vit_scratch.training.command_line import FINETUNE, parse_arguments, recipe_defaults
+from modeling_vit_scratch.training.optimization import WeightAverage
 
 
 EVERYTHING = [
@@ -122,13 +122,13 @@ def test_the_list_of_recipes_is_a_table_of_all(script, capsys):
     [
         (("--recipe", "bv_s16"), "Did you mean bv_s16_90ep"),
         (("--auto_augment", "autoaugment"), "Choose ra, ta_wide"),
-        (("--color_jitter", 2), "colour jitter must be above 0 and at most 1"),
-        (("--random_erasing", 1.5), "random erasing must be above 0"),
-        (("--mixup", -1), "--mixup -1 must not be negative"),
-        (("--cutmix", -1), "--cutmix -1 must not be negative"),
+        (("--color_jitter", 2), "--color_jitter 2 must be at least 0 and at most 1"),
+        (("--random_erasing", 1.5), "--random_erasing 1.5 must be at least 0 and at most 1"),
+        (("--mixup", -1), "--mixup -1 must be at least 0"),
+        (("--cutmix", -1), "--cutmix -1 must be at least 0"),
         (("--layer_decay", 0), "--layer_decay 0 must be above 0"),
         (("--head_learning_rate_multiplier", 0), "must be above 0"),
-        (("--ema_decay", 1), "between 0 and 1"),
+        (("--ema_decay", 1), "--ema_decay 1 must be above 0 and below 1"),
         (("--config_overrides", "pooling"), "NAME=VALUE"),
         (("--config_overrides", "poling=mean"), "NAME=VALUE"),
         (("--config_overrides", "image_size=32"), "are flags"),
@@ -150,8 +150,9 @@ def test_a_recipe_with_a_field_that_does_not_exist_is_refused(monkeypatch):
 def test_overrides_of_the_configuration_have_types_and_reach_the_model(pets, tmp_path):
     text = "drop_path_rate=0.2, pooling=mean,use_cls_token=True,num_register_tokens=2"
     expected = {"drop_path_rate": 0.2, "pooling": "mean", "use_cls_token": True, "num_register_tokens": 2}
-    assert config_fields(text) == expected
-    assert config_fields("stem_layers=[2, 2],qkv_bias=False") == {"stem_layers": [2, 2], "qkv_bias": False}
+    assert ModelArguments(config_overrides=text).config_fields() == expected
+    fields = ModelArguments(config_overrides="stem_layers=[2, 2],qkv_bias=False").config_fields()
+    assert fields == {"stem_layers": [2, 2], "qkv_bias": False}
     trainer = build(tmp_path / "out", *flags(pets, "--config_overrides", text))
     assert {name: getattr(trainer.model.config, name) for name in expected} == expected
     trainer.save_model()

@@ -16,8 +16,7 @@ from transformers import Trainer, TrainerCallback
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.augmentation.photo import DigitAugmentation, PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
-from modeling_vit_scratch.training.build import input_size
-from modeling_vit_scratch.training.callbacks import Progress
+from modeling_vit_scratch.training.build import Progress, input_size
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 

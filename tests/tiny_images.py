@@ -17,9 +17,10 @@ from PIL import Image
 from modeling_vit_scratch.common.errors import Problems
 from modeling_vit_scratch.data.arguments import DataArguments
 from modeling_vit_scratch.data.splits import ImageData, read_data
+from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.pretraining.build import build_pretraining
 from modeling_vit_scratch.training.build import build_model, build_trainer
-from modeling_vit_scratch.training.command_line import PRETRAIN, parse_arguments
+from modeling_vit_scratch.training.command_line import parse_arguments
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..common.names import METRIC_TITLES, title_of
+from ..common.records import METRIC_TITLES, title_of
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart, and more of theirs.

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..common.names import interval_of, license_problem, title_of
+from ..common.records import interval_of, license_problem, title_of
 from .records import Evaluation, ModelRecords
 
 

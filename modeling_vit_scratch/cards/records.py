@@ -17,8 +17,7 @@ from typing import Any
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
-from ..common.names import license_problem
-from ..common.provenance import digests
+from ..common.records import digests, license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .transfer import FOLDER as TRANSFER_FOLDER

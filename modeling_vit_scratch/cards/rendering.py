@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from ..common.errors import InputError
-from ..common.names import METRIC_TITLES, NO_PERCENT, title_of
+from ..common.records import METRIC_TITLES, NO_PERCENT, title_of
 
 
 CARD_TEMPLATE, TRANSFER_TEMPLATE = "template.md", "transfer.md"

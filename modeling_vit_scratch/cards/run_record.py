@@ -9,14 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..common.files import write_text
-from ..common.names import METRIC_TITLES
-from ..common.provenance import provenance
+from ..common.records import METRIC_TITLES, provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..recipes.table import find_recipe
-from ..training.arguments import LAMB, ImageTrainingArguments
-from ..training.flags import ModelArguments, PretrainingArguments
+from ..training.arguments import LAMB, ModelArguments
 from ..training.trainer import ImageTrainer
+from ..training.trainer_overrides import ImageTrainingArguments
 
 
 def build_record(
@@ -48,17 +47,16 @@ def build_pretraining_record(
     trainer: ImageTrainer,
     data: ImageData,
     model_arguments: ModelArguments,
-    options: PretrainingArguments,
+    objective: dict[str, Any],
     scores: dict[str, float],
     wall_time: float,
 ) -> dict[str, Any]:
     """
-    The record of pretraining, as `build_record`, with `pretraining`, the flags of the objective, and the probes of the
-    last step among the `metrics`. Without labels, the main result is the loss on held-out images, whose masks are those
-    of the first epoch, and the parameters are the encoder's.
+    The record of pretraining, as `build_record`, with the flags of the `objective` as `pretraining`, and the probes of
+    the last step among the `metrics`. Without labels, the main result is the loss on held-out images, whose masks are
+    those of the first epoch, and the parameters are the encoder's.
     """
-    objective = options.metadata()
-    if options.is_supervised:
+    if trainer.objective is None:
         record = build_record(trainer, data, model_arguments, scores, wall_time)
     else:
         loss = scores["eval_loss"]
@@ -66,7 +64,7 @@ def build_pretraining_record(
         record = results | _run_metadata(trainer, data, model_arguments, wall_time)
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
-        objective["description"] = trainer.objective
+        objective = objective | {"description": trainer.objective}
     last_logs = (log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step)
     probes = (item for log in last_logs for item in log.items())
     record["metrics"] |= {name: value for name, value in probes if name.startswith("probe_")}

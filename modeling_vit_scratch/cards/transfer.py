@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.provenance import digests
+from ..common.records import digests
 from .rendering import TRANSFER_TEMPLATE, render
 
 

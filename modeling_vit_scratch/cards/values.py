@@ -9,7 +9,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..common.names import METRIC_TITLES, NUM_BINS, interval_of
+from ..common.records import METRIC_TITLES, NUM_BINS, interval_of
 from .metadata import base_model, license_of, metadata, task
 from .records import Evaluation, ModelRecords
 from .transfer import transfer_values

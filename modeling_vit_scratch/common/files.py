@@ -113,10 +113,6 @@ def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[
     return None, damaged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     """Completes a checkpoint: syncs it to the disk, then run.json with the metadata and the size of each file."""
     sync_tree(folder)
@@ -132,8 +128,9 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"files": {}}
 
 
-def publish(staged: Path, checkpoint: Path) -> None:
-    """Gives a complete checkpoint its final name, in place of an earlier one of the same step."""
+def publish(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
+    """Completes a checkpoint, and gives it its final name, in place of an earlier one of the same step."""
+    write_manifest(staged, metadata)
     if checkpoint.exists():
         remove(checkpoint)
     os.replace(staged, checkpoint)

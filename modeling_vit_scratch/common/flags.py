@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import difflib
+import operator
 import os
 import sys
 import types
@@ -29,70 +30,44 @@ FLAGS_ELSEWHERE: dict[str, str] = {
 # The width of the column of flags in --help; the text of a longer flag begins on the next line.
 FLAG_WIDTH = 30
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
+LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 _Arguments = TypeVar("_Arguments")
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """A field of a dataclass that is a flag. `more`: `choices` and `metavar`, as argparse takes them."""
+    """
+    A field of a dataclass that is a flag. `more`: `choices` and `metavar`, as argparse takes them, and limits of the
+    value by their names in `LIMITS`.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
-class CollectsMistakes(argparse.ArgumentParser):
-    """
-    A parser that collects wrong values instead of stopping at the first one.
-
-    Attributes:
-        problems: the mistakes.
-        instead_of_invalid: the defaults of the flags with wrong values.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.problems = Problems()
-        self.instead_of_invalid: dict[str, Any] = {}
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except argparse.ArgumentError as error:
-            self._add(action, error)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            self._add(action, error)
-
-    def _add(self, action: argparse.Action, error: argparse.ArgumentError) -> None:
-        self.problems.add(f"{action.option_strings[0]}: {error.message}")
-        self.instead_of_invalid[action.dest] = action.default
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.problems.add(message)
-        raise self.problems.as_error()
-
-
-class Parser(CollectsMistakes):
+class Parser(argparse.ArgumentParser):
     """
     A parser whose flags are the fields of dataclasses, made by `flag`. A subclass that changes only a default keeps the
-    help text.
+    help text. Wrong values are collected; argparse stops at the first one.
 
     Args:
         kinds: the dataclasses; fields with `init=False` are no flags.
         groups: of --help, in order: a title and names of fields. Other fields are not shown.
         more_help: gets the fields that are shown, and returns what `--help all` adds.
         kwargs: of `argparse.ArgumentParser`.
+
+    Attributes:
+        problems: the mistakes.
+        instead_of_invalid: the defaults of the flags with wrong values.
     """
 
     def __init__(
         self,
         *kinds: type,
-        groups: dict[str, tuple[str, ...]],
+        groups: dict[str, Iterable[str]],
         more_help: Callable[[set[str]], str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(add_help=False, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(add_help=False, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.problems, self.instead_of_invalid = Problems(), {}
         self.more_help, self.shown = more_help, {name for names in groups.values() for name in names}
         fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.init}
         hints = {kind: typing.get_type_hints(kind) for kind in kinds}
@@ -121,6 +96,23 @@ class Parser(CollectsMistakes):
     def known_flags(self) -> list[str]:
         """All flags in the spelling with underscores."""
         return [option for option in self._option_string_actions if "-" not in option[2:]]
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        return self._collect(action, super()._get_value, arg_string)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        self._collect(action, super()._check_value, value)
+
+    def _collect(self, action: argparse.Action, check: Callable[[argparse.Action, Any], Any], value: Any) -> Any:
+        try:
+            return check(action, value)
+        except argparse.ArgumentError as error:
+            self.problems.add(f"{action.option_strings[0]}: {error.message}")
+            self.instead_of_invalid[action.dest] = action.default
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.problems.add(message)
+        raise self.problems.as_error()
 
 
 class _Help(argparse.Action):
@@ -170,14 +162,16 @@ def show(text: str) -> None:
 def flag_metadata(kind: type, name: str) -> dict[str, Any]:
     """The metadata of a field, from this class or the nearest base that has a help text."""
     fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
-    return next(dict(field.metadata) for field in fields if field is not None and field.metadata)
+    return next((dict(field.metadata) for field in fields if field is not None and field.metadata), {})
 
 
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any, metadata: dict[str, Any]) -> None:
     """A flag in both spellings, --like_this and --like-this; also --no_like_this if it is on by default."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    options = {"default": field.default, **metadata}
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        hint = next((kind for kind in (bool, str) if kind in parts), parts[0])
+    options = {name: value for name, value in metadata.items() if name not in LIMITS}
+    options["default"] = None if field.default is dataclasses.MISSING else field.default
     if typing.get_origin(hint) is list:
         (hint,), options["nargs"] = typing.get_args(hint), "+"
     if hint is bool:
@@ -219,12 +213,14 @@ def flag_name(word: str) -> str:
     return word.split("=")[0].replace("-", "_").replace("__", "--", 1)
 
 
-def check_minimum(arguments: Any, problems: Problems, **minimum: int) -> None:
-    """Adds a message for each flag whose value is below its minimum; None is no value."""
-    for name, least in minimum.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            problems.add(f"--{name} {value} must be at least {least}.")
+def check_limits(arguments: Any, problems: Problems) -> None:
+    """Adds a message for each value outside of the limits of its flag; None is no value."""
+    for field in dataclasses.fields(arguments):
+        value, metadata = getattr(arguments, field.name), flag_metadata(type(arguments), field.name)
+        limits = {name: limit for name, limit in metadata.items() if name in LIMITS}
+        if value is not None and not all(LIMITS[name](value, limit) for name, limit in limits.items()):
+            words = " and ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in limits.items())
+            problems.add(f"--{field.name} {value:g} must be {words}.")
 
 
 def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -> None:
@@ -249,7 +245,7 @@ PHOTO_SMALLEST_AREA = 0.35
 class HubFlags:
     """Flags of downloads."""
 
-    model_revision: str = flag("main", "Branch, tag or commit on the Hub.", metavar="REVISION")
+    model_revision: str = flag("main", "Branch, tag or commit.", metavar="REVISION")
     cache_dir: str | None = flag(None, "Folder for downloads. Default: Hugging Face's.", metavar="DIR")
 
 
@@ -270,18 +266,18 @@ class LabelFlags(ImageFlags):
         None, "Separator of labels in a text column, for images with several. Example: '|'", metavar="TEXT"
     )
     train_val_split: float | None = flag(
-        None, "Fraction of each class that training holds out, where the data have no validation split."
+        None, "Fraction of each class to hold out, where the data have no validation split.", above=0, below=1
     )
-    max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.")
+    max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.", at_least=1)
 
 
 @dataclass
 class ReadingFlags:
     """Flags of batches and worker processes."""
 
-    per_device_eval_batch_size: int = flag(128, "Batch size per device, without gradients.")
+    per_device_eval_batch_size: int = flag(128, "Batch size per device, without gradients.", at_least=1)
     dataloader_num_workers: int | None = flag(
-        None, "Worker processes per device that decode images; if not set, as many as the cores allow."
+        None, "Worker processes per device that decode images; if not set, as many as the cores allow.", at_least=0
     )
 
 
@@ -292,7 +288,7 @@ class FastDecodeFlag:
     fast_decode: bool = flag(
         True,
         "Decode JPEG photos at reduced scale and resize with 8-bit kernels: faster, and pixels differ by up to about 1 "
-        "of 255 levels on average. Evaluation always decodes in full.",
+        "of 255 levels on average. Evaluation does not.",
     )
 
 
@@ -300,11 +296,11 @@ class FastDecodeFlag:
 class BrokenImageFlags:
     """The flag of unreadable images."""
 
-    max_broken_images: int | None = flag(0, "Skip up to N images that can't be read; each is named.")
+    max_broken_images: int | None = flag(0, "Skip up to N images that can't be read; each is named.", at_least=0)
 
 
 @dataclass
 class SeedFlag:
     """The flag of the random seed."""
 
-    seed: int = flag(42, "Random seed.")
+    seed: int = flag(42, "Random seed.", at_least=0)

@@ -26,15 +26,12 @@ def load_pretrained(
     kind: type[ViTScratchPreTrainedModel], what: str, name: str, hub: dict[str, Any], **overrides: Any
 ) -> tuple[Any, ViTScratchImageProcessor, set[str]]:
     """
+    The model of a folder, a file or an id on the Hub, its image processor, and the names of missing weights.
+
     Args:
         kind: the model's class.
         what: its name in messages, e.g. "MODEL outputs/pets".
-        name: for `from_pretrained`: a folder, a file, an id on the Hub.
-        hub: `revision` and `cache_dir`.
-        overrides: further arguments of `from_pretrained`, e.g. `dtype`. Default: the file's.
-
-    Returns:
-        The model, its image processor, and the names of missing weights.
+        name, hub, overrides: for `from_pretrained`; hub is `revision` and `cache_dir`.
 
     Raises:
         InputError: if one of the two can't be loaded.
@@ -47,12 +44,7 @@ def load_pretrained(
 
 
 def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:
-    """
-    The image processor of a model, or the default one if it has none.
-
-    Raises:
-        OSError, ValueError: if there is one, and it can't be read or downloaded.
-    """
+    """The image processor of a model, or the default one. Raises OSError or ValueError if its own is damaged."""
     try:
         return ViTScratchImageProcessor.from_pretrained(name, **hub)
     except OSError:  # missing, or a failure: a broken connection must not silently change the pixels

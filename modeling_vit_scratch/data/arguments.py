@@ -35,37 +35,27 @@ class DataArguments(LabelFlags):
         "Read training images during training, for data larger than the disk. Needs held-out images, and --max_steps "
         "for formats other than Parquet.",
     )
-    shuffle_buffer_size: int = flag(2048, "With --streaming: images in the shuffle buffer.")
+    shuffle_buffer_size: int = flag(2048, "With --streaming: images in the shuffle buffer.", at_least=1)
     label_names_file: str | None = flag(
         None, "With --streaming: a text file with one label per line, where the data have only numbers.", metavar="FILE"
     )
-    max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.")
+    max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.", at_least=1)
     verify_images: bool = flag(True, "Decode every image once before training, to find broken files first.")
-    export_examples: str | None = flag(None, "Save ten held-out images here, to try the model on.", metavar="DIR")
+    export_examples: str | None = flag(None, "Save ten held-out images here to try the model.", metavar="DIR")
 
     def check(self, problems: Problems) -> None:
-        """Adds what is wrong with the values."""
+        """Adds what is wrong with the values, but for limits of single flags."""
         if self.dataset_name and self.train_dir:
             problems.add("--dataset_name and --train_dir each say what to learn from. Keep one of them.")
         if self.validation_dir and not self.train_dir:
             problems.add("--validation_dir goes with --train_dir. Give that too, or leave this out.")
         if self.dataset_config_name and self.dataset_name in (None, *BUILT_IN):
             problems.add("--dataset_config_name goes with a --dataset_name of the Hub. Leave it out.")
-        if not 0.0 < self.train_val_split < 1.0:
-            problems.add(f"--train_val_split {self.train_val_split:g} must lie between 0 and 1, e.g. 0.15.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.add(f"--{name} {value} must be at least 1. Leave it out to use all images.")
         if self.streaming and self.dataset_name in BUILT_IN:
             problems.add(f"--streaming: {self.dataset_name} is small and here already. Leave it out.")
         if self.streaming and self.max_train_samples is not None:
             problems.add(
                 "--max_train_samples chooses from all images, which --streaming can't. Give --max_steps instead."
-            )
-        if self.shuffle_buffer_size < 1:
-            problems.add(
-                f"--shuffle_buffer_size {self.shuffle_buffer_size} must be at least 1, which shuffles no more."
             )
         if self.label_names_file and not self.streaming:
             problems.add("--label_names_file goes with --streaming. Leave it out: all labels are read before training.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_minimum, flag
+from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
 
 
 # Images in a row of the figure.
@@ -49,7 +49,9 @@ class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, 
         "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not.",
     )
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
-    threshold: float | None = flag(None, "Minimum probability of a label, where images have several. Default: 0.5")
+    threshold: float | None = flag(
+        None, "Minimum probability of a label, where images have several. Default: 0.5", above=0, below=1
+    )
     crops: int = flag(
         1,
         "Views of each image whose probabilities are averaged. 2: with the mirror image. 5: corners and centre at 8/7 "
@@ -70,6 +72,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, 
         0,
         "Draw N right and N wrong images, chosen at random, with attention rollout. The model card shows them: mind "
         "whose images they are.",
+        at_least=0,
     )
     examples_credit: str | None = flag(
         None, "Credit for --examples, where the data have none. Example: 'photos by Jane Doe, CC BY 4.0'"
@@ -77,7 +80,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, 
     update_card: bool = flag(
         True, "Write the results into MODEL/README.md too, unless it was changed by hand or the report is elsewhere."
     )
-    bootstrap_resamples: int = flag(1000, "Bootstrap resamples for the 95 %% intervals. 0: no intervals.")
+    bootstrap_resamples: int = flag(1000, "Bootstrap resamples for the 95 %% intervals. 0: no intervals.", at_least=0)
     model: str = field(init=False, default="")
     dataset: str = field(init=False, default="")
 
@@ -111,18 +114,11 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
 
 
 def _check(arguments: EvaluationArguments, problems: Problems) -> None:
-    check_minimum(
-        arguments, problems, per_device_eval_batch_size=1, dataloader_num_workers=0, bootstrap_resamples=0, seed=0,
-        max_broken_images=0, examples=0, max_eval_samples=1,
-    )  # fmt: skip
+    check_limits(arguments, problems)
     if arguments.examples > MAX_EXAMPLES:
         problems.add(f"--examples {arguments.examples} must be at most {MAX_EXAMPLES}.")
     if arguments.examples and importlib.util.find_spec("matplotlib") is None:
         problems.add(f'--examples {arguments.examples} are drawn with matplotlib: pip install -e ".[plot]"')
-    for name, example in (("train_val_split", 0.15), ("threshold", 0.5)):
-        value = getattr(arguments, name)
-        if value is not None and not 0.0 < value < 1.0:
-            problems.add(f"--{name} {value:g} must lie between 0 and 1, e.g. {example}.")
     if arguments.label_map and arguments.match_labels == "index":
         problems.add("--label_map renames labels, which --match_labels index does not look at. Keep one.")
     if arguments.calibrate and not Path(arguments.model, "config.json").is_file():

@@ -22,7 +22,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from ..common.names import NUM_BINS
+from ..common.records import NUM_BINS
 from .compute_metrics import TOP_K, multi_label_scores
 
 

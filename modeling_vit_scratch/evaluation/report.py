@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..common.errors import InputError
 from ..common.pretrained import load_pretrained
-from ..common.provenance import digests, provenance
+from ..common.records import digests, provenance
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification

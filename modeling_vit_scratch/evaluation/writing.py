@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.names import NO_PERCENT, interval_of, title_of
+from ..common.records import NO_PERCENT, interval_of, title_of
 from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments

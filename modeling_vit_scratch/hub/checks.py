@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..common.names import license_problem
+from ..common.records import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel

@@ -13,7 +13,7 @@ from ..common.flags import (
     ImageFlags,
     Parser,
     ReadingFlags,
-    check_minimum,
+    check_limits,
     flag,
 )
 
@@ -106,9 +106,7 @@ def _check(arguments: PredictionArguments, problems: Problems) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         arguments.dataloader_num_workers = 0 if arguments.output is None else min(8, share)
-    check_minimum(
-        arguments, problems, top_k=0, per_device_eval_batch_size=1, dataloader_num_workers=0, max_broken_images=0
-    )
+    check_limits(arguments, problems)
     if arguments.top_k == 0 and not arguments.embeddings:
         problems.add("--top_k 0 leaves nothing to write. Add --embeddings.")
     if arguments.output is None:

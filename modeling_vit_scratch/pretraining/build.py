@@ -13,10 +13,11 @@ from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
-from ..training.arguments import ImageTrainingArguments
+from ..training.arguments import ModelArguments
 from ..training.build import Objective, build_model, build_trainer
-from ..training.flags import MPP_TARGETS, ModelArguments, PretrainingArguments
 from ..training.trainer import ImageTrainer
+from ..training.trainer_overrides import ImageTrainingArguments
+from .arguments import MPP_TARGETS, PretrainingArguments
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
 
@@ -24,10 +25,8 @@ def build_pretraining(
     model_arguments: ModelArguments, options: PretrainingArguments, data: ImageData, arguments: ImageTrainingArguments
 ) -> tuple[ImageTrainer, list[str]]:
     """
-    The trainer, and lines for the user on the initial model.
-
-    Raises:
-        InputError: if that can't be loaded, or the objective does not fit it or the flags.
+    The trainer, and lines for the user on the initial model. Raises InputError if that can't be loaded, or the
+    objective does not fit it or the flags.
     """
     channels = data.source.num_channels
     if options.is_supervised:
@@ -64,12 +63,8 @@ def encoder_of(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScratch
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """
-    For `Trainer(compute_loss_func=)`: the mean over all images of an update.
-
-    Args:
-        outputs: with `loss`, the mean over the images of this batch.
-        labels: (B,), only counted.
-        num_items_in_batch: images in all batches of the update; None for this batch alone.
+    For `Trainer(compute_loss_func=)`: the mean over all images of an update, from `outputs["loss"]`, the mean over this
+    batch. `labels` (B,) are only counted; `num_items_in_batch` are the images of the update, None for this batch alone.
     """
     loss = outputs["loss"]
     return loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)

@@ -21,7 +21,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..encoder_vit_scratch import ViTScratchLayer, patchify
 from ..modeling_vit_scratch import ViTScratchModel, ViTScratchPreTrainedModel, unpatchify
 from ..positions_vit_scratch import grid_places, sincos_positions
-from ..training.flags import MPP_TARGETS
+from .arguments import MPP_TARGETS
 
 
 @dataclass

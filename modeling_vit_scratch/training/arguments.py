@@ -1,240 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' TrainingArguments with our flags and defaults, and checks that need torch or transformers."""
+"""
+The flags of training, and their defaults. Imports no torch.
 
-import argparse
+A default that depends on the command is decided by tables. A later one of these replaces an earlier one: from scratch,
+the data set, the script, a saved model, a recipe. The command line overrides them all.
+"""
+
 import ast
-import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.training_args import OptimizerNames
-
-from ..augmentation.policies import auto_augment
-from ..common.errors import InputError, Problems
-from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
-from ..common.flags import METAVARS, CollectsMistakes, HelpFormatter, fill
-from ..common.names import license_problem
-from ..configuration_vit_scratch import ViTScratchConfig
-from ..hub.commit import check_can_publish
-from .flags import ModelArguments, RecipeArguments, TrainingFlags
+from ..common.errors import Problems
+from ..common.flags import PHOTO_SMALLEST_AREA, BrokenImageFlags, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 
 
+FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
+# Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
+DATA_SETS: dict[str, dict[str, Any]] = {
+    # So small that worker processes would cost time.
+    "digits": {
+        "variant": "Mi/4", "image_size": [8], "num_train_epochs": 40.0, "dataloader_num_workers": 0,
+        "load_best_model_at_end": False,
+    },
+    # A defect is a small part of a cell: most of the cell must stay in view.
+    "elpv": {"variant": "Mi/8", "smallest_area": 0.7, "num_train_epochs": 40.0, "load_best_model_at_end": False},
+}  # fmt: skip
+# A saved model or a config.json has an architecture.
+SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
+FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
+
+# The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
+VARIANT_NAMES = (
+    "Ti/16", "S/16", "S/32", "B/8", "B/16", "B/32", "L/16", "L/32", "H/14", "Mi/2", "Mi/4", "Mi/8", "Mi/16",
+    "R+Ti/16", "R26+S/32", "R26+B/32", "R50+B/16", "R50+L/32",
+)  # fmt: skip
 LAMB = "lamb"  # the value of --optim that is this library's own
-
-# Flags of TrainingArguments that are refused: name -> the value if it is not given, and the reason.
-REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
-    "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
-    "do_train": (True, "this script always trains."),
-    "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
-    "enable_jit_checkpoint": (
-        False,
-        "its signal handler stays behind after training. Ctrl-C and SIGTERM save a checkpoint without it.",
-    ),
-    "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
-}
+LOSSES = ("softmax", "sigmoid", "bce")
+PROBES = ("knn", "fewshot")
+_WHEN = ("no", "steps", "epoch")
 
 
 @dataclass
-class ImageTrainingArguments(TrainingFlags, TrainingArguments):
-    """The arguments of transformers' Trainer, with the defaults of image classification."""
+class ModelArguments(HubFlags):
+    """What the network starts from."""
 
-    _argument_group_name = "flags of transformers' TrainingArguments"
-
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has nothing to remove here."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Report NaN losses as 0. Here, such a loss stops the run."}
+    model_name_or_path: str | None = flag(
+        None,
+        "Start from this model: a folder, a file of weights or a Hub id of any ViT. Its classifier is kept if its "
+        "labels are those of the data.",
+        metavar="MODEL",
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
+    variant: str | None = flag(
+        None,
+        f"Train from scratch, by size and patch: {', '.join(VARIANT_NAMES)}. Default: {FROM_SCRATCH['variant']}, or "
+        "one that suits a built-in data set.",
+        metavar="NAME",
     )
-    do_train: bool = field(default=True, metadata={"help": "Always."})
-    recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
+    config_name: str | None = flag(
+        None, "Train from scratch with the architecture of this config.json: a folder or a Hub id.", metavar="CONFIG"
+    )
+    image_processor_name: str | None = flag(
+        None, "Folder or Hub id of another image processor. Default: the model's.", metavar="NAME"
+    )
+    image_size: list[int] | None = flag(
+        None, "Input size in pixels: one number, or height and width. Default: that of the variant or model."
+    )
+    patch_size: list[int] | None = flag(None, "Patch size in pixels, in the same way.")
+    config_overrides: str | None = flag(
+        None, "Other fields of the configuration. Example: drop_path_rate=0.1,pooling=mean", metavar="FIELDS"
+    )
+    trust_remote_code: bool = flag(False, "Run code that comes with --image_processor_name. The model needs none.")
 
-    def __post_init__(self) -> None:
-        # Without an accelerator the Trainer needs this for a process group on the CPU, and not to pin memory.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = self.save_strategy == self.eval_strategy != "no"
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and _has_native_bf16()
-        if self.dataloader_num_workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)
-        if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        is_lamb = self.optim == LAMB
-        if is_lamb:  # transformers accepts the names of its own optimizers only
-            self.optim = OptimizerNames.ADAMW_TORCH
-        super().__post_init__()
-        if is_lamb:
-            self.optim = LAMB
+    def config_fields(self) -> dict[str, Any]:
+        """
+        The fields of the configuration that the flags set. Raises ValueError for --config_overrides other than
+        NAME=VALUE, and for fields that another flag or the data determine.
+        """
+        from ..configuration_vit_scratch import ViTScratchConfig  # here: it imports torch
 
-    @property
-    def optimizer_name(self) -> str:
-        """The value of --optim."""
-        return OptimizerNames(self.optim).value if self.optim != LAMB else LAMB
-
-
-def _has_native_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags of the Trainer that `TrainingFlags` does not have
-
-
-class _TrainerParser(CollectsMistakes, HfArgumentParser):
-    def __init__(self) -> None:
-        super().__init__([ImageTrainingArguments], add_help=False, usage="", formatter_class=HelpFormatter)
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        fields = {name: size[0] if len(size) == 1 else size for name, size in sizes.items() if size is not None}
+        for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", self.config_overrides or ""))):
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if not equals or name not in ViTScratchConfig.__annotations__:
+                raise ValueError(f"--config_overrides {part}: give NAME=VALUE with a field of the configuration.")
+            if name in ("image_size", "patch_size", "num_channels"):
+                reason = "--image_size and --patch_size are flags, the data say how many channels there are."
+                raise ValueError(f"--config_overrides {name}: leave it out. {reason}")
+            try:
+                fields[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                fields[name] = value
+        return fields
 
 
-def trainer_help(shown: set[str]) -> str:
-    """What `--help all` adds to the flags that are shown."""
-    parser = _TrainerParser()
-    for action in parser._actions:
-        if action.dest in shown or action.option_strings[0].startswith("--no_"):
-            action.help = argparse.SUPPRESS
-        elif action.choices:
-            action.help += f" One of: {', '.join(map(str, action.choices))}."
-        action.metavar = action.metavar or METAVARS.get(action.type, "TEXT")
-    text = parser.format_help()
-    return text[text.index(ImageTrainingArguments._argument_group_name) :]
+@dataclass
+class RecipeArguments:
+    """Augmentation, loss, learning rates of layers and average of weights: what the Trainer has no flags for."""
+
+    recipe: str | None = flag(
+        None,
+        "Settings of a published run, which other flags override. `--recipe list` shows all of them, `--recipe NAME "
+        "--help` the settings of one.",
+        metavar="NAME",
+    )
+    auto_augment: str | None = flag(
+        None,
+        "ra (RandAugment), ta_wide (TrivialAugment), 3a (3-Augment), rand-m9-mstd0.5-inc1 (timm) or randaug(2,10) "
+        "(big_vision).",
+        metavar="POLICY",
+    )
+    color_jitter: float = flag(
+        0.0, "Strength of random brightness, contrast and saturation. Example: 0.3", at_least=0, at_most=1
+    )
+    random_erasing: float = flag(0.0, "Probability of erasing a random rectangle. Example: 0.25", at_least=0, at_most=1)
+    aug_repeats: int = flag(
+        1,
+        "Repeated augmentation: each image appears N times in a row. The epoch keeps its length, so it covers 1/N of "
+        "the images.",
+        at_least=1,
+    )
+    mixup: float = flag(0.0, "Mixup alpha. With --cutmix, one of both per batch.", metavar="ALPHA", at_least=0)
+    cutmix: float = flag(0.0, "CutMix alpha.", metavar="ALPHA", at_least=0)
+    loss: str = flag(
+        "softmax",
+        "softmax: cross-entropy. sigmoid: binary cross-entropy, summed over classes (the paper). bce: its mean (DeiT "
+        "III). With several labels per image always binary.",
+        choices=LOSSES,
+    )
+    class_weights: list[str] | None = flag(
+        None,
+        "Weights of the classes in the loss: `balanced` (inverse frequency), or a number for each label.",
+        metavar="W",
+    )
+    layer_decay: float = flag(
+        1.0, "Learning rate of each layer relative to the next one. Example: 0.75", above=0, at_most=1
+    )
+    head_learning_rate_multiplier: float = flag(
+        1.0, "Learning rate of the classifier relative to --learning_rate. Example: 10", above=0
+    )
+    ema_decay: float | None = flag(
+        None,
+        "Decay of a moving average of the weights, which is then evaluated and saved. Example: 0.9999",
+        above=0,
+        below=1,
+    )
+    ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
+
+    message: str | None = field(init=False, default=None)  # for the user, on the recipe
 
 
-def read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
-    """Parses the Trainer's own flags; mistakes go to the problems."""
-    parser = _TrainerParser()
-    parser.problems = problems
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # the defaults are those of TrainingArguments
-    try:
-        values = vars(parser.parse_known_args(words)[0])
-    except InputError:  # a value is missing: the message is in the problems
-        values = {}
-    return {name: value for name, value in values.items() if name not in parser.instead_of_invalid}
+@dataclass
+class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
+    """Flags of transformers' Trainer that people set, with defaults for image classification; and the trainer's own."""
 
+    output_dir: str | None = flag(
+        None, "Folder for the model. Default: outputs/ and the name of the data.", metavar="DIR"
+    )
+    num_train_epochs: float = flag(10.0, "Passes over the training images.")
+    max_steps: int = flag(-1, "Train for N steps, not --num_train_epochs. Default: -1, off.")
+    per_device_train_batch_size: int = flag(64, "Batch size per device.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Batches per optimizer step.", at_least=1)
+    learning_rate: float = flag(
+        FROM_SCRATCH["learning_rate"],
+        f"Peak learning rate: {FROM_SCRATCH['learning_rate']:g} from scratch, {FINE_TUNING['learning_rate']:g} with "
+        "--model_name_or_path.",
+        above=0,
+    )
+    optim: str = flag(
+        "adamw_torch_fused",
+        "Optimizer: any of transformers', e.g. sgd; or lamb, which clips gradients to a norm of 1.",
+        metavar="NAME",
+    )
+    lr_scheduler_type: str = flag("cosine", "Learning rate schedule.", metavar="NAME")
+    warmup_steps: float = flag(0.1, "Warmup steps; below 1, a fraction of all steps.")
+    weight_decay: float = flag(
+        0.05, "Weight decay of dense layers and the patch projection; nothing else decays.", at_least=0
+    )
+    max_grad_norm: float = flag(1.0, "Clip gradients to norm X; 0: off.")
+    label_smoothing_factor: float = flag(0.0, "Label smoothing.", at_least=0, below=1)
+    eval_strategy: str = flag("epoch", "Evaluate: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
+    save_strategy: str = flag(
+        "epoch", "Save a checkpoint: no, steps, epoch or best.", metavar="WHEN", choices=(*_WHEN, "best")
+    )
+    logging_strategy: str = flag("epoch", "When to report the loss: no, steps or epoch.", metavar="WHEN", choices=_WHEN)
+    save_total_limit: int | None = flag(2, "Checkpoints to keep.")
+    load_best_model_at_end: bool | None = flag(
+        None, "End with the best epoch. Default: if checkpoints are saved whenever they are evaluated."
+    )
+    metric_for_best_model: str | None = flag(
+        "accuracy",
+        "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss; with several labels per image "
+        "mean_average_precision, micro_f1, macro_f1, samples_f1 or exact_match.",
+        metavar="NAME",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "True: continue from the latest checkpoint in --output_dir. Or the path of a checkpoint.", metavar="PATH"
+    )
+    bf16: bool | None = flag(None, "Compute in bfloat16. Default: if the hardware supports it and --fp16 is off.")
+    dataloader_persistent_workers: bool | None = flag(
+        None, "Keep worker processes between epochs. Default: if there are any."
+    )
+    push_to_hub: bool = flag(False, "Publish the model on the Hub. Needs a token: HF_TOKEN or `hf auth login`.")
+    hub_model_id: str | None = flag(
+        None, "Repository on the Hub: NAME or USER/NAME. Default: the name of --output_dir.", metavar="NAME"
+    )
+    hub_strategy: str = flag(
+        "every_save",
+        "end: push the finished model. every_save: also each checkpoint's weights. checkpoint: also last-checkpoint/, "
+        "to resume elsewhere. all_checkpoints: also all of them.",
+        metavar="WHAT",
+    )
+    hub_private_repo: bool | None = flag(None, "Make a new repository private. Default: your account's setting.")
+    hub_always_push: bool = flag(False, "Push a checkpoint even if the previous upload has not finished.")
+    hub_revision: str | None = flag(None, "Branch to push to; created from main if missing.", metavar="BRANCH")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From values to arguments
+    license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")
+    smallest_area: float = flag(
+        PHOTO_SMALLEST_AREA, "Minimum area of the random crop (torchvision's scale). 1 disables it.", above=0, at_most=1
+    )
+    probe: list[str] | None = flag(
+        None,
+        "Test the features at every evaluation: 20 nearest neighbours (knn), and least squares on 1, 5, 10 and 25 "
+        "images per class (fewshot).",
+        choices=PROBES,
+        metavar="NAME",
+    )
+    probe_images: int = flag(2000, "Training and held-out images that --probe uses, at most.", at_least=1)
+    probe_steps: int | None = flag(None, "Also run --probe every N steps.", at_least=1)
+    images_on_device: bool = flag(
+        False, "Keep all images in device memory at --image_size and augment them there. For many small images."
+    )
 
-
-def build_training_arguments(
-    values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
-) -> ImageTrainingArguments:
-    """
-    The arguments of the Trainer. Mistakes in the values of the flags go to the problems.
-
-    Raises:
-        InputError: with all problems, if the Trainer refuses the values.
-    """
-    optimizers = [*(name.value for name in OptimizerNames), LAMB]
-    if values["optim"] not in optimizers:
-        problems.add(f"--optim: invalid choice: {values['optim']!r} (choose from {', '.join(optimizers)})")
-        values = {**values, "optim": TrainingFlags.optim}
-    try:
-        arguments = fill(ImageTrainingArguments, values)
-    except (ValueError, TypeError, ImportError) as error:
-        problems.add(str(error))
-        raise problems.as_error() from error
-    arguments.recipe_arguments = recipe_arguments
-    for name, (absent, reason) in REFUSED_FLAGS.items():
-        if getattr(arguments, name) != absent:
-            problems.add(f"--{name}: {reason}")
-    try:
-        if recipe_arguments.auto_augment:
-            auto_augment(recipe_arguments.auto_augment)
-    except ValueError as error:
-        problems.add(str(error))
-    _check_hub(arguments, problems)
-    _resolve_resume(arguments, problems)
-    return arguments
-
-
-def check_model(arguments: ModelArguments, problems: Problems) -> None:
-    """Adds what the configuration refuses of --variant and its flags."""
-    try:
-        fields = config_fields(arguments.config_overrides)
-    except ValueError as error:
-        problems.add(str(error))
-        return
-    if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
-        try:
-            ViTScratchConfig.from_variant(arguments.variant, **sizes(arguments), **fields)
-        except ValueError as error:
-            problems.add(f"--variant {arguments.variant}: {error}")
-
-
-def _check_hub(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """Checks a push without the Hub; the trainer asks the Hub before it trains."""
-    if arguments.push_to_hub and arguments.process_index == 0:
-        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
-            check_can_publish(name)
-        except InputError as error:
-            problems.add(f"--push_to_hub to {name}: {error}")
-    if arguments.license is not None and (reason := license_problem(arguments.license)):
-        problems.add(f"--license {arguments.license}: {reason}")
-
-
-def _resolve_resume(arguments: ImageTrainingArguments, problems: Problems) -> None:
-    """Turns --resume_from_checkpoint into a folder or None, and refuses to overwrite an earlier run."""
-    output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    if given is None or given.lower() in ("false", "no", "0"):
-        arguments.resume_from_checkpoint = None
-        if (output / "config.json").exists() or find_checkpoints(output):
-            problems.add(
-                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
-                "continue it with --resume_from_checkpoint True."
-            )
-    elif given.lower() in ("true", "yes", "1"):
-        latest, damaged = latest_whole(output)
-        arguments.resume_from_checkpoint = None if latest is None else str(latest)
-        if latest is None and damaged:
-            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
-            problems.add(
-                f"--resume_from_checkpoint {given}: no checkpoint in {output} is whole ({reasons}). Name one to try it "
-                "all the same, or remove the folder to start a new run."
-            )
-        elif latest is None:
-            problems.add(
-                f"--resume_from_checkpoint {given}: there is no checkpoint in {output}. Leave it out for a new run."
-            )
-    elif not Path(given, STATE).is_file():
-        problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
-    elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
-        # A checkpoint of another program or an earlier version has no run.json to check it by.
-        problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
-
-
-def sizes(arguments: ModelArguments) -> dict[str, int | list[int]]:
-    """--image_size and --patch_size, if given, as fields of the configuration."""
-    given = {"image_size": arguments.image_size, "patch_size": arguments.patch_size}
-    return {name: size[0] if len(size) == 1 else size for name, size in given.items() if size is not None}
-
-
-def config_fields(text: str | None) -> dict[str, Any]:
-    """
-    Parses --config_overrides to fields of the configuration.
-
-    Raises:
-        ValueError: for anything but NAME=VALUE, and for fields that another flag or the data determine.
-    """
-    fields: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", text or ""):
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not part.strip():
-            continue
-        if not equals or name not in ViTScratchConfig.__annotations__:
-            raise ValueError(f"--config_overrides {part.strip()}: give NAME=VALUE with a field of the configuration.")
-        if name in ("image_size", "patch_size", "num_channels"):
-            reason = "--image_size and --patch_size are flags, the data say how many channels there are."
-            raise ValueError(f"--config_overrides {name}: leave it out. {reason}")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[name] = value
-    return fields
+    def check(self, problems: Problems) -> None:
+        """Adds what is wrong with the values, but for limits of single flags."""
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            problems.add(f"--num_train_epochs {self.num_train_epochs:g} must be above 0.")
+        if self.probe_steps is not None and not self.probe:
+            problems.add(f"--probe_steps {self.probe_steps} says when, not what. Add --probe knn fewshot.")
+        if self.probe and self.probe_steps is None and self.eval_strategy == "no":
+            problems.add("--probe never runs: add --probe_steps, or an --eval_strategy other than no.")
+        hub_flags = ("hub_model_id", "hub_private_repo", "hub_revision")
+        given = " ".join(f"--{name}" for name in hub_flags if getattr(self, name) is not None)
+        if given and not self.push_to_hub:
+            problems.add(f"{given}: nothing is pushed without --push_to_hub. Add it, or leave this out.")

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..acceleration.speed_up import speed_up
 from ..augmentation.building import build_augmentation
 from ..augmentation.device_images import build_device_images
-from ..checkpoint.classifier import fit_classifier, label_fields
 from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -25,11 +25,10 @@ from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_str
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from .arguments import ImageTrainingArguments, config_fields, sizes
-from .callbacks import Progress, SetEpoch, WeightAverage
-from .flags import ModelArguments
-from .optimization import build_loss
+from .arguments import ModelArguments
+from .optimization import WeightAverage, build_loss
 from .trainer import ImageTrainer
+from .trainer_overrides import ImageTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,9 @@ def build_model(
     """
     The model that training starts from: a new one, or a saved one whose classifier is adapted to the labels.
 
-    Args:
-        arguments: of the command line.
-        label_names: in the order of the class indices, for the configuration. [] for no classifier.
-        num_channels: of a new network.
-        seed: of new weights.
-        has_representation: gives a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder,
-            unless the command line says otherwise.
-        is_multi_label: whether images have any number of labels.
+    `label_names` are in the order of the class indices; without any there is no classifier. `has_representation` gives
+    a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder, unless the command line says
+    otherwise.
 
     Returns:
         Model, image processor, and a line for the user on the origin of weights and classifier.
@@ -161,7 +155,7 @@ def build_model(
         InputError: if the model can't be loaded, or does not fit.
     """
     set_seed(seed)
-    overrides, labels = _overrides(arguments), label_fields(label_names, is_multi_label)
+    overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
     if arguments.model_name_or_path is not None:
         model, processor, missing = _load(ViTScratchForImageClassification, arguments, optional="classifier.")
         bias = overrides.get("head_bias_init", 0.0)
@@ -187,8 +181,8 @@ def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """
-    The encoder of --model_name_or_path, with its representation layer if it has one; with `random_seed`, the same
-    network with random weights. Raises InputError if it can't be loaded, or lacks weights.
+    The encoder of --model_name_or_path; with `random_seed`, the same network with random weights. Raises InputError if
+    it can't be loaded, or lacks weights.
     """
     model, processor, _ = _load(ViTScratchModel, arguments)
     if random_seed is not None:
@@ -203,7 +197,7 @@ def _load(
     """Model, image processor, and missing weights, which must have the `optional` prefix (InputError)."""
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
-    overrides = {"dtype": torch.float32, **_overrides(arguments)}
+    overrides = {"dtype": torch.float32, **arguments.config_fields()}
     model, processor, missing = load_pretrained(kind, f"--model_name_or_path {name}", name, hub, **overrides)
     needed = {key for key in missing if optional is None or not key.startswith(optional)}
     if needed:
@@ -212,11 +206,6 @@ def _load(
             "model of this library."
         )
     return model, _given_processor(arguments) or processor, missing
-
-
-def _overrides(arguments: ModelArguments) -> dict[str, Any]:
-    """The fields of the configuration that the command line sets."""
-    return sizes(arguments) | config_fields(arguments.config_overrides)
 
 
 def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
@@ -228,3 +217,87 @@ def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
         return AutoImageProcessor.from_pretrained(
             name, cache_dir=arguments.cache_dir, trust_remote_code=arguments.trust_remote_code
         )
+
+
+def fit_classifier(
+    model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
+) -> str:
+    """
+    Gives the classifier one row for each label, in the order of the data. Returns a line that says what was done.
+
+    Its rows are kept if it is not fresh, the labels are the same, and both or neither allow several labels for an
+    image. Else it is replaced by a classifier of zeros and this bias.
+    """
+    config = model.config
+    old = [config.id2label[index] for index in range(config.num_labels)]
+    same_problem = is_multi_label == (config.problem_type == "multi_label_classification")
+    same_labels = len(set(old)) == len(old) and set(old) == set(label_names)
+    keeps, had_representation = not is_fresh and same_labels and same_problem, config.representation_size is not None
+    if keeps:
+        order = [old.index(name) for name in label_names]
+        heads = [head for head in (model.classifier, model.distillation_classifier) if head is not None]
+        with torch.no_grad():
+            for parameter in (parameter for head in heads for parameter in head.parameters()):
+                parameter.copy_(parameter[order])
+    else:
+        # The whole head is replaced, with the tanh layer that pretraining had before it: the paper, 3.2.
+        model.vit.pooler.dense, config.representation_size = None, None
+        model.distillation_classifier, config.use_distillation_head = None, False
+        head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype) if label_names else nn.Identity()
+        for parameter, value in zip(head.parameters(), (0.0, bias)):
+            nn.init.constant_(parameter, value)
+        config.head_bias_init = bias
+        model.classifier, model.num_labels = head, len(label_names)
+    for name, value in label_fields(label_names, is_multi_label).items():
+        setattr(config, name, value)
+    config.temperature = 1.0  # it was fitted to the weights as they were
+    if not label_names:
+        return "Its encoder is taken, without a classifier."
+    if keeps and old == label_names:
+        return f"Its classifier is kept: the {len(old)} labels are the same."
+    if keeps:
+        return f"Its classifier is kept, with its {len(old)} rows put in the order of the data's labels."
+    was = "it had none" if is_fresh or not old else f"it had {len(old)} other labels"
+    if not is_fresh and set(old) == set(label_names) and not same_problem:
+        was = f"the old one was for {'one label' if is_multi_label else 'several labels'} of an image"
+    gone = " The representation layer of its pre-training is gone with the old one." if had_representation else ""
+    return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}.{gone}"
+
+
+def label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any]:
+    """The fields of a configuration that follow from the labels, in the order of the class indices."""
+    problem = "multi_label_classification" if is_multi_label else "single_label_classification"
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        # Never left to be guessed from the type of the labels.
+        "problem_type": problem if label_names else None,
+    }
+
+
+class SetEpoch(TrainerCallback):
+    """Sets the epoch of the training set. The data loader does not if it resumes in the middle of an epoch."""
+
+    def __init__(self, train_set: ImageClassificationDataset) -> None:
+        self.train_set = train_set
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class Progress(ProgressCallback):
+    """The stock progress bar, with one short line for each report."""
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
+        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
+        if part is None or not state.is_world_process_zero or self.training_bar is None:
+            return
+        names = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
+        names = (*names, "grad_norm", "learning_rate")
+        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

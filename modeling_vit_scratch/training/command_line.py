@@ -10,26 +10,35 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..common.errors import Problems
-from ..common.flags import HelpFormatter, Parser, fill, first_look, flag_name, refuse_unknown, show
+from ..common.errors import InputError, Problems
+from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
+from ..common.flags import Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
+from ..common.records import license_problem
 from ..data.arguments import DataArguments
-from ..recipes.recipe import recipe_table
-from ..recipes.table import RECIPES
-from .flags import (
+from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
+from .arguments import (
+    DATA_SETS,
+    FINE_TUNING,
+    FROM_SCRATCH,
+    LAMB,
+    SAVED_ARCHITECTURE,
     VARIANT_NAMES,
     ModelArguments,
-    PretrainingArguments,
     RecipeArguments,
     TrainingFlags,
-    defaults_for,
-    recipe_defaults,
 )
+
+
+if TYPE_CHECKING:
+    from .trainer_overrides import ImageTrainingArguments
 
 
 # --help: the groups of the flags, in their order.
@@ -63,41 +72,43 @@ GROUPS = {
     "speed": ("bf16", "dataloader_num_workers", "fast_decode", "images_on_device"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license"),
 }  # fmt: skip
+_EPILOG = """Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
+`--help all` adds the flags of transformers' TrainingArguments, which all work."""
 # Flags whose values only transformers, the network or the Hub's library can check.
-CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub", "license")
+CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub")
+
+
+# Flags of TrainingArguments that are refused: name -> the value if it is not given, and the reason.
+REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
+    "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
+    "do_train": (True, "this script always trains."),
+    "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
+    "enable_jit_checkpoint": (
+        False,
+        "its signal handler stays behind after training. Ctrl-C and SIGTERM save a checkpoint without it.",
+    ),
+    "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
+}
 
 
 @dataclass(frozen=True)
 class Script:
     """What differs between the scripts that train."""
 
+    name: str
     usage: str
-    epilog: str
+    defaults: Callable[[str, argparse.Namespace], dict[str, Any]]  # from the built-in data set (else "") and some flags
+    note: str = ""  # for the end of --help
     output_suffix: str = ""  # of the default output folder
     flags: tuple[type, ...] = ()  # dataclasses of further flags, with a method `check(training, recipe, problems)`
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of --help, before the others
 
 
-_EPILOG = """Several GPUs: accelerate launch scripts/{name}.py [...].
-Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
-`--help all` adds the flags of transformers' TrainingArguments, which all work."""
 FINETUNE = Script(
+    name="finetune",
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
-    epilog=_EPILOG.format(name="finetune"),
+    defaults=lambda source, given: FINE_TUNING if given.model_name_or_path else {},
 )
-PRETRAIN = Script(
-    usage="%(prog)s [--objective NAME] [--train_dir DIR | --dataset_name NAME] [--variant NAME] [...]",
-    epilog="Without labels (--objective mpp, simmim or mae), --train_dir may be any folder of images.\n"
-    + _EPILOG.format(name="pretrain"),
-    output_suffix="-pretrained",
-    flags=(PretrainingArguments,),
-    groups={
-        "pretraining": (
-            "objective", "mask_ratio", "mask_patch_size", "mpp_target", "norm_pix_loss", "decoder_hidden_size",
-            "decoder_num_hidden_layers", "decoder_num_attention_heads",
-        ),
-    },
-)  # fmt: skip
 
 
 def parse_arguments(
@@ -107,13 +118,9 @@ def parse_arguments(
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
-    Parses the command line.
+    Parses a command line, by default that of the process.
 
-    Args:
-        argv: the command line; by default that of the process.
-        script: the script that has it.
-        description: the beginning of --help.
-        defaults: of a script that uses these flags for something else than training.
+    `description` begins --help. `defaults` are those of a script that uses these flags for something else.
 
     Returns:
         ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and the Problems found in their
@@ -134,7 +141,7 @@ def parse_arguments(
     parser = build_parser(script, description)
     problems = parser.problems
     try:
-        trainer_values, recipe_message = _set_defaults(parser, argv, source, given, defaults or {})
+        trainer_values, recipe_message = _set_defaults(parser, script, argv, source, given, defaults or {})
     except ValueError as error:
         problems.add(str(error))
         trainer_values, recipe_message = {}, None
@@ -143,35 +150,38 @@ def parse_arguments(
     trainer_words, unknown = split_words(rest)
     if unknown:
         refuse_unknown(unknown, [*parser.known_flags(), *(f"--{name}" for name in trainer_flags())], problems)
+    values = {**vars(namespace), **parser.instead_of_invalid}
+    if values["optim"] != TrainingFlags.optim and values["optim"] not in optimizers():
+        problems.add(f"--optim: invalid choice: {values['optim']!r} (choose from {', '.join(optimizers())})")
+        values["optim"] = TrainingFlags.optim
     is_understood = not problems.messages
 
-    values = {**vars(namespace), **parser.instead_of_invalid}
     values["dataset_name"] = values["dataset_name"] or source or None
     values["output_dir"] = values["output_dir"] or _output_dir(source or values["train_dir"], script)
     model_arguments, data_arguments = fill(ModelArguments, values), fill(DataArguments, values)
     recipe_arguments, training_flags = fill(RecipeArguments, values), fill(TrainingFlags, values)
     own = [fill(kind, values) for kind in script.flags]
     is_sound_model = _check_model(model_arguments, problems)
-    for arguments in (data_arguments, recipe_arguments, training_flags):
-        arguments.check(problems)
+    for arguments in (data_arguments, recipe_arguments, training_flags, *own):
+        check_limits(arguments, problems)
+    data_arguments.check(problems)
+    training_flags.check(problems)
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
-    _check_together(training_flags, recipe_arguments, problems)
+    _check_flags(training_flags, recipe_arguments, problems)
+    values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
     # With mistakes, it goes on only where more may be found: in flags that are checked late, and in the user's images.
-    is_own_optimizer = values["optim"] != TrainingFlags.optim
-    has_late_flags = trainer_words or is_own_optimizer or any(values[name] for name in CHECKED_LATE)
+    has_late_flags = trainer_words or any(values[name] for name in CHECKED_LATE)
     if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
         raise problems.as_error()
 
-    from .arguments import build_training_arguments, check_model, read_trainer_flags
-
     count = len(problems.messages)
-    values |= trainer_values | read_trainer_flags(trainer_words, problems)
+    values |= trainer_values | _read_trainer_flags(trainer_words, problems)
     is_understood = is_understood and len(problems.messages) == count
     if is_sound_model:
-        check_model(model_arguments, problems)
+        _check_configuration(model_arguments, problems)
     recipe_arguments.message = recipe_message
-    training_arguments = build_training_arguments(values, recipe_arguments, problems)
+    training_arguments = _build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
     return model_arguments, data_arguments, training_arguments, *own, problems
@@ -189,27 +199,23 @@ def build_parser(script: Script = FINETUNE, description: str | None = None) -> P
         more_help=_trainer_help,
         usage=script.usage,
         description=description,
-        epilog=script.epilog,
+        epilog=f"{script.note}Several GPUs: accelerate launch scripts/{script.name}.py [...].\n{_EPILOG}",
     )
 
 
-def _trainer_help(shown: set[str]) -> str:
-    from .arguments import trainer_help  # here: it imports torch
-
-    return trainer_help(shown)
-
-
 def _set_defaults(
-    parser: Parser, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
+    parser: Parser, script: Script, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """
-    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of flags that only
-    the Trainer has, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
+    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of the Trainer's own
+    flags, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
     """
-    is_pretraining = "--objective" in parser.known_flags()
-    objective = (given.objective or "supervised") if is_pretraining else None
-    chosen = defaults_for(source, given, objective)
+    chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
+    if is_saved_architecture:
+        chosen |= SAVED_ARCHITECTURE
+    elif given.variant and given.variant != chosen["variant"]:
+        chosen |= {"image_size": None, "patch_size": None}  # these go with the default variant
     batch_size = parser.get_default("per_device_train_batch_size")
     recipe, settings, message = recipe_defaults(argv, batch_size, is_saved_architecture)
     ours = {action.dest for action in parser._actions}
@@ -222,13 +228,57 @@ def _set_defaults(
     return {name: value for name, value in chosen.items() if name not in ours}, message
 
 
+def recipe_defaults(
+    argv: list[str], per_device: int, is_saved_architecture: bool
+) -> tuple[Recipe | None, dict[str, Any], str | None]:
+    """
+    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
+    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
+
+    `per_device` is the default batch size; a saved architecture replaces the recipe's variant.
+    """
+
+    def count(text: str | None) -> int | None:  # the parser reports other values
+        return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None
+
+    given = first_look(argv, "recipe", "per_device_train_batch_size", "gradient_accumulation_steps")
+    if given.recipe is None:
+        return None, {}, None
+    recipe = find_recipe(given.recipe)
+    fields = {"image_size": None, "patch_size": None, **recipe.fields}
+    if "variant" in fields and is_saved_architecture:
+        for name in ("variant", "config_overrides"):
+            fields.pop(name, None)
+    elif "variant" not in fields:
+        fields.pop("patch_size")
+    per_device = count(given.per_device_train_batch_size) or per_device
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, changed = fit_batch_size(recipe, per_device, processes, count(given.gradient_accumulation_steps))
+    batch = f"{per_device * processes * accumulation} = {per_device} images x {processes} processes x {accumulation}"
+    scaled = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+    comparison = f"; the recipe's is {recipe.batch_size}, so: {scaled}" if changed else ", as in the recipe"
+    message = f"Recipe {recipe.describe()}\n    batch: {batch} accumulated{comparison}"
+    return recipe, {**fields, "gradient_accumulation_steps": accumulation, **changed}, message
+
+
 @cache
-def trainer_flags() -> frozenset[str]:
-    """The fields of transformers' TrainingArguments, read from its source, since an import would need torch."""
+def _transformers_class(name: str) -> list[ast.stmt]:
+    """The body of a class of transformers' training_args.py, read from its source, since an import would need torch."""
     (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
     tree = ast.parse(Path(folder, "training_args.py").read_text(encoding="utf-8"))
-    kind = next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "TrainingArguments")
-    return frozenset(node.target.id for node in kind.body if isinstance(node, ast.AnnAssign))
+    return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def trainer_flags() -> frozenset[str]:
+    """The fields of transformers' TrainingArguments."""
+    body = _transformers_class("TrainingArguments")
+    return frozenset(node.target.id for node in body if isinstance(node, ast.AnnAssign))
+
+
+def optimizers() -> list[str]:
+    """The values of --optim: transformers' OptimizerNames and our own."""
+    body = _transformers_class("OptimizerNames")
+    return [*(node.value.value for node in body if isinstance(node, ast.Assign)), LAMB]
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
@@ -274,7 +324,9 @@ def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
     return len(problems.messages) == count
 
 
-def _check_together(training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
+def _check_flags(training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
+    if training.license is not None and (reason := license_problem(training.license)):
+        problems.add(f"--license {training.license}: {reason}")
     if recipe.loss == "bce" and training.label_smoothing_factor:
         problems.add(
             "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
@@ -286,10 +338,107 @@ def _check_together(training: TrainingFlags, recipe: RecipeArguments, problems: 
             problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
 
 
-def show_flags(title: str, *names: str) -> str:
-    """The part of finetune.py's --help on these flags, for a script that has them too."""
-    formatter, parser = HelpFormatter(""), build_parser()
-    formatter.start_section(title)
-    formatter.add_arguments([action for name in names for action in parser._actions if action.dest == name])
-    formatter.end_section()
-    return formatter.format_help()
+_TITLE = "flags of transformers' TrainingArguments"
+
+
+def _trainer_parser(hidden: set[str]) -> Parser:
+    from .trainer_overrides import ImageTrainingArguments  # here: it imports torch
+
+    names = [field.name for field in fields(ImageTrainingArguments) if field.init and field.name not in hidden]
+    return Parser(ImageTrainingArguments, groups={_TITLE: names})
+
+
+def _trainer_help(shown: set[str]) -> str:
+    """What `--help all` adds to the flags that are shown."""
+    text = _trainer_parser(shown).format_help()
+    return text[text.index(_TITLE) :]
+
+
+def _read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
+    """Parses the Trainer's own flags; mistakes go to the problems."""
+    parser = _trainer_parser(set())
+    parser.problems = problems
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # the defaults are those of TrainingArguments
+    try:
+        values = vars(parser.parse_known_args(words)[0])
+    except InputError:  # a value is missing: the message is in the problems
+        values = {}
+    return {name: value for name, value in values.items() if name not in parser.instead_of_invalid}
+
+
+def _build_training_arguments(
+    values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
+) -> "ImageTrainingArguments":
+    """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
+    from ..augmentation.policies import auto_augment
+    from ..hub.commit import check_can_publish
+    from .trainer_overrides import ImageTrainingArguments
+
+    try:
+        arguments = fill(ImageTrainingArguments, values)
+    except (ValueError, TypeError, ImportError) as error:
+        problems.add(str(error))
+        raise problems.as_error() from error
+    arguments.recipe_arguments = recipe_arguments
+    for name, (absent, reason) in REFUSED_FLAGS.items():
+        if getattr(arguments, name) != absent:
+            problems.add(f"--{name}: {reason}")
+    try:
+        if recipe_arguments.auto_augment:
+            auto_augment(recipe_arguments.auto_augment)
+    except ValueError as error:
+        problems.add(str(error))
+    if arguments.push_to_hub and arguments.process_index == 0:  # without the Hub; the trainer asks it before it trains
+        name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        try:
+            check_can_publish(name)
+        except InputError as error:
+            problems.add(f"--push_to_hub to {name}: {error}")
+    return arguments
+
+
+def _check_configuration(arguments: ModelArguments, problems: Problems) -> None:
+    """Adds what the configuration refuses of --variant and its flags."""
+    from ..configuration_vit_scratch import ViTScratchConfig
+
+    try:
+        fields = arguments.config_fields()
+    except ValueError as error:
+        problems.add(str(error))
+        return
+    if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
+        try:
+            ViTScratchConfig.from_variant(arguments.variant, **fields)
+        except ValueError as error:
+            problems.add(f"--variant {arguments.variant}: {error}")
+
+
+def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str | None:
+    """The folder of --resume_from_checkpoint. Without one, the folder of an earlier run is a mistake."""
+    output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if given is None or given.lower() in ("false", "no", "0"):
+        if (output / "config.json").exists() or find_checkpoints(output):
+            problems.add(
+                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
+                "continue it with --resume_from_checkpoint True."
+            )
+        return None
+    if given.lower() in ("true", "yes", "1"):
+        latest, damaged = latest_whole(output)
+        if latest is not None:
+            return str(latest)
+        if damaged:
+            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
+            reason = f"no checkpoint in {output} is whole ({reasons}). Name one to try it all the same, or remove the "
+            reason += "folder to start a new run."
+        else:
+            reason = f"there is no checkpoint in {output}. Leave it out for a new run."
+        problems.add(f"--resume_from_checkpoint {given}: {reason}")
+        return None
+    if not Path(given, STATE).is_file():
+        problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
+    elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
+        # A checkpoint of another program or an earlier version has no run.json to check it by.
+        problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
+    return given

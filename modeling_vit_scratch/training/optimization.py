@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What training minimises and how: losses, class weights, learning rates and decay of parameters, and LAMB.
+What training minimises and how: losses, class weights, learning rates and decay of parameters, LAMB, and the average of
+the weights.
 
 A loss is a sum over images divided by the images of the whole update, so that neither accumulation nor the number of
 processes changes it. Schedules and other optimizers are the stock ones: `--lr_scheduler_type cosine`, and `polynomial`
@@ -9,19 +10,26 @@ with `--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_sched
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerState
 
 from ..common.errors import InputError
 from ..data.splits import ImageData
 from ..data.streams import ImageStream
-from .arguments import ImageTrainingArguments
-from .flags import LOSSES
+from .arguments import LOSSES
+from .trainer_overrides import ImageTrainingArguments
 
 
 class ClassificationLoss:
@@ -203,6 +211,8 @@ def parameter_groups(
         Groups with "params", "weight_decay", "lr", and "layer", e.g. "embeddings", "layer 3", "head".
     """
     num_layers, decaying = model.config.num_hidden_layers, set(decay_parameter_names(model))
+    labels = {0: "embeddings", num_layers + 2: "head"}
+    labels[num_layers + 1] = "everything else" if layer_decay == 1.0 else "after the layers"
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -212,20 +222,12 @@ def parameter_groups(
         rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
         if layer_decay == 1.0 and rate == 1.0:
             number = num_layers + 1  # one group for all with the same rate
-        decay, label = weight_decay if name in decaying else 0.0, _layer_label(number, num_layers, layer_decay)
+        decay, label = weight_decay if name in decaying else 0.0, labels.get(number, f"layer {number}")
         new = {"params": [], "weight_decay": decay, "lr": learning_rate * rate, "layer": label}
         groups.setdefault((number, name in decaying), new)["params"].append(parameter)
     # The last layers first, a head with its own rate last; kernels before the rest.
     order = sorted(groups, key=lambda key: (key[0] > num_layers + 1, -key[0], not key[1]))
     return [groups[key] for key in order]
-
-
-def _layer_label(number: int, num_layers: int, layer_decay: float) -> str:
-    if number == num_layers + 2:
-        return "head"
-    if number == num_layers + 1:
-        return "everything else" if layer_decay == 1.0 else "after the layers"
-    return "embeddings" if number == 0 else f"layer {number}"
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
@@ -245,13 +247,9 @@ class Lamb(torch.optim.Optimizer):
     """
     LAMB (You et al., arXiv:1904.00962), the optimizer of DeiT III, as in apex's FusedLAMB and timm's Lamb.
 
-    The gradients of all parameters are clipped together; decay is added to Adam's step; and in groups with decay, a
-    step is scaled by the norm of its weight over its own norm. Groups without decay take Adam's step.
-
-    Args:
-        params: parameters, or groups of them.
-        lr, betas, eps, weight_decay: as in torch's AdamW.
-        max_grad_norm: the norm to clip to; 0 for no clipping.
+    Clips the gradients of all parameters together to `max_grad_norm`; 0: no clipping. In groups with decay, the decay
+    is added to Adam's step, which is then scaled by the norm of its weight over its own norm. Groups without decay take
+    Adam's step. Other arguments are those of torch's AdamW.
     """
 
     def __init__(
@@ -273,19 +271,14 @@ class Lamb(torch.optim.Optimizer):
         """One step; with a closure, returns its loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        scale = self._clipping()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        gradients, scale = [parameter.grad for parameters in trained for parameter in parameters], 1.0
+        if gradients and self.max_grad_norm:  # the scale stays on the device
+            scale = (torch.nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp(min=1.0)
+        for group, parameters in zip(self.param_groups, trained):
             if parameters:
                 self._step(group, parameters, scale)
         return loss
-
-    def _clipping(self) -> Tensor | float:
-        """The divisor of the gradients, at least 1. It stays on the device."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients or not self.max_grad_norm:
-            return 1.0
-        return (torch.nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp(min=1.0)
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor], scale: Tensor | float) -> None:
         for parameter in parameters:
@@ -313,3 +306,117 @@ class Lamb(torch.optim.Optimizer):
             ratios = [torch.where((norm > 0) & (length > 0), norm / length, 1.0) for norm, length in pairs]
             torch._foreach_mul_(updates, ratios)
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+class WeightAverage(TrainerCallback):
+    """
+    An exponential moving average (EMA) of the weights, which is evaluated and becomes the final model (Polyak
+    averaging; the paper, section 4.1, uses 0.9999).
+
+    After every optimizer step, average = decay * average + (1 - decay) * weights, in float32. A checkpoint holds both,
+    so that a run resumes bit for bit. With FSDP2 every process averages its own shards and writes them with
+    torch.distributed.checkpoint, so that any number of processes can resume.
+
+    The trainer calls `save` in every process, sets `start_from`, and evaluates inside of `applied_to`.
+
+    Args:
+        decay: above 0 and below 1.
+        warmup: lowers the decay to at most (1 + n) / (10 + n) at step n, as TensorFlow's ExponentialMovingAverage
+            does. Without it, a run of fewer than 1 / (1 - decay) steps ends close to its initial weights.
+    """
+
+    FILE, SHARDS = "average.safetensors", "average_fsdp_0"
+
+    def __init__(self, decay: float, warmup: bool = True) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"The decay {decay:g} of the weights' average must lie between 0 and 1, e.g. 0.9999.")
+        self.decay, self.warmup = decay, warmup
+        self.average: dict[str, Tensor] = {}
+        self.start_from: str | None = None  # a checkpoint
+        self.is_active = False
+
+    def on_train_begin(self, *_: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.average = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
+        if self.start_from is not None:
+            self._load(self.start_from)
+        self.is_active = True
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, model: nn.Module, **kwargs: Any) -> None:
+        average, weights = (list(map(_own, tensors.values())) for tensors in (self.average, _weights(model)))
+        weights = [weight.detach().float() for weight in weights]
+        step = state.global_step
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        torch._foreach_lerp_(average, weights, 1.0 - decay)
+
+    def on_train_end(self, args: Any, state: TrainerState, *_: Any, model: nn.Module, **kwargs: Any) -> None:
+        """The model becomes the average, or that of the best checkpoint if the Trainer has loaded it."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(state.best_model_checkpoint)
+        _fill(model, self.average)
+        self.is_active = False
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside of the `with` block, and its own afterwards."""
+        if not self.is_active:
+            yield
+            return
+        own = {name: weight.detach().clone() for name, weight in _weights(model).items()}
+        _fill(model, self.average)
+        try:
+            yield
+        finally:
+            _fill(model, own)
+
+    def save(self, folder: str, is_writer: bool = True) -> None:
+        """Writes the average into a checkpoint: from the writer's process, or with shards from all."""
+        if not self.is_active:
+            return  # after training, the model is the average
+        if self.is_sharded:
+            writer = checkpoint.FileSystemWriter(Path(folder, self.SHARDS))
+            checkpoint.save({"model": self.average}, storage_writer=writer)
+        elif is_writer:
+            save_file({name: weight.contiguous() for name, weight in self.average.items()}, Path(folder, self.FILE))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has only a part of the average."""
+        return any(isinstance(weight, DTensor) for weight in self.average.values())
+
+    def _load(self, folder: str) -> None:
+        path = Path(folder, self.SHARDS if self.is_sharded else self.FILE)
+        if not path.exists():
+            raise InputError(
+                f"The checkpoint {folder} has no average of the weights ({path.name}): its run had no --ema_decay. "
+                "Go on without it, too, or start a new run."
+            )
+        if self.is_sharded:
+            checkpoint.load({"model": self.average}, storage_reader=checkpoint.FileSystemReader(path))
+            return
+        stored = load_file(path)
+        for name, weight in self.average.items():
+            weight.copy_(stored[name])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """
+    All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
+
+    FSDP2 may keep whole weights after an evaluation; resharding makes changes of the shards count.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The local shard of a tensor, in shared memory; without FSDP the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, weight in _weights(model).items():
+        _own(weight).copy_(_own(values[name]))

@@ -36,12 +36,10 @@ from ..data.streams import StreamDataset, StreamPosition, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .arguments import LAMB, ImageTrainingArguments
-from .callbacks import SaveOnSignal, WeightAverage
-from .optimization import Lamb, decay_parameter_names, describe_groups, parameter_groups
-from .run_folder import RunFolder, check_same_model, checkpoint_size, run_settings
-from .step_guard import StepGuard
-from .trainer_overrides import TrainerOverrides, WorkerProcesses
+from .arguments import LAMB
+from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model, checkpoint_size, run_settings
+from .trainer_overrides import ImageTrainingArguments, TrainerOverrides, WorkerProcesses
 
 
 class ImageTrainer(TrainerOverrides, Trainer):
@@ -49,12 +47,11 @@ class ImageTrainer(TrainerOverrides, Trainer):
     The stock Trainer, distributed training included, but for the methods below.
 
     Args:
-        model, args: what to train, and how.
+        model, args, others: as in Trainer.
         average: of the weights; it is evaluated and becomes the final model.
         stream_position: of a training set that is a stream.
         objective: in words; None for classification.
         finished_model: from the model and its weights to the model that is saved in the end and pushed. None: the same.
-        others: further arguments of the Trainer.
 
     Attributes:
         settings: everything that decides the numbers of this run.
@@ -79,10 +76,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
-        advice = self.run_folder.resume_advice
-        self.step_guard = StepGuard(
-            args, self.processes, lambda index: self.train_dataset.name(index), self.log_line, advice
-        )
+        self.step_guard = StepGuard(self.run_folder, lambda index: self.train_dataset.name(index))
         kind = None if objective is None else f"{type(model).__name__}, {objective}"
         self.settings = run_settings(args, self.train_dataset, kind)
         self.save_on_signal = SaveOnSignal(self.processes)
@@ -158,7 +152,6 @@ class ImageTrainer(TrainerOverrides, Trainer):
             raise
 
     def _prepare_resumption(self, checkpoint: str) -> None:
-        """Checks the model of a checkpoint, warns of other settings, and makes the parts start from it."""
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
         self.run_folder.compare_settings(checkpoint, manifest, self.settings)
@@ -342,7 +335,6 @@ class ImageTrainer(TrainerOverrides, Trainer):
                 self._write_finished_model(staged, weights)
 
     def _write_model(self, folder: Path) -> None:
-        """Writes the files that training can resume from, during training with the average of the weights."""
         if self.is_fsdp_enabled:
             self._write_sharded_model(folder)
         else:
@@ -353,10 +345,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
             self.average.save(str(folder), is_writer=self.args.should_save)
 
     def _write_sharded_model(self, folder: Path) -> None:
-        """
-        As the Trainer with FSDP, but checkpoints have the configuration that their shards need to be loaded, and the
-        finished model is whole. FSDP2 changes the model's class; the Trainer would save the code of that class.
-        """
+        # As the Trainer with FSDP, but checkpoints have the configuration that their shards need to be loaded, and the
+        # finished model is whole. FSDP2 changes the model's class; the Trainer would save the code of that class.
         plugin = self.accelerator.state.fsdp_plugin
         if not self.run_folder.is_writing_checkpoint:
             plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -11,9 +11,8 @@ import torch
 from benchmarks.kernels import format_profiles, profile_steps
 from benchmarks.memory import measure_memory
 from benchmarks.models import DTYPES, ModelBenchmark
-from benchmarks.timing import OURS
+from benchmarks.timing import OURS, summarize, time_in_turns
 from modeling_vit_scratch.acceleration.speed_up import speed_up
-from modeling_vit_scratch.common.timing import summarize, time_in_turns
 
 
 # Sides of the matrices whose product is timed for the peak, in elements, and how many products without a wait.

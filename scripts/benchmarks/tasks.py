@@ -133,8 +133,7 @@ def measure_models(arguments: argparse.Namespace) -> None:
     from benchmarks.comparison import Comparison
     from benchmarks.models import ModelBenchmark
     from benchmarks.peers import PEERS, VIT_PYTORCH, VIT_PYTORCH_NOTE
-    from benchmarks.timing import describe_machine, write_benchmark, write_numbers
-    from modeling_vit_scratch.common.timing import format_table
+    from benchmarks.timing import describe_machine, format_table, write_benchmark, write_numbers
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
@@ -171,8 +170,7 @@ def measure_data(arguments: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.data import DataBenchmark, photo_sets, summarize_files
-    from benchmarks.timing import OURS, describe_machine, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
     record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
@@ -206,8 +204,7 @@ def measure_processor(arguments: argparse.Namespace) -> None:
 
     from benchmarks.data import photo_sets, summarize_files
     from benchmarks.processor import differences, processor_ways, resizing_alone, times_faster, to_time
-    from benchmarks.timing import OURS, describe_machine, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     torch.set_num_threads(1)
     record = {"machine": describe_machine(), "image_size": arguments.image_size, "sets": {}}
@@ -241,8 +238,15 @@ def measure_loading(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from benchmarks.loading import import_ways, in_process_ways, load_ways, save_models
-    from benchmarks.timing import OURS, describe_machine, processor_seconds, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import (
+        OURS,
+        describe_machine,
+        format_table,
+        processor_seconds,
+        summarize,
+        time_in_turns,
+        write_benchmark,
+    )
 
     logging.disable_progress_bar()
     record = {
@@ -276,8 +280,7 @@ def measure_packing(arguments: argparse.Namespace) -> None:
 
     from benchmarks.models import plain_model
     from benchmarks.packing import OURS, difference, mixed_images, packing_ways
-    from benchmarks.timing import describe_machine, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)
@@ -306,8 +309,7 @@ def measure_prediction(arguments: argparse.Namespace) -> None:
 
     from benchmarks.data import photo_sets, summarize_files
     from benchmarks.prediction import PredictionBenchmark, fresh_model
-    from benchmarks.timing import OURS, describe_machine, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import OURS, describe_machine, format_table, summarize, time_in_turns, write_benchmark
 
     logging.disable_progress_bar()
     what = arguments.model or arguments.variant
@@ -338,8 +340,15 @@ def measure_finetune(arguments: argparse.Namespace) -> None:
 
     from benchmarks.data import photo_sets, summarize_files
     from benchmarks.finetuning import FinetuneBenchmark
-    from benchmarks.timing import OURS, describe_machine, processor_seconds, write_benchmark
-    from modeling_vit_scratch.common.timing import format_table, summarize, time_in_turns
+    from benchmarks.timing import (
+        OURS,
+        describe_machine,
+        format_table,
+        processor_seconds,
+        summarize,
+        time_in_turns,
+        write_benchmark,
+    )
 
     if arguments.num_threads is not None:
         torch.set_num_threads(arguments.num_threads)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.common.names import METRIC_TITLES
+from modeling_vit_scratch.common.records import METRIC_TITLES
 
 
 # What has to be the same for two results to be comparable, and how to call it.

@@ -12,9 +12,9 @@ from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.data.arguments import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS
+from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.build import load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments
-from modeling_vit_scratch.training.flags import ModelArguments
 
 
 # The last step is what counts: nothing is chosen on held-out images, and nothing is evaluated or saved on the way.

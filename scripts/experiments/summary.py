@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.plan import Run
 from modeling_vit_scratch.cards.transfer import FINE_TUNED
-from modeling_vit_scratch.common.provenance import command_line, digests
+from modeling_vit_scratch.common.records import command_line, digests
 
 
 def build_cells(runs: list[Run], records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,15 +15,14 @@ with the package's modules alone, and imports the package itself when it knows w
         ...
 
     if __name__ == "__main__":
-        run(main)
+        raise SystemExit(run_command_line(main))
 """
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 
 PACKAGE = "modeling_vit_scratch"
@@ -35,25 +34,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @contextmanager
 def before_torch() -> Iterator[None]:
     """Modules of the package that are imported in here come without its __init__, which runs at the end."""
-    _find_modules()
     yield
     package = sys.modules[PACKAGE]
     if not hasattr(package, "__version__"):
         package.__spec__.loader.exec_module(package)
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's main, and exits: with a message in place of a traceback for what users can fix."""
-    _find_modules()
-    from modeling_vit_scratch.common.errors import run_command_line
+if PACKAGE not in sys.modules:  # lets its modules be imported without its __init__
+    _spec = importlib.util.find_spec(PACKAGE)
+    if _spec is None:
+        raise ModuleNotFoundError(f"{PACKAGE} is not installed here: pip install -e .", name=PACKAGE)
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(_spec)
 
-    sys.exit(run_command_line(main))
-
-
-def _find_modules() -> None:
-    """Lets modules of the package be imported without its __init__, if it is not imported yet."""
-    if PACKAGE not in sys.modules:
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None:
-            raise ModuleNotFoundError(f"{PACKAGE} is not installed here: pip install -e .", name=PACKAGE)
-        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+from modeling_vit_scratch.common.errors import run_command_line  # noqa: E402, F401

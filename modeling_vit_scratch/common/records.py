@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The provenance of a result: command, commit, versions and hardware."""
+"""What records and cards share: titles of metrics, licence names, and the provenance of a result. Imports no torch."""
 
 import hashlib
 import os
@@ -11,11 +11,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+
+# A record's main result is the first of these that it has.
+METRIC_TITLES = {
+    "accuracy": "accuracy", "mean_average_precision": "mean average precision", "top5_accuracy": "top-5 accuracy",
+    "micro_f1": "micro F1", "macro_f1": "macro F1", "samples_f1": "samples F1", "exact_match": "exact match",
+    "micro_average_precision": "micro average precision", "hamming_loss": "Hamming loss", "nll": "NLL (nats)",
+    "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
+}  # fmt: skip
+# Bins of the expected calibration error (Guo et al., arXiv:1706.04599).
+NUM_BINS = 15
+# All others are fractions of 1.
+NO_PERCENT = ("loss", "nll", "brier")
+
+
+def title_of(metric: str) -> str:
+    """The capitalized title; a metric without one keeps its name."""
+    title = METRIC_TITLES.get(metric, metric)
+    return title[:1].upper() + title[1:]
+
+
+def interval_of(result: dict[str, Any]) -> list[float] | None:
+    """The interval of a result: for fractions of images Wilson's, even where all are right; else the bootstrap's."""
+    return result.get("wilson_interval") or result.get("interval")
+
+
+def license_problem(license: Any, name: str | None = None, link: str | None = None) -> str | None:
+    """A message unless the licence is an identifier of the Hub, e.g. apache-2.0, or "other" with a name and a link."""
+    if not isinstance(license, str) or not re.fullmatch(r"[a-z0-9.-]+", license):
+        return "it is no name of the Hub's, e.g. apache-2.0, cc-by-4.0 (hf.co/docs/hub/repositories-licenses)."
+    if license == "other" and not (name and link):
+        flags = "--license other --license_name NAME --license_link URL"
+        return f"add license_name and license_link: scripts/card.py FOLDER {flags}."
+    return None
 
 
 def provenance(*packages: str) -> dict[str, Any]:
     """`command`, `git_commit`, `versions` (also of `packages`) and `hardware`, to reproduce a result."""
+    from .. import __version__  # here: the package's __init__ imports torch
+
     packages = ("torch", "transformers", "accelerate", "datasets", "pillow", *packages)
     return {
         "command": command_line(),

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: whole checkpoints and models, disk space, and settings compared when a run resumes."""
+"""
+What makes a run safe to stop at any moment: checkpoints and models that are whole or not there, a stop before a
+non-finite step, and a checkpoint at Ctrl-C or SIGTERM.
+"""
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..common import files
-from ..common.errors import InputError, TrainingStopped
-from ..common.processes import Processes
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
+from ..common.processes import Processes, StopSignals
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
-from .arguments import ImageTrainingArguments
+from .trainer_overrides import ImageTrainingArguments
 
 
 # The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
@@ -60,15 +65,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     before, now = (json.loads(json.dumps(settings)) for settings in (before, now))  # a tuple comes back as a list
     if before.pop("--lamb", False):  # as --optim lamb was once given
         before["--optim"] = "lamb"
+
+    def shown(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
     return [
-        f"{name}: {_shown(now.get(name))} now, {_shown(before.get(name))} in the checkpoint's run"
+        f"{name}: {shown(now.get(name))} now, {shown(before.get(name))} in the checkpoint's run"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
@@ -86,6 +91,10 @@ def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
             f"--resume_from_checkpoint {checkpoint} is of another model: {', '.join(different)} differ. Give the flags "
             "and the data of the first run, or start a new one in another --output_dir."
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
 
 
 # Numbers that an optimizer keeps for each weight, if known.
@@ -114,9 +123,6 @@ class RunFolder:
         self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
         self.path = Path(arguments.output_dir)
         self.staging, self.is_writing_checkpoint = self.path / files.STAGING, False
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Before training
 
     def prepare(self) -> None:
         """Removes unfinished files of a killed run. Raises InputError if the disk has no room for a checkpoint."""
@@ -187,9 +193,6 @@ class RunFolder:
             f"The latest checkpoint is {checkpoint}: to go on, add --resume_from_checkpoint True to the same command."
         )
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Writing
-
     @contextmanager
     def new_checkpoint(self, state: TrainerState, metadata: dict[str, Any]) -> Iterator[Path]:
         """
@@ -210,10 +213,10 @@ class RunFolder:
                 if self.arguments.should_save:  # only one process may write this file
                     state.save_to_json(str(staged / files.STATE))
             if self.arguments.should_save:
-                _complete(staged, checkpoint, metadata)
+                files.publish(staged, checkpoint, metadata)
         self.processes.wait()
         if self.arguments.local_process_index == 0 and staged.is_dir():
-            _complete(staged, checkpoint, metadata)  # on the disk of another machine
+            files.publish(staged, checkpoint, metadata)  # on the disk of another machine
 
     @contextmanager
     def new_model(self, folder: Path, step: int) -> Iterator[Path]:
@@ -255,11 +258,6 @@ class RunFolder:
             ) from error
 
 
-def _complete(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
-    files.write_manifest(staged, metadata)
-    files.publish(staged, checkpoint)
-
-
 def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:
     """The approximate bytes of a checkpoint: weights, their average, and the optimizer's states."""
     weights = sum(weight.nbytes for weight in model.state_dict().values())
@@ -271,3 +269,181 @@ def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """The numbers of a step, checked when its gradient is complete and the optimizer has not used it yet."""
+
+    step: int  # counted from 1
+    max_steps: int
+    losses: torch.Tensor  # (N,), of the accumulated batches
+    norm: torch.Tensor  # (), of their gradient
+    keys: list[torch.Tensor | None]  # of their images: see `StepGuard`
+    is_scaled: bool  # whether only losses count: see `StepGuard.check`
+    is_non_finite: torch.Tensor  # () bool, on the host; for a GPU it is valid after `copied`
+    copied: torch.cuda.Event | None = None
+
+
+@dataclass
+class StepGuard:
+    """
+    In every step the trainer calls `begin_step`, `add_loss` for each accumulated batch, and `check`. It calls
+    `stop_if_bad` before it evaluates, saves or ends. All processes call these in the same order.
+
+    Batches may hold "keys" (B, 3) int64, the seed, epoch and index of each image; and "broken", pairs of the index of
+    an unreadable image and the reason.
+    """
+
+    folder: RunFolder
+    image_name: Callable[[int], str]  # from the index of a training image to its file or another name
+    broken_images: dict[int, str] = field(default_factory=dict)  # reasons by index of a training image
+    last_keys: list[torch.Tensor | None] = field(default_factory=list)  # of the batches of the latest step
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _last_check: StepCheck | None = None
+
+    def begin_step(self, batches: list[dict[str, Any]]) -> None:
+        """Notes the images of a step. Raises TrainingStopped if more than --max_broken_images could not be read."""
+        self.last_keys, self._losses = [batch.get("keys") for batch in batches], []
+        if self.folder.arguments.max_broken_images:
+            self._count_broken([pair for batch in batches for pair in batch.get("broken", ())])
+
+    def _count_broken(self, pairs: list[tuple[int, str]]) -> None:
+        new = {index: reason for index, reason in pairs if index not in self.broken_images}
+        if not self.folder.processes.maximum(len(new)):
+            return
+        for index, reason in (pair for part in self.folder.processes.gather(new) for pair in part.items()):
+            if index not in self.broken_images:
+                self.broken_images[index] = reason
+                self.folder.log(f"broken image {len(self.broken_images)}, another one takes its place: {reason}")
+        limit = self.folder.arguments.max_broken_images
+        if len(self.broken_images) > limit:
+            lines = "".join(f"\n    {reason}" for reason in self.broken_images.values())
+            raise TrainingStopped(
+                f"{len(self.broken_images)} training images can't be read, more than --max_broken_images {limit}:"
+                f"{lines}\nRepair or remove them, or raise the limit. {self.folder.resume_advice()}",
+                is_shared=True,
+            )
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Notes the loss of an accumulated batch, a scalar."""
+        self._losses.append(loss)
+
+    def check(
+        self,
+        step: int,
+        max_steps: int,
+        norm: torch.Tensor | float,
+        skipping: torch.optim.Optimizer | None = None,
+        is_scaled: bool = False,
+    ) -> None:
+        """
+        Checks a step before the optimizer takes it.
+
+        Reading a number waits for the device. So an optimizer that can skip a step does so on the device, and the run
+        stops one step later.
+
+        Args:
+            step, max_steps: its number, counted from 1, and that of the last step.
+            norm: of the gradient.
+            skipping: the optimizer, if it skips steps whose `found_inf` is 1.
+            is_scaled: whether a scaler of float16 skips steps whose gradient overflows: then only losses are checked.
+
+        Raises:
+            TrainingStopped: if this step is not finite; with `skipping`, if the one before was not.
+        """
+        norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
+        losses = torch.stack(self._losses).float()
+        numbers = losses if is_scaled else torch.cat([losses, norm.to(losses).reshape(1)])
+        is_non_finite, copied = numbers.isfinite().all().logical_not(), None
+        self.stop_if_bad()  # the step before
+        if skipping is not None:
+            skipping.found_inf = is_non_finite.float()
+            if is_non_finite.is_cuda:
+                on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+                is_non_finite = on_host.copy_(is_non_finite, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+        self._last_check = StepCheck(step, max_steps, losses, norm, self.last_keys, is_scaled, is_non_finite, copied)
+        if skipping is None:
+            self.stop_if_bad()
+
+    def stop_if_bad(self) -> None:
+        """Raises TrainingStopped if the step that was checked last has a non-finite loss or gradient."""
+        check, self._last_check = self._last_check, None
+        if check is not None and check.copied is not None:
+            check.copied.synchronize()
+        if check is not None and check.is_non_finite:
+            self._stop(check)
+
+    def _stop(self, check: StepCheck) -> None:
+        """Every process names its images. They share the gradient: if it is not finite, all of them stop here."""
+        arguments, losses = self.folder.arguments, check.losses.tolist()
+        is_everywhere = not (check.is_scaled or check.norm.isfinite())
+        process = f"process {arguments.process_index}, " if arguments.world_size > 1 else ""
+        lines = [
+            f"    {process}batch {number} of {len(losses)}, loss {loss:.4g}: {', '.join(self._names(keys))}"
+            for number, (loss, keys) in enumerate(zip(losses, check.keys), start=1)
+        ]
+        bad_loss = next((loss for loss in losses if not torch.tensor(loss).isfinite()), None)
+        if is_everywhere:
+            gathered = self.folder.processes.gather((bad_loss, lines))
+            lines = [line for _, part in gathered for line in part]
+            bad_loss = next((loss for loss, _ in gathered if loss is not None), None)
+        found = f"The gradient's norm is {float(check.norm):g}" if bad_loss is None else f"The loss is {bad_loss:g}"
+        raise TrainingStopped(
+            f"{found} at step {check.step} of {check.max_steps}. The weights are those of the step before. The images "
+            "of this step:\n" + "\n".join(lines) + "\nUsual ways out: a lower --learning_rate "
+            f"({arguments.learning_rate:g} now), more --warmup_steps, --max_grad_norm 1, --bf16 False. "
+            + self.folder.resume_advice(),
+            is_shared=is_everywhere,
+        )
+
+    def _names(self, keys: torch.Tensor | None) -> list[str]:
+        return ["?"] if keys is None else [self.image_name(int(index)) for index in keys[:, 2]]
+
+
+class SaveOnSignal(TrainerCallback):
+    """
+    Ctrl-C or SIGTERM finishes the step, saves a checkpoint from which training resumes exactly, and ends the run.
+    Several processes agree on the step, whichever of them got the signal. The trainer calls `signals.restore`.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.signals, self._agreed = processes, StopSignals(_announce), 0
+
+    @property
+    def number(self) -> int:
+        """The number of the signal that asked to stop, in this process or in any; 0 if there is none."""
+        return self._agreed or self.signals.number
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._agreed = 0
+        self.signals.start()
+
+    def _agree(self) -> bool:
+        self._agreed = self._agreed or self.processes.maximum(self.signals.poll())
+        return self._agreed > 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The last step of an epoch is left to on_epoch_end: a checkpoint from before the evaluation would skip it.
+        if self._agree() and state.epoch % 1 != 0:
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self._agree():
+            control.should_save = True
+
+    def on_save(self, *_: Any, **kwargs: Any) -> None:
+        if self._agree():
+            raise TrainingInterrupted("Stopped after a checkpoint.", self._agreed)
+
+
+def _announce(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        # Not print, which fails if the signal came while something else was printing.
+        os.write(2, f"\n{what}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
