@@ -13,8 +13,7 @@ from tiny_images import ROOT
 from modeling_vit_scratch import VARIANTS
 from modeling_vit_scratch.checkpoint.formats import FORMATS
 from modeling_vit_scratch.common import flags as shared
-from modeling_vit_scratch.common.flags import Parser, flag_metadata
-from modeling_vit_scratch.data.arguments import BUILT_IN, DataArguments
+from modeling_vit_scratch.common.flags import BUILT_IN, DataArguments, Parser, flag_metadata
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
 from modeling_vit_scratch.prediction.arguments import PredictionArguments
 from modeling_vit_scratch.training.command_line import FINETUNE, PRETRAIN, build_parser, parse_arguments

@@ -10,7 +10,7 @@ import pytest
 from tiny_images import CLASSES, build, difference, read, rows, table, webdataset, weights
 
 from modeling_vit_scratch.common.errors import InputError, Problems, TrainingStopped
-from modeling_vit_scratch.data.arguments import DataArguments
+from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.splits import read_data
 from modeling_vit_scratch.data.streams import (
     ROWS_PER_SHARD,

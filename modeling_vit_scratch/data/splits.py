@@ -20,12 +20,12 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, Problems
+from ..common.flags import DataArguments
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .arguments import DataArguments
-from .columns import find_columns, multi_hot, read_labels, stratify
-from .dataset import Examples
-from .sources import FOLDER_COLUMN, Source, listed, read_source
+from .dataset import Examples, multi_hot
+from .listing import is_class_label, is_label_list, split_labels
+from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
 from .streams import ImageStream
 
 
@@ -212,6 +212,58 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
     return images if column == "image" else images.rename_column(column, "image")
 
 
+def read_labels(
+    dataset: datasets.Dataset, column: str, separator: str | None, split: str, problems: Problems
+) -> tuple[list[str], list[int] | list[list[int]], bool, bool] | None:
+    """
+    Reads a column of names, whole numbers or class labels, of lists of these, or, with a `separator`, of text.
+
+    Returns:
+        Label names; the index of each image's label, or a list of them; whether the data define the order of the names;
+        and whether images may have several labels. None if that can't be read: the reasons are among the problems.
+    """
+    feature, rows = dataset.features[column], list(dataset[column])
+    is_multi_label = separator is not None or is_label_list(feature)
+    has_names = separator is None and is_class_label(feature)
+    if separator is not None:
+        if not all(value is None or isinstance(value, str) for value in rows):
+            problems.add(f"--label_separator is for text, and column {column!r} of the {split} split holds {feature}.")
+            return None
+        rows = [split_labels(value, separator) for value in rows]
+    elif not is_multi_label:
+        rows = [[None] if has_names and (value or 0) < 0 else [value] for value in rows]
+    missing = sum(row is None or None in row for row in rows)
+    if missing and is_multi_label:
+        problems.add(
+            f"{missing} images of the {split} split have no labels in column {column!r}, or one that is null. Use an "
+            "empty list for images with no labels; remove images whose labels are unknown."
+        )
+        return None
+    if missing:
+        problems.add(f"{missing} images of the {split} split have no label in column {column!r}. Remove them first.")
+        return None
+    if not all(isinstance(label, str | int) for row in rows for label in row):
+        problems.add(
+            f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
+            "image, or a list of them."
+        )
+        return None
+    repeated = next((row for row in rows if len(set(row)) < len(row)), None)
+    if repeated is not None:
+        problems.add(
+            f"Column {column!r} of the {split} split has a label twice for one image: {str(repeated)[:80]}. It must "
+            "list the labels that an image has, not 0 or 1 for each: [1, 4] and not [0, 1, 0, 0, 1]."
+        )
+        return None
+    if has_names:
+        names = list(getattr(feature, "feature", feature).names)
+    else:
+        distinct = sorted({label for row in rows for label in row})
+        names, index = [str(label) for label in distinct], {label: number for number, label in enumerate(distinct)}
+        rows = [[index[label] for label in row] for row in rows]
+    return names, rows if is_multi_label else [row[0] for row in rows], has_names, is_multi_label
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Splitting
 
@@ -305,6 +357,44 @@ def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problem
         np.arange(len(examples)), test_size=held_out, stratify=train.indices, random_state=seed
     )
     return examples.select(sorted(kept.tolist())), examples.select(sorted(held.tolist()))
+
+
+def stratify(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """
+    Splits images at random into two parts, the second with this fraction of the images and, as nearly as possible, of
+    those of every label: iterative stratification (Sechidis et al. 2011, algorithm 1). The rarest label is distributed
+    first, image by image, each to the part that lacks most of it.
+
+    Args:
+        labels: (N, K), 0 and 1.
+        fraction: 0 to 1.
+        seed: of the order of the images, and of ties.
+
+    Returns:
+        The indices of both parts, sorted.
+    """
+    generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
+    left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
+    room, wanted = shares * len(labels), shares[:, None] * left  # (2,), (2, K)
+    part = np.full(len(labels), -1)
+    order = generator.permutation(len(labels))
+
+    def assign(index: int, lack: np.ndarray) -> None:
+        best = np.flatnonzero(np.isclose(lack, lack.max()))
+        best = best[np.isclose(room[best], room[best].max())]
+        chosen = best[0] if len(best) == 1 else generator.choice(best)
+        part[index] = chosen
+        room[chosen] -= 1
+        wanted[chosen] -= labels[index]
+        left[:] -= labels[index]
+
+    while left.any():
+        rarest = int(np.where(left > 0, left, len(labels) + 1).argmin())
+        for index in order[(labels[order, rarest] == 1) & (part[order] < 0)].tolist():
+            assign(index, wanted[:, rarest])
+    for index in order[part[order] < 0].tolist():
+        assign(index, room)
+    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()
 
 
 def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:

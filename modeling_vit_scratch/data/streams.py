@@ -24,10 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..common.errors import InputError, TrainingStopped
-from .columns import multi_hot, split_labels
-from .dataset import ImageClassificationDataset, own_loader
-from .decoding import StoredImage
-from .listing import is_whole_number
+from .collation import process_loader
+from .dataset import ImageClassificationDataset, StoredImage, multi_hot
+from .listing import is_whole_number, split_labels
 
 
 # Keeps the random order of records apart from other random numbers with the same seed and epoch.
@@ -423,4 +422,4 @@ def stream_loader(
         dataset.stream, arguments.seed, dataset.buffer_size, arguments.process_index, arguments.world_size
     )
     batches = StreamBatches(dataset, order, arguments.train_batch_size, arguments.dataloader_drop_last)
-    return own_loader(dataset, arguments, collator, batch_sampler=batches), batches
+    return process_loader(dataset, arguments, collator, batch_sampler=batches), batches

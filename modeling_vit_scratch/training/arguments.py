@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..augmentation.policies import auto_augment
+from ..augmentation.auto_augment import auto_augment
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.flags import METAVARS, CollectsMistakes, HelpFormatter, fill

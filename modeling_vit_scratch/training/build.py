@@ -12,8 +12,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..acceleration.speed_up import speed_up
-from ..augmentation.building import build_augmentation
-from ..augmentation.device_images import build_device_images
+from ..augmentation.on_device import build_device_images
+from ..augmentation.photo import build_augmentation
 from ..checkpoint.classifier import fit_classifier, label_fields
 from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
@@ -118,7 +118,8 @@ def build_datasets(
             raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one.")
         if kind != "photo":
             raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
-        return build_device_images(ImageClassificationDataset(data.train, processor, channels), held_out, arguments)
+        train_set = ImageClassificationDataset(data.train, processor, channels)
+        return build_device_images(train_set, held_out, augmentation, arguments)
     train_set = ImageClassificationDataset(
         data.train,
         processor,

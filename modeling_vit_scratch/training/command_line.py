@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import Problems
-from ..common.flags import HelpFormatter, Parser, fill, first_look, flag_name, refuse_unknown, show
-from ..data.arguments import DataArguments
+from ..common.flags import DataArguments, HelpFormatter, Parser, fill, first_look, flag_name, refuse_unknown, show
 from ..recipes.recipe import recipe_table
 from ..recipes.table import RECIPES
 from .flags import (

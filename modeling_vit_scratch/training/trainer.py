@@ -30,8 +30,7 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
-from ..data.collation import Normalize, mix
-from ..data.dataset import repeating_loader
+from ..data.collation import Normalize, mix, repeating_loader
 from ..data.streams import StreamDataset, StreamPosition, stream_loader
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import Trainer
 
-from ..data.dataset import prepare_workers
+from ..data.collation import prepare_workers
 
 
 class TrainerOverrides:
