@@ -21,7 +21,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
 from ..data.dataset import ImageClassificationDataset
 from ..data.splits import ImageData
-from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_stream
+from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
@@ -57,12 +57,13 @@ def build_trainer(
     """
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
+    batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     trainer = ImageTrainer(
         speed_up(model),
         arguments,
         average=None if decay is None else WeightAverage(decay, warmup),
-        stream_position=StreamPosition() if isinstance(train_set, StreamDataset) else None,
+        stream_batches=batches,
         objective=objective.description,
         finished_model=objective.finished_model,
         data_collator=objective.data_collator,
