@@ -94,14 +94,7 @@ def visible_patches(ratio: float) -> DrawMask:
 
 
 class MaskingCollator(ImageCollator):
-    """
-    Batches with a mask for each image.
-
-    Args:
-        draw: what one of the functions above returns.
-        patch: height and width in pixels.
-        description: for people and cards.
-    """
+    """Batches with a mask for each image, from one of the functions above; `patch` is (height, width) in pixels."""
 
     def __init__(self, draw: DrawMask, patch: tuple[int, int], description: str) -> None:
         self.draw, self.patch, self.description = draw, patch, description

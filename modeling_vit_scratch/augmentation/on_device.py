@@ -222,7 +222,7 @@ class BatchPhoto:
         shapes = width / height * np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * shapes)
         widths, heights = np.round(np.sqrt(areas * shapes)), np.round(np.sqrt(areas / shapes))
         is_inside = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-        boxes = _first_inside(size, widths, heights, is_inside, draws[:, -3], draws[:, -2])
+        boxes = _first_inside(size, widths, heights, is_inside, draws[:, -3:-1])
         return np.where(is_inside.any(1)[:, None], boxes, np.float32([0, 0, width, height]))
 
 
@@ -248,23 +248,19 @@ class BatchErasing:
         shapes = np.exp(math.log(0.3) * (1 - 2 * draws[:, _ATTEMPTS : 2 * _ATTEMPTS]))
         heights, widths = np.round(np.sqrt(areas * shapes)), np.round(np.sqrt(areas / shapes))
         is_inside = (widths < width) & (heights < height)
-        boxes = _first_inside(size, widths, heights, is_inside, draws[:, -2], draws[:, -1])
+        boxes = _first_inside(size, widths, heights, is_inside, draws[:, -2:])
         happens = (draws[:, -3] < self.probability) & is_inside.any(1)
         return np.where(happens[:, None], boxes, np.float32(0))
 
 
 def _first_inside(
-    size: tuple[int, int],
-    widths: np.ndarray,
-    heights: np.ndarray,
-    is_inside: np.ndarray,
-    left: np.ndarray,
-    top: np.ndarray,
+    size: tuple[int, int], widths: np.ndarray, heights: np.ndarray, is_inside: np.ndarray, corners: np.ndarray
 ) -> np.ndarray:
-    """The first rectangle that fits, of those tried for each image (B, _ATTEMPTS), at random numbers left and top."""
+    """The first rectangle that fits, of those tried for each image (B, _ATTEMPTS), at random corners (B, 2)."""
     rows, first = np.arange(len(widths)), is_inside.argmax(1)
     width, height = widths[rows, first], heights[rows, first]
-    left, top = np.floor(left * (size[1] - width + 1)), np.floor(top * (size[0] - height + 1))
+    left = np.floor(corners[:, 0] * (size[1] - width + 1))
+    top = np.floor(corners[:, 1] * (size[0] - height + 1))
     return np.stack((left, top, left + width, top + height), axis=1).astype(np.float32)
 
 
@@ -290,12 +286,7 @@ class BatchRandAugment:
         return images
 
     def choose(self, size: tuple[int, int], draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Operation and strength, (B,) each, from four numbers for each image. 0 is no operation, then come the names.
-
-        Args:
-            size: (height, width) of the images in pixels.
-        """
+        """Operations (B,), 0 for none and then the names, and strengths (B,), for images of a (height, width)."""
         chosen = 1 + (draws[:, 0] * len(self.names)).astype(np.int64)
         height, width = size
         strengths = np.zeros(len(draws))
@@ -313,7 +304,7 @@ class BatchRandAugment:
         _, unit, most = self.policy.SCALES[self.policy.dialect]
         noise = torch.special.ndtri(torch.from_numpy(draws.astype(np.float64)).clamp(1e-9, 1 - 1e-9)).numpy()
         magnitudes = self.policy.magnitude + self.policy.magnitude_std * noise
-        return (magnitudes.clip(0.0, most) / unit if self.policy.magnitude_std else magnitudes / unit).tolist()
+        return (magnitudes.clip(0.0, most) / unit).tolist()
 
 
 class BatchColorJitter:
@@ -341,12 +332,7 @@ _BATCH_KINDS = {
 
 
 class BatchChain:
-    """
-    The steps of an augmentation of single images, for batches; each has random numbers of its own.
-
-    Raises:
-        InputError: for a step that is not made for batches.
-    """
+    """The steps of an augmentation, for batches. Raises InputError for a step that is not made for batches."""
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.description, self.steps = augmentation.description, []
@@ -367,19 +353,13 @@ class BatchChain:
         return images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
+# --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 class DeviceImages(ImageClassificationDataset):
     """
-    The images of a data set on the device. `__getitems__` gives a whole batch, as `ImageCollator` does.
-
-    Args:
-        images: without augmentation, as the processor resizes and crops them.
-        pixels: of all images, uint8 (N, C, H, W), on the device: see `decode_images`.
-        augmentation: None for held-out images.
-        seed: of the augmentation.
+    The images of a data set without augmentation, with their pixels, uint8 (N, C, H, W), on the device: see
+    `decode_images`. `__getitems__` gives a whole batch, as `ImageCollator` does.
     """
 
     def __init__(
@@ -430,12 +410,7 @@ def build_device_images(
     arguments: TrainingArguments,
 ) -> tuple[DeviceImages, DeviceImages]:
     """
-    Decodes all images with --dataloader_num_workers, which are not needed afterwards.
-
-    Args:
-        train, held_out: without augmentation.
-        augmentation: of single images.
-        arguments: of the run.
+    Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes.
 
     Raises:
         InputError: if they don't fit, an image is broken, or the augmentation is not made for batches.
@@ -458,9 +433,7 @@ def build_device_images(
 
 def decode_images(images: ImageClassificationDataset, arguments: TrainingArguments) -> Tensor:
     """uint8 (N, C, H, W) on the device. Raises InputError for a broken image."""
-    loader = DataLoader(
-        images, batch_size=256, num_workers=arguments.dataloader_num_workers, collate_fn=_pixels_of, shuffle=False
-    )
+    loader = DataLoader(images, batch_size=256, num_workers=arguments.dataloader_num_workers, collate_fn=_pixels_of)
     pixels = torch.empty((len(images), *images[0]["pixel_values"].shape), dtype=torch.uint8, device=arguments.device)
     is_quiet = arguments.disable_tqdm or arguments.process_index > 0
     try:

@@ -114,17 +114,11 @@ def build_augmentation(
     kind: str, size: tuple[int, int], resample: int, num_channels: int, arguments: TrainingArguments
 ) -> Augmentation:
     """
-    The augmentation of the flags, in the order of timm and torchvision.
+    The augmentation of the flags, in the order of timm and torchvision, for a "photo" or "digit".
 
     Args:
-        kind: "photo" or "digit".
         size: (height, width) of the result in pixels.
-        resample: the PIL filter of the image processor.
-        num_channels: of the images.
-        arguments: of the run.
-
-    Raises:
-        InputError: for policies on images that are neither grey nor in colour.
+        num_channels: of the images. Raises InputError for policies on images that are neither grey nor in colour.
     """
     recipe = arguments.recipe_arguments
     photo = PhotoAugmentation(size, resample, arguments.smallest_area)

@@ -366,10 +366,8 @@ class DataArguments(LabelFlags):
             problems.add(
                 "--max_train_samples chooses from all images, which --streaming can't. Give --max_steps instead."
             )
-        if self.shuffle_buffer_size < 1:
-            problems.add(
-                f"--shuffle_buffer_size {self.shuffle_buffer_size} must be at least 1, which shuffles no more."
-            )
+        size = self.shuffle_buffer_size
+        problems.require(size >= 1, f"--shuffle_buffer_size {size} must be at least 1, which shuffles no more.")
         if self.label_names_file and not self.streaming:
             problems.add("--label_names_file goes with --streaming. Leave it out: all labels are read before training.")
         if self.export_examples and Path(self.export_examples).is_file():

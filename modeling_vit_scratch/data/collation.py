@@ -31,8 +31,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 _STREAM = 0x6D6978
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Collators
+# --- Collators --------------------------------------------------------------------------------------------------------
 
 
 class ImageCollator:
@@ -42,13 +41,9 @@ class ImageCollator:
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
-        Args:
-            examples: see `ImageClassificationDataset`. A batch, from a data set that makes batches itself, stays as it
-                is.
-
-        Returns:
-            "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: seed, epoch and index of each
-            example. If there are any, "broken": pairs of the index of an image that can't be read, and the reason.
+        Examples of `ImageClassificationDataset` to "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3),
+        int64: their seeds, epochs and indices. If there are any, "broken": pairs of the index of an image that can't be
+        read, and the reason. A batch, from a data set that makes batches itself, stays as it is.
         """
         if isinstance(examples, dict):
             return examples
@@ -63,12 +58,8 @@ class ImageCollator:
 @dataclass(frozen=True)
 class Mixing:
     """
-    What is done to every image of a batch: see `mix`.
-
-    Attributes:
-        weight: inside the box, the share that an image keeps of itself; the rest is of the image before it.
-        box: left, top, right, bottom in pixels.
-        kept: the share that an image and its label keep on the whole.
+    What is done to every image of a batch: inside the box (left, top, right, bottom in pixels) it keeps its `weight`,
+    and the rest is of the image before it: see `mix`. On the whole, an image and its label keep the share `kept`.
     """
 
     weight: float
@@ -88,13 +79,8 @@ def mixup(size: tuple[int, int], weight: float) -> Mixing:
 
 def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixing:
     """
-    A rectangle of about (1 - weight) of the area comes from the other image (Yun et al., arXiv:1905.04899). The border
-    cuts it; the labels are mixed by the area that is left of it.
-
-    Args:
-        size: (height, width) of the images in pixels.
-        weight: 0 to 1.
-        column, row: the centre of the rectangle in pixels.
+    A rectangle of about (1 - weight) of the area, around (column, row), comes from the other image (Yun et al.,
+    arXiv:1905.04899). The border cuts it; the labels are mixed by the area that is left of it.
     """
     height, width = size
     half = 0.5 * math.sqrt(1.0 - weight)
@@ -110,10 +96,7 @@ class MixingCollator(ImageCollator):
 
     The arithmetic is torchvision's (`transforms.v2.MixUp` and `CutMix`): one weight for a batch, drawn from
     Beta(alpha, alpha), and each image with the one before it. The random numbers depend on the seed, the epoch and the
-    images of the batch alone. Each batch of a process is mixed by itself, so the number of processes and of accumulated
-    batches matters.
-
-    Examples without a "key", those of the evaluation, are batched as they are.
+    images of the batch alone. Examples without a "key", those of the evaluation, are batched as they are.
 
     Args:
         num_labels: K.
@@ -168,8 +151,7 @@ class MixingCollator(ImageCollator):
         return cutmix(size, weight, int(generator.integers(width)), int(generator.integers(height)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# On the device
+# --- On the device ----------------------------------------------------------------------------------------------------
 
 
 class Normalize:
@@ -231,8 +213,7 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
     return config.image_hw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loaders
+# --- Loaders ----------------------------------------------------------------------------------------------------------
 
 
 def process_loader(
@@ -271,9 +252,7 @@ class RepeatedAugmentation(Sampler[int]):
 
     Args:
         count: number of images.
-        repeats: of each image.
         seed: of the shuffling, together with the epoch.
-        rank, world_size: of this process.
     """
 
     def __init__(self, count: int, repeats: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:

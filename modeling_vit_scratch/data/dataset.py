@@ -71,19 +71,11 @@ class StoredImage:
 
 class Photo:
     """
-    An image of which a part is wanted. A JPEG file is decoded when part and size are known, any other at once.
-
-    Args:
-        content: path or bytes of a file.
-        decoder: for the channels.
-        name: for messages.
+    An image file, by path or bytes, of which a part is wanted. A JPEG is decoded when part and size are known, any
+    other at once. Raises ImageDecodeError if the file is missing, damaged or no image.
 
     Attributes:
-        image: decoded and upright, or a JPEG file as it is opened.
         width, height: in pixels, of the whole image, upright.
-
-    Raises:
-        ImageDecodeError: if the file is missing, damaged or no image.
     """
 
     def __init__(self, content: str | bytes, decoder: ViTScratchImageProcessor, name: str) -> None:
@@ -123,19 +115,12 @@ def reduction(part: tuple[float, float], size: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class PhotoPart:
-    """
-    A part of a photo, resized, and mirrored or not; not decoded yet.
-
-    Attributes:
-        size: (width, height).
-        resample: the PIL filter. Those that torch lacks are Pillow's.
-        box: in pixels of the whole image. Of a JPEG, edges that are no multiples of the scale are moved, by half a
-            decoded pixel at most.
-    """
+    """A part of a photo, resized, and mirrored or not; not decoded yet."""
 
     photo: Photo
-    size: tuple[int, int]
-    resample: int
+    size: tuple[int, int]  # (width, height)
+    resample: int  # the PIL filter; those that torch lacks are Pillow's
+    # In pixels of the whole image. Edges that a JPEG's scale does not divide move by half a decoded pixel at most.
     box: tuple[int, int, int, int]
     is_mirrored: bool = False
 
@@ -175,8 +160,7 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
+# --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -34,22 +34,13 @@ USUAL_NAMES = {
 
 
 class Item(NamedTuple):
-    """
-    An image, and where it is.
+    """An image, and where it is."""
 
-    Attributes:
-        name: in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW.
-        path: a file or URL; for a row, the table.
-        start: in a .tar, the byte that the image begins at; in a table, the row.
-        size: in a .tar, how many bytes it has.
-        error: why it can't be read, where that shows as it is listed.
-    """
-
-    name: str
-    path: str
-    start: int | None = None
-    size: int | None = None
-    error: str | None = None
+    name: str  # in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW
+    path: str  # of a file or URL; for a row, the table
+    start: int | None = None  # in a .tar, the byte that the image begins at; in a table, the row
+    size: int | None = None  # in a .tar, in bytes
+    error: str | None = None  # why it can't be read, where that shows as it is listed
 
 
 def image_endings() -> set[str]:
@@ -66,8 +57,7 @@ def item_of_file(name: str, path: str) -> Item:
     return Item(name, path, error=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and patterns
+# --- Folders and patterns ---------------------------------------------------------------------------------------------
 
 
 def list_folder(folder: str) -> Iterator[Item]:
@@ -148,8 +138,7 @@ def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = (
             yield from _match(path, rest) if rest else [path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists and tables
+# --- Lists and tables -------------------------------------------------------------------------------------------------
 
 
 def list_lines(file: IO[str], folder: str) -> Iterator[Item]:
@@ -186,12 +175,8 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """
-    The rows of a CSV or JSON lines file. Values of a CSV file stay text.
-
-    Raises:
-        InputError: if the file can't be opened.
-        ValueError: for JSON that is damaged or no object.
-        csv.Error: for damaged CSV.
+    The rows of a CSV or JSON lines file. Values of a CSV file stay text. Raises InputError if the file can't be opened,
+    ValueError or csv.Error if it is damaged.
     """
     with _opened(path) as file:
         if path.lower().endswith(".csv"):
@@ -207,10 +192,8 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
 def read_csv(path: str) -> dict[str, list[Any]]:
     """
     The columns of a CSV file: text, None where there is nothing; a column of whole numbers that are all written in the
-    usual way, see `is_whole_number`, is numbers.
-
-    Raises:
-        ValueError, csv.Error: if it can't be read, or a row has more values than there are columns.
+    usual way, see `is_whole_number`, is numbers. Raises what `read_rows` raises, and ValueError for a row that is too
+    long.
     """
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(read_rows(path), start=1):
@@ -241,8 +224,7 @@ def _beside(folder: str, name: str) -> Item:
     return Item(name, name) if name.startswith(URLS) else item_of_file(name, os.path.join(folder, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Columns
+# --- Columns ----------------------------------------------------------------------------------------------------------
 
 
 def find_column(
@@ -257,7 +239,7 @@ def find_column(
         if named not in features:
             problems.add(f"{flag} {named}: the {split} split has no such column. Its columns: {listing}.")
         return named if named in features else None
-    is_right = is_image if kind == "image" else is_class_label
+    is_right = is_class_label if kind == "label" else lambda feature: isinstance(feature, datasets.Image)
     candidates = [column for column, feature in features.items() if is_right(feature)]
     candidates = candidates or [column for column in features if column.lower() in USUAL_NAMES[kind]]
     if len(candidates) == 1:
@@ -275,11 +257,6 @@ def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) 
     if column is None:
         raise InputError(f"{table}: " + "; ".join(problems.messages))
     return column
-
-
-def is_image(feature: Any) -> bool:
-    """Whether a column of this type holds images."""
-    return isinstance(feature, datasets.Image)
 
 
 def is_class_label(feature: Any) -> bool:
@@ -301,8 +278,7 @@ def split_labels(text: str | None, separator: str) -> list[str]:
     return [word.strip() for word in (text or "").split(separator) if word.strip()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+# --- Shards -----------------------------------------------------------------------------------------------------------
 
 
 def list_shard(path: str) -> Iterator[Item]:

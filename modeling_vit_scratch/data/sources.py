@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..common.errors import InputError, Problems, TrainingStopped
 from ..common.flags import DataArguments
-from .listing import USUAL_NAMES, find_column, image_endings, is_image, is_label_list, read_csv, read_rows, walk
+from .listing import USUAL_NAMES, find_column, image_endings, is_label_list, read_csv, read_rows, walk
 from .streams import ImageStream, Shard
 
 
@@ -38,42 +38,24 @@ CHECKED_RECORDS = 32
 
 @dataclass(frozen=True)
 class Source:
-    """
-    Images and labels as they are stored, and what is known about them.
-
-    Attributes:
-        name: for people.
-        train: a split with all its columns, or a stream; None if it can't be read: see the problems.
-        validation: a split, or None.
-        augmentation: "photo" or "digit".
-        num_channels: 1 for grey images, 3 for colour.
-        hub_id: the id on the Hub, if it came from there.
-        license: an SPDX identifier, if it is known.
-        url, note: its home page, and a remark for readers of a result.
-    """
+    """Images and labels as they are stored, and what is known about them."""
 
     name: str
-    train: datasets.Dataset | ImageStream | None
+    train: datasets.Dataset | ImageStream | None  # with all columns; None if it can't be read
     validation: datasets.Dataset | None = None
-    augmentation: str = "photo"
+    augmentation: str = "photo"  # or "digit"
     num_channels: int = 3
     hub_id: str | None = None
-    license: str | None = None
+    license: str | None = None  # an SPDX identifier
     url: str | None = None
-    note: str | None = None
+    note: str | None = None  # for readers of a result
 
 
 def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
     """
-    Reads the data of the command line.
-
-    Args:
-        arguments: the command line's.
-        cache_dir: of downloads.
-        problems: collects mistakes.
-        needs_labels: if not, images may lie anywhere in a folder.
+    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder.
 
     Returns:
         The source, or None if nothing of it can be read. `train` or `validation` may be None, too: the reason is among
@@ -207,8 +189,7 @@ class _Reader:
             parts.pop()
         return Source(Path(parts[-1]).stem or "images", train, validation)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Files
+    # --- Files --------------------------------------------------------------------------------------------------------
 
     def _read_path(self, flag: str, given: str) -> datasets.Dataset | None:
         path = Path(given).expanduser()
@@ -286,8 +267,7 @@ class _Reader:
             )
         return [str(file) for file in sorted(found - not_utf8)]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Streams
+    # --- Streams ------------------------------------------------------------------------------------------------------
 
     def _stream_files(self, given: str) -> ImageStream | None:
         if Path(given).expanduser().is_dir():
@@ -339,8 +319,7 @@ class _Reader:
         return stream
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and folders
+# --- Files and folders ------------------------------------------------------------------------------------------------
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
@@ -406,8 +385,7 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards and label names of streams
+# --- Shards and label names of streams --------------------------------------------------------------------------------
 
 
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
@@ -439,7 +417,7 @@ def _parquet_rows(file: str) -> int:
 
 def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
     for name, feature in (rows.features or {}).items():
-        if is_image(feature):
+        if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 

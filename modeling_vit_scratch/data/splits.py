@@ -32,8 +32,8 @@ from .streams import ImageStream
 @dataclass(frozen=True)
 class ImageData:
     """
-    The data of a training. `label_names` are in the order of the class indices, [] if there are none;
-    `shuffle_buffer_size` is for a stream; `is_multi_label` means any number of labels for each image.
+    The data of a training. `label_names` are in the order of the class indices, [] if there are none; `split` describes
+    the held-out images; `is_multi_label` means any number of labels for each image.
     """
 
     source: Source
@@ -82,7 +82,7 @@ def read_data(
         arguments: the command line's.
         seed: of the held-out split and of `--max_train_samples`.
         problems: the mistakes found so far.
-        cache_dir: where to keep what is downloaded.
+        cache_dir: of downloads.
         verify: whether to decode every image: one process of several is enough.
         needs_labels: if not, images without labels will do; all are then of class 0, which has no name.
 
@@ -131,15 +131,8 @@ def read_data(
     if validation is None:
         of_each = f" of each {'label' if train.is_multi_label else 'class'}" if train.label_names else ""
         split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
-    return ImageData(
-        source,
-        train.label_names,
-        train_examples,
-        validation_examples,
-        split,
-        arguments.shuffle_buffer_size,
-        train.is_multi_label and bool(train.label_names),
-    )
+    buffer, is_multi_label = arguments.shuffle_buffer_size, train.is_multi_label and bool(train.label_names)
+    return ImageData(source, train.label_names, train_examples, validation_examples, split, buffer, is_multi_label)
 
 
 @dataclass(frozen=True)
@@ -219,8 +212,7 @@ def read_labels(
     Reads a column of names, whole numbers or class labels, of lists of these, or, with a `separator`, of text.
 
     Returns:
-        Label names; the index of each image's label, or a list of them; whether the data define the order of the names;
-        and whether images may have several labels. None if that can't be read: the reasons are among the problems.
+        The fields of `LabelledSplit` after `images`. None if that can't be read: the reasons are among the problems.
     """
     feature, rows = dataset.features[column], list(dataset[column])
     is_multi_label = separator is not None or is_label_list(feature)
@@ -234,26 +226,26 @@ def read_labels(
         rows = [[None] if has_names and (value or 0) < 0 else [value] for value in rows]
     missing = sum(row is None or None in row for row in rows)
     if missing and is_multi_label:
-        problems.add(
+        problem = (
             f"{missing} images of the {split} split have no labels in column {column!r}, or one that is null. Use an "
             "empty list for images with no labels; remove images whose labels are unknown."
         )
-        return None
-    if missing:
-        problems.add(f"{missing} images of the {split} split have no label in column {column!r}. Remove them first.")
-        return None
-    if not all(isinstance(label, str | int) for row in rows for label in row):
-        problems.add(
+    elif missing:
+        problem = f"{missing} images of the {split} split have no label in column {column!r}. Remove them first."
+    elif not all(isinstance(label, str | int) for row in rows for label in row):
+        problem = (
             f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
             "image, or a list of them."
         )
-        return None
-    repeated = next((row for row in rows if len(set(row)) < len(row)), None)
-    if repeated is not None:
-        problems.add(
-            f"Column {column!r} of the {split} split has a label twice for one image: {str(repeated)[:80]}. It must "
+    elif repeated := [row for row in rows if len(set(row)) < len(row)]:
+        problem = (
+            f"Column {column!r} of the {split} split has a label twice for one image: {str(repeated[0])[:80]}. It must "
             "list the labels that an image has, not 0 or 1 for each: [1, 4] and not [0, 1, 0, 0, 1]."
         )
+    else:
+        problem = None
+    if problem is not None:
+        problems.add(problem)
         return None
     if has_names:
         names = list(getattr(feature, "feature", feature).names)
@@ -264,14 +256,13 @@ def read_labels(
     return names, rows if is_multi_label else [row[0] for row in rows], has_names, is_multi_label
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splitting
+# --- Splitting --------------------------------------------------------------------------------------------------------
 
 
 def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems) -> LabelledSplit:
     """
-    Reports labels that nothing can be learned from. If none are needed, labels that can neither be stratified by nor
-    probed with are dropped.
+    Reports labels that nothing can be learned from. If none are needed, drops labels that neither a split nor a probe
+    can use.
     """
     counts, number = Counter(train.used()), len(train.indices)
     if not needs_labels:
@@ -404,14 +395,12 @@ def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
     return examples.select(sorted(chosen.tolist()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
+# --- Checking ---------------------------------------------------------------------------------------------------------
 
 
 def check_files(splits: dict[str, Examples], problems: Problems) -> None:
     """Adds the images that can't be read to the problems."""
-    reasons = list(find_broken(splits).values())
-    if reasons:
+    if reasons := list(find_broken(splits).values()):
         problems.add(
             f"{len(reasons)} of {sum(map(len, splits.values()))} images can't be read. Repair or remove them, or let "
             "others take the place of up to N in training with --verify_images False --max_broken_images N:"
@@ -445,10 +434,8 @@ def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
     """
-    Writes held-out images, spread over the whole split, as INDEX_LABEL.png.
-
-    Returns:
-        The first file; None if no folder is wanted.
+    Writes held-out images, spread over the whole split, as INDEX_LABEL.png. Returns the first file; None without a
+    folder.
     """
     if folder is None:
         return None

@@ -45,39 +45,24 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """
-    One file of a stream.
+    """One file of a stream."""
 
-    Attributes:
-        rows: undecoded, of this shard only.
-        name: for people.
-        count: the number of rows, if it is known without reading them.
-        folder: what paths in a table are relative to.
-    """
-
-    rows: datasets.IterableDataset
+    rows: datasets.IterableDataset  # undecoded
     name: str
-    count: int | None = None
-    folder: str = ""
+    count: int | None = None  # of rows, if it is known without reading them
+    folder: str = ""  # of paths in a table
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """
-    Shards, and which columns hold images and labels.
-
-    Attributes:
-        label_names: in the order of the class indices; [] where labels are not needed: all are then 0.
-        is_multi_label: whether each row has a list of labels.
-        label_separator: between the labels, if they are text.
-    """
+    """Shards, and which columns hold images and labels."""
 
     shards: list[Shard]
     image_column: str
     label_column: str | None
-    label_names: list[str]
+    label_names: list[str]  # in the order of the class indices; [] where labels are not needed: all are then 0
     is_multi_label: bool = False
-    label_separator: str | None = None
+    label_separator: str | None = None  # between several labels in a text
     is_ordered = True  # see `splits.LabelledSplit`
 
     @property
@@ -254,7 +239,6 @@ class StreamDataset(Dataset):
     As `ImageClassificationDataset`, but its indices are the records that `StreamBatches` gives.
 
     Args:
-        stream: of the records.
         images: decodes and augments; its own examples are not read.
         buffer_size: number of records in a block that is shuffled.
     """
