@@ -75,57 +75,44 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 # Strength at a fraction of the greatest magnitude on an image whose side is given, and whether its sign is random.
 _Scale = tuple[Callable[[float, int], float], bool]
-
-
-def _scales(shear: float, shift: Callable[[int], float], rotation: float, change: float) -> dict[str, _Scale]:
-    """Operations that grow with the magnitude and have a random sign."""
-    return {
-        "ShearX": (lambda fraction, side: shear * fraction, True),
-        "ShearY": (lambda fraction, side: shear * fraction, True),
-        "TranslateX": (lambda fraction, side: shift(side) * fraction, True),
-        "TranslateY": (lambda fraction, side: shift(side) * fraction, True),
-        "Rotate": (lambda fraction, side: rotation * fraction, True),
-        **{
-            name: (lambda fraction, side: change * fraction, True)
-            for name in ("Brightness", "Color", "Contrast", "Sharpness")
-        },
-    }
-
-
-def _whole_pixels(scales: dict[str, _Scale]) -> dict[str, _Scale]:
-    """torchvision shifts by whole pixels."""
-    shifts = {name: scales[name] for name in ("TranslateX", "TranslateY")}
-    return scales | {
-        name: (lambda fraction, side, scale=scale: float(int(scale(fraction, side))), signed)
-        for name, (scale, signed) in shifts.items()
-    }
-
-
 _NOTHING: _Scale = (lambda fraction, side: 0.0, False)
+_FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
 
-# torchvision/transforms/autoaugment.py: RandAugment._augmentation_space, 31 magnitudes from 0 to 30.
-TORCHVISION_RANDAUGMENT: dict[str, _Scale] = {
-    "Identity": _NOTHING,
-    **_whole_pixels(_scales(shear=0.3, shift=lambda side: 150.0 / 331.0 * side, rotation=30.0, change=0.9)),
-    "Posterize": (lambda fraction, side: 8 - round(4 * fraction), False),
-    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-}
-# The same file: TrivialAugmentWide._augmentation_space (Müller and Hutter, arXiv:2103.10158).
-TORCHVISION_TRIVIALAUGMENT: dict[str, _Scale] = {
-    "Identity": _NOTHING,
-    **_whole_pixels(_scales(shear=0.99, shift=lambda side: 32.0, rotation=135.0, change=0.99)),
-    "Posterize": (lambda fraction, side: 8 - round(6 * fraction), False),
-    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-}
+
+def _scales(
+    shear: float, shift: Callable[[int], float], rotation: float, change: float, whole: Callable[[float], float] = float
+) -> dict[str, _Scale]:
+    """Operations that grow with the magnitude and have a random sign. `whole` rounds shifts."""
+    shears: _Scale = (lambda fraction, side: shear * fraction, True)
+    shifts: _Scale = (lambda fraction, side: float(whole(shift(side) * fraction)), True)
+    changes: _Scale = (lambda fraction, side: change * fraction, True)
+    return {
+        **dict.fromkeys(("ShearX", "ShearY"), shears),
+        **dict.fromkeys(("TranslateX", "TranslateY"), shifts),
+        "Rotate": (lambda fraction, side: rotation * fraction, True),
+        **dict.fromkeys(_FACTORS, changes),
+    }
+
+
+def _torchvision_scales(
+    shear: float, shift: Callable[[int], float], rotation: float, change: float, bits: int
+) -> dict[str, _Scale]:
+    return {
+        "Identity": _NOTHING,
+        **_scales(shear, shift, rotation, change, whole=int),
+        "Posterize": (lambda fraction, side: 8 - round(bits * fraction), False),
+        "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
+        **dict.fromkeys(("AutoContrast", "Equalize"), _NOTHING),
+    }
+
+
+# torchvision/transforms/autoaugment.py: RandAugment._augmentation_space, 31 magnitudes from 0 to 30; and
+# TrivialAugmentWide._augmentation_space (Müller and Hutter, arXiv:2103.10158).
+TORCHVISION_RANDAUGMENT = _torchvision_scales(0.3, lambda side: 150.0 / 331.0 * side, 30.0, 0.9, bits=4)
+TORCHVISION_TRIVIALAUGMENT = _torchvision_scales(0.99, lambda side: 32.0, 135.0, 0.99, bits=6)
 # timm/data/auto_augment.py: _RAND_INCREASING_TRANSFORMS, magnitudes from 0 to 10.
 TIMM_RANDAUGMENT: dict[str, _Scale] = {
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-    "Invert": _NOTHING,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _NOTHING),
     **_scales(shear=0.3, shift=lambda side: 0.45 * side, rotation=30.0, change=0.9),
     "Posterize": (lambda fraction, side: 4 - int(4 * fraction), False),
     "Solarize": (lambda fraction, side: 256 - min(256, int(256 * fraction)), False),
@@ -134,14 +121,9 @@ TIMM_RANDAUGMENT: dict[str, _Scale] = {
 # big_vision/pp/archive/autoaugment.py: distort_image_with_randaugment, magnitudes from 0; AugReg goes to 20, where
 # solarising and posterising do nothing again.
 BIG_VISION_RANDAUGMENT: dict[str, _Scale] = {
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-    "Invert": _NOTHING,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _NOTHING),
     **_scales(shear=0.3, shift=lambda side: 100.0, rotation=30.0, change=0.0),
-    **{
-        name: (lambda fraction, side: 1.8 * fraction - 0.9, False)
-        for name in ("Brightness", "Color", "Contrast", "Sharpness")
-    },
+    **dict.fromkeys(_FACTORS, (lambda fraction, side: 1.8 * fraction - 0.9, False)),
     "Posterize": (lambda fraction, side: int(4 * fraction), False),
     "Solarize": (lambda fraction, side: int(256 * fraction), False),
     "SolarizeAdd": (lambda fraction, side: int(110 * fraction), False),

@@ -144,10 +144,9 @@ class _Reader:
     needs_labels: bool
 
     def read_hub(self) -> Source | None:
-        name, config = self.arguments.dataset_name, self.arguments.dataset_config_name
-        shards, is_streamed = [], self.arguments.streaming
+        name, config, shards = self.arguments.dataset_name, self.arguments.dataset_config_name, []
         try:
-            if is_streamed:
+            if self.arguments.streaming:
                 builder = datasets.load_dataset_builder(name, config, cache_dir=self.cache_dir)
                 splits = builder.as_streaming_dataset()
                 files = (getattr(builder.config, "data_files", None) or {}).get("train", [])
@@ -155,22 +154,21 @@ class _Reader:
             else:
                 splits = datasets.load_dataset(name, config, cache_dir=self.cache_dir)
         except Exception as error:  # the library raises a dozen types here, all about the name or the connection
-            verb = "streamed" if is_streamed else "read"
-            self.problems.add(f"--dataset_name {name} can't be {verb}: {str(error).strip()}")
+            self.problems.add(f"--dataset_name {name} can't be read: {str(error).strip()}")
             return None
         if "train" not in splits:
             self.problems.add(f"--dataset_name {name} has no train split; it has: {', '.join(splits)}.")
             return None
         train, license = splits["train"], splits["train"].info.license or None
         validation = next((splits[split] for split in VALIDATION_SPLITS if split in splits), None)
-        if is_streamed:
-            train = self._open_stream(shards, train.features)
+        if self.arguments.streaming:
+            train = self._open_stream(shards)
             if train is None:
                 return None
             if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
-                rows = _undecoded(validation)
+                rows, cache = _undecoded(validation), self.cache_dir
                 validation = datasets.Dataset.from_generator(
-                    lambda: iter(rows), features=rows.features, cache_dir=self.cache_dir
+                    lambda: iter(rows), features=rows.features, cache_dir=cache
                 )
         if Path(name).exists():
             return Source(Path(name).resolve().name, train, validation, license=license)
@@ -179,7 +177,7 @@ class _Reader:
 
     def read_files(self) -> Source | None:
         given, validation_dir = self.arguments.train_dir, self.arguments.validation_dir
-        train = self._stream_files(given) if self.arguments.streaming else self._read_path("--train_dir", given)
+        train = self._read_path("--train_dir", given, self.arguments.streaming)
         validation = None if validation_dir is None else self._read_path("--validation_dir", validation_dir)
         if train is None and validation is None:
             return None
@@ -189,10 +187,14 @@ class _Reader:
             parts.pop()
         return Source(Path(parts[-1]).stem or "images", train, validation)
 
-    # --- Files --------------------------------------------------------------------------------------------------------
-
-    def _read_path(self, flag: str, given: str) -> datasets.Dataset | None:
+    def _read_path(self, flag: str, given: str, streaming: bool = False) -> datasets.Dataset | ImageStream | None:
         path = Path(given).expanduser()
+        if path.is_dir() and streaming:
+            self.problems.add(
+                f"{flag} {given} is a folder: --streaming reads files of many images, e.g. {given}/'*.parquet' or "
+                f"{given}/'*.tar'. Leave out --streaming for a folder of images."
+            )
+            return None
         if path.is_dir() and self.needs_labels and (metadata := _metadata_file(path)) is not None:
             path, given = metadata, str(metadata)
         if path.is_dir():
@@ -202,11 +204,14 @@ class _Reader:
         if reader is None:
             return None
         try:
-            return _read_files(reader, files, self.cache_dir)
+            if not streaming:
+                return _read_files(reader, files, self.cache_dir)
+            shards = _stream_files(reader, [str(file) for file in files], self.cache_dir)
         except Exception as error:  # a broken file raises whatever its parser raises
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             self.problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
             return None
+        return self._open_stream(shards)
 
     def _find_files(self, flag: str, given: str) -> tuple[str | None, list[Path]]:
         """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
@@ -267,39 +272,15 @@ class _Reader:
             )
         return [str(file) for file in sorted(found - not_utf8)]
 
-    # --- Streams ------------------------------------------------------------------------------------------------------
-
-    def _stream_files(self, given: str) -> ImageStream | None:
-        if Path(given).expanduser().is_dir():
-            self.problems.add(
-                f"--train_dir {given} is a folder: --streaming reads files of many images, e.g. {given}/'*.parquet' or "
-                f"{given}/'*.tar'. Leave out --streaming for a folder of images."
-            )
-            return None
-        reader, files = self._find_files("--train_dir", given)
-        if reader is None:
-            return None
-        names = [str(file) for file in files]
-        try:
-            if reader == "csv":
-                rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
-            else:
-                cache = self.cache_dir
-                rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache, streaming=True)
-            shards = _shards(rows, names)
-        except Exception as error:  # a broken file raises whatever its parser raises
-            self.problems.add(f"--train_dir {given} can't be read as {reader}: {str(error).strip()}")
-            return None
-        return self._open_stream(shards, rows.features)
-
-    def _open_stream(self, shards: list[Shard], features: datasets.Features | None) -> ImageStream | None:
+    def _open_stream(self, shards: list[Shard]) -> ImageStream | None:
         """A stream with its columns and label names, after a look at its first records."""
         arguments = self.arguments
         first = next(iter(shards[0].rows), None)
         if first is None:
             self.problems.add(f"{shards[0].name} has no rows. Remove it.")
             return None
-        features = {column: (features or {}).get(column) for column in first}
+        types = shards[0].rows.features or {}
+        features = {column: types.get(column) for column in first}
         needs_labels = self.needs_labels or bool(arguments.label_column_name or arguments.label_names_file)
         columns, names = find_columns(arguments, features, "training", self.problems, needs_labels), []
         label = columns and columns[1]
@@ -386,6 +367,14 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
 
 
 # --- Shards and label names of streams --------------------------------------------------------------------------------
+
+
+def _stream_files(reader: str, files: list[str], cache_dir: str | None) -> list[Shard]:
+    if reader == "csv":
+        rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": files})
+    else:
+        rows = datasets.load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, streaming=True)
+    return _shards(rows, files)
 
 
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
