@@ -223,7 +223,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return loss
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Moves a batch of the loader to the device, normalises and mixes it: see `data/pixels.py`."""
+        """Moves a batch of the loader to the device, normalises and mixes it: see `collation`."""
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
