@@ -264,8 +264,7 @@ class _Reader:
                 self.problems.add(f"{flag} {item.path}: {item.error}. Change its permissions, or move it away.")
             elif Path(item.path).suffix.lower() in endings:
                 found.add(Path(item.path))
-        not_utf8 = {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}
-        if not_utf8:
+        if not_utf8 := {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}:
             names = listed([ascii(file.name) for file in sorted(not_utf8)])
             self.problems.add(
                 f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename."
@@ -358,8 +357,7 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
             f"{flag} {folder} has splits in it ({', '.join(classes)}), not classes. Give --train_dir {folder / train} "
             f"--validation_dir {folder / other}."
         )
-    tables = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_READERS)
-    if tables:
+    if tables := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_READERS):
         return f"{flag} {folder} has files in it, not class folders. Give the file, e.g. {flag} {folder / tables[0]}."
     return (
         f"{flag} {folder} has no class folders. Put the images of each class into a folder that is named as the class."

@@ -160,13 +160,10 @@ class LabelledSplit:
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
         indices = self.indices
-        if new_index is not None and self.is_multi_label:
-            indices = [[new_index[index] for index in row] for row in indices]
-        elif new_index is not None:
-            indices = [new_index[index] for index in indices]
         if self.is_multi_label:
-            indices = multi_hot(indices, len(self.label_names) if num_labels is None else num_labels)
-        return Examples(self.images, indices)
+            rows = indices if new_index is None else [[new_index[index] for index in row] for row in indices]
+            return Examples(self.images, multi_hot(rows, len(self.label_names) if num_labels is None else num_labels))
+        return Examples(self.images, indices if new_index is None else [new_index[index] for index in indices])
 
 
 def read_split(
@@ -295,8 +292,7 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         return Examples(validation.images, [0] * len(validation.indices))
     trained = {train.label_names[index] for index in train.used()}
     counts = Counter(validation.label_names[index] for index in validation.used())
-    unknown = sorted(name for name in counts if name not in trained)
-    if unknown:
+    if unknown := sorted(name for name in counts if name not in trained):
         named = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
         problems.add(
             f"The validation split has classes that no training image has: {named}. Add such, or remove these."
@@ -329,8 +325,7 @@ def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problem
                 f"{'hold out' if kept else 'train on'}. Add images, or choose another."
             )
         return examples.select(kept), examples.select(held)
-    single = [train.label_names[index] for index, count in sorted(counts.items()) if count < 2 and train.label_names]
-    if single:
+    if single := [train.label_names[index] for index in sorted(counts) if counts[index] < 2 and train.label_names]:
         problems.add(
             f"Classes with one image can't be in both the training and the held-out part: {listed(single)}. Add "
             "images, or give --validation_dir."
