@@ -13,8 +13,7 @@ from tiny_images import ROOT
 from modeling_vit_scratch import VARIANTS
 from modeling_vit_scratch.checkpoint.formats import FORMATS
 from modeling_vit_scratch.common import flags as shared
-from modeling_vit_scratch.common.flags import Parser, flag_metadata
-from modeling_vit_scratch.data.arguments import BUILT_IN, DataArguments
+from modeling_vit_scratch.common.flags import BUILT_IN, DataArguments, Parser, flag_metadata
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
 from modeling_vit_scratch.prediction.arguments import PredictionArguments
 from modeling_vit_scratch.pretraining.arguments import OBJECTIVE_DEFAULTS, OBJECTIVES, PRETRAIN, PretrainingArguments
@@ -199,7 +198,11 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
 
 def test_a_flag_of_several_scripts_has_one_help_text():
     kinds = [kind for kind in vars(shared).values() if dataclasses.is_dataclass(kind)]
-    texts = {field.name: field.metadata["help"] for kind in kinds for field in dataclasses.fields(kind)}
+    texts = {
+        field.name: shared.flag_metadata(kind, field.name)["help"]
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+    }
     train = (ModelArguments, DataArguments, TrainingFlags)
     for own in (EvaluationArguments, PredictionArguments):
         for name in (field.name for field in dataclasses.fields(own) if field.init):

@@ -15,7 +15,7 @@ from tiny_images import image, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, Problems, run_command_line
-from modeling_vit_scratch.data.arguments import DataArguments
+from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.splits import find_broken, read_data
 from modeling_vit_scratch.evaluation.arguments import parse_arguments as evaluation_arguments
 from modeling_vit_scratch.evaluation.data import read_evaluation_data

@@ -13,7 +13,7 @@ from tiny_images import build, flags
 
 from modeling_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
-from modeling_vit_scratch.data.decoding import PhotoPart, StoredImage, open_photo
+from modeling_vit_scratch.data.dataset import Photo, PhotoPart, StoredImage
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError, is_scalable_jpeg
 
 
@@ -39,7 +39,7 @@ def encoded(image, form="JPEG", orientation=None, **options):
 
 def both(content, size, box, decoder=DECODER, resample=2):
     """Reduced and exact, as arrays of whole numbers, and how many pixels were decoded along x."""
-    reduced = open_photo(content, decoder, "photo")
+    reduced = Photo(content, decoder, "photo")
     exact = decoder.decode(content)
     assert (reduced.width, reduced.height) == exact.size
     part, where = reduced.decode(size, box)
@@ -54,7 +54,7 @@ def test_the_same_part_of_the_upright_photo_whatever_its_orientation(orientation
     content = encoded(photo(), orientation=orientation)
     box = (33.3, 21.7, 33.3 + 31 * scale, 21.7 + 24 * scale)  # fits both ways round
     ours, theirs, reduced = both(content, (30, 23), box)
-    assert reduced._image.size == (-(-403 // scale), -(-301 // scale))
+    assert reduced.image.size == (-(-403 // scale), -(-301 // scale))
     # A shift by one decoded pixel, or by the 5 / 8 of one that an end of 403 lacks, is 0.6 * 5 levels at scale 8.
     assert abs((ours - theirs).mean(axis=(0, 1))).max() < 0.5
     assert abs(ours - theirs).max() <= 3
@@ -64,8 +64,8 @@ def test_the_scale_is_the_smallest_with_a_pixel_for_each_pixel_of_the_result():
     content = encoded(photo(400, 320))
     widths = {(50, 40): 50, (51, 40): 100, (50, 41): 100, (100, 80): 100, (101, 80): 200, (200, 161): 400}
     for size, width in widths.items():
-        assert both(content, size, (0, 0, 400, 320))[2]._image.width == width
-    assert both(content, (50, 40), (0, 0, 399, 320))[2]._image.width == 100
+        assert both(content, size, (0, 0, 400, 320))[2].image.width == width
+    assert both(content, (50, 40), (0, 0, 399, 320))[2].image.width == 100
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -80,7 +80,7 @@ def test_a_part_that_is_not_reduced_is_exact(orientation):
 def test_colour_modes(mode, channels, options):
     decoder = ViTScratchImageProcessor(num_channels=channels)
     ours, theirs, reduced = both(encoded(photo().convert(mode), **options), (40, 30), (0, 0, 403, 301), decoder)
-    assert reduced._image.width == 51
+    assert reduced.image.width == 51
     assert abs(ours - theirs).max() <= 3
 
 
@@ -95,7 +95,7 @@ def test_a_photo_with_a_second_picture_in_its_file():
     content = encoded(photo(), "MPO", save_all=True, append_images=[Image.new("RGB", (403, 301))])
     assert Image.open(io.BytesIO(content)).format == "MPO"
     ours, theirs, reduced = both(content, (40, 30), (0, 0, 403, 301))
-    assert reduced._image.width == 51
+    assert reduced.image.width == 51
     assert abs(ours - theirs).max() <= 3
 
 
@@ -123,7 +123,7 @@ def test_a_resized_part_is_pillows_to_one_level(resample, mode, channels, is_mir
         stored = StoredImage(encoded(noisy(250, 180, mode), form), "x")
         exact = stored.decode(decoder).crop(box).resize(size, resample)
         exact = exact.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else exact
-        part = PhotoPart(stored.open_photo(decoder), size, resample, box, is_mirrored)
+        part = PhotoPart(stored.open(decoder), size, resample, box, is_mirrored)
         mean, most = levels(part, exact)
         assert most <= 1
         assert mean < 0.05 or size[0] > 200  # noise that is enlarged is the worst there is
@@ -132,7 +132,7 @@ def test_a_resized_part_is_pillows_to_one_level(resample, mode, channels, is_mir
 def test_filters_that_torch_lacks_are_pillows():
     stored, box = StoredImage(encoded(noisy(90, 60)), "x"), (3, 5, 80, 59)
     exact = stored.decode(DECODER).crop(box).resize((60, 40), Image.Resampling.LANCZOS)
-    part = PhotoPart(stored.open_photo(DECODER), (60, 40), Image.Resampling.LANCZOS, box)
+    part = PhotoPart(stored.open(DECODER), (60, 40), Image.Resampling.LANCZOS, box)
     assert levels(part, exact) == (0, 0)
 
 
@@ -140,14 +140,14 @@ def test_pillow_keeps_large_images_in_pieces():
     ramp = Image.linear_gradient("L").resize((2100, 2050)).convert("RGB")
     stored, box = StoredImage(encoded(ramp, "BMP"), "x"), (0, 0, 2100, 2050)
     exact = stored.decode(DECODER).resize((24, 16), 2)
-    assert levels(PhotoPart(stored.open_photo(DECODER), (24, 16), 2, box), exact)[1] <= 1
+    assert levels(PhotoPart(stored.open(DECODER), (24, 16), 2, box), exact)[1] <= 1
 
 
 def test_pixels_do_not_depend_on_the_number_of_threads():
     stored, threads, results = StoredImage(encoded(noisy(500, 375)), "x"), torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(PhotoPart(stored.open_photo(DECODER), (224, 224), 2, (10, 20, 490, 370)).pixels())
+        results.append(PhotoPart(stored.open(DECODER), (224, 224), 2, (10, 20, 490, 370)).pixels())
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -157,7 +157,7 @@ def test_a_reduced_part_is_the_part_to_what_reducing_changes():
     # 12 of 255 levels of a smooth photo are a shift by one pixel at scale 8: there is none.
     content, box = encoded(photo(400, 320)), (80, 40, 320, 280)
     exact = DECODER.decode(content).crop(box).resize((30, 30), 2)
-    mean, most = levels(PhotoPart(StoredImage(content, "x").open_photo(DECODER), (30, 30), 2, box), exact)
+    mean, most = levels(PhotoPart(StoredImage(content, "x").open(DECODER), (30, 30), 2, box), exact)
     assert mean < 0.5
     assert most <= 3
 
@@ -165,14 +165,14 @@ def test_a_reduced_part_is_the_part_to_what_reducing_changes():
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
 def test_other_formats_are_decoded_in_full(form):
     content = encoded(photo(), form)
-    assert np.array_equal(np.asarray(open_photo(content, DECODER, "x")), np.asarray(DECODER.decode(content)))
+    assert np.array_equal(np.asarray(Photo(content, DECODER, "x").image), np.asarray(DECODER.decode(content)))
 
 
 def test_random_numbers_do_not_depend_on_how_a_photo_is_decoded(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(encoded(photo(), orientation=6))
     augment, after = PhotoAugmentation((24, 32), 2), []
     stored = StoredImage(str(tmp_path / "photo.jpg"), "x")
-    for image in (stored.open_photo(DECODER), stored.decode(DECODER)):
+    for image in (stored.open(DECODER), stored.decode(DECODER)):
         generator = np.random.default_rng(1)
         result = augment(image, generator)
         result = np.asarray(result.to_image() if isinstance(result, PhotoPart) else result).astype(int)
@@ -186,11 +186,11 @@ def test_broken_files_are_named(tmp_path, content):
     file = str(tmp_path / "broken.jpg")
     Path(file).write_bytes(content)
     with pytest.raises(ImageDecodeError, match=r"broken\.jpg"):
-        open_photo(file, DECODER, file).decode((24, 16), (0, 0, 403, 301))
+        Photo(file, DECODER, file).decode((24, 16), (0, 0, 403, 301))
     with pytest.raises(ImageDecodeError, match="image 7"):
-        open_photo(content, DECODER, "image 7").decode((24, 16), (0, 0, 403, 301))
+        Photo(content, DECODER, "image 7").decode((24, 16), (0, 0, 403, 301))
     with pytest.raises(ImageDecodeError, match="does not exist"):
-        open_photo(str(tmp_path / "nowhere.jpg"), DECODER, "nowhere.jpg")
+        Photo(str(tmp_path / "nowhere.jpg"), DECODER, "nowhere.jpg")
 
 
 def test_training_decodes_reduced_if_wanted_and_evaluation_never(tmp_path):
@@ -219,7 +219,7 @@ def test_lossless_jpeg_files_are_decoded_at_full_size(padding):
     content = content[:2] + padding + content[2:]
     processor = ViTScratchImageProcessor(size={"height": 32, "width": 32}, do_fast_resize=True)
     assert (np.stack(processor.fit(content, name="photo")) == 128).all()
-    photo = StoredImage(content, "photo").open_photo(DECODER)
+    photo = StoredImage(content, "photo").open(DECODER)
     assert not photo.is_decoded
     assert (PhotoPart(photo, (32, 32), 2, (0, 0, 400, 300)).pixels() == 128).all()
 

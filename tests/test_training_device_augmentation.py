@@ -8,18 +8,19 @@ from golden_policies import picture
 from PIL import Image
 from tiny_images import build, build_pretrainer, difference, flags, weights
 
-from modeling_vit_scratch.augmentation import device_images, policies
-from modeling_vit_scratch.augmentation.batches import (
+from modeling_vit_scratch.augmentation import auto_augment as policies
+from modeling_vit_scratch.augmentation import on_device
+from modeling_vit_scratch.augmentation.auto_augment import ColorJitter, RandomErasing, auto_augment
+from modeling_vit_scratch.augmentation.on_device import (
     OPERATIONS,
+    BatchChain,
     BatchColorJitter,
     BatchErasing,
     BatchPhoto,
     BatchRandAugment,
-    batch_augmentation,
     operate,
 )
-from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
-from modeling_vit_scratch.augmentation.policies import ColorJitter, RandomErasing, auto_augment
+from modeling_vit_scratch.augmentation.photo import Chain, PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.visualization.commands import augmentation_grid
 
@@ -92,7 +93,7 @@ def test_each_image_gets_its_own_operation():
 
 
 def test_a_part_is_cut_out_and_enlarged_as_pillow_does_it():
-    photo, images = BatchPhoto(0.35), pictures("RGB")
+    photo, images = BatchPhoto(PhotoAugmentation(SIZE, 2, 0.35)), pictures("RGB")
     draws = RANDOM.random((len(images), photo.num_draws), dtype=np.float32)
     expected = []
     for image, (left, top, right, bottom), row in zip(images, photo.boxes(SIZE, draws), draws):
@@ -101,7 +102,7 @@ def test_a_part_is_cut_out_and_enlarged_as_pillow_does_it():
     levels = (photo(as_batch(images), draws).int() - as_batch(expected).int()).abs()
     assert levels.max() <= 1
     assert (levels > 0).float().mean() < 0.03
-    whole = BatchPhoto(1.0)
+    whole = BatchPhoto(PhotoAugmentation(SIZE, 2, 1.0))
     draws[:, :-1] = 0.5  # the shape of the image
     draws[:, -1] = 0.9  # not mirrored
     assert torch.equal(whole(as_batch(images), draws), as_batch(images))
@@ -113,7 +114,7 @@ def test_parts_are_as_those_of_one_image_after_the_other(smallest_area):
     count, generator = 4000, np.random.default_rng(1)
     single = PhotoAugmentation(SIZE, Image.Resampling.BILINEAR, smallest_area)
     theirs = np.array([single._random_box(SIZE[1], SIZE[0], generator) for _ in range(count)], dtype=float)
-    batch = BatchPhoto(smallest_area)
+    batch = BatchPhoto(single)
     ours = batch.boxes(SIZE, generator.random((count, batch.num_draws), dtype=np.float32)).astype(float)
     assert ((ours[:, :2] >= 0) & (ours[:, 2:] <= SIZE[::-1]) & (ours[:, :2] < ours[:, 2:])).all()
     error = np.sqrt(ours.var(0) / count + theirs.var(0) / count)
@@ -237,7 +238,7 @@ def test_what_it_is_not_for(pets, tmp_path, more, message):
 
 
 def test_images_that_do_not_fit_are_told_of_before_they_are_decoded(pets, tmp_path, monkeypatch):
-    monkeypatch.setattr(device_images, "_free_memory", lambda device: 20_000)
+    monkeypatch.setattr(on_device, "_free_memory", lambda device: 20_000)
     with pytest.raises(
         InputError, match=r"24 images of 3 x 16 x 24 values take 4.84e-05 GB, those to train on twice, and cpu"
     ):
@@ -245,5 +246,6 @@ def test_images_that_do_not_fit_are_told_of_before_they_are_decoded(pets, tmp_pa
 
 
 def test_the_chain_is_in_the_usual_order():
-    told = batch_augmentation(0.5, "ta_wide", 0.3, 0.1).description.split("; ")
+    steps = PhotoAugmentation(SIZE, 2, 0.5), auto_augment("ta_wide"), ColorJitter(0.3), RandomErasing(0.1)
+    told = BatchChain(Chain(*steps)).description.split("; ")
     assert [text.split()[0] for text in told] == ["a", "TrivialAugment", "brightness,", "a"]

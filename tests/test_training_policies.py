@@ -11,14 +11,12 @@ import torch
 from golden_policies import FILE, picture, unpack
 from PIL import Image, ImageFilter, ImageOps
 
-from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
-from modeling_vit_scratch.augmentation.policies import (
+from modeling_vit_scratch.augmentation.auto_augment import (
     BIG_VISION_RANDAUGMENT,
     OPERATIONS,
     TIMM_RANDAUGMENT,
     TORCHVISION_RANDAUGMENT,
     TORCHVISION_TRIVIALAUGMENT,
-    Chain,
     ColorJitter,
     RandAugment,
     RandomErasing,
@@ -27,6 +25,7 @@ from modeling_vit_scratch.augmentation.policies import (
     _operate,
     auto_augment,
 )
+from modeling_vit_scratch.augmentation.photo import Chain, PhotoAugmentation
 
 
 GOLDEN = json.loads(FILE.read_text())["operations"]
@@ -230,7 +229,7 @@ def test_settings_out_of_range_are_refused(make):
 def test_operations_are_drawn_evenly_and_as_often_as_asked(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "modeling_vit_scratch.augmentation.policies._operate",
+        "modeling_vit_scratch.augmentation.auto_augment._operate",
         lambda image, name, scale, fraction, generator: (seen.append((name, fraction)), image)[1],
     )
     generator, image, times = np.random.default_rng(0), noise(), 3000

@@ -9,7 +9,7 @@ import torch
 from tiny_images import build, difference, flags, weights
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.data.dataset import RepeatedAugmentation
+from modeling_vit_scratch.data.collation import RepeatedAugmentation
 
 
 def published(order, repeats, replicas, rank, selected):

@@ -397,8 +397,8 @@ def test_nothing_takes_the_place_of_a_held_out_image(pets, tmp_path):
 
 def test_a_reader_that_is_killed_is_told_so(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, "--dataloader_num_workers", "1"))
-    read = trainer.train_dataset._first_readable
-    trainer.train_dataset._first_readable = lambda *image: (
+    read = trainer.train_dataset._example
+    trainer.train_dataset._example = lambda *image: (
         os.kill(os.getpid(), signal.SIGKILL) if int(trainer.train_dataset._epoch) == 1 else read(*image)
     )
     with pytest.raises(

@@ -10,7 +10,7 @@ import pytest
 from tiny_images import CLASSES, build, difference, read, rows, table, webdataset, weights
 
 from modeling_vit_scratch.common.errors import InputError, Problems, TrainingStopped
-from modeling_vit_scratch.data.arguments import DataArguments
+from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.splits import read_data
 from modeling_vit_scratch.data.streams import (
     ROWS_PER_SHARD,
@@ -192,7 +192,7 @@ def test_every_kind_of_file_gives_the_images_and_labels_that_are_in_it(tmp_path,
     records = list(data.train.read(1))
     assert [CLASSES[record.label] for record in records] == [row["label"] for row in rows()][: len(records)]
     expected = [row["image"]["bytes"] for row in rows()]
-    stored = [r.content if isinstance(r.content, bytes) else Path(r.content).read_bytes() for r in records]
+    stored = [c if isinstance(c, bytes) else Path(c).read_bytes() for c in (r.image.content for r in records)]
     assert stored == expected[: len(records)]
     assert data.train.name(records[3].number) == f"1.{kind}, row 3"
 

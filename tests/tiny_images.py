@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from modeling_vit_scratch.common.errors import Problems
-from modeling_vit_scratch.data.arguments import DataArguments
+from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.splits import ImageData, read_data
 from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.pretraining.build import build_pretraining

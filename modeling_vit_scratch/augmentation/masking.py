@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which patches are hidden. Drawn for each image from (seed, epoch, index), so that neither a resumption nor the number of
-workers, processes or accumulated batches changes a mask; and in batches, since a mask has the size of its image.
+Which patches are hidden in pretraining. Masks depend on (seed, epoch, index) alone, whatever the number of workers,
+processes or accumulated batches. They are drawn for batches, since the size of a mask is that of its image.
 """
 
 import math
@@ -15,31 +15,31 @@ from torch import Tensor
 from ..data.collation import ImageCollator
 
 
-# Keeps these random numbers apart from those of augmentation and mixing, which have the same seed and epoch.
+# Keeps these random numbers apart from others with the same seed and epoch.
 _STREAM = 0x6D61736B
 
-# From rows, columns and a generator to the arrays that an objective takes, without the batch dimension.
+# From rows and columns of patches and a generator to the arrays that an objective takes, without the batch dimension.
 DrawMask = Callable[[int, int, np.random.Generator], dict[str, np.ndarray]]
 
 
 def corrupted_patches(ratio: float = 0.5, replaced: float = 0.8, swapped: float = 0.1) -> DrawMask:
     """
-    The paper's B.1.2: half of the patch embeddings are corrupted; of these 80 % become the mask token, 10 % the
-    embedding of a random other patch of the image, and 10 % stay as they are.
+    The paper's B.1.2: half of the patch embeddings are corrupted. Of these 80 % become the mask token, 10 % the
+    embedding of another random patch of the image, and 10 % stay as they are.
 
     Args:
-        ratio: the share of patches to corrupt.
-        replaced, swapped: the probabilities of the first two of the three things that happen to a corrupted patch.
+        ratio: fraction of patches to corrupt.
+        replaced, swapped: probabilities of the mask token and of another embedding.
 
     Returns:
-        A function that draws `corrupted`, `replaced` (N,) bool, and `source` (N,) int64: whose embedding each patch
-        gets.
+        A function that draws `corrupted`, `replaced` (N,) bool, and `source` (N,) int64: the patch whose embedding each
+        patch gets.
     """
 
     def draw(rows: int, columns: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
         patches = rows * columns
         corrupted = np.zeros(patches, bool)
-        corrupted[generator.permutation(patches)[: _share(ratio, patches)]] = True
+        corrupted[generator.permutation(patches)[: min(max(round(ratio * patches), 1), patches)]] = True
         fate, distance = generator.random(patches), generator.integers(1, max(patches, 2), patches)
         is_swapped = corrupted & (fate >= replaced) & (fate < replaced + swapped)
         itself = np.arange(patches)
@@ -51,10 +51,10 @@ def corrupted_patches(ratio: float = 0.5, replaced: float = 0.8, swapped: float 
 
 def masked_squares(ratio: float, square: int, patch: tuple[int, int]) -> DrawMask:
     """
-    SimMIM (Xie et al., arXiv:2111.09886, and its code): squares of pixels are masked, whole, whatever the patch.
+    SimMIM (Xie et al., arXiv:2111.09886, and its code): whole squares of pixels are masked, whatever the patch.
 
     Args:
-        ratio: the share of squares to mask, rounded up.
+        ratio: fraction of squares to mask, rounded up.
         square: side in pixels. Raises ValueError if the patch does not divide it.
         patch: height and width in pixels.
 
@@ -80,10 +80,7 @@ def masked_squares(ratio: float, square: int, patch: tuple[int, int]) -> DrawMas
 
 def visible_patches(ratio: float) -> DrawMask:
     """
-    MAE (He et al., arXiv:2111.06377): a random subset of patches stays visible.
-
-    Args:
-        ratio: the share to hide.
+    MAE (He et al., arXiv:2111.06377): hides this fraction of the patches.
 
     Returns:
         A function that draws `visible` (V,) int64, the patches that stay, in ascending order.
@@ -96,25 +93,14 @@ def visible_patches(ratio: float) -> DrawMask:
     return draw
 
 
-def _share(ratio: float, count: int) -> int:
-    return min(max(round(ratio * count), 1), count)
-
-
 class MaskingCollator(ImageCollator):
-    """
-    Batches with a mask for each image.
-
-    Args:
-        draw: one of the functions that the functions above return.
-        patch: height and width in pixels.
-        description: for people and cards.
-    """
+    """Batches with a mask for each image, from one of the functions above; `patch` is (height, width) in pixels."""
 
     def __init__(self, draw: DrawMask, patch: tuple[int, int], description: str) -> None:
         self.draw, self.patch, self.description = draw, patch, description
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
-        """As in `ImageCollator`, of examples with "key", also held-out ones; with the masks (B, ...)."""
+        """As `ImageCollator`, with masks (B, ...). All examples, also held-out ones, need a "key"."""
         batch = super().__call__(examples)
         height, width = batch["pixel_values"].shape[-2:]
         grid = height // self.patch[0], width // self.patch[1]

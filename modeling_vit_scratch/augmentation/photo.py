@@ -2,19 +2,20 @@
 """
 Random changes of training images: PIL image in, PIL image of the model's size out, one resampling in between.
 
-`PhotoAugmentation` also takes a `decoding.TrainingPhoto`, which is the fast way.
-
-All randomness comes from the generator that is passed in, so that an image looks the same whenever (seed, epoch, index)
-are the same: a resumed run sees what the uninterrupted one would have seen, with any number of worker processes.
+All random numbers come from the generator that is passed in, so they depend on (seed, epoch, index) alone: a resumed
+run sees what the uninterrupted one would have seen, with any number of worker processes.
 """
 
 import math
 
 import numpy as np
 from PIL import Image
+from transformers import TrainingArguments
 
+from ..common.errors import InputError
 from ..common.flags import PHOTO_SMALLEST_AREA
-from ..data.decoding import PhotoPart, TrainingPhoto, reduction
+from ..data.dataset import Augmentation, Photo, PhotoPart, reduction
+from .auto_augment import ColorJitter, RandomErasing, auto_augment
 
 
 class PhotoAugmentation:
@@ -24,27 +25,27 @@ class PhotoAugmentation:
     Args:
         size: (height, width) of the result in pixels.
         resample: the PIL filter of the image processor.
-        smallest_area: the part keeps at least this share of the pixels. The common 0.08 is for a million images.
+        smallest_area: minimum area of the part, as a fraction. The usual 0.08 is for a million images.
     """
 
     def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA) -> None:
         self.size, self.resample, self.smallest_area = size, resample, smallest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
-    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image | PhotoPart:
-        """A PIL image of a PIL image; of a `TrainingPhoto` the same part, not yet decoded."""
+    def __call__(self, image: Image.Image | Photo, generator: np.random.Generator) -> Image.Image | PhotoPart:
+        """A PIL image of a PIL image; of a `Photo` the same part, not decoded yet."""
         size = self.size[::-1]
         box = self._random_box(image.width, image.height, generator)
         is_mirrored = generator.random() < 0.5
-        if isinstance(image, TrainingPhoto):
+        if isinstance(image, Photo):
             return PhotoPart(image, size, self.resample, box, is_mirrored)
         image = image.crop(box).resize(size, self.resample)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
     def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """
-        Left, top, right, bottom of a random part whose shape is that of the result, give or take a third: as in
-        torchvision's `RandomResizedCrop`, but that a part which a JPEG decoder can reduce is of multiples of its scale.
+        Left, top, right, bottom of a random part, as in torchvision's `RandomResizedCrop`; but the edges of a part that
+        a JPEG decoder can reduce are multiples of its scale.
         """
         result_shape = self.size[1] / self.size[0]
         for _ in range(10):
@@ -69,13 +70,12 @@ class PhotoAugmentation:
 
 class DigitAugmentation:
     """
-    A small rotation, zoom and shift, in one bilinear resampling; never mirrored, which would make another sign of it.
+    A small rotation, zoom and shift in one bilinear resampling. Never mirrored, since digits have a direction.
 
     Args:
         size: (height, width) of the result in pixels.
-        rotation: at most so many degrees to either side.
-        zoom: at most this share smaller or larger.
-        shift: at most this share of the side, in both directions.
+        rotation: maximum, in degrees to either side.
+        zoom, shift: maximum, as fractions of the image.
     """
 
     def __init__(self, size: tuple[int, int], rotation: float = 10.0, zoom: float = 0.1, shift: float = 0.09) -> None:
@@ -87,10 +87,51 @@ class DigitAugmentation:
         angle, zoom = math.radians(angle * self.rotation), 1.0 + zoom * self.zoom
         (height, width), scale = self.size, (image.height / self.size[0], image.width / self.size[1])
         cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
-        # PIL asks, for each pixel (x, y) of the result, where in the image it comes from: a x + b y + c, d x + e y + f.
+        # PIL takes the pixel (x, y) of the result from (a x + b y + c, d x + e y + f) in the image.
         a, b, d, e = cosine * scale[1], -sine * scale[1], sine * scale[0], cosine * scale[0]
         c = image.width * (0.5 + right * self.shift) - a * width / 2 - b * height / 2
         f = image.height * (0.5 + down * self.shift) - d * width / 2 - e * height / 2
         return image.transform(
             (width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), resample=Image.Resampling.BILINEAR
         )
+
+
+class Chain:
+    """One augmentation after the other, with the same generator."""
+
+    def __init__(self, *steps: Augmentation) -> None:
+        self.steps = steps
+        self.description = "; ".join(step.description for step in steps)
+
+    def __call__(self, image: Image.Image | Photo, generator: np.random.Generator) -> Image.Image:
+        for step in self.steps:
+            image = step(image, generator)
+            image = image.to_image() if isinstance(image, PhotoPart) else image
+        return image
+
+
+def build_augmentation(
+    kind: str, size: tuple[int, int], resample: int, num_channels: int, arguments: TrainingArguments
+) -> Augmentation:
+    """
+    The augmentation of the flags, in the order of timm and torchvision, for a "photo" or "digit".
+
+    Args:
+        size: (height, width) of the result in pixels.
+        num_channels: of the images. Raises InputError for policies on images that are neither grey nor in colour.
+    """
+    recipe = arguments.recipe_arguments
+    photo = PhotoAugmentation(size, resample, arguments.smallest_area)
+    steps: list[Augmentation] = [DigitAugmentation(size) if kind == "digit" else photo]
+    if recipe.auto_augment:
+        steps.append(auto_augment(recipe.auto_augment))
+    if recipe.color_jitter:
+        steps.append(ColorJitter(recipe.color_jitter))
+    if recipe.random_erasing:
+        steps.append(RandomErasing(recipe.random_erasing))
+    if len(steps) > 1 and num_channels not in (1, 3):
+        raise InputError(
+            f"Augmentation policies know grey and colour images, not {num_channels} channels. Leave out "
+            "--auto_augment, --color_jitter and --random_erasing."
+        )
+    return Chain(*steps) if len(steps) > 1 else steps[0]

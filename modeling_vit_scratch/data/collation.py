@@ -1,38 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Examples to a batch, and what Mixup and CutMix need the batch for: their random numbers and the mixed labels.
-
-The pixels stay as they come from the data set. They are normalised and mixed on the device: see `pixels`.
+From examples to batches: loaders and their worker processes, collators with Mixup and CutMix, and what follows on the
+device, normalisation and mixing.
 """
 
+import functools
 import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from transformers import TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 
 
-# Keeps these random numbers apart from those of the images' own augmentation, which has the same seed and epoch.
+# Keeps these random numbers apart from others with the same seed and epoch.
 _STREAM = 0x6D6978
+
+
+# --- Collators --------------------------------------------------------------------------------------------------------
+
+
+class ImageCollator:
+    """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
+
+    description: str | None = None
+
+    def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Examples of `ImageClassificationDataset` to "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3),
+        int64: their seeds, epochs and indices. If there are any, "broken": pairs of the index of an image that can't be
+        read, and the reason. A batch, from a data set that makes batches itself, stays as it is.
+        """
+        if isinstance(examples, dict):
+            return examples
+        ours = ("key", "broken")
+        batch = default_collate([{name: example[name] for name in example if name not in ours} for example in examples])
+        if "key" in examples[0]:
+            batch["keys"] = torch.tensor([example["key"] for example in examples], dtype=torch.int64)
+        broken = [pair for example in examples for pair in example.get("broken", {}).items()]
+        return {**batch, "broken": broken} if broken else batch
 
 
 @dataclass(frozen=True)
 class Mixing:
     """
-    What is done to every image of a batch: see `pixels.mix`.
-
-    Attributes:
-        weight: inside the box, the share that an image keeps of itself; the rest is of the image before it.
-        box: left, top, right, bottom in pixels.
-        kept: the share that it keeps on the whole: also that of its label.
+    What is done to every image of a batch: inside the box (left, top, right, bottom in pixels) it keeps its `weight`,
+    and the rest is of the image before it: see `mix`. On the whole, an image and its label keep the share `kept`.
     """
 
     weight: float
@@ -52,13 +79,8 @@ def mixup(size: tuple[int, int], weight: float) -> Mixing:
 
 def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixing:
     """
-    A rectangle of about (1 - weight) of the area comes from the other image (Yun et al., arXiv:1905.04899). It is cut
-    at the border; the labels are mixed by the area that is left of it.
-
-    Args:
-        size: (height, width) of the images in pixels.
-        weight: 0 to 1.
-        column, row: the centre of the rectangle in pixels.
+    A rectangle of about (1 - weight) of the area, around (column, row), comes from the other image (Yun et al.,
+    arXiv:1905.04899). The border cuts it; the labels are mixed by the area that is left of it.
     """
     height, width = size
     half = 0.5 * math.sqrt(1.0 - weight)
@@ -68,48 +90,19 @@ def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixin
     return Mixing(0.0, (left, top, right, bottom), 1.0 - (right - left) * (bottom - top) / (width * height))
 
 
-class ImageCollator:
-    """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
-
-    description: str | None = None
-
-    def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
-        """
-        Args:
-            examples: of "pixel_values" (C, H, W), uint8 or normalised; perhaps "labels"; and "key" (seed, epoch, index)
-                if they are for training; and "broken", if they took the place of images that can't be read: why, by
-                index. Or what this returns, where a data set makes batches itself: see `device_images`.
-
-        Returns:
-            "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: from which examples it is made. If
-            there are any, "broken": pairs of the index of an image that can't be read, and the reason.
-        """
-        if isinstance(examples, dict):
-            return examples
-        ours = ("key", "broken")
-        batch = default_collate([{name: example[name] for name in example if name not in ours} for example in examples])
-        if "key" in examples[0]:
-            batch["keys"] = torch.tensor([example["key"] for example in examples], dtype=torch.int64)
-        broken = [pair for example in examples for pair in example.get("broken", {}).items()]
-        return {**batch, "broken": broken} if broken else batch
-
-
 class MixingCollator(ImageCollator):
     """
     Batches with Mixup, CutMix, or one of them by chance, and labels that are probabilities, (B, K), rows of sum 1.
 
     The arithmetic is torchvision's (`transforms.v2.MixUp` and `CutMix`): one weight for a batch, drawn from
-    Beta(alpha, alpha), and each image with the one before it. The random numbers are a function of the seed, the epoch
-    and the images of the batch: the same after a resumption, and for any number of worker processes. Every batch of a
-    process is mixed for itself, so the number of processes and of accumulated batches matters, as everywhere.
-
-    Examples without the key "key", those of the evaluation, are batched as they are.
+    Beta(alpha, alpha), and each image with the one before it. The random numbers depend on the seed, the epoch and the
+    images of the batch alone. Examples without a "key", those of the evaluation, are batched as they are.
 
     Args:
         num_labels: K.
-        mixup_alpha, cutmix_alpha: 0 for none of it. Both: each is as likely.
-        label_smoothing: this share of the probability is spread over all labels. Here, since the Trainer's own can't
-            smooth probabilities.
+        mixup_alpha, cutmix_alpha: 0 for none. Both: each is as likely.
+        label_smoothing: this share of the probability is spread over all labels. The Trainer's own can't smooth
+            probabilities.
     """
 
     def __init__(
@@ -127,11 +120,8 @@ class MixingCollator(ImageCollator):
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
-        As in `ImageCollator`, and for training examples also what `pixels.mix` takes.
-
-        Returns:
-            With keys, "labels" are (B, K); "mixing_weights" (B,), float32, and "mixing_boxes" (B, 4), int64, have the
-            same row for each image, so that whoever slices the batch slices them too.
+        As in `ImageCollator`; with keys, "labels" are (B, K), and `mix` takes "mixing_weights" (B,), float32, and
+        "mixing_boxes" (B, 4), int64. Their rows are equal, so that whoever slices the batch slices them too.
         """
         batch = super().__call__(examples)
         if "keys" not in batch:
@@ -150,7 +140,7 @@ class MixingCollator(ImageCollator):
         return batch
 
     def draw(self, size: tuple[int, int], generator: np.random.Generator) -> Mixing:
-        """What the generator gives for images of a (height, width) in pixels."""
+        """A random mixing of images of a (height, width) in pixels."""
         both = self.mixup_alpha and self.cutmix_alpha
         use_cutmix = generator.random() < 0.5 if both else bool(self.cutmix_alpha)
         alpha = self.cutmix_alpha if use_cutmix else self.mixup_alpha
@@ -161,10 +151,13 @@ class MixingCollator(ImageCollator):
         return cutmix(size, weight, int(generator.integers(width)), int(generator.integers(height)))
 
 
+# --- On the device ----------------------------------------------------------------------------------------------------
+
+
 class Normalize:
     """
-    uint8 (B, C, H, W) to float32, value * scale + offset for each channel: the processor's own arithmetic, so that the
-    result is bit for bit what the processor gives, whatever the precision of the network.
+    uint8 (B, C, H, W) to float32, value * scale + offset for each channel: bit for bit what the image processor gives,
+    whatever the precision of the network.
 
     Args:
         scale, offset: (C,), or (1,) for any number of channels.
@@ -197,9 +190,7 @@ class Normalize:
 def mix(pixel_values: Tensor, weights: Tensor, boxes: Tensor) -> Tensor:
     """
     Mixes each image with the one before it in the batch: inside its box it keeps its weight of itself, outside all.
-
-    Mixup (Zhang et al., arXiv:1710.09412) is the box of the whole image, CutMix (Yun et al., arXiv:1905.04899) the
-    weight 0. Never waits for the device: nothing of the arguments is read back.
+    The box of `mixup` is the whole image, the weight of `cutmix` 0. Does not wait for the device.
 
     Args:
         pixel_values: normalised, (B, C, H, W).
@@ -220,3 +211,96 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
     if size is not None and size["height"] and size["width"]:
         return size["height"], size["width"]
     return config.image_hw
+
+
+# --- Loaders ----------------------------------------------------------------------------------------------------------
+
+
+def process_loader(
+    dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], **batching: Any
+) -> DataLoader:
+    """
+    The loader of one process, from a sampler that knows of the other processes. `batching`: the arguments of torch's
+    DataLoader that say which examples make a batch; the others are those of the flags.
+    """
+    loader = DataLoader(
+        dataset,
+        collate_fn=collator,
+        num_workers=arguments.dataloader_num_workers,
+        pin_memory=arguments.dataloader_pin_memory,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        multiprocessing_context=arguments.dataloader_multiprocessing_context,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        **batching,
+    )
+    # As for one process: accelerate would share out the batches once more.
+    return prepare_data_loader(
+        loader, arguments.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+    )
+
+
+class RepeatedAugmentation(Sampler[int]):
+    """
+    The images of one process in an epoch with repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
+    arXiv:1902.05509): DeiT's `RASampler` and timm's `RepeatAugSampler`.
+
+    The images are shuffled, each is put `repeats` times in a row, and these are dealt to the processes in turn, so
+    different processes get different versions of an image. An epoch keeps its length: it sees only one in `repeats` of
+    the images. (DeiT's own is up to 255 images shorter: it ends at a multiple of 256.)
+
+    Gives numbers `index + repetition * count`, so that each repetition has random numbers of its own.
+
+    Args:
+        count: number of images.
+        seed: of the shuffling, together with the epoch.
+    """
+
+    def __init__(self, count: int, repeats: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.repeats, self.seed, self.rank, self.world_size = count, repeats, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Changes the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        positions = torch.arange(len(self)) * self.world_size + self.rank
+        positions %= self.count * self.repeats  # fewer images than processes: from the start again
+        numbers = order[positions // self.repeats] + positions % self.repeats * self.count
+        return iter(numbers.tolist())
+
+
+def repeating_loader(
+    dataset: Dataset, arguments: TrainingArguments, repeats: int, collator: Callable[..., Any]
+) -> DataLoader:
+    """The loader of this process, with each image `repeats` times: --aug_repeats."""
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
+    batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
+    return process_loader(dataset, arguments, collator, sampler=sampler, **batching)
+
+
+def prepare_workers(loader: DataLoader) -> None:
+    """Makes worker processes leave signals to the process that trains, which needs the workers to finish a step."""
+    loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
+    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare(number)
+
+
+def _end_with_parent() -> None:
+    """Ends this process at a SIGTERM from the one that trains, and not at one from e.g. a launcher."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)

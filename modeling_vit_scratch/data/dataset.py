@@ -1,46 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as they are stored, with their labels, and the torch data set that makes of them what the network takes."""
+"""
+Images as they are stored, with their labels, and the torch data set that makes of them what the network takes.
 
-import functools
+Training decodes JPEG photos at the scale that the random part needs: libjpeg gives 1/2, 1/4 or 1/8 of the sides by
+computing fewer cosines. The part is resized by torch's 8-bit kernels, at most one level away from Pillow in a third of
+the time. (Bicubic, where one side is enlarged and the other reduced, can be further: the passes are in another order.)
+Images of evaluations are decoded in full and resized by Pillow, unless the processor is set otherwise.
+"""
+
 import itertools
-import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
-from accelerate.data_loader import prepare_data_loader
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import TrainingArguments
+from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_decoding_vit_scratch import ImageDecodeError
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .decoding import Augmentation, PhotoPart, StoredImage, to_pixels
+from ..image_decoding_vit_scratch import ImageDecodeError, decode_errors, is_scalable_jpeg, open_image, orientation_of
+from ..image_processing_vit_scratch import TORCH_FILTERS, ViTScratchImageProcessor, resize_interleaved
 
 
 # Keeps the random numbers that choose another image apart from those of the augmentation.
 _REPLACEMENT = 0x62726F6B
-
+# Rows that are read at a time: they may hold whole files.
 _ROWS_AT_ONCE = 16
+# The EXIF orientations whose x (y) axis runs against one of the axes that are stored, and those with swapped sides.
+_X_IS_REVERSED, _Y_IS_REVERSED, _IS_TURNED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+class Augmentation(Protocol):
+    """Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards."""
+
+    description: str
+
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Path or bytes of an image file, None where a table has neither; `name` is for messages."""
+
+    content: str | bytes | None
+    name: str
+
+    def decode(self, decoder: ViTScratchImageProcessor) -> Image.Image:
+        """The image, upright, with the decoder's channels. Raises ImageDecodeError."""
+        return decoder.decode(self._content(), name=self.name)
+
+    def fit(self, processor: ViTScratchImageProcessor, **settings: Any) -> torch.Tensor:
+        """uint8 (C, H, W), as the processor decodes, resizes and crops it: see its `fit`. Raises what that raises."""
+        return torch.from_numpy(np.stack(processor.fit(self._content(), name=self.name, **settings)))
+
+    def open(self, decoder: ViTScratchImageProcessor) -> "Photo":
+        """As `decode`, but JPEG files are not decoded yet."""
+        return Photo(self._content(), decoder, self.name)
+
+    def _content(self) -> str | bytes:
+        if self.content is None:
+            raise ImageDecodeError(f"{self.name} is missing: the row has neither bytes nor a path")
+        return self.content
+
+
+class Photo:
+    """
+    An image file, by path or bytes, of which a part is wanted. A JPEG is decoded when part and size are known, any
+    other at once. Raises ImageDecodeError if the file is missing, damaged or no image.
+
+    Attributes:
+        width, height: in pixels, of the whole image, upright.
+    """
+
+    def __init__(self, content: str | bytes, decoder: ViTScratchImageProcessor, name: str) -> None:
+        with decode_errors(name):
+            image = open_image(content)
+        self.is_decoded = not isinstance(image, JpegImageFile)
+        self.image = decoder.decode(image, name=name) if self.is_decoded else image
+        self._decoder, self._name = decoder, name
+        self._orientation = 1 if self.is_decoded else orientation_of(image)
+        self.width, self.height = self.image.size[::-1] if self._orientation in _IS_TURNED else self.image.size
+
+    def decode(self, size: tuple[int, int], box: Box) -> tuple[Image.Image, Box]:
+        """
+        The image, upright, at the scale that makes (width, height) of the box, and where the box is in it. At scale 1
+        it is bit for bit the whole image. A JPEG file can be decoded once. Raises ImageDecodeError.
+        """
+        if self.is_decoded:
+            return self.image, box
+        left, top, right, bottom = box
+        with decode_errors(self._name):
+            scale = reduction((right - left, bottom - top), size) if is_scalable_jpeg(self.image) else 1
+            if scale > 1:
+                width, height = self.image.size
+                self.image.draft(None, (width // scale, height // scale))
+        image = self._decoder.decode(self.image, name=self._name)
+        # A side that the scale does not divide is rounded up, at the end of the stored axis.
+        x = image.width - self.width / scale if self._orientation in _X_IS_REVERSED else 0.0
+        y = image.height - self.height / scale if self._orientation in _Y_IS_REVERSED else 0.0
+        return image, (x + left / scale, y + top / scale, x + right / scale, y + bottom / scale)
+
+
+def reduction(part: tuple[float, float], size: tuple[int, int]) -> int:
+    """The greatest of 8, 4, 2 and 1 by which a part can be reduced to no less than the size; both (width, height)."""
+    factor = min(part[0] / size[0], part[1] / size[1])
+    return next((scale for scale in (8, 4, 2) if factor >= scale), 1)
+
+
+@dataclass(frozen=True)
+class PhotoPart:
+    """A part of a photo, resized, and mirrored or not; not decoded yet."""
+
+    photo: Photo
+    size: tuple[int, int]  # (width, height)
+    resample: int  # the PIL filter; those that torch lacks are Pillow's
+    # In pixels of the whole image. Edges that a JPEG's scale does not divide move by half a decoded pixel at most.
+    box: tuple[int, int, int, int]
+    is_mirrored: bool = False
+
+    def pixels(self) -> torch.Tensor:
+        """uint8 (C, H, W). Once. Raises ImageDecodeError for a broken file."""
+        image, box = self.photo.decode(self.size, self.box)
+        box = tuple(round(edge) for edge in box)
+        if self.resample in TORCH_FILTERS:
+            pixels = resize_interleaved(_interleaved(image, box), self.size, self.resample)[0]
+            pixels = pixels[: len(image.getbands())].numpy()
+        else:
+            pixels = to_pixels(image.crop(box).resize(self.size, self.resample)).numpy()
+        return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1] if self.is_mirrored else pixels))
+
+    def to_image(self) -> Image.Image:
+        """The same as a PIL image of mode L, RGB or RGBA."""
+        return Image.fromarray(self.pixels().permute(1, 2, 0).squeeze(-1).contiguous().numpy())
+
+
+def _interleaved(image: Image.Image, box: tuple[int, int, int, int]) -> torch.Tensor:
+    """
+    A part of an image, uint8 (1, H, W, C). For RGB C is 4, and the last channel is padding: a view of Pillow's memory.
+    """
+    left, top, right, bottom = box
+    if image.mode == "RGB":
+        try:
+            memory = pyarrow.array(image).values
+        except ValueError:  # more than 16 MB are not in one piece
+            pass
+        else:
+            return torch.from_dlpack(memory).view(1, image.height, image.width, 4)[:, top:bottom, left:right]
+    return torch.from_numpy(np.array(image.crop(box)).reshape(1, bottom - top, right - left, -1))
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 (C, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
+
+
+# --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Examples:
     """
-    Images as stored, and a class index for each; or where an image may have several labels, 0 and 1 for every label.
+    Images as stored, and their labels.
 
     Attributes:
         images: one column, "image", of undecoded `datasets.Image`.
-        labels: indices into the label names; or (N, K), uint8.
+        labels: indices into the label names; or where an image may have several, (N, K) uint8, 0 and 1.
     """
 
     images: datasets.Dataset
@@ -55,7 +185,7 @@ class Examples:
         return Examples(self.images.select(indices), labels)
 
     def index(self, number: int) -> int:
-        """Numbers beyond the last index are the same images again: see `loader.RepeatedAugmentation`."""
+        """Numbers beyond the last index are the same images again: see `RepeatedAugmentation`."""
         return number % len(self)
 
     def label(self, number: int) -> int | np.ndarray:
@@ -85,13 +215,21 @@ class Examples:
         return self.stored([index])[0].decode(decoder)
 
 
+def multi_hot(lists: list[list[int]], num_labels: int) -> np.ndarray:
+    """(N, K) uint8: 1 for the labels that an image has. Negative indices are left out."""
+    hot = np.zeros((len(lists), num_labels), dtype=np.uint8)
+    for row, indices in zip(hot, lists):
+        row[[index for index in indices if index >= 0]] = 1
+    return hot
+
+
 class ImageClassificationDataset(torch.utils.data.Dataset):
     """
     Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, or "labels" of 0. and 1., (K,), where an image may
-    have several; and for training "key", the (seed, epoch, index) that everything random is a function of.
+    have several; and for training "key", the (seed, epoch, index) that all random numbers depend on.
 
-    The pixels are uint8, of the size that the model takes, and are normalised on the device: see `pixels`. The only
-    exception is a processor of another library, which gives what it gives, normalised.
+    The pixels are uint8, of the size that the model takes; `collation.Normalize` normalises them on the device. A
+    processor of another library returns what it makes, normalised.
 
     Args:
         examples: images and labels.
@@ -100,10 +238,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         augmentation: a random change of the image, which has the model's size afterwards.
         seed: of the augmentation.
         with_keys: whether examples have a "key" without an augmentation too.
-        fast_decode: decode and resize the fast way: see `decoding`. For an augmentation that begins with
-            `PhotoAugmentation`.
-        max_broken_images: how many images may be replaced by others because they can't be read. The Trainer counts
-            them; an example that took the place of others has "broken", by index why these can't be read.
+        fast_decode: decode at reduced scale. For an augmentation that begins with `PhotoAugmentation`.
+        max_broken_images: how many images that can't be read may be replaced by others. The Trainer counts them; an
+            example that replaces others has "broken": by index, why they can't be read.
     """
 
     def __init__(
@@ -142,61 +279,50 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """
-        The examples of a batch: torch's loader prefers this. A few at a time, since rows may hold whole files, and of
-        these first what is little work and then what is much: decoding a photo drives all else from the caches.
+        The examples of a batch: torch's loader prefers this. A few at a time, and first what is little work for all of
+        them: decoding a photo drives all else from the caches.
         """
-        groups = [indices[first : first + _ROWS_AT_ONCE] for first in range(0, len(indices), _ROWS_AT_ONCE)]
-        return [example for group in groups for example in self._examples(group)]
+        examples = []
+        for first in range(0, len(indices), _ROWS_AT_ONCE):
+            group = indices[first : first + _ROWS_AT_ONCE]
+            begun = [self._begin(index, stored) for index, stored in zip(group, self.examples.stored(group))]
+            examples += [self._example(index, pixels) for index, pixels in zip(group, begun)]
+        return examples
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
         return self.examples.name(index)
 
-    def _examples(self, indices: list[int]) -> list[dict[str, Any]]:
-        begun = [self._begin(index, stored) for index, stored in zip(indices, self.examples.stored(indices))]
-        return [self._example(*self._first_readable(index, one)) for index, one in zip(indices, begun)]
-
-    def _example(self, index: int, pixel_values: torch.Tensor, broken: dict[int, str]) -> dict[str, Any]:
-        labels = self.examples.label(index)
-        labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
-        example = {"pixel_values": pixel_values, "labels": labels}
-        if self.with_keys:
-            example["key"] = (self.seed, int(self._epoch), index)
-        return {**example, "broken": broken} if broken else example
-
     def _begin(self, index: int, stored: StoredImage) -> Callable[[], torch.Tensor]:
         """
-        What is left to do for the pixels (C, H, W); it may raise ImageDecodeError. With --fast_decode, all that comes
+        What is left to do for the pixels (C, H, W); it may raise ImageDecodeError. With `fast_decode`, all that comes
         before the decoding of a JPEG photo is done here.
         """
         if self.augmentation is None:
             return partial(self._fit, stored)
+        generator = np.random.default_rng((self.seed, int(self._epoch), index))
         if not self.fast_decode:
-            return lambda: self._as_it_is(self.augmentation(stored.decode(self.decoder), self._generator(index)))
+            return lambda: self._to_pixels(self.augmentation(stored.decode(self.decoder), generator))
         try:
-            photo = stored.open_photo(self.decoder)
-            part = self.augmentation(photo, self._generator(index))
+            photo = stored.open(self.decoder)
+            part = self.augmentation(photo, generator)
         except ImageDecodeError as error:
             return partial(_fail, error)
-        # What is decoded is large, and not to be kept until its turn comes.
+        # A decoded photo is large: it is not kept until its turn comes.
         part = part.to_image() if photo.is_decoded and isinstance(part, PhotoPart) else part
-        return partial(self._as_it_is, part)
+        return partial(self._to_pixels, part)
 
-    def _generator(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, int(self._epoch), index))
-
-    def _first_readable(
-        self, index: int, pixels: Callable[[], torch.Tensor]
-    ) -> tuple[int, torch.Tensor, dict[int, str]]:
+    def _example(self, index: int, pixels: Callable[[], torch.Tensor]) -> dict[str, Any]:
         """
         The image, or within the limit of broken ones another in its place: always the same in an epoch, after a
-        resumption too. Returns its index, its pixels, and what could not be read.
+        resumption too.
         """
         broken: dict[int, str] = {}
         wanted, others = index, None
         for attempt in itertools.count(1):
             try:
-                return index, pixels(), broken
+                pixel_values = pixels()
+                break
             except ImageDecodeError as error:
                 if self.max_broken_images == 0 and self.augmentation is None:
                     raise ImageDecodeError(
@@ -209,6 +335,12 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                 others = others or np.random.default_rng((_REPLACEMENT, self.seed, int(self._epoch), wanted))
                 index = self.examples.another(others)
                 pixels = self._begin(index, *self.examples.stored([index]))
+        labels = self.examples.label(index)
+        labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
+        example = {"pixel_values": pixel_values, "labels": labels}
+        if self.with_keys:
+            example["key"] = (self.seed, int(self._epoch), index)
+        return {**example, "broken": broken} if broken else example
 
     def _fit(self, stored: StoredImage) -> torch.Tensor:
         """The image as the processor decodes, resizes and crops it."""
@@ -216,116 +348,15 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
         return stored.fit(self.processor)
 
-    def _as_it_is(self, image: Image.Image | PhotoPart) -> torch.Tensor:
-        """The image, which has its size already."""
+    def _to_pixels(self, image: Image.Image | PhotoPart) -> torch.Tensor:
+        """An image that has the model's size."""
         if self.is_ours:
             return image.pixels() if isinstance(image, PhotoPart) else to_pixels(image)
         image = image.to_image() if isinstance(image, PhotoPart) else image
-        # None of it is a setting that every processor knows.
+        # Not every processor has both settings.
         done = {name: False for name in ("do_resize", "do_center_crop") if hasattr(self.processor, name)}
         return self.processor(image, return_tensors="pt", **done)["pixel_values"][0]
 
 
 def _fail(error: ImageDecodeError) -> torch.Tensor:
     raise error
-
-
-def own_loader(
-    dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], **batching: Any
-) -> DataLoader:
-    """
-    A loader for batches that are one process's own already, from a sampler that knows of the other processes.
-
-    `batching`: the arguments of torch's DataLoader that say which examples make a batch. The rest is the flags'.
-    """
-    loader = DataLoader(
-        dataset,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        multiprocessing_context=arguments.dataloader_multiprocessing_context,
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-        **batching,
-    )
-    # As for one process: accelerate would deal the batches once more.
-    return prepare_data_loader(
-        loader, arguments.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Repeated augmentation
-
-
-class RepeatedAugmentation(Sampler[int]):
-    """
-    The images of one process in an epoch with repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
-    arXiv:1902.05509): DeiT's `RASampler` and timm's `RepeatAugSampler`.
-
-    The images are shuffled, each is put `repeats` times in a row, and these are dealt to the processes in turn: of an
-    image, different processes get different versions. An epoch stays as long as it would be without: it sees only one
-    in `repeats` of the images. (DeiT's own is up to 255 images shorter: it ends at a multiple of 256.)
-
-    Gives numbers: `index + repetition * count`, so that each repetition has random numbers of its own.
-
-    Args:
-        count: how many images there are.
-        repeats: of each.
-        seed: of the shuffling, together with the epoch.
-        rank, world_size: this process, and how many there are.
-    """
-
-    def __init__(self, count: int, repeats: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.count, self.repeats, self.seed, self.rank, self.world_size = count, repeats, seed, rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Changes the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.count / self.world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        places = torch.arange(len(self)) * self.world_size + self.rank
-        places %= self.count * self.repeats  # fewer images than processes: from the start again
-        numbers = order[places // self.repeats] + places % self.repeats * self.count
-        return iter(numbers.tolist())
-
-
-def repeating_loader(
-    dataset: ImageClassificationDataset, arguments: TrainingArguments, repeats: int, collator: Callable[..., Any]
-) -> DataLoader:
-    """The loader of this process, with each image `repeats` times: --aug_repeats."""
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
-    batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
-    return own_loader(dataset, arguments, collator, sampler=sampler, **batching)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Worker processes
-
-
-def prepare_workers(loader: DataLoader) -> None:
-    """Tells the processes that read images to leave signals to the one that trains: it needs them to finish a step."""
-    loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
-
-
-def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    if prepare is not None:
-        prepare(number)
-
-
-def _end_with_parent() -> None:
-    """SIGTERM from the process that trains ends this one; from anyone else, e.g. a launcher, it does not."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-        pass
-    os._exit(0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The files that a path stands for, in an order that never changes: what training, evaluation, prediction and pictures of
-the same folder or table have in common.
+The files that a path stands for, in an order that never changes, and the columns of tables: what training, evaluation,
+prediction and figures have in common.
 
 Nothing is decoded, and no more is held than the names in one folder: a million images are listed in constant memory.
 """
@@ -16,33 +16,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import datasets
 from PIL import Image
 
 from ..common.errors import InputError, Problems
-from .columns import find_column
 
 
 URLS = ("http://", "https://")
 TABLES, LISTS = (".csv", ".jsonl", ".json"), (".txt", ".lst")
+# Usual column names, for tables whose types do not say which column is which.
+USUAL_NAMES = {
+    "image": (
+        "image", "images", "img", "jpg", "jpeg", "png", "webp", "file_name", "filename", "file", "path", "image_path",
+    ),
+    "label": ("label", "labels", "class", "category", "target", "cls"),
+}  # fmt: skip
 
 
 class Item(NamedTuple):
-    """
-    An image, and where it is.
+    """An image, and where it is."""
 
-    Attributes:
-        name: what it is called in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW.
-        path: a file or URL; for a row, the table.
-        start: in a .tar, the byte that the image begins at; in a table, the row.
-        size: in a .tar, how many bytes it has.
-        fault: why it can't be read, where that shows as it is listed.
-    """
-
-    name: str
-    path: str
-    start: int | None = None
-    size: int | None = None
-    fault: str | None = None
+    name: str  # in the output: its path as it was given, SHARD/MEMBER, or TABLE#ROW
+    path: str  # of a file or URL; for a row, the table
+    start: int | None = None  # in a .tar, the byte that the image begins at; in a table, the row
+    size: int | None = None  # in a .tar, in bytes
+    error: str | None = None  # why it can't be read, where that shows as it is listed
 
 
 def image_endings() -> set[str]:
@@ -51,25 +49,24 @@ def image_endings() -> set[str]:
 
 
 def item_of_file(name: str, path: str) -> Item:
-    """A pipe or a device has a fault: reading it would wait without end."""
+    """The item of a file. A pipe or a device has an error: reading it would wait without end."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
-        return Item(name, path)  # whoever reads it tells why that can't be done
-    return Item(name, path, fault=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
+        return Item(name, path)  # whoever reads it reports that
+    return Item(name, path, error=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and patterns
+# --- Folders and patterns ---------------------------------------------------------------------------------------------
 
 
 def list_folder(folder: str) -> Iterator[Item]:
     """The images in a folder at any depth, by their endings. Raises InputError if there are none."""
     endings, is_empty, left_out = image_endings(), True, []
     for item in walk(folder):
-        if item.fault or Path(item.path).suffix.lower() in endings:
+        if item.error or Path(item.path).suffix.lower() in endings:
             is_empty = False
-            yield item if item.fault else item_of_file(item.name, item.path)
+            yield item if item.error else item_of_file(item.name, item.path)
         elif len(left_out) < 3:
             left_out.append(os.path.basename(item.path))
     if is_empty:
@@ -80,18 +77,14 @@ def list_folder(folder: str) -> Iterator[Item]:
 def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
     """
     All files in a folder at any depth, in the order of their names, folder by folder; hidden ones are left out. Links
-    are followed, but not in circles. A folder that can't be read is an item with a fault.
+    are followed, but not in circles. A folder that can't be read is an item with an error.
     """
     try:
-        status = os.stat(folder)
-        names = _names_in(folder)
+        identity, names = _scan(folder)
     except OSError as error:
-        yield Item(folder, folder, fault=f"the folder can't be read: {error.strerror}")
+        yield Item(folder, folder, error=f"the folder can't be read: {error.strerror}")
         return
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    for name, is_folder in names:
+    for name, is_folder in () if identity in above else names:
         path = os.path.join(folder, name)
         if is_folder:
             yield from walk(path, (*above, identity))
@@ -99,17 +92,19 @@ def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]
             yield Item(path, path)
 
 
-def _names_in(folder: str) -> list[tuple[str, bool]]:
-    """What is in a folder and not hidden, sorted, and whether it is a folder itself."""
+def _scan(folder: str) -> tuple[tuple[int, int], list[tuple[str, bool]]]:
+    """What identifies a folder; and what is in it and not hidden, sorted, with whether it is a folder itself."""
+
+    def is_folder(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:  # a link to itself; whoever opens it reports that
+            return False
+
+    status = os.stat(folder)
     with os.scandir(folder) as entries:
-        return sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; whoever opens it tells
-        return False
+        names = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+    return (status.st_dev, status.st_ino), names
 
 
 def match(pattern: str) -> Iterator[str]:
@@ -126,31 +121,24 @@ def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = (
             yield from _match(path, rest) if rest else [path]
         return
     try:
-        status = os.stat(folder or ".")
-        names = _names_in(folder or ".")
+        identity, names = _scan(folder or ".")
     except OSError:
         return
-    if head == "**":
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return
-        if rest:  # no folder in between
-            yield from _match(folder, rest)
-        for name, is_folder in names:
-            path = os.path.join(folder, name)
-            if is_folder:
-                yield from _match(path, parts, (*above, identity))
-            elif not rest:
-                yield path
+    if head == "**" and identity in above:
         return
+    if head == "**" and rest:  # no folder in between
+        yield from _match(folder, rest)
     for name, is_folder in names:
-        if fnmatch.fnmatchcase(name, head) and (is_folder or not rest):
-            path = os.path.join(folder, name)
+        path = os.path.join(folder, name)
+        if head == "**" and is_folder:
+            yield from _match(path, parts, (*above, identity))
+        elif head == "**" and not rest:
+            yield path
+        elif head != "**" and fnmatch.fnmatchcase(name, head) and (is_folder or not rest):
             yield from _match(path, rest) if rest else [path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists and tables
+# --- Lists and tables -------------------------------------------------------------------------------------------------
 
 
 def list_lines(file: IO[str], folder: str) -> Iterator[Item]:
@@ -178,21 +166,17 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"column {column!r} holds {name!r}, and not a path")
             yield _beside(os.path.dirname(path), name)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        if isinstance(error, InputError):
-            raise
         kind = "CSV" if path.lower().endswith(".csv") else "JSON lines"
         raise InputError(f"{path} can't be read as {kind}, row {number}: {error}.") from error
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """
-    The rows of a CSV or JSON lines file. What stands in a CSV file stays text, as it stands there.
-
-    Raises:
-        InputError: if the file can't be opened.
-        ValueError: for JSON that is damaged or no object.
-        csv.Error: for damaged CSV.
+    The rows of a CSV or JSON lines file. Values of a CSV file stay text. Raises InputError if the file can't be opened,
+    ValueError or csv.Error if it is damaged.
     """
     with _opened(path) as file:
         if path.lower().endswith(".csv"):
@@ -207,11 +191,9 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
 
 def read_csv(path: str) -> dict[str, list[Any]]:
     """
-    The columns of a CSV file: text as it stands there, None where there is nothing. A column of whole numbers that are
-    all written in the usual way, without a plus or zeros before them, is numbers.
-
-    Raises:
-        ValueError, csv.Error: if it can't be read, or a row has more values than there are columns.
+    The columns of a CSV file: text, None where there is nothing; a column of whole numbers that are all written in the
+    usual way, see `is_whole_number`, is numbers. Raises what `read_rows` raises, and ValueError for a row that is too
+    long.
     """
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(read_rows(path), start=1):
@@ -231,6 +213,43 @@ def is_whole_number(text: str) -> bool:
     return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(text)) == text
 
 
+def _opened(path: str) -> IO[str]:
+    try:
+        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise InputError(f"{path} can't be opened: {error.strerror}.") from error
+
+
+def _beside(folder: str, name: str) -> Item:
+    return Item(name, name) if name.startswith(URLS) else item_of_file(name, os.path.join(folder, name))
+
+
+# --- Columns ----------------------------------------------------------------------------------------------------------
+
+
+def find_column(
+    kind: str, named: str | None, features: Mapping[str, Any], split: str, problems: Problems
+) -> str | None:
+    """
+    The "image" or "label" column: the one that the user named; else the only one of the right type; else the only one
+    with a usual name. `features` are the types of all columns, None where they are not known.
+    """
+    flag, listing = f"--{kind}_column_name", ", ".join(map(repr, features))
+    if named is not None:
+        if named not in features:
+            problems.add(f"{flag} {named}: the {split} split has no such column. Its columns: {listing}.")
+        return named if named in features else None
+    is_right = is_class_label if kind == "label" else lambda feature: isinstance(feature, datasets.Image)
+    candidates = [column for column, feature in features.items() if is_right(feature)]
+    candidates = candidates or [column for column in features if column.lower() in USUAL_NAMES[kind]]
+    if len(candidates) == 1:
+        return candidates[0]
+    several = f"several columns could be the {kind}s: {', '.join(candidates)}"
+    found = several if candidates else f"no {kind} column found"
+    problems.add(f"The {split} split: {found}. Name it with {flag}. Its columns: {listing}.")
+    return None
+
+
 def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) -> str:
     """The column that holds the images: see `find_column`. Raises InputError if that is not clear."""
     problems = Problems()
@@ -240,21 +259,26 @@ def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) 
     return column
 
 
-def _opened(path: str) -> IO[str]:
-    try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise InputError(f"{path} can't be opened: {error.strerror}.") from error
+def is_class_label(feature: Any) -> bool:
+    """Whether a column of this type holds a `ClassLabel`, or a list of them, for each image."""
+    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
 
 
-def _beside(folder: str, name: str) -> Item:
-    if name.startswith(URLS):
-        return Item(name, name)
-    return item_of_file(name, os.path.join(folder, name))
+def is_label_list(feature: Any) -> bool:
+    """Whether a column of this type holds a list of names or whole numbers for each image."""
+    if not isinstance(feature, datasets.List | datasets.LargeList):
+        return False
+    inner = feature.feature
+    is_value = isinstance(inner, datasets.Value) and ("string" in inner.dtype or "int" in inner.dtype)
+    return is_value or isinstance(inner, datasets.ClassLabel)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+def split_labels(text: str | None, separator: str) -> list[str]:
+    """The labels in a text, "cat|dog"; none in an empty one."""
+    return [word.strip() for word in (text or "").split(separator) if word.strip()]
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------------
 
 
 def list_shard(path: str) -> Iterator[Item]:
@@ -266,24 +290,21 @@ def list_shard(path: str) -> Iterator[Item]:
                 try:
                     member = archive.next()
                 except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-                    yield Item(path, path, fault=f"the shard can't be read after {after}: {error}")
+                    yield Item(path, path, error=f"the shard can't be read after {after}: {error}")
                     return
                 if member is None:
                     # tarfile ends in silence at a damaged header, and where a file is cut between two members.
                     archive.fileobj.seek(archive.offset)
                     if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                         is_empty = False
-                        yield Item(path, path, fault=f"the shard is cut short or damaged after {after}")
+                        yield Item(path, path, error=f"the shard is cut short or damaged after {after}")
                     break
                 archive.members = []  # or all would be kept
                 after = member.name
-                if Path(member.name).suffix.lower() not in endings or os.path.basename(member.name).startswith("."):
-                    continue
-                is_empty = False
-                name, fault = f"{path}/{member.name}", None
-                if not member.isreg() or member.issparse():
-                    fault = "it is no regular file in its shard"
-                yield Item(name, path, member.offset_data, member.size, fault)
+                if Path(member.name).suffix.lower() in endings and not os.path.basename(member.name).startswith("."):
+                    is_empty, is_file = False, member.isreg() and not member.issparse()
+                    error = None if is_file else "it is no regular file in its shard"
+                    yield Item(f"{path}/{member.name}", path, member.offset_data, member.size, error)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise InputError(
             f"{path} can't be read as an uncompressed .tar: {error}. Compressed ones have to be unpacked first."

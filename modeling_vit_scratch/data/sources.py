@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Where images come from: folders, files, data sets of the Hub and two built-in ones, read into memory or as a stream.
-Each reader returns a `Source`; no image is decoded.
+No image is decoded.
 """
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,8 @@ import pyarrow.parquet
 from PIL import Image
 
 from ..common.errors import InputError, Problems, TrainingStopped
-from .arguments import DataArguments
-from .columns import USUAL_NAMES, find_columns, is_image, is_label_list
-from .listing import image_endings, read_csv, read_rows, walk
+from ..common.flags import DataArguments
+from .listing import USUAL_NAMES, find_column, image_endings, is_label_list, read_csv, read_rows, walk
 from .streams import ImageStream, Shard
 
 
@@ -29,7 +28,7 @@ from .streams import ImageStream, Shard
 FILE_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Paths in a table are relative to the folder of its file, which is kept in this column.
 FOLDER_COLUMN = "__folder__"
-# What a split of held-out images is called, the likelier first.
+# Names of a split of held-out images, the likelier first.
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # A folder of these is a folder of splits, not of classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -39,63 +38,35 @@ CHECKED_RECORDS = 32
 
 @dataclass(frozen=True)
 class Source:
-    """
-    Images and labels as they are stored, and what is known about them.
-
-    Attributes:
-        name: for people.
-        train: a split with whatever columns it has, or a stream; None if it can't be read: see the problems.
-        validation: a split, or None.
-        augmentation: "photo" or "digit".
-        num_channels: 1 for grey images, 3 for colour.
-        hub_id: the id on the Hub, if it came from there.
-        license: an SPDX identifier, if it is known.
-        url, note: where it is described, and what readers of a result should know.
-    """
+    """Images and labels as they are stored, and what is known about them."""
 
     name: str
-    train: datasets.Dataset | ImageStream | None
+    train: datasets.Dataset | ImageStream | None  # with all columns; None if it can't be read
     validation: datasets.Dataset | None = None
-    augmentation: str = "photo"
+    augmentation: str = "photo"  # or "digit"
     num_channels: int = 3
     hub_id: str | None = None
-    license: str | None = None
+    license: str | None = None  # an SPDX identifier
     url: str | None = None
-    note: str | None = None
+    note: str | None = None  # for readers of a result
 
 
 def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
     """
-    Reads what the command line names.
-
-    Args:
-        arguments: the command line's.
-        cache_dir: where to keep what is downloaded.
-        problems: collects mistakes.
-        needs_labels: whether folders must be of classes; if not, images may lie anywhere in them.
+    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder.
 
     Returns:
-        The source, or None if nothing of it can be read. `train` or `validation` may be None, too: whatever can't be
-        read is among the problems.
+        The source, or None if nothing of it can be read. `train` or `validation` may be None, too: the reason is among
+        the problems.
     """
-    if arguments.train_dir is None:
-        if arguments.dataset_name == "digits":
-            return read_digits()
-        if arguments.dataset_name == "elpv":
-            return read_elpv(problems)
-        return _read_hub(arguments, cache_dir, problems, needs_labels)
-    if arguments.streaming:
-        train = _stream_files(arguments, cache_dir, problems, needs_labels)
-    else:
-        train = _read_path("--train_dir", arguments.train_dir, cache_dir, problems, needs_labels)
-    validation = None
-    if arguments.validation_dir is not None:
-        validation = _read_path("--validation_dir", arguments.validation_dir, cache_dir, problems, needs_labels)
-    if train is None and validation is None:
-        return None
-    return Source(name=_public_name(arguments.train_dir), train=train, validation=validation)
+    if arguments.train_dir is None and arguments.dataset_name == "digits":
+        return read_digits()
+    if arguments.train_dir is None and arguments.dataset_name == "elpv":
+        return read_elpv(problems)
+    reader = _Reader(arguments, cache_dir, problems, needs_labels)
+    return reader.read_hub() if arguments.train_dir is None else reader.read_files()
 
 
 def read_digits() -> Source:
@@ -146,51 +117,15 @@ def _table(images: list[Any], labels: list[int], names: list[str]) -> datasets.D
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _read_hub(arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool) -> Source | None:
-    name, shards = arguments.dataset_name, []
-    try:
-        if arguments.streaming:
-            builder = datasets.load_dataset_builder(name, arguments.dataset_config_name, cache_dir=cache_dir)
-            splits = builder.as_streaming_dataset()
-            files = (getattr(builder.config, "data_files", None) or {}).get("train", [])
-            shards = _shards(splits["train"], [str(file) for file in files]) if "train" in splits else []
-        else:
-            splits = datasets.load_dataset(name, arguments.dataset_config_name, cache_dir=cache_dir)
-    except Exception as error:  # the library raises a dozen types here, all of them about the name or the connection
-        verb = "streamed" if arguments.streaming else "read"
-        problems.add(f"--dataset_name {name} can't be {verb}: {str(error).strip()}")
-        return None
-    if "train" not in splits:
-        problems.add(f"--dataset_name {name} has no train split; it has: {', '.join(splits)}.")
-        return None
-    train, license = splits["train"], splits["train"].info.license or None
-    validation = next((splits[split] for split in VALIDATION_SPLITS if split in splits), None)
-    if arguments.streaming:
-        train = _open_stream(shards, train.features, arguments, problems, needs_labels)
-        if train is None:
-            return None
-        if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
-            rows = _undecoded(validation)
-            validation = datasets.Dataset.from_generator(
-                lambda: iter(rows), features=rows.features, cache_dir=cache_dir
-            )
-    is_local = Path(name).exists()
-    return Source(
-        name=Path(name).resolve().name if is_local else name,
-        train=train,
-        validation=validation,
-        hub_id=None if is_local else name,
-        license=license,
-        url=None if is_local else f"https://huggingface.co/datasets/{name}",
-    )
-
-
-def _public_name(path: str) -> str:
-    """The last part of a path that says something: no card should show where on a disk the images were."""
-    parts = [part for part in Path(path).absolute().parts if "*" not in part]
-    while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES | {"metadata"}:
-        parts.pop()
-    return Path(parts[-1]).stem or "images"
+def find_columns(
+    arguments: DataArguments, features: Mapping[str, Any], split: str, problems: Problems, needs_labels: bool
+) -> tuple[str, str | None] | None:
+    """The image and the label column; None if one is missing. Without `needs_labels` the label column may be None."""
+    image = find_column("image", arguments.image_column_name, features, split, problems)
+    needs_labels = needs_labels or arguments.label_column_name is not None
+    label_problems = problems if needs_labels else Problems()
+    label = find_column("label", arguments.label_column_name, features, split, label_problems)
+    return None if image is None or (label is None and needs_labels) else (image, label)
 
 
 def listed(names: list[str], limit: int = 10) -> str:
@@ -199,45 +134,172 @@ def listed(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + rest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+@dataclass(frozen=True)
+class _Reader:
+    """Reads files and data sets of the Hub: see `read_source`. What can't be read is None, and among the problems."""
+
+    arguments: DataArguments
+    cache_dir: str | None
+    problems: Problems
+    needs_labels: bool
+
+    def read_hub(self) -> Source | None:
+        name, config, shards = self.arguments.dataset_name, self.arguments.dataset_config_name, []
+        try:
+            if self.arguments.streaming:
+                builder = datasets.load_dataset_builder(name, config, cache_dir=self.cache_dir)
+                splits = builder.as_streaming_dataset()
+                files = (getattr(builder.config, "data_files", None) or {}).get("train", [])
+                shards = _shards(splits["train"], [str(file) for file in files]) if "train" in splits else []
+            else:
+                splits = datasets.load_dataset(name, config, cache_dir=self.cache_dir)
+        except Exception as error:  # the library raises a dozen types here, all about the name or the connection
+            self.problems.add(f"--dataset_name {name} can't be read: {str(error).strip()}")
+            return None
+        if "train" not in splits:
+            self.problems.add(f"--dataset_name {name} has no train split; it has: {', '.join(splits)}.")
+            return None
+        train, license = splits["train"], splits["train"].info.license or None
+        validation = next((splits[split] for split in VALIDATION_SPLITS if split in splits), None)
+        if self.arguments.streaming:
+            train = self._open_stream(shards)
+            if train is None:
+                return None
+            if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
+                rows, cache = _undecoded(validation), self.cache_dir
+                validation = datasets.Dataset.from_generator(
+                    lambda: iter(rows), features=rows.features, cache_dir=cache
+                )
+        if Path(name).exists():
+            return Source(Path(name).resolve().name, train, validation, license=license)
+        url = f"https://huggingface.co/datasets/{name}"
+        return Source(name, train, validation, hub_id=name, license=license, url=url)
+
+    def read_files(self) -> Source | None:
+        given, validation_dir = self.arguments.train_dir, self.arguments.validation_dir
+        train = self._read_path("--train_dir", given, self.arguments.streaming)
+        validation = None if validation_dir is None else self._read_path("--validation_dir", validation_dir)
+        if train is None and validation is None:
+            return None
+        # The last part of the path with a meaning: no card should show where on a disk the images were.
+        parts = [part for part in Path(given).absolute().parts if "*" not in part]
+        while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES | {"metadata"}:
+            parts.pop()
+        return Source(Path(parts[-1]).stem or "images", train, validation)
+
+    def _read_path(self, flag: str, given: str, streaming: bool = False) -> datasets.Dataset | ImageStream | None:
+        path = Path(given).expanduser()
+        if path.is_dir() and streaming:
+            self.problems.add(
+                f"{flag} {given} is a folder: --streaming reads files of many images, e.g. {given}/'*.parquet' or "
+                f"{given}/'*.tar'. Leave out --streaming for a folder of images."
+            )
+            return None
+        if path.is_dir() and self.needs_labels and (metadata := _metadata_file(path)) is not None:
+            path, given = metadata, str(metadata)
+        if path.is_dir():
+            is_of_classes = self.needs_labels or _has_class_folders(path)
+            return self._read_class_folders(flag, path) if is_of_classes else self._read_unlabelled(flag, path)
+        reader, files = self._find_files(flag, given)
+        if reader is None:
+            return None
+        try:
+            if not streaming:
+                return _read_files(reader, files, self.cache_dir)
+            shards = _stream_files(reader, [str(file) for file in files], self.cache_dir)
+        except Exception as error:  # a broken file raises whatever its parser raises
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            self.problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
+            return None
+        return self._open_stream(shards)
+
+    def _find_files(self, flag: str, given: str) -> tuple[str | None, list[Path]]:
+        """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
+        path = Path(given).expanduser()
+        files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+        endings = {file.suffix.lower() for file in files}
+        reader = FILE_READERS.get(min(endings)) if len(endings) == 1 else None
+        if not files:
+            self.problems.add(f"{flag} {given} does not exist.")
+        elif reader is None:
+            kinds = ", ".join(sorted({file.suffix or "no ending" for file in files}))
+            self.problems.add(
+                f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
+            )
+        return reader, files
+
+    def _read_unlabelled(self, flag: str, folder: Path) -> datasets.Dataset | None:
+        """All images at any depth."""
+        files = self._images_below(flag, folder)
+        if not files:
+            self.problems.add(f"{flag} {folder} has no images in it.")
+            return None
+        return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+
+    def _read_class_folders(self, flag: str, folder: Path) -> datasets.Dataset | None:
+        """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
+        classes = _folders_in(folder)
+        if not classes or {name.lower() for name in classes} <= SPLIT_NAMES:
+            self.problems.add(_not_class_folders(flag, folder, classes))
+            return None
+        if loose := _loose_images(folder):
+            self.problems.add(f"{flag} {folder}: {listed(loose)} in no class folder. Move to one, or away.")
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            files = self._images_below(flag, folder / name)
+            if not files:
+                self.problems.add(f"{flag} {folder}: the class folder {name!r} has no images. Fill it or remove it.")
+            paths += files
+            labels += [label] * len(files)
+        return _table(paths, labels, classes)
+
+    def _images_below(self, flag: str, folder: Path) -> list[str]:
+        """
+        The images in a folder at any depth, sorted. Pipes and links to nothing are among them: the check of the images
+        reports them.
+        """
+        endings, found = image_endings(), set()
+        for item in walk(str(folder)):
+            if item.error:
+                self.problems.add(f"{flag} {item.path}: {item.error}. Change its permissions, or move it away.")
+            elif Path(item.path).suffix.lower() in endings:
+                found.add(Path(item.path))
+        if not_utf8 := {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}:
+            names = listed([ascii(file.name) for file in sorted(not_utf8)])
+            self.problems.add(
+                f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename."
+            )
+        return [str(file) for file in sorted(found - not_utf8)]
+
+    def _open_stream(self, shards: list[Shard]) -> ImageStream | None:
+        """A stream with its columns and label names, after a look at its first records."""
+        arguments = self.arguments
+        first = next(iter(shards[0].rows), None)
+        if first is None:
+            self.problems.add(f"{shards[0].name} has no rows. Remove it.")
+            return None
+        types = shards[0].rows.features or {}
+        features = {column: types.get(column) for column in first}
+        needs_labels = self.needs_labels or bool(arguments.label_column_name or arguments.label_names_file)
+        columns, names = find_columns(arguments, features, "training", self.problems, needs_labels), []
+        label = columns and columns[1]
+        if label is not None:
+            label_problems = self.problems if needs_labels else Problems()
+            names = _label_names(features[label], label, arguments.label_names_file, label_problems)
+        if columns is None or (names is None and needs_labels):
+            return None
+        is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
+        stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
+        try:
+            for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
+                pass
+        except (InputError, TrainingStopped) as error:
+            self.problems.add(str(error))
+            return None
+        return stream
 
 
-def _read_path(
-    flag: str, given: str, cache_dir: str | None, problems: Problems, needs_labels: bool
-) -> datasets.Dataset | None:
-    path = Path(given).expanduser()
-    if path.is_dir() and needs_labels and (metadata := _metadata_file(path)) is not None:
-        path, given = metadata, str(metadata)
-    if path.is_dir():
-        if not needs_labels and not _has_class_folders(path):
-            return _read_unlabelled(flag, path, problems)
-        return _read_class_folders(flag, path, problems)
-    reader, files = _find_files(flag, given, problems)
-    if reader is None:
-        return None
-    try:
-        return _read_files(reader, files, cache_dir)
-    except Exception as error:  # a broken file raises whatever its parser raises
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
-        return None
-
-
-def _find_files(flag: str, given: str, problems: Problems) -> tuple[str | None, list[Path]]:
-    """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
-    path = Path(given).expanduser()
-    files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
-    endings = {file.suffix.lower() for file in files}
-    reader = FILE_READERS.get(min(endings)) if len(endings) == 1 else None
-    if not files:
-        problems.add(f"{flag} {given} does not exist.")
-    elif reader is None:
-        kinds = ", ".join(sorted({file.suffix or "no ending" for file in files}))
-        problems.add(
-            f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
-        )
-    return reader, files
+# --- Files and folders ------------------------------------------------------------------------------------------------
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
@@ -287,33 +349,6 @@ def _loose_images(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in endings)
 
 
-def _read_unlabelled(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
-    """All images at any depth."""
-    files = _images_below(flag, folder, problems)
-    if not files:
-        problems.add(f"{flag} {folder} has no images in it.")
-        return None
-    return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
-
-
-def _read_class_folders(flag: str, folder: Path, problems: Problems) -> datasets.Dataset | None:
-    """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
-    classes = _folders_in(folder)
-    if not classes or {name.lower() for name in classes} <= SPLIT_NAMES:
-        problems.add(_not_class_folders(flag, folder, classes))
-        return None
-    if loose := _loose_images(folder):
-        problems.add(f"{flag} {folder}: {listed(loose)} in no class folder. Move to one, or away.")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = _images_below(flag, folder / name, problems)
-        if not files:
-            problems.add(f"{flag} {folder}: the class folder {name!r} has no images. Fill it or remove it.")
-        paths += files
-        labels += [label] * len(files)
-    return _table(paths, labels, classes)
-
-
 def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     if classes:
         train = next((name for name in classes if name.lower().startswith("train")), classes[0])
@@ -322,64 +357,26 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
             f"{flag} {folder} has splits in it ({', '.join(classes)}), not classes. Give --train_dir {folder / train} "
             f"--validation_dir {folder / other}."
         )
-    tables = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_READERS)
-    if tables:
+    if tables := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_READERS):
         return f"{flag} {folder} has files in it, not class folders. Give the file, e.g. {flag} {folder / tables[0]}."
     return (
         f"{flag} {folder} has no class folders. Put the images of each class into a folder that is named as the class."
     )
 
 
-def _images_below(flag: str, folder: Path, problems: Problems) -> list[str]:
-    """
-    The images in a folder at any depth, sorted. Pipes and links to nothing are among them: the check of the images
-    reports them.
-    """
-    endings, found = image_endings(), set()
-    for item in walk(str(folder)):
-        if item.fault:
-            problems.add(f"{flag} {item.path}: {item.fault}. Change its permissions, or move it away.")
-        elif Path(item.path).suffix.lower() in endings:
-            found.add(Path(item.path))
-    not_utf8 = {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}
-    if not_utf8:
-        names = listed([ascii(file.name) for file in sorted(not_utf8)])
-        problems.add(f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename.")
-    return [str(file) for file in sorted(found - not_utf8)]
+# --- Shards and label names of streams --------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams
-
-
-def _stream_files(
-    arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool
-) -> ImageStream | None:
-    given = arguments.train_dir
-    if Path(given).expanduser().is_dir():
-        problems.add(
-            f"--train_dir {given} is a folder: --streaming reads files of many images, e.g. {given}/'*.parquet' or "
-            f"{given}/'*.tar'. Leave out --streaming for a folder of images."
-        )
-        return None
-    reader, files = _find_files("--train_dir", given, problems)
-    if reader is None:
-        return None
-    names = [str(file) for file in files]
-    try:
-        if reader == "csv":
-            rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
-        else:
-            rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir, streaming=True)
-        shards = _shards(rows, names)
-    except Exception as error:  # a broken file raises whatever its parser raises
-        problems.add(f"--train_dir {given} can't be read as {reader}: {str(error).strip()}")
-        return None
-    return _open_stream(shards, rows.features, arguments, problems, needs_labels)
+def _stream_files(reader: str, files: list[str], cache_dir: str | None) -> list[Shard]:
+    if reader == "csv":
+        rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": files})
+    else:
+        rows = datasets.load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, streaming=True)
+    return _shards(rows, files)
 
 
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
-    """Text as it stands in the files: "007" is not 7."""
+    """Values stay text: "007" is not 7."""
     for file in files:
         yield from read_rows(file)
 
@@ -407,41 +404,9 @@ def _parquet_rows(file: str) -> int:
 
 def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
     for name, feature in (rows.features or {}).items():
-        if is_image(feature):
+        if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
-
-
-def _open_stream(
-    shards: list[Shard],
-    features: datasets.Features | None,
-    arguments: DataArguments,
-    problems: Problems,
-    needs_labels: bool,
-) -> ImageStream | None:
-    """A stream with its columns and label names, after a look at its first records; None if these are wrong."""
-    first = next(iter(shards[0].rows), None)
-    if first is None:
-        problems.add(f"{shards[0].name} has no rows. Remove it.")
-        return None
-    features = {column: (features or {}).get(column) for column in first}
-    needs_labels = needs_labels or bool(arguments.label_column_name or arguments.label_names_file)
-    columns, names = find_columns(arguments, features, "training", problems, needs_labels), []
-    label = columns and columns[1]
-    if label is not None:
-        label_problems = problems if needs_labels else Problems()
-        names = _label_names(features[label], label, arguments.label_names_file, label_problems)
-    if columns is None or (names is None and needs_labels):
-        return None
-    is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
-    stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
-    try:
-        for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
-            pass
-    except (InputError, TrainingStopped) as error:
-        problems.add(str(error))
-        return None
-    return stream
 
 
 def _label_names(feature: Any, column: str, file: str | None, problems: Problems) -> list[str] | None:

@@ -20,20 +20,20 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, Problems
+from ..common.flags import DataArguments
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .arguments import DataArguments
-from .columns import find_columns, multi_hot, read_labels, stratify
-from .dataset import Examples
-from .sources import FOLDER_COLUMN, Source, listed, read_source
+from .dataset import Examples, multi_hot
+from .listing import is_class_label, is_label_list, split_labels
+from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
 from .streams import ImageStream
 
 
 @dataclass(frozen=True)
 class ImageData:
     """
-    The data of a training. `label_names` are in the order of the class indices, [] if there are none;
-    `shuffle_buffer_size` is for a stream; `is_multi_label` means any number of labels for each image.
+    The data of a training. `label_names` are in the order of the class indices, [] if there are none; `split` describes
+    the held-out images; `is_multi_label` means any number of labels for each image.
     """
 
     source: Source
@@ -82,7 +82,7 @@ def read_data(
         arguments: the command line's.
         seed: of the held-out split and of `--max_train_samples`.
         problems: the mistakes found so far.
-        cache_dir: where to keep what is downloaded.
+        cache_dir: of downloads.
         verify: whether to decode every image: one process of several is enough.
         needs_labels: if not, images without labels will do; all are then of class 0, which has no name.
 
@@ -131,15 +131,8 @@ def read_data(
     if validation is None:
         of_each = f" of each {'label' if train.is_multi_label else 'class'}" if train.label_names else ""
         split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
-    return ImageData(
-        source,
-        train.label_names,
-        train_examples,
-        validation_examples,
-        split,
-        arguments.shuffle_buffer_size,
-        train.is_multi_label and bool(train.label_names),
-    )
+    buffer, is_multi_label = arguments.shuffle_buffer_size, train.is_multi_label and bool(train.label_names)
+    return ImageData(source, train.label_names, train_examples, validation_examples, split, buffer, is_multi_label)
 
 
 @dataclass(frozen=True)
@@ -167,13 +160,10 @@ class LabelledSplit:
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
         indices = self.indices
-        if new_index is not None and self.is_multi_label:
-            indices = [[new_index[index] for index in row] for row in indices]
-        elif new_index is not None:
-            indices = [new_index[index] for index in indices]
         if self.is_multi_label:
-            indices = multi_hot(indices, len(self.label_names) if num_labels is None else num_labels)
-        return Examples(self.images, indices)
+            rows = indices if new_index is None else [[new_index[index] for index in row] for row in indices]
+            return Examples(self.images, multi_hot(rows, len(self.label_names) if num_labels is None else num_labels))
+        return Examples(self.images, indices if new_index is None else [new_index[index] for index in indices])
 
 
 def read_split(
@@ -212,14 +202,64 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
     return images if column == "image" else images.rename_column(column, "image")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splitting
+def read_labels(
+    dataset: datasets.Dataset, column: str, separator: str | None, split: str, problems: Problems
+) -> tuple[list[str], list[int] | list[list[int]], bool, bool] | None:
+    """
+    Reads a column of names, whole numbers or class labels, of lists of these, or, with a `separator`, of text.
+
+    Returns:
+        The fields of `LabelledSplit` after `images`. None if that can't be read: the reasons are among the problems.
+    """
+    feature, rows = dataset.features[column], list(dataset[column])
+    is_multi_label = separator is not None or is_label_list(feature)
+    has_names = separator is None and is_class_label(feature)
+    if separator is not None:
+        if not all(value is None or isinstance(value, str) for value in rows):
+            problems.add(f"--label_separator is for text, and column {column!r} of the {split} split holds {feature}.")
+            return None
+        rows = [split_labels(value, separator) for value in rows]
+    elif not is_multi_label:
+        rows = [[None] if has_names and (value or 0) < 0 else [value] for value in rows]
+    missing = sum(row is None or None in row for row in rows)
+    if missing and is_multi_label:
+        problem = (
+            f"{missing} images of the {split} split have no labels in column {column!r}, or one that is null. Use an "
+            "empty list for images with no labels; remove images whose labels are unknown."
+        )
+    elif missing:
+        problem = f"{missing} images of the {split} split have no label in column {column!r}. Remove them first."
+    elif not all(isinstance(label, str | int) for row in rows for label in row):
+        problem = (
+            f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
+            "image, or a list of them."
+        )
+    elif repeated := [row for row in rows if len(set(row)) < len(row)]:
+        problem = (
+            f"Column {column!r} of the {split} split has a label twice for one image: {str(repeated[0])[:80]}. It must "
+            "list the labels that an image has, not 0 or 1 for each: [1, 4] and not [0, 1, 0, 0, 1]."
+        )
+    else:
+        problem = None
+    if problem is not None:
+        problems.add(problem)
+        return None
+    if has_names:
+        names = list(getattr(feature, "feature", feature).names)
+    else:
+        distinct = sorted({label for row in rows for label in row})
+        names, index = [str(label) for label in distinct], {label: number for number, label in enumerate(distinct)}
+        rows = [[index[label] for label in row] for row in rows]
+    return names, rows if is_multi_label else [row[0] for row in rows], has_names, is_multi_label
+
+
+# --- Splitting --------------------------------------------------------------------------------------------------------
 
 
 def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems) -> LabelledSplit:
     """
-    Reports labels that nothing can be learned from. If none are needed, labels that can neither be stratified by nor
-    probed with are dropped.
+    Reports labels that nothing can be learned from. If none are needed, drops labels that neither a split nor a probe
+    can use.
     """
     counts, number = Counter(train.used()), len(train.indices)
     if not needs_labels:
@@ -252,8 +292,7 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         return Examples(validation.images, [0] * len(validation.indices))
     trained = {train.label_names[index] for index in train.used()}
     counts = Counter(validation.label_names[index] for index in validation.used())
-    unknown = sorted(name for name in counts if name not in trained)
-    if unknown:
+    if unknown := sorted(name for name in counts if name not in trained):
         named = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
         problems.add(
             f"The validation split has classes that no training image has: {named}. Add such, or remove these."
@@ -286,8 +325,7 @@ def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problem
                 f"{'hold out' if kept else 'train on'}. Add images, or choose another."
             )
         return examples.select(kept), examples.select(held)
-    single = [train.label_names[index] for index, count in sorted(counts.items()) if count < 2 and train.label_names]
-    if single:
+    if single := [train.label_names[index] for index in sorted(counts) if counts[index] < 2 and train.label_names]:
         problems.add(
             f"Classes with one image can't be in both the training and the held-out part: {listed(single)}. Add "
             "images, or give --validation_dir."
@@ -307,6 +345,44 @@ def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problem
     return examples.select(sorted(kept.tolist())), examples.select(sorted(held.tolist()))
 
 
+def stratify(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """
+    Splits images at random into two parts, the second with this fraction of the images and, as nearly as possible, of
+    those of every label: iterative stratification (Sechidis et al. 2011, algorithm 1). The rarest label is distributed
+    first, image by image, each to the part that lacks most of it.
+
+    Args:
+        labels: (N, K), 0 and 1.
+        fraction: 0 to 1.
+        seed: of the order of the images, and of ties.
+
+    Returns:
+        The indices of both parts, sorted.
+    """
+    generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
+    left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
+    room, wanted = shares * len(labels), shares[:, None] * left  # (2,), (2, K)
+    part = np.full(len(labels), -1)
+    order = generator.permutation(len(labels))
+
+    def assign(index: int, lack: np.ndarray) -> None:
+        best = np.flatnonzero(np.isclose(lack, lack.max()))
+        best = best[np.isclose(room[best], room[best].max())]
+        chosen = best[0] if len(best) == 1 else generator.choice(best)
+        part[index] = chosen
+        room[chosen] -= 1
+        wanted[chosen] -= labels[index]
+        left[:] -= labels[index]
+
+    while left.any():
+        rarest = int(np.where(left > 0, left, len(labels) + 1).argmin())
+        for index in order[(labels[order, rarest] == 1) & (part[order] < 0)].tolist():
+            assign(index, wanted[:, rarest])
+    for index in order[part[order] < 0].tolist():
+        assign(index, room)
+    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()
+
+
 def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
     if maximum is None or not 1 <= maximum < len(examples):
         return examples
@@ -314,14 +390,12 @@ def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
     return examples.select(sorted(chosen.tolist()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
+# --- Checking ---------------------------------------------------------------------------------------------------------
 
 
 def check_files(splits: dict[str, Examples], problems: Problems) -> None:
     """Adds the images that can't be read to the problems."""
-    reasons = list(find_broken(splits).values())
-    if reasons:
+    if reasons := list(find_broken(splits).values()):
         problems.add(
             f"{len(reasons)} of {sum(map(len, splits.values()))} images can't be read. Repair or remove them, or let "
             "others take the place of up to N in training with --verify_images False --max_broken_images N:"
@@ -355,10 +429,8 @@ def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
     """
-    Writes held-out images, spread over the whole split, as INDEX_LABEL.png.
-
-    Returns:
-        The first file; None if no folder is wanted.
+    Writes held-out images, spread over the whole split, as INDEX_LABEL.png. Returns the first file; None without a
+    folder.
     """
     if folder is None:
         return None

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Images that are read while training goes on: `--streaming`, for data that is larger than the disk.
+Images that are read while training goes on: --streaming, for data that is larger than the disk.
 
-A stream is a list of shards (files) and an order of their records, which is a function of the seed and the epoch. The
-main process reads records, worker processes decode them. Order and pixels depend neither on the number of workers nor
-on where a run was stopped.
+A stream is a list of shards (files) and an order of their records, which depends on the seed and the epoch. The main
+process reads records, worker processes decode them. Neither the number of workers nor a resumption changes order or
+pixels.
 """
 
 import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +20,17 @@ import datasets
 import numpy as np
 import pyarrow
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..common.errors import InputError, TrainingStopped
-from .columns import multi_hot, split_labels
-from .dataset import ImageClassificationDataset, own_loader
-from .decoding import StoredImage
-from .listing import is_whole_number
+from .dataset import ImageClassificationDataset, StoredImage, multi_hot
+from .listing import is_whole_number, split_labels
 
 
-# Keeps the random order of records apart from other random numbers with the same seed and epoch.
+# Keeps these random numbers apart from others with the same seed and epoch.
 _STREAM = 0x73747265
-# The number of a record is its shard, times this, plus its row there: the same in any order and epoch.
+# The number of a record is its shard times this, plus its row.
 ROWS_PER_SHARD = 1 << 32
 
 
@@ -41,48 +39,31 @@ class Record(NamedTuple):
 
     epoch: int
     number: int
-    content: bytes | str | None  # of the file, or its path
-    name: str  # in messages
+    image: StoredImage
     label: int | np.ndarray  # the index of a class; or (K,), 0 and 1, where an image may have several labels
 
 
 @dataclass(frozen=True)
 class Shard:
-    """
-    One file of a stream.
+    """One file of a stream."""
 
-    Attributes:
-        rows: undecoded, of this shard only.
-        name: for people.
-        count: the number of rows, if it is known without reading them.
-        folder: what paths in a table are relative to.
-    """
-
-    rows: datasets.IterableDataset
+    rows: datasets.IterableDataset  # undecoded
     name: str
-    count: int | None = None
-    folder: str = ""
+    count: int | None = None  # of rows, if it is known without reading them
+    folder: str = ""  # of paths in a table
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """
-    Shards, and which columns hold images and labels.
-
-    Attributes:
-        image_column, label_column: of the rows.
-        label_names: in the order of the class indices; [] where labels are not needed: all are then 0.
-        is_multi_label: whether each row has a list of labels.
-        label_separator: between the labels, if they are text.
-    """
+    """Shards, and which columns hold images and labels."""
 
     shards: list[Shard]
     image_column: str
     label_column: str | None
-    label_names: list[str]
+    label_names: list[str]  # in the order of the class indices; [] where labels are not needed: all are then 0
     is_multi_label: bool = False
-    label_separator: str | None = None
-    is_ordered = True  # see `splits.LabelledSplit`
+    label_separator: str | None = None  # between several labels in a text
+    is_ordered = True  # as in `LabelledSplit`
 
     @property
     def count(self) -> int | None:
@@ -120,7 +101,7 @@ class ImageStream:
             elif isinstance(content, str):
                 content = name = str(Path(source.folder, content))
             label = self._label(values[self.label_column], name) if self.label_names else 0
-            yield Record(epoch, number, content, name, label)
+            yield Record(epoch, number, StoredImage(content, name), label)
 
     def name(self, number: int) -> str:
         """What the record with this number is called in messages."""
@@ -152,15 +133,15 @@ class ImageStream:
 
 class RecordOrder:
     """
-    Which records a process trains on, and when.
+    The records that a process trains on, in their order.
 
     In each epoch the shards come in a new order. If their rows are counted (Parquet), each process has an equal part of
-    all rows in that order, so it reads its own shards and parts of two more; a part is at most one record longer than
-    another. If they are not, each process has every world_size-th shard if that divides their number, or else every
-    world_size-th row of all, and repeats without end; an epoch is then one round of a process.
+    all rows in that order, at most one record longer than another. If not, each process has every world_size-th shard
+    if that divides their number, or else every world_size-th row of all, and repeats without end; an epoch is then one
+    round of a process.
 
-    Then the records are shuffled in blocks of `buffer_size` that follow one another. While a block is given out the
-    next is read, so memory holds about one.
+    Then the records are shuffled in blocks of `buffer_size`. While a block is given out the next is read, so memory
+    holds about one.
     """
 
     def __init__(self, stream: ImageStream, seed: int, buffer_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -176,11 +157,9 @@ class RecordOrder:
 
     def endless(self, first: int = 0, blocks: dict[int, tuple[int, int]] | None = None) -> Iterator[Record]:
         """
-        The records from the `first` on, round after round, if the rows are not counted.
-
-        Args:
-            blocks: the epoch and the number of the first record of each block read so far: reading begins at the last
-                of them before `first`, and adds to it. Without it, everything is read again from the start.
+        The records from the `first` on, round after round, if the rows are not counted. `blocks` has the epoch and the
+        number of the first record of each block read so far: reading begins at the last of them before `first`, and
+        adds to it; without it, at the start.
         """
         blocks = {} if blocks is None else blocks
         block = max((number for number in blocks if number * self.buffer_size <= first), default=0)
@@ -237,7 +216,7 @@ class RecordOrder:
 
 @dataclass(frozen=True)
 class RecordExamples:
-    """The records of a batch, by their numbers: `dataset.Examples` with numbers in place of indices."""
+    """The records of a batch, by their numbers: as `Examples`, whose indices are numbers here."""
 
     records: dict[int, Record]
 
@@ -248,21 +227,20 @@ class RecordExamples:
         return self.records[number].label
 
     def another(self, generator: np.random.Generator) -> int:
-        """The number of any record of the batch: others are not in memory."""
+        """The number of any record of the batch; others are not in memory."""
         return int(generator.choice(list(self.records)))
 
     def stored(self, numbers: list[int]) -> list[StoredImage]:
-        return [StoredImage(self.records[number].content, self.records[number].name) for number in numbers]
+        return [self.records[number].image for number in numbers]
 
 
 class StreamDataset(Dataset):
     """
-    What `ImageClassificationDataset` makes of an image, for records in place of indices: see `StreamBatches`.
+    As `ImageClassificationDataset`, but its indices are the records that `StreamBatches` gives.
 
     Args:
-        stream: where the records come from.
-        images: the data set that decodes and augments; its own examples are not read.
-        buffer_size: the number of records in a block that is shuffled.
+        images: decodes and augments; its own examples are not read.
+        buffer_size: number of records in a block that is shuffled.
     """
 
     def __init__(self, stream: ImageStream, images: ImageClassificationDataset, buffer_size: int) -> None:
@@ -297,29 +275,36 @@ class StreamDataset(Dataset):
         return examples
 
 
-class StreamBatches:
+class StreamBatches(TrainerCallback):
     """
-    The batches of this process, as lists of records: torch's batch sampler.
+    The batches of this process, as lists of records: torch's batch sampler. A callback of the Trainer, to resume where
+    a checkpoint left the stream without reading again what came before.
 
-    If the records are counted, every process takes the same number of steps in an epoch: as many as the smallest part
-    has. The last batch may be smaller. What a larger part has beyond that, at most one record for each process and
-    fewer than there are processes, is left out of that epoch. If they are not, there is no end and no epoch.
+    If the records are counted, every process takes the same number of steps in an epoch, that of the smallest part. The
+    last batch may be smaller; one record of a larger part may be left out. If not, there is no end and no epoch.
+
+    Attributes:
+        start_from: the checkpoint; the trainer sets it.
     """
 
     def __init__(self, dataset: StreamDataset, order: RecordOrder, batch_size: int, drop_last: bool = False) -> None:
         self.dataset, self.order, self.batch_size, self.drop_last = dataset, order, batch_size, drop_last
         self.blocks: dict[int, tuple[int, int]] = {}
-        self.skipped = (-1, 0)
+        self.skipped, self.start_from = (-1, 0), None
+
+    @classmethod
+    def from_arguments(cls, dataset: StreamDataset, arguments: TrainingArguments) -> "StreamBatches":
+        """Those of this process."""
+        rank, world_size = arguments.process_index, arguments.world_size
+        order = RecordOrder(dataset.stream, arguments.seed, dataset.buffer_size, rank, world_size)
+        return cls(dataset, order, arguments.train_batch_size, arguments.dataloader_drop_last)
 
     @property
     def is_endless(self) -> bool:
         return self.order.stream.count is None
 
     def skip(self, epoch: int, batches: int) -> None:
-        """
-        The first batches of this epoch are not read: they are given out empty, for accelerate to skip them, which is
-        all that it can do to a batch sampler.
-        """
+        """Does not read the first batches of this epoch. They are empty, and accelerate skips them."""
         self.skipped = epoch, batches
 
     def __len__(self) -> int:
@@ -339,8 +324,22 @@ class StreamBatches:
         yield from ([] for _ in range(skipped))
         yield from (list(itertools.islice(records, self.batch_size)) for _ in following)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.start_from is None or args.ignore_data_skip:
+            return
+        epoch, steps = 0, state.global_step
+        if self.is_endless:
+            self.load(Path(self.start_from))
+        else:
+            epoch, steps = divmod(steps, math.ceil(len(self) / args.gradient_accumulation_steps))
+        self.skip(epoch, steps * args.gradient_accumulation_steps)
+
     def save(self, folder: Path, batches: int) -> None:
-        """Writes where an endless stream was after so many batches: without it, all would be read again."""
+        """Writes into a checkpoint where an endless stream was after so many batches."""
+        if not self.is_endless:
+            return
         block = max(block for block in self.blocks if block * self.order.buffer_size <= batches * self.batch_size)
         position = {"block": block, "first": self.blocks[block], "run": self._run()}
         self._file(folder).write_text(json.dumps(position), encoding="utf-8")
@@ -366,35 +365,6 @@ class StreamBatches:
         return {**names, "shuffle_buffer_size": order.buffer_size}
 
 
-class StreamPosition(TrainerCallback):
-    """
-    Resumes a stream where a checkpoint left it, without reading again what came before.
-
-    Attributes:
-        batches: of the loader. start_from: the checkpoint. The trainer sets both.
-    """
-
-    batches: StreamBatches | None = None
-    start_from: str | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.start_from is None or args.ignore_data_skip:
-            return
-        epoch, steps = 0, state.global_step
-        if self.batches.is_endless:
-            self.batches.load(Path(self.start_from))
-        else:
-            epoch, steps = divmod(steps, math.ceil(len(self.batches) / args.gradient_accumulation_steps))
-        self.batches.skip(epoch, steps * args.gradient_accumulation_steps)
-
-    def save(self, folder: Path, batches: int) -> None:
-        """Writes into a checkpoint where the stream was after so many batches, if that can't be computed."""
-        if self.batches.is_endless:
-            self.batches.save(folder, batches)
-
-
 def check_stream(stream: ImageStream, arguments: TrainingArguments, repeats: int = 1) -> None:
     """Raises InputError if the stream can't do what the flags ask for; `repeats` is --aug_repeats."""
     if repeats > 1:
@@ -413,14 +383,3 @@ def check_stream(stream: ImageStream, arguments: TrainingArguments, repeats: int
             f"{stream.count} images make no batch of {arguments.train_batch_size} for each of {arguments.world_size} "
             "processes. Take fewer processes or a smaller --per_device_train_batch_size."
         )
-
-
-def stream_loader(
-    dataset: StreamDataset, arguments: TrainingArguments, collator: Callable[..., Any]
-) -> tuple[DataLoader, StreamBatches]:
-    """The loader of this process, and where its batches come from."""
-    order = RecordOrder(
-        dataset.stream, arguments.seed, dataset.buffer_size, arguments.process_index, arguments.world_size
-    )
-    batches = StreamBatches(dataset, order, arguments.train_batch_size, arguments.dataloader_drop_last)
-    return own_loader(dataset, arguments, collator, batch_sampler=batches), batches

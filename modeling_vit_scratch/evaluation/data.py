@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
-from ..data.arguments import BUILT_IN, DataArguments
+from ..common.flags import BUILT_IN, DataArguments
 from ..data.dataset import Examples
 from ..data.sources import Source, listed, read_source
 from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample

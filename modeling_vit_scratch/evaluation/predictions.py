@@ -15,8 +15,7 @@ from transformers.image_utils import SizeDict
 
 from ..common.errors import InputError
 from ..data.collation import ImageCollator, Normalize, input_size
-from ..data.dataset import Examples, ImageClassificationDataset
-from ..data.decoding import StoredImage
+from ..data.dataset import Examples, ImageClassificationDataset, StoredImage
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 

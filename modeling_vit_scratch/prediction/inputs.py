@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..common.errors import InputError, Problems
-from ..data.arguments import BUILT_IN
+from ..common.flags import BUILT_IN
 from ..data.listing import (
     LISTS,
     TABLES,

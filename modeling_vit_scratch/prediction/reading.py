@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError
-from ..data.dataset import prepare_workers
+from ..data.collation import prepare_workers
 from ..data.listing import Item
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -68,7 +68,7 @@ class ItemDataset(Dataset):
         number, items = batch
         pixels, errors = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
         for row, (item, content) in enumerate(items):
-            reason = item.fault
+            reason = item.error
             if reason is None:
                 try:
                     pixels[row] = self._read(item, content)
@@ -122,7 +122,7 @@ class Batches:
             yield number, [(item, self._content(item)) for item in items]
 
     def _content(self, item: Item) -> Any:
-        if item.start is None or item.size is not None or item.fault is not None:
+        if item.start is None or item.size is not None or item.error is not None:
             return None
         try:
             content = self._rows.read(item)

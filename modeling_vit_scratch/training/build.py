@@ -13,15 +13,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..acceleration.speed_up import speed_up
-from ..augmentation.building import build_augmentation
-from ..augmentation.device_images import build_device_images
+from ..augmentation.on_device import build_device_images
+from ..augmentation.photo import build_augmentation
 from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
 from ..data.dataset import ImageClassificationDataset
 from ..data.splits import ImageData
-from ..data.streams import ImageStream, StreamDataset, StreamPosition, check_stream
+from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
@@ -56,12 +56,13 @@ def build_trainer(
     """
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
+    batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     trainer = ImageTrainer(
         speed_up(model),
         arguments,
         average=None if decay is None else WeightAverage(decay, warmup),
-        stream_position=StreamPosition() if isinstance(train_set, StreamDataset) else None,
+        stream_batches=batches,
         objective=objective.description,
         finished_model=objective.finished_model,
         data_collator=objective.data_collator,
@@ -117,7 +118,8 @@ def build_datasets(
             raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one.")
         if kind != "photo":
             raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
-        return build_device_images(ImageClassificationDataset(data.train, processor, channels), held_out, arguments)
+        train_set = ImageClassificationDataset(data.train, processor, channels)
+        return build_device_images(train_set, held_out, augmentation, arguments)
     train_set = ImageClassificationDataset(
         data.train,
         processor,

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
-from ..common.flags import Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
+from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
 from ..common.records import license_problem
-from ..data.arguments import DataArguments
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
     DATA_SETS,
@@ -371,7 +370,7 @@ def _build_training_arguments(
     values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
 ) -> "ImageTrainingArguments":
     """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
-    from ..augmentation.policies import auto_augment
+    from ..augmentation.auto_augment import auto_augment
     from ..hub.commit import check_can_publish
     from .trainer_overrides import ImageTrainingArguments
 

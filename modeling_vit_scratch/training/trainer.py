@@ -30,9 +30,8 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
-from ..data.collation import Normalize, mix
-from ..data.dataset import repeating_loader
-from ..data.streams import StreamDataset, StreamPosition, stream_loader
+from ..data.collation import Normalize, mix, process_loader, repeating_loader
+from ..data.streams import StreamBatches
 from ..hub.privacy import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
@@ -49,7 +48,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     Args:
         model, args, others: as in Trainer.
         average: of the weights; it is evaluated and becomes the final model.
-        stream_position: of a training set that is a stream.
+        stream_batches: of a training set that is a stream.
         objective: in words; None for classification.
         finished_model: from the model and its weights to the model that is saved in the end and pushed. None: the same.
 
@@ -64,7 +63,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         model: PreTrainedModel,
         args: ImageTrainingArguments,
         average: WeightAverage | None = None,
-        stream_position: StreamPosition | None = None,
+        stream_batches: StreamBatches | None = None,
         objective: str | None = None,
         finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None,
         **others: Any,
@@ -72,7 +71,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.pusher = HubPusher(args, self.log_line, self._on_push_begin, self.copy_model)  # the Trainer prepares it
         super().__init__(model, args, **others)
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
-        self.average, self.stream_position = average, stream_position
+        self.average, self.stream_batches = average, stream_batches
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
@@ -81,7 +80,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.settings = run_settings(args, self.train_dataset, kind)
         self.save_on_signal = SaveOnSignal(self.processes)
         self._samples, self.samples_by_process = 0, []
-        for callback in (average, self.save_on_signal, stream_position):
+        for callback in (average, self.save_on_signal, stream_batches):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -158,7 +157,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         self.resumed_step = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))["global_step"]
-        for part in (self.average, self.stream_position):
+        for part in (self.average, self.stream_batches):
             if part is not None:
                 part.start_from = checkpoint
 
@@ -217,7 +216,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return loss
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Moves a batch of the loader to the device, normalises and mixes it: see `data/pixels.py`."""
+        """Moves a batch of the loader to the device, normalises and mixes it: see `collation`."""
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
@@ -298,8 +297,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, or a loader for streams or repeated augmentation."""
         repeats = self.args.recipe_arguments.aug_repeats
-        if isinstance(self.train_dataset, StreamDataset):
-            loader, self.stream_position.batches = stream_loader(self.train_dataset, self.args, self.data_collator)
+        if self.stream_batches is not None:
+            batching = {"batch_sampler": self.stream_batches}
+            loader = process_loader(self.train_dataset, self.args, self.data_collator, **batching)
         elif repeats > 1:
             loader = repeating_loader(self.train_dataset, self.args, repeats, self.data_collator)
         else:

@@ -19,7 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..data.dataset import prepare_workers
+from ..data.collation import prepare_workers
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 
 
@@ -93,8 +93,8 @@ class TrainerOverrides:
         metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images}
         with self.run_folder.new_checkpoint(self.state, metadata) as folder:
             super()._save_checkpoint(model, trial)
-            if self.stream_position is not None:
-                self.stream_position.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
+            if self.stream_batches is not None:
+                self.stream_batches.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
         if self.args.push_to_hub and self.is_world_process_zero():
             self.pusher.push_checkpoint(self.run_folder.path / folder.name)
         self.run_folder.rotate(self.state)

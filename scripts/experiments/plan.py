@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
-from modeling_vit_scratch.data.arguments import BUILT_IN
+from modeling_vit_scratch.common.flags import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.build import load_encoder

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The named augmentation policies, on PIL images alone: RandAugment in its three dialects, TrivialAugment, 3-Augment,
-colour jitter, random erasing. For images of mode L or RGB, after they have the model's size.
+The augmentation policies with a name, on PIL images of mode L or RGB that have the model's size: RandAugment in its
+three dialects, TrivialAugment, 3-Augment, colour jitter, random erasing.
 
-What an operation does at which magnitude is what the named code does, and is tested against its output. Two things are
-the same for all dialects: pixels from outside the image, and erased ones, are the grey 128 (0 after the usual
-normalisation; timm's default), and geometric operations are bilinear (torchvision: nearest; timm: bilinear or bicubic
-by chance). As in `augmentation`, all randomness comes from the generator that is passed in.
+An operation at a magnitude does what the code that the dialect is named after does, and is tested against its output.
+Two things are the same for all dialects: pixels from outside the image and erased ones are grey, 128, which is 0 after
+the usual normalisation; and geometric operations are bilinear. All random numbers come from the generator passed in.
 """
 
 import math
@@ -16,29 +15,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from ..data.decoding import Augmentation, PhotoPart, TrainingPhoto
+from ..data.dataset import Augmentation
 
 
 GREY = 128
 BILINEAR = Image.Resampling.BILINEAR
 
 
-class Chain:
-    """One augmentation after the other, with the same generator."""
-
-    def __init__(self, *steps: Augmentation) -> None:
-        self.steps = steps
-        self.description = "; ".join(step.description for step in steps)
-
-    def __call__(self, image: Image.Image | TrainingPhoto, generator: np.random.Generator) -> Image.Image:
-        for step in self.steps:
-            image = step(image, generator)
-            image = image.to_image() if isinstance(image, PhotoPart) else image
-        return image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations
+# --- Operations -------------------------------------------------------------------------------------------------------
 
 
 def _grey(image: Image.Image) -> int | tuple[int, ...]:
@@ -53,6 +37,12 @@ def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
 def _add_to_dark(image: Image.Image, amount: float) -> Image.Image:
     table = [min(255, level + int(amount)) if level < 128 else level for level in range(256)]
     return image.point(table * len(image.getbands()))
+
+
+def _posterized(image: Image.Image, bits: int) -> Image.Image:
+    """Not PIL's, which refuses to keep no bit."""
+    kept = ~(2 ** (8 - bits) - 1) & 255
+    return image.point([level & kept for level in range(256)] * len(image.getbands()))
 
 
 def _erased(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
@@ -83,81 +73,57 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-def _posterized(image: Image.Image, bits: int) -> Image.Image:
-    """Also with no bit left, which is black: PIL refuses that."""
-    kept = ~(2 ** (8 - bits) - 1) & 255
-    return image.point([level & kept for level in range(256)] * len(image.getbands()))
-
-
 # Strength at a fraction of the greatest magnitude on an image whose side is given, and whether its sign is random.
 _Scale = tuple[Callable[[float, int], float], bool]
-
-
-def _scales(shear: float, shift: Callable[[int], float], rotation: float, change: float) -> dict[str, _Scale]:
-    """Those that grow with the magnitude and have a random sign in all dialects but one."""
-    return {
-        "ShearX": (lambda fraction, side: shear * fraction, True),
-        "ShearY": (lambda fraction, side: shear * fraction, True),
-        "TranslateX": (lambda fraction, side: shift(side) * fraction, True),
-        "TranslateY": (lambda fraction, side: shift(side) * fraction, True),
-        "Rotate": (lambda fraction, side: rotation * fraction, True),
-        **{
-            name: (lambda fraction, side: change * fraction, True)
-            for name in ("Brightness", "Color", "Contrast", "Sharpness")
-        },
-    }
-
-
-def _whole_pixels(scales: dict[str, _Scale]) -> dict[str, _Scale]:
-    """torchvision shifts by whole pixels."""
-    shifts = {name: scales[name] for name in ("TranslateX", "TranslateY")}
-    return scales | {
-        name: (lambda fraction, side, scale=scale: float(int(scale(fraction, side))), signed)
-        for name, (scale, signed) in shifts.items()
-    }
-
-
 _NOTHING: _Scale = (lambda fraction, side: 0.0, False)
+_FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
 
-# torchvision/transforms/autoaugment.py: RandAugment._augmentation_space, 31 magnitudes from 0 to 30.
-TORCHVISION_RANDAUGMENT: dict[str, _Scale] = {
-    "Identity": _NOTHING,
-    **_whole_pixels(_scales(shear=0.3, shift=lambda side: 150.0 / 331.0 * side, rotation=30.0, change=0.9)),
-    "Posterize": (lambda fraction, side: 8 - round(4 * fraction), False),
-    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-}
-# The same file: TrivialAugmentWide._augmentation_space (Müller and Hutter, arXiv:2103.10158).
-TORCHVISION_TRIVIALAUGMENT: dict[str, _Scale] = {
-    "Identity": _NOTHING,
-    **_whole_pixels(_scales(shear=0.99, shift=lambda side: 32.0, rotation=135.0, change=0.99)),
-    "Posterize": (lambda fraction, side: 8 - round(6 * fraction), False),
-    "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-}
+
+def _scales(
+    shear: float, shift: Callable[[int], float], rotation: float, change: float, whole: Callable[[float], float] = float
+) -> dict[str, _Scale]:
+    """Operations that grow with the magnitude and have a random sign. `whole` rounds shifts."""
+    shears: _Scale = (lambda fraction, side: shear * fraction, True)
+    shifts: _Scale = (lambda fraction, side: float(whole(shift(side) * fraction)), True)
+    changes: _Scale = (lambda fraction, side: change * fraction, True)
+    return {
+        **dict.fromkeys(("ShearX", "ShearY"), shears),
+        **dict.fromkeys(("TranslateX", "TranslateY"), shifts),
+        "Rotate": (lambda fraction, side: rotation * fraction, True),
+        **dict.fromkeys(_FACTORS, changes),
+    }
+
+
+def _torchvision_scales(
+    shear: float, shift: Callable[[int], float], rotation: float, change: float, bits: int
+) -> dict[str, _Scale]:
+    return {
+        "Identity": _NOTHING,
+        **_scales(shear, shift, rotation, change, whole=int),
+        "Posterize": (lambda fraction, side: 8 - round(bits * fraction), False),
+        "Solarize": (lambda fraction, side: 255.0 * (1 - fraction), False),
+        **dict.fromkeys(("AutoContrast", "Equalize"), _NOTHING),
+    }
+
+
+# torchvision/transforms/autoaugment.py: RandAugment._augmentation_space, 31 magnitudes from 0 to 30; and
+# TrivialAugmentWide._augmentation_space (Müller and Hutter, arXiv:2103.10158).
+TORCHVISION_RANDAUGMENT = _torchvision_scales(0.3, lambda side: 150.0 / 331.0 * side, 30.0, 0.9, bits=4)
+TORCHVISION_TRIVIALAUGMENT = _torchvision_scales(0.99, lambda side: 32.0, 135.0, 0.99, bits=6)
 # timm/data/auto_augment.py: _RAND_INCREASING_TRANSFORMS, magnitudes from 0 to 10.
 TIMM_RANDAUGMENT: dict[str, _Scale] = {
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-    "Invert": _NOTHING,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _NOTHING),
     **_scales(shear=0.3, shift=lambda side: 0.45 * side, rotation=30.0, change=0.9),
     "Posterize": (lambda fraction, side: 4 - int(4 * fraction), False),
     "Solarize": (lambda fraction, side: 256 - min(256, int(256 * fraction)), False),
     "SolarizeAdd": (lambda fraction, side: min(128, int(110 * fraction)), False),
 }
-# big_vision/pp/archive/autoaugment.py: distort_image_with_randaugment. Magnitudes of 10 are fractions of 1; AugReg goes
-# to 20, where solarising and posterising have come back to nothing.
+# big_vision/pp/archive/autoaugment.py: distort_image_with_randaugment, magnitudes from 0; AugReg goes to 20, where
+# solarising and posterising do nothing again.
 BIG_VISION_RANDAUGMENT: dict[str, _Scale] = {
-    "AutoContrast": _NOTHING,
-    "Equalize": _NOTHING,
-    "Invert": _NOTHING,
+    **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), _NOTHING),
     **_scales(shear=0.3, shift=lambda side: 100.0, rotation=30.0, change=0.0),
-    **{
-        name: (lambda fraction, side: 1.8 * fraction - 0.9, False)
-        for name in ("Brightness", "Color", "Contrast", "Sharpness")
-    },
+    **dict.fromkeys(_FACTORS, (lambda fraction, side: 1.8 * fraction - 0.9, False)),
     "Posterize": (lambda fraction, side: int(4 * fraction), False),
     "Solarize": (lambda fraction, side: int(256 * fraction), False),
     "SolarizeAdd": (lambda fraction, side: int(110 * fraction), False),
@@ -180,8 +146,7 @@ def _operate(
     return OPERATIONS[name](image, strength)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Policies
+# --- Policies ---------------------------------------------------------------------------------------------------------
 
 
 class RandAugment:
@@ -189,12 +154,11 @@ class RandAugment:
     A number of random operations, all at the same magnitude (Cubuk et al., arXiv:1909.13719).
 
     Args:
-        dialect: "torchvision" (magnitudes 0 to 30), "timm" (0 to 10, its increasing set) or "big_vision" (0 to 10 and
-            beyond). They share little but the name.
+        dialect: "torchvision" (magnitudes 0 to 30), "timm" (0 to 10, its increasing set) or "big_vision" (0 and up).
         num_operations: drawn with replacement.
-        magnitude: of each.
-        magnitude_std: standard deviation of a normal noise on the magnitude: timm's `mstd`.
-        probability: of each drawn operation to happen: timm's `p`.
+        magnitude: of each operation.
+        magnitude_std: of normal noise on the magnitude: timm's `mstd`.
+        probability: of each drawn operation: timm's `p`.
     """
 
     SCALES = {
@@ -250,8 +214,8 @@ class TrivialAugmentWide:
 
 class ThreeAugment:
     """
-    Grey, solarised (from 128 up) or blurred (a Gaussian of 0.1 to 2 pixels), one of them for every image: Touvron et
-    al., DeiT III (arXiv:2204.07118), section 3.3, and its augment.py. Its colour jitter is `ColorJitter(0.3)`.
+    Grey, solarised (from 128 up) or blurred (a Gaussian of 0.1 to 2 pixels): DeiT III (Touvron et al.,
+    arXiv:2204.07118, section 3.3, and its augment.py). Its colour jitter is `ColorJitter(0.3)`.
     """
 
     description = "one of grey, solarised and blurred (3-Augment)"
@@ -286,11 +250,8 @@ class ColorJitter:
 
 class RandomErasing:
     """
-    A random rectangle of 2 to 33 % of the area, of shape 0.3 to 3.3, is made grey (Zhong et al., arXiv:1708.04896;
-    where and how large, as in timm and torchvision).
-
-    Args:
-        probability: of an image to lose a rectangle.
+    With this probability, a random rectangle of 2 to 33 % of the area and of shape 0.3 to 3.3 becomes grey (Zhong et
+    al., arXiv:1708.04896; position and size as in timm and torchvision).
     """
 
     def __init__(self, probability: float) -> None:
@@ -313,15 +274,9 @@ class RandomErasing:
         return image
 
 
-AUTO_AUGMENT_HELP = (
-    "ra, ta_wide (RandAugment(2, 9) and TrivialAugment, as in torchvision), 3a (3-Augment, as in DeiT III), timm's "
-    "rand-m9-mstd0.5-inc1 (also -n and -p), or big_vision's randaug(2,10)"
-)
-
-
 def auto_augment(name: str) -> Augmentation:
     """
-    The policy of a name as its home spells it: see `AUTO_AUGMENT_HELP`.
+    A policy by its name in torchvision, DeiT III, timm or big_vision.
 
     Raises:
         ValueError: for any other name; the message lists them.
@@ -330,13 +285,13 @@ def auto_augment(name: str) -> Augmentation:
         return {"ra": RandAugment("torchvision"), "ta_wide": TrivialAugmentWide(), "3a": ThreeAugment()}[name]
     if match := re.fullmatch(r"randaug\((\d+),\s*(\d+)\)", name):
         return RandAugment("big_vision", int(match[1]), float(match[2]))
-    if name.startswith("rand-"):
-        return _timm_rand_augment(name)
-    raise ValueError(f"There is no augmentation policy {name!r}. Choose {AUTO_AUGMENT_HELP}.")
-
-
-def _timm_rand_augment(name: str) -> RandAugment:
-    """The mini-language of `timm.data.auto_augment.rand_augment_transform`, for its increasing operations."""
+    if not name.startswith("rand-"):
+        raise ValueError(
+            f"There is no augmentation policy {name!r}. Choose ra, ta_wide (RandAugment(2, 9) and TrivialAugment, as "
+            "in torchvision), 3a (3-Augment, as in DeiT III), timm's rand-m9-mstd0.5-inc1 (also -n and -p), or "
+            "big_vision's randaug(2,10)."
+        )
+    # The mini-language of `timm.data.auto_augment.rand_augment_transform`.
     settings = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, "inc": 0.0}
     for part in name.split("-")[1:]:
         match = re.fullmatch(r"(mstd|inc|m|n|p)(\d+(?:\.\d+)?)", part)
