@@ -60,8 +60,7 @@ def draw_figure(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-    from modeling_vit_scratch.visualization.descriptions import LIMITS
-    from modeling_vit_scratch.visualization.figures import check_drawing
+    from modeling_vit_scratch.visualization.figures import LIMITS, check_drawing
     from modeling_vit_scratch.visualization.photos import find_photos, open_model
 
     size, arrays = arguments.image_size, arguments.save_arrays
@@ -87,7 +86,7 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each figure."""
-    from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+    from modeling_vit_scratch.visualization.figures import DESCRIPTIONS, LIMITS
 
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)

@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..visualization.attention import rollout_maps
+from ..visualization.arrays import rollout_maps
 from ..visualization.figures import lit
 from ..visualization.photos import as_pixels
 from .data import EvaluationData

@@ -16,15 +16,22 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from ..common.errors import InputError
+from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import figures
-from .attention import attention_distances, head_maps, patch_distances, rollout_maps
-from .descriptions import LIMITS
-from .embeddings import patch_filters, position_similarity
-from .gradcam import grad_cam
-from .photos import as_pixels, batches, encoder, read_photo
+from .arrays import (
+    attention_distances,
+    grad_cam,
+    head_maps,
+    patch_distances,
+    patch_filters,
+    position_similarity,
+    rollout_maps,
+)
+from .figures import LIMITS, TITLES
+from .photos import as_pixels, batches, patch_grid, read_photo
 
 
 MAX_PHOTOS_IN_SHEET = 3
@@ -42,8 +49,8 @@ class Subject:
     batch_size: int = 8
 
     @property
-    def pools_cls(self) -> bool:
-        return encoder(self.model).config.pooling == "cls"
+    def config(self) -> ViTScratchConfig:
+        return self.model.base_model.config
 
     def read(self, limit: int) -> Iterator[Tensor]:
         """`pixel_values` (1, C, H, W) of each of the first photos."""
@@ -71,16 +78,15 @@ class Picture:
 
 def filters(subject: Subject) -> Picture:
     """Figure 7, left, of the paper."""
-    found = patch_filters(subject.model)
-    height, width = found.components.shape[1:3]
-    count, explained = len(found.components), found.explained.sum()
+    components, explained, num_filters = patch_filters(subject.model)
+    count, height, width, _ = components.shape
     caption = (
-        f"{subject.name}: the first {count} components of {found.num_filters} filters of {height} × {width} pixels, "
-        f"{explained:.0%} of their variance. Each is scaled to the full range of colours."
+        f"{subject.name}: the first {count} components of {num_filters} filters of {height} × {width} pixels, "
+        f"{explained.sum():.0%} of their variance. Each is scaled to the full range of colours."
     )
-    arrays = {"components": found.components, "explained": found.explained}
     size = (6.0, 6.0 * -(-count // 7) / 7 * height / width + 0.9)
-    return Picture(arrays, size, partial(figures.draw_filters, filters=found, caption=caption))
+    draw = partial(figures.draw_filters, components=components, caption=caption)
+    return Picture({"components": components, "explained": explained}, size, draw)
 
 
 def positions(subject: Subject) -> Picture:
@@ -90,7 +96,7 @@ def positions(subject: Subject) -> Picture:
     shown = [min(rows, figures.MAX_TILES), min(columns, figures.MAX_TILES)]
     part = "" if shown == [rows, columns] else f", {shown[0]} × {shown[1]} of them shown"
     caption = (
-        f"{subject.name}: {encoder(subject.model).config.position_embedding} embeddings of {rows} × {columns} patches"
+        f"{subject.name}: {subject.config.position_embedding} embeddings of {rows} × {columns} patches"
         f"{part}. A tile compares its patch's embedding with those of all patches."
     )
     # Each tile has the shape of the whole grid.
@@ -103,19 +109,18 @@ def positions(subject: Subject) -> Picture:
 
 def distance(subject: Subject) -> Picture:
     """Figure 7, right, and D.7 of the paper."""
-    base, rows, uniforms, sizes = encoder(subject.model), [], [], set()
+    rows, uniforms, sizes = [], [], set()
     photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
         for batch in batches(photos, subject.batch_size):
             rows.append(attention_distances(subject.model, batch))
-            grid = base.embeddings.patch_embeddings.grid(batch)
-            uniforms += [patch_distances(grid, base.config.patch_hw).mean()] * len(batch)
+            distances = patch_distances(patch_grid(subject.model, batch), subject.config.patch_hw)
+            uniforms += [distances.mean()] * len(batch)
             sizes.add(tuple(batch.shape[2:]))
             progress.update(len(batch))
     per_photo, uniform = np.concatenate(rows).astype(np.float64), float(np.mean(uniforms))  # (photos, L, A)
     mean = per_photo.mean(axis=0)
-    first, *others = sorted(sizes)
-    seen = f"{first[0]} × {first[1]}" + (f" to {others[-1][0]} × {others[-1][1]}" if others else "")
+    seen = " to ".join(f"{height} × {width}" for height, width in sorted({min(sizes), max(sizes)}))
     caption = (
         f"{subject.name}: a dot for each of {mean.shape[1]} heads, mean over {number} photo{'s' * (number > 1)} of "
         f"{seen} pixels. Attention between patches only, the rest left out and rows divided by their sum."
@@ -129,21 +134,21 @@ def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
     """Figures 6 and 14, and D.8 of the paper."""
     pixel_values = list(subject.read(limit))
     maps = [rollout_maps(subject.model, one)[0] for one in pixel_values]
-    represents = "the class token" if subject.pools_cls else "the mean of the patches"
+    represents = "the class token" if subject.config.pooling == "cls" else "the mean of the patches"
     caption = (
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
         "counts twice the mean."
     )
-    photos, titles = list(map(subject.as_photo, pixel_values)), (figures.TITLES["rollout"], "attention")
-    return _picture_of_photos("rollout", photos, maps, overlay=figures.lit, titles=titles, caption=caption)
+    photos = list(map(subject.as_photo, pixel_values))
+    return _picture_of_photos("rollout", photos, maps, overlay=figures.lit, map_title="attention", caption=caption)
 
 
 def heads(subject: Subject) -> Picture:
     """Every head of every layer for one photo."""
-    (pixel_values,) = list(subject.read(1))
+    pixel_values = next(subject.read(1))
     maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
-    looks = "the class token" if subject.pools_cls else "all patches, on average,"
+    looks = "the class token" if subject.config.pooling == "cls" else "all patches, on average,"
     caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
     tile = min(0.9, 13 / max(layers * rows / columns, count))
     wide = count * tile
@@ -168,9 +173,8 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
         f"{subject.name}: which patches speak for {chosen}, with the score of each photo. Last layer, before its "
         "attention. Right: a patch of 2 counts twice the mean."
     )
-    titles = (figures.TITLES["gradcam"], "Grad-CAM")
     return _picture_of_photos(
-        "gradcam", photos, maps, overlay=figures.coloured, titles=titles, caption=caption, labels=labels
+        "gradcam", photos, maps, overlay=figures.coloured, map_title="Grad-CAM", caption=caption, labels=labels
     )
 
 
@@ -205,13 +209,13 @@ def _draw_sheet(figure: Any, width: float, name: str, pictures: dict[str, Pictur
         if isinstance(picture, Picture):
             picture.draw(part, width / 3 - 0.3)
         else:
-            figures.draw_message(part, width / 3, figures.TITLES[kind], picture)
+            figures.draw_message(part, width / 3, TITLES[kind], picture)
 
 
 def _picture_of_photos(name: str, photos: list[np.ndarray], maps: list[np.ndarray], **drawing: Any) -> Picture:
     """One array for each photo: photos may differ in size."""
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
-    draw = partial(figures.draw_photos, photos=photos, maps=maps, **drawing)
+    draw = partial(figures.draw_photos, photos=photos, maps=maps, title=TITLES[name], **drawing)
     arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}
     return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), draw)
 

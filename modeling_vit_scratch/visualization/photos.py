@@ -13,12 +13,7 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..common.pretrained import load_pretrained
 from ..data.listing import URLS, list_folder
-from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-
-
-def encoder(model: ViTScratchPreTrainedModel) -> ViTScratchModel:
-    """The encoder of a model with a head; the model itself, if it is one."""
-    return getattr(model, "vit", model)
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchPreTrainedModel
 
 
 @contextmanager
@@ -37,13 +32,8 @@ def open_model(
     source: str, revision: str = "main", image_size: tuple[int, int] | None = None
 ) -> tuple[ViTScratchPreTrainedModel, Any]:
     """
-    A saved model in float32 on the accelerator, if there is one, and its image processor. Without a classifier in the
-    checkpoint, the model is an encoder.
-
-    Args:
-        source: what `from_pretrained` reads: a folder, a Hub id, a checkpoint of another library.
-        revision: branch, tag or commit on the Hub.
-        image_size: height and width, if not the model's own; positions are resampled.
+    What `from_pretrained` reads, in float32 on the accelerator, if there is one, and its image processor. Without a
+    classifier in the checkpoint, the model is an encoder. `image_size`: height and width, if not the model's own.
 
     Raises:
         InputError: if it can't be loaded.
@@ -88,10 +78,15 @@ def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> T
     """
     pixel_values = processor(file, return_tensors="pt")["pixel_values"]
     try:
-        encoder(model).embeddings.patch_embeddings.grid(pixel_values)
+        patch_grid(model, pixel_values)
     except ValueError as error:
         raise InputError(f"{file}: {error} --image_size sets it.") from error
     return pixel_values
+
+
+def patch_grid(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches. Raises ValueError for images that the patch does not divide."""
+    return model.base_model.embeddings.patch_embeddings.grid(pixel_values)
 
 
 def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
