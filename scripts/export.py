@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.common.timing import format_table
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
-    from modeling_vit_scratch.evaluation.report import load_model
+    from modeling_vit_scratch.evaluation.predictions import load_model
     from modeling_vit_scratch.exporting.export import check, check_output, compare, export, missing_packages, save
     from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
     from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
