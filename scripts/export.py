@@ -47,9 +47,19 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.timing import format_table
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
-    from modeling_vit_scratch.exporting.export import check, check_output, compare, export, missing_packages, save
-    from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
-    from modeling_vit_scratch.exporting.speed import PROGRAM, measure_speed
+    from modeling_vit_scratch.exporting.export import (
+        PROGRAM,
+        check,
+        check_output,
+        compare,
+        count_right,
+        export,
+        measure_speed,
+        missing_packages,
+        photographs,
+        save,
+        to_pixel_values,
+    )
 
     logging.disable_progress_bar()
     if missing := missing_packages(arguments.format):
