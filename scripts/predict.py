@@ -38,7 +38,7 @@ def main() -> int:
     inputs = Inputs(arguments)
     if arguments.output is None:
         predictor = load_predictor(arguments, torch.accelerator.current_accelerator() or "cpu")
-        return int(print_table(predictor, inputs, arguments) > arguments.broken_limit)
+        return int(print_table(predictor, inputs, arguments) > arguments.max_broken_images)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         predictor = load_predictor(arguments, accelerator.device)
@@ -51,7 +51,7 @@ def main() -> int:
         print(result_message(job, predicted, broken))
     wait_for_all(processes)
     accelerator.end_training()
-    return int(broken > arguments.broken_limit)
+    return int(broken > arguments.max_broken_images)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,19 @@ from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchIma
 from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.visualization import figures
 from modeling_vit_scratch.visualization.arrays import (
+    as_pixels,
     attention_distances,
+    batches,
+    find_photos,
     grad_cam,
     head_maps,
+    open_model,
     position_similarity,
+    read_photo,
     rollout_maps,
 )
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-from modeling_vit_scratch.visualization.figures import DESCRIPTIONS, LIMITS
-from modeling_vit_scratch.visualization.photos import as_pixels, batches, find_photos, open_model, read_photo
+from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
 
 
 matplotlib = pytest.importorskip("matplotlib")

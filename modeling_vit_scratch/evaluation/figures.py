@@ -16,9 +16,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..visualization.arrays import rollout_maps
+from ..visualization.arrays import as_pixels, rollout_maps
 from ..visualization.figures import lit
-from ..visualization.photos import as_pixels
 from .data import EvaluationData
 from .metrics import value_of
 from .report import EXAMPLES_FIGURE, Report

@@ -200,7 +200,7 @@ def knn_accuracy(
 
 
 class LinearProbe(NamedTuple):
-    """Test accuracy, the chosen strength of the regulariser, and for each strength the accuracy that chose it."""
+    """Test accuracy, the chosen strength of the regulariser, and by strength the accuracies that chose it."""
 
     accuracy: float
     l2: float
@@ -275,15 +275,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 class Probe(TrainerCallback):
     """
-    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` at every evaluation, and every so many steps. With
-    --ema_decay they are those of the averaged weights. Training gives the same weights, bit for bit, as without it.
-
-    Args:
-        trainer: its model is probed.
-        kinds: "knn", "fewshot".
-        train, test: datasets for `extract_features`, without augmentation.
-        num_classes: of their labels.
-        every: steps; None for the evaluations only.
+    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` of the trainer's model at every evaluation, and `every` so
+    many steps, if given. With --ema_decay they are those of the averaged weights. Training gives the same weights, bit
+    for bit, as without it. `train` and `test` are datasets for `extract_features`, without augmentation.
     """
 
     def __init__(

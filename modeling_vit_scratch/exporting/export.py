@@ -173,10 +173,7 @@ def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLi
 
 
 def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | os.PathLike[str]) -> None:
-    """
-    Writes program, configuration, image processor and their code; the folder gets its name when all is there. One that
-    is there is replaced: see `check_output`.
-    """
+    """Writes program, configuration, processor and their code, all or nothing, in place of an earlier program."""
     folder = Path(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     staged.mkdir(parents=True)
@@ -220,8 +217,8 @@ def count_right(
     runs: dict[str, Callable[..., Any]],
 ) -> tuple[int, dict[str, int], str]:
     """
-    The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which
-    images these are. Raises InputError for what is wrong with the data, or a model with several labels for an image.
+    The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which images
+    these are. Raises InputError for what is wrong with the data, or a model with several labels for an image.
     """
     if model.config.problem_type not in (None, "single_label_classification"):
         raise InputError(f"--dataset counts right labels, and this model is for {model.config.problem_type}.")

@@ -54,15 +54,8 @@ _PART_COLUMNS = pyarrow.schema({
 
 class Job:
     """
-    An unfinished run.
-
-    Args:
-        output: the file to write.
-        batch_size: images in a batch.
-
-    Attributes:
-        folder: OUTPUT.parts.
-        count: number of images, once the job is open.
+    An unfinished run that writes a file in batches of images. `folder` is OUTPUT.parts; `count`, the number of images,
+    is known once the job is open.
     """
 
     def __init__(self, output: str | os.PathLike[str], batch_size: int) -> None:
@@ -73,10 +66,9 @@ class Job:
 
     def start(self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool) -> bool:
         """
-        Lists the images, and begins the job or continues the one in the folder. Called by one process.
+        Lists all images, and begins the job or continues the one in the folder. Called by one process.
 
         Args:
-            items: all images.
             settings: what decides the bytes of the output, by its name in messages.
             overwrite: whether to replace an existing output, or a job with other settings.
 
@@ -104,7 +96,13 @@ class Job:
         settings = json.loads(json.dumps({**settings, "images": self.count, "list of images": digest}))
         before = self.settings()
         if before and before != settings and not overwrite:
-            raise InputError(self._differences(before, settings))
+            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            lines = [f"    {name}: {settings.get(name)} now, {before.get(name)} then" for name in names]
+            raise InputError(
+                f"{self.folder} belongs to a run with other settings, which this command can't continue:\n"
+                + "\n".join(lines)
+                + "\nGive its settings and inputs again, or --overwrite to start anew, or another --output."
+            )
         if before != settings:
             self._clear()
         os.replace(listed, self.folder / ITEMS)
@@ -135,17 +133,6 @@ class Job:
         except OSError as error:
             self._lock = None
             raise InputError(f"Another run is at work on --output {self.output}. Wait for it, or stop it.") from error
-
-    def _differences(self, before: dict[str, Any], now: dict[str, Any]) -> str:
-        lines = [
-            f"    {name}: {now.get(name)} now, {before.get(name)} then"
-            for name in {**before, **now} if before.get(name) != now.get(name)
-        ]  # fmt: skip
-        return (
-            f"{self.folder} belongs to a run with other settings, which this command can't continue:\n"
-            + "\n".join(lines)
-            + "\nGive its settings and inputs again, or --overwrite to start anew, or another --output."
-        )
 
     def parts(self) -> list[tuple[int, int]]:
         """The batches that are predicted: ranges from first to end (exclusive), sorted."""

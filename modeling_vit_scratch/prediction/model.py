@@ -38,14 +38,8 @@ class Prediction(NamedTuple):
 
 class Predictor:
     """
-    Predicts batches of images.
-
-    Args:
-        model: a classifier, or with `top_k` 0 an encoder.
-        processor: of the model.
-        top_k: labels per image.
-        has_embeddings: whether to return the pooled output.
-        device, dtype: of the computation.
+    Predicts batches of images: `top_k` labels of each, and with `has_embeddings` the pooled output. `model` is a
+    classifier, or with `top_k` 0 an encoder.
     """
 
     def __init__(

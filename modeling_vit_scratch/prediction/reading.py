@@ -6,18 +6,22 @@ The main process lists the images and reads the rows of tables; worker processes
 """
 
 import itertools
+import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError, Problems
@@ -121,7 +125,7 @@ class Inputs:
         The file in a row of a table as bytes, or its path. Rows of Parquet files are best read in their order.
 
         Raises:
-            ValueError: if the row is in a damaged part of its file.
+            ValueError: if the row is in a damaged part of its file, or too large.
         """
         path, row, folder = item.path, item.start, ""
         if path.lower().endswith(".parquet"):
@@ -138,6 +142,8 @@ class Inputs:
             raise value
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            _check_size(len(value), "table")
         return os.path.join(folder, value) if isinstance(value, str) else value
 
     def _parquet(self, path: str) -> tuple[pyarrow.parquet.ParquetFile, str]:
@@ -271,9 +277,13 @@ class ItemDataset(Dataset):
         return torch.from_numpy(np.stack(bands))
 
 
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a {where}")
+
+
 def _read_member(item: Item) -> bytes:
-    if item.size > MAX_BYTES:
-        raise ValueError(f"it has {item.size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a shard")
+    _check_size(item.size, "shard")
     try:
         with open(item.path, "rb") as file:
             file.seek(item.start)
@@ -291,36 +301,54 @@ def _reason(error: ValueError, name: str) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class Batches:
-    """A batch sampler for torch: numbers and items of a process's batches, with the contents of rows of tables."""
+def build_loader(
+    batches: Iterable[tuple[int, list[Item]]],
+    inputs: Inputs,
+    processor: ViTScratchImageProcessor,
+    arguments: PredictionArguments,
+    pin_memory: bool = False,
+) -> Iterable[Batch]:
+    """
+    Batches, given by their numbers and items, in their order; worker processes read ahead.
 
-    def __init__(self, batches: Iterable[tuple[int, list[Item]]], inputs: Inputs) -> None:
-        self._batches, self._inputs = batches, inputs
+    Raises:
+        InputError: if a batch needs more than half of the memory.
+    """
+    # Pillow warns of large photos; those that are too large are errors anyway.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    dataset, size = ItemDataset(processor, arguments.fast_decode), arguments.per_device_eval_batch_size
+    # Decoded as uint8 and normalised as float32.
+    needed, memory = 5 * size * math.prod(dataset.shape), psutil.virtual_memory().total
+    if needed > memory / 2:
+        raise InputError(
+            f"MODEL takes images of {dataset.shape[1]} x {dataset.shape[2]} pixels, and --per_device_eval_batch_size "
+            f"{size} of them {needed / 1e9:,.1f} GB; this machine has {memory / 1e9:,.1f} GB. Take fewer, or another "
+            "size in its preprocessor_config.json."
+        )
+    loader = DataLoader(
+        dataset, batch_sampler=_with_rows(batches, inputs), collate_fn=_identity,
+        num_workers=arguments.dataloader_num_workers, pin_memory=pin_memory,
+    )  # fmt: skip
+    if arguments.dataloader_num_workers:
+        prepare_workers(loader)
+    return loader
 
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
-        for number, items in self._batches:
-            yield number, [(item, self._content(item)) for item in items]
 
-    def _content(self, item: Item) -> Any:
+def _with_rows(
+    batches: Iterable[tuple[int, list[Item]]], inputs: Inputs
+) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
+    """Adds what is in the rows of tables, or why they can't be read."""
+
+    def content(item: Item) -> bytes | str | ValueError | None:
         if item.start is None or item.size is not None or item.fault is not None:
             return None
         try:
-            content = self._inputs.read(item)
+            return inputs.read(item)
         except ValueError as error:
             return ValueError(str(error))
-        if isinstance(content, bytes) and len(content) > MAX_BYTES:
-            return ValueError(f"it has {len(content):,} bytes, and {MAX_BYTES:,} are the limit for an image in a table")
-        return content
 
-
-def build_loader(batches: Batches, dataset: ItemDataset, num_workers: int, pin_memory: bool) -> Iterable[Batch]:
-    """Batches in their order, read ahead by the worker processes."""
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=_identity, num_workers=num_workers, pin_memory=pin_memory
-    )
-    if num_workers:
-        prepare_workers(loader)
-    return loader
+    for number, items in batches:
+        yield number, [(item, content(item)) for item in items]
 
 
 def _identity(batch: Batch) -> Batch:

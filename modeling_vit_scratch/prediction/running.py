@@ -2,18 +2,13 @@
 """The run: opens the job, predicts batch after batch with rows on the disk every so often, and writes the output."""
 
 import itertools
-import math
 import platform
 import sys
 import time
-import warnings
-from collections.abc import Iterable
 from importlib.metadata import version
 
-import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
@@ -21,7 +16,7 @@ from ..common.processes import Processes, StopSignals
 from .arguments import PredictionArguments
 from .job import Job, Writer, output_columns, printable, to_output, write_errors, write_output
 from .model import Predictor, fingerprint
-from .reading import Batch, Batches, Inputs, ItemDataset, build_loader
+from .reading import Inputs, build_loader
 
 
 THREADS = "threads"
@@ -33,10 +28,8 @@ def open_job(
     predictor: Predictor, inputs: Inputs, arguments: PredictionArguments, accelerator: Accelerator
 ) -> tuple[Job, list[tuple[int, int]], Processes]:
     """
-    Begins or continues the job of the command line, in one process for all.
-
-    Returns:
-        The job, its missing batches, and the processes that share them.
+    Begins or continues the job of the command line, in one process for all. Returns the job, its missing batches, and
+    the processes that share them.
 
     Raises:
         InputError: in all processes, for mistakes in the inputs or the output.
@@ -92,7 +85,7 @@ def run_job(
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     with StopSignals() as stop, bar:
-        loader = _loader(predictor, Batches(share, inputs), arguments, accelerator.device.type == "cuda")
+        loader = build_loader(share, inputs, predictor.processor, arguments, accelerator.device.type == "cuda")
         try:
             for batch in loader:
                 writer.add(batch, predictor(batch.pixels))
@@ -115,24 +108,6 @@ def run_job(
             "To go on, run the same command again.",
             stop.number,
         )
-
-
-def _loader(
-    predictor: Predictor, batches: Batches, arguments: PredictionArguments, pin_memory: bool
-) -> Iterable[Batch]:
-    # Pillow warns of large photos; those that are too large are errors anyway.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    dataset = ItemDataset(predictor.processor, arguments.fast_decode)
-    # Decoded as uint8 and normalised as float32.
-    needed = 5 * arguments.per_device_eval_batch_size * math.prod(dataset.shape)
-    memory = psutil.virtual_memory().total
-    if needed > memory / 2:
-        raise InputError(
-            f"MODEL takes images of {dataset.shape[1]} x {dataset.shape[2]} pixels, and "
-            f"--per_device_eval_batch_size {arguments.per_device_eval_batch_size} of them {needed / 1e9:,.1f} GB; this "
-            f"machine has {memory / 1e9:,.1f} GB. Take fewer, or another size in its preprocessor_config.json."
-        )
-    return build_loader(batches, dataset, arguments.dataloader_num_workers, pin_memory)
 
 
 def _explain(error: RuntimeError, arguments: PredictionArguments) -> Exception:
@@ -193,7 +168,7 @@ def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArgum
     label_width = max(len("label"), *map(len, predictor.label_names))
     print(f"{'image':<{width}}  {'label':<{label_width}}  score")
     numbered = enumerate(itertools.chain([first], batches))
-    for batch in _loader(predictor, Batches(numbered, inputs), arguments, pin_memory=False):
+    for batch in build_loader(numbered, inputs, predictor.processor, arguments):
         prediction = predictor(batch.pixels)
         for name, error, labels, scores in zip(batch.names, batch.errors, prediction.labels, prediction.scores):
             if error is not None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What is inside a model, as arrays: attention, patch filters, position embeddings, and Grad-CAM.
+From a model and photos to arrays: attention, patch filters, position embeddings, and Grad-CAM.
 
 `model` is one of this package, and `pixel_values` (B, C, H, W) are from its image processor. Attention weights are
 exact under every attention implementation: hooks make each layer compute them with eager attention. Those of one layer
 are in memory at a time. Half precision rounds them, so rows are divided by their sum, in float32.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,13 +19,114 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from ..common.errors import InputError
-from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from ..common.pretrained import load_pretrained
+from ..data.listing import URLS, list_folder
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchPreTrainedModel
 from ..page import attention as any_model
-from .photos import evaluating, patch_grid
 
 
 # Figure 7 shows 28: 4 rows of 7.
 NUM_COMPONENTS = 28
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and the photos
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has its own mode again."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def open_model(
+    source: str, revision: str = "main", image_size: tuple[int, int] | None = None
+) -> tuple[ViTScratchPreTrainedModel, Any]:
+    """
+    What `from_pretrained` reads, in float32 on the accelerator, if there is one, and its image processor. Without a
+    classifier in the checkpoint, the model is an encoder. `image_size`: height and width, if not the model's own.
+
+    Raises:
+        InputError: if it can't be loaded.
+    """
+    overrides = {} if image_size is None else {"image_size": list(image_size)}
+    model, processor, missing = load_pretrained(
+        ViTScratchForImageClassification, f"The model {source}", source, {"revision": revision}, dtype=torch.float32,
+        **overrides,
+    )  # fmt: skip
+    needed = {key for key in missing if not key.startswith(("classifier.", "vit.pooler."))}
+    if needed:
+        raise InputError(f"{source} lacks {len(needed)} of the network's weights, e.g. {min(needed)}.")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return (model.vit if missing else model), processor
+
+
+def find_photos(sources: list[str]) -> list[str]:
+    """
+    Images by path or URL; for a folder all images below it, in the order of their names.
+
+    Raises:
+        InputError: if a path does not exist, or a folder has no image.
+    """
+    found = []
+    for source in sources:
+        if os.path.isdir(source):
+            found += [item.path for item in list_folder(source)]
+        elif source.startswith(URLS) or os.path.exists(source):
+            found.append(source)
+        else:
+            raise InputError(f"There is no file {source}. Give images, or folders of images.")
+    return found
+
+
+def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> Tensor:
+    """
+    `pixel_values` (1, C, H, W) of one image.
+
+    Raises:
+        ImageDecodeError: if it can't be read.
+        InputError: if the model can't take it, e.g. because the processor's size is not divisible into patches.
+    """
+    pixel_values = processor(file, return_tensors="pt")["pixel_values"]
+    try:
+        patch_grid(model, pixel_values)
+    except ValueError as error:
+        raise InputError(f"{file}: {error} --image_size sets it.") from error
+    return pixel_values
+
+
+def patch_grid(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches. Raises ValueError for images that the patch does not divide."""
+    return model.base_model.embeddings.patch_embeddings.grid(pixel_values)
+
+
+def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """Batches of up to `size` consecutive images (1, C, H, W) of the same shape."""
+    batch: list[Tensor] = []
+    for tensor in tensors:
+        if batch and (len(batch) == size or tensor.shape != batch[0].shape):
+            yield torch.cat(batch)
+            batch = []
+        batch.append(tensor)
+    if batch:
+        yield torch.cat(batch)
+
+
+def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
+    """Undoes the processor's normalisation: (B, C, H, W) -> (B, H, W, 3), uint8."""
+    values = pixel_values.permute(0, 2, 3, 1).double().cpu().numpy()  # (B, H, W, C)
+    if processor.do_normalize:
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if processor.do_rescale:
+        values = values / processor.rescale_factor
+    pixels = values.round().clip(0, 255).astype(np.uint8)
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,16 +22,20 @@ from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import figures
 from .arrays import (
+    as_pixels,
     attention_distances,
+    batches,
     grad_cam,
     head_maps,
     patch_distances,
     patch_filters,
+    patch_grid,
     position_similarity,
+    read_photo,
     rollout_maps,
 )
-from .figures import LIMITS, TITLES
-from .photos import as_pixels, batches, patch_grid, read_photo
+from .descriptions import LIMITS
+from .figures import TITLES
 
 
 MAX_PHOTOS_IN_SHEET = 3
