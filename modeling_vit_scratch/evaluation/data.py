@@ -38,12 +38,6 @@ class EvaluationData:
     seen_in_training: bool | None = None
     broken: dict[int, str] = field(default_factory=dict)
 
-    def credit(self, arguments: EvaluationArguments) -> str:
-        """Whose images these are."""
-        if arguments.examples_credit:
-            return arguments.examples_credit
-        return ", ".join(filter(None, (self.source.name, self.source.license, self.source.url)))
-
     def without_broken(self) -> "EvaluationData":
         """The images that can be read; all processes use what the first has found."""
         (broken,) = broadcast_object_list([self.broken])

@@ -21,11 +21,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..acceleration.speed_up import only_pooled_output
-from ..data.collation import Normalize
+from ..data.collation import ImageCollator, Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..data.splits import ImageData, check_for_probes
 from ..data.streams import ImageStream
@@ -92,7 +92,12 @@ def extract_features(
     sampler = DistributedSampler(dataset, state.num_processes, state.process_index, shuffle=False)
     # A generator of its own: the loader draws a seed for its workers.
     loader = DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=_collate, generator=torch.Generator()
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=ImageCollator(),
+        generator=torch.Generator(),
     )
     device, values, labels = next(model.parameters()).device, [], []
     modes = {module: module.training for module in model.modules()}
@@ -110,10 +115,6 @@ def extract_features(
     if not np.isfinite(values).all():
         raise ValueError("Features are not finite: the weights of the model are broken.")
     return Features(values, labels.astype(np.int64))
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return default_collate([{name: example[name] for name in ("pixel_values", "labels")} for example in examples])
 
 
 def _gather(share: Tensor, processes: int) -> np.ndarray:

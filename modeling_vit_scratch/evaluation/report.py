@@ -122,7 +122,7 @@ def build_report(
             "confidence": _none_for_nan(diagram.confidence), "accuracy": _none_for_nan(diagram.accuracy),
             "mean_confidence": float(confidence.mean()), "mean_accuracy": float(correct.mean()),
         },
-        "examples": _examples_record(is_right, arguments.examples, seed, data.credit(arguments)),
+        "examples": _examples_record(is_right, arguments, data) if arguments.examples else None,
         "throughput": {
             "images_per_second": predictions.images_per_second,
             "batch_size": arguments.per_device_eval_batch_size,
@@ -147,14 +147,14 @@ def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[
     return chosen[0], chosen[1]
 
 
-def _examples_record(is_right: np.ndarray, number: int, seed: int, credit: str) -> dict[str, Any] | None:
-    """The entry of results.json; None without examples. `rows` are those of predictions.csv, from 0."""
-    if number < 1:
-        return None
-    right, wrong = choose_examples(is_right, number, seed)
+def _examples_record(is_right: np.ndarray, arguments: EvaluationArguments, data: EvaluationData) -> dict[str, Any]:
+    """The entry of results.json; `rows` are those of predictions.csv, from 0."""
+    right, wrong = choose_examples(is_right, arguments.examples, arguments.seed)
+    source = data.source
     return {
         "figure": EXAMPLES_FIGURE, "right": len(right), "wrong": len(wrong), "rows": [*right, *wrong],
-        "chosen": f"chosen at random with seed {seed}", "credit": credit,
+        "chosen": f"chosen at random with seed {arguments.seed}",
+        "credit": arguments.examples_credit or ", ".join(filter(None, (source.name, source.license, source.url))),
     }  # fmt: skip
 
 
