@@ -90,15 +90,10 @@ def extract_features(
         raise ValueError("There are no images to take features of.")
     # All processes get equally many images; the duplicates at the end are cut off below.
     sampler = DistributedSampler(dataset, state.num_processes, state.process_index, shuffle=False)
-    # A generator of its own: the loader draws a seed for its workers.
     loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=ImageCollator(),
-        generator=torch.Generator(),
-    )
+        dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=ImageCollator(),
+        generator=torch.Generator(),  # of its own: the loader draws a seed for its workers
+    )  # fmt: skip
     device, values, labels = next(model.parameters()).device, [], []
     modes = {module: module.training for module in model.modules()}
     model.eval()

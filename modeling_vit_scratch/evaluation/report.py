@@ -8,8 +8,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -34,7 +35,8 @@ EXAMPLES_FIGURE = "examples.png"
 TEMPERATURES = (0.05, 20.0)
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True)
+class Report:
     """
     The scores of a model on images.
 

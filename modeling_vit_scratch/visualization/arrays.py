@@ -10,8 +10,9 @@ are in memory at a time. Half precision rounds them, so rows are divided by thei
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,7 +254,8 @@ def rollout_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.n
 # Embeddings
 
 
-class Filters(NamedTuple):
+@dataclass(frozen=True)
+class Filters:
     """
     Principal components of the first layer's filters, the strongest first.
 

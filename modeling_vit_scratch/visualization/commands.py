@@ -90,16 +90,16 @@ class Picture:
 
 def filters(subject: Subject) -> Picture:
     """Figure 7, left, of the paper: components in rows of seven."""
-    components, explained, num_filters = patch_filters(subject.model)
-    count, height, width, channels = components.shape
+    found = patch_filters(subject.model)
+    count, height, width, channels = found.components.shape
     rows = -(-count // 7)
     caption = (
-        f"{subject.name}: the first {count} components of {num_filters} filters of {height} × {width} pixels, "
-        f"{explained.sum():.0%} of their variance. Each is scaled to the full range of colours."
+        f"{subject.name}: the first {count} components of {found.num_filters} filters of {height} × {width} pixels, "
+        f"{found.explained.sum():.0%} of their variance. Each is scaled to the full range of colours."
     )
 
     def paint(figure: Any) -> None:
-        scaled = figures.to_unit(components, axis=(1, 2, 3))
+        scaled = figures.to_unit(found.components, axis=(1, 2, 3))
         if channels != 3:  # neither colours nor one gray: the mean over channels
             scaled = np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
         padded = np.full((rows * 7, height, width, 3), np.nan)
@@ -108,7 +108,8 @@ def filters(subject: Subject) -> Picture:
         axes.imshow(np.nan_to_num(figures.tiles(padded.reshape(rows, 7, height, width, 3)), nan=1.0))
         axes.set_axis_off()
 
-    arrays, size = {"components": components, "explained": explained}, (6.0, 6.0 * rows / 7 * height / width + 0.9)
+    arrays = {"components": found.components, "explained": found.explained}
+    size = (6.0, 6.0 * rows / 7 * height / width + 0.9)
     return Picture(arrays, size, paint, TITLES["filters"], caption)
 
 
