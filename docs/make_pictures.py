@@ -72,8 +72,7 @@ class Journey:
     """A photo in a network: everything that the pictures show, as arrays."""
 
     def __init__(self, model: Any, processor: Any, photo: Image.Image) -> None:
-        from modeling_vit_scratch.visualization.attention import head_maps, rollout_maps, watch_attention
-        from modeling_vit_scratch.visualization.photos import as_pixels
+        from modeling_vit_scratch.visualization.arrays import as_pixels, head_maps, rollout_maps, watch_attention
 
         self.model, self.photo, config = model.eval(), photo, model.config
         self.grid, self.patch = config.grid_hw, config.patch_hw
@@ -212,7 +211,7 @@ def draw_class_token(figure: Any, journey: Journey) -> None:
 def draw_positions(figure: Any, journey: Journey) -> None:
     """Likeness of positions: the network's own, after a minute of training, and the fixed ones."""
     from modeling_vit_scratch import ViTScratchConfig, ViTScratchModel
-    from modeling_vit_scratch.visualization.embeddings import position_similarity
+    from modeling_vit_scratch.visualization.arrays import position_similarity
     from modeling_vit_scratch.visualization.figures import tiles
 
     config = ViTScratchConfig.from_variant("Mi/8", image_size=112, num_hidden_layers=1, position_embedding="sincos_2d")
@@ -336,7 +335,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    from modeling_vit_scratch.visualization.photos import open_model
+    from modeling_vit_scratch.visualization.arrays import open_model
 
     model, processor = open_model(str(arguments.model or train(arguments.work_dir)))
     journey = Journey(model, processor, photos()["flower"])

@@ -57,7 +57,7 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.page.model import Viewer, load
-    from modeling_vit_scratch.visualization.photos import open_model
+    from modeling_vit_scratch.visualization.arrays import open_model
 
     try:
         viewer = load(source, trust_remote_code, revision)

@@ -11,6 +11,7 @@ reliability diagram; for images with several labels mean average precision, F1 a
 results.json, predictions.csv and figures into MODEL/evaluation/DATASET, and updates the card, MODEL/README.md.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -37,31 +38,28 @@ def main() -> None:
     from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.writing import refresh_card
     from modeling_vit_scratch.evaluation.data import read_evaluation_data
-    from modeling_vit_scratch.evaluation.predictions import predict
-    from modeling_vit_scratch.evaluation.report import build_report, load_model
-    from modeling_vit_scratch.evaluation.writing import report_message, write_report
+    from modeling_vit_scratch.evaluation.predictions import MULTI_LABEL, load_model, predict
+    from modeling_vit_scratch.evaluation.report import build_report, report_message, write_report
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         model, processor = load_model(arguments)
         names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
-        is_multi_label = model.config.problem_type == "multi_label_classification"
+        is_multi_label = model.config.problem_type == MULTI_LABEL
         data = read_evaluation_data(arguments, names, is_multi_label, verify=accelerator.is_main_process)
     data = data.without_broken()
-    predictions = predict(
-        speed_up(model),
-        processor,
-        data.examples,
-        accelerator,
-        arguments.per_device_eval_batch_size,
-        arguments.dataloader_num_workers,
-        arguments.crops,
-    )
+    predictions = predict(speed_up(model), processor, data.examples, accelerator, arguments)
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
-        files = write_report(report, data, arguments, model, processor)
+        files = write_report(report, data, arguments)
+        if importlib.util.find_spec("matplotlib") is None:
+            print('No figures: they are drawn with matplotlib, pip install -e ".[plot]"')
+        else:
+            from modeling_vit_scratch.evaluation.figures import draw_report
+
+            files += draw_report(report, data, model, processor, Path(arguments.output_dir))
         card = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None
-        print(*filter(None, (report_message(report, data, arguments, files), card)), sep="\n")
+        print(*filter(None, (report_message(report.record, arguments.model, files), card)), sep="\n")
     accelerator.end_training()
 
 

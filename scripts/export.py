@@ -47,9 +47,20 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.timing import format_table, summarize, time_in_turns
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
-    from modeling_vit_scratch.evaluation.report import load_model
-    from modeling_vit_scratch.exporting.export import check, check_output, compare, export, missing_packages, save
-    from modeling_vit_scratch.exporting.images import count_right, photographs, to_pixel_values
+    from modeling_vit_scratch.evaluation.predictions import load_model
+    from modeling_vit_scratch.exporting.export import (
+        MODEL,
+        PROGRAM,
+        check,
+        check_output,
+        compare,
+        count_right,
+        export,
+        missing_packages,
+        photographs,
+        save,
+        to_pixel_values,
+    )
 
     logging.disable_progress_bar()
     if missing := missing_packages(arguments.format):
@@ -83,12 +94,12 @@ def main(argv: list[str] | None = None) -> None:
         batch = pixel_values.repeat(-(-arguments.batch_size // len(pixel_values)), 1, 1, 1)[: arguments.batch_size]
         batch = batch.contiguous()
         functions = {
-            "the program": lambda: exported(pixel_values=batch),
-            "the model, eager": torch.inference_mode()(lambda: model(pixel_values=batch).logits),
+            PROGRAM: lambda: exported(pixel_values=batch),
+            MODEL: torch.inference_mode()(lambda: model(pixel_values=batch).logits),
         }
         seconds = time_in_turns(functions, arguments.rounds)
-        summary = summarize(seconds, arguments.batch_size, "the program")
-        print(format_table(f"Batches of {arguments.batch_size}:", summary, "the program"))
+        summary = summarize(seconds, arguments.batch_size, PROGRAM)
+        print(format_table(f"Batches of {arguments.batch_size}:", summary, PROGRAM))
     print(f"""To use it:
 
     from transformers import AutoImageProcessor

@@ -23,8 +23,8 @@ def main() -> int:
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from modeling_vit_scratch.prediction.inputs import Rows
     from modeling_vit_scratch.prediction.model import load_predictor
+    from modeling_vit_scratch.prediction.reading import Inputs
     from modeling_vit_scratch.prediction.running import (
         finish,
         open_job,
@@ -35,15 +35,15 @@ def main() -> int:
     )
 
     logging.disable_progress_bar()
-    rows = Rows(arguments)
+    inputs = Inputs(arguments)
     if arguments.output is None:
         predictor = load_predictor(arguments, torch.accelerator.current_accelerator() or "cpu")
-        return int(print_table(predictor, rows, arguments) > arguments.broken_limit)
+        return int(print_table(predictor, inputs, arguments) > arguments.max_broken_images)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         predictor = load_predictor(arguments, accelerator.device)
-    job, missing, processes = open_job(predictor, rows, arguments, accelerator)
-    run_job(job, missing, predictor, rows, arguments, accelerator)
+    job, missing, processes = open_job(predictor, inputs, arguments, accelerator)
+    run_job(job, missing, predictor, inputs, arguments, accelerator)
     wait_for_all(processes)
     broken = 0
     if accelerator.is_main_process:
@@ -51,7 +51,7 @@ def main() -> int:
         print(result_message(job, predicted, broken))
     wait_for_all(processes)
     accelerator.end_training()
-    return int(broken > arguments.broken_limit)
+    return int(broken > arguments.max_broken_images)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     from modeling_vit_scratch.data.collation import Normalize
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
-    from modeling_vit_scratch.evaluation.probes import extract_features, run_probes, table
+    from modeling_vit_scratch.evaluation.probes import KINDS, extract_features, run_probes, table
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
@@ -69,7 +69,8 @@ def main() -> None:
             for examples in (data.train, data.validation)
         )
         if is_first:
-            found = run_probes(train, test, len(data.label_names), seed, with_linear=not own.skip_linear)
+            kinds = [kind for kind in KINDS if kind != "linear" or not own.skip_linear]
+            found = run_probes(train, test, len(data.label_names), kinds, seed)
             folder.mkdir(parents=True, exist_ok=True)
             record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
             write_record(record, folder)

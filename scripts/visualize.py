@@ -59,10 +59,10 @@ def draw_figure(arguments: argparse.Namespace) -> None:
     """A figure of a model."""
     import numpy as np
 
+    from modeling_vit_scratch.visualization.arrays import find_photos, open_model
     from modeling_vit_scratch.visualization.commands import FIGURES, Subject
     from modeling_vit_scratch.visualization.descriptions import LIMITS
     from modeling_vit_scratch.visualization.figures import check_drawing
-    from modeling_vit_scratch.visualization.photos import find_photos, open_model
 
     size, arrays = arguments.image_size, arguments.save_arrays
     file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")

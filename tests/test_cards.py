@@ -25,15 +25,7 @@ from modeling_vit_scratch.cards.values import template_values
 from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.records import digests
-from modeling_vit_scratch.evaluation.metrics import (
-    confidences,
-    confusion,
-    label_confusions,
-    per_class,
-    per_label,
-    score,
-    score_labels,
-)
+from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
 from modeling_vit_scratch.hub.checks import prepare_card
 from modeling_vit_scratch.hub.contents import collect
 
@@ -81,15 +73,13 @@ def report(folder, is_multi_label=False, **changes):
     values, labels = values_and_labels()
     if is_multi_label:
         labels = np.eye(3, dtype=int)[labels]
-        results, classes = score_labels(values, labels, resamples=20), per_label(values, labels, NAMES, 0.5)
-        matrix = {"of_each_label_rows_true_columns_predicted": label_confusions(values, labels, 0.5).tolist()}
-    else:
-        results, classes = score(values, labels, resamples=20), per_class(values, labels, NAMES)
-        matrix = {"rows_true_columns_predicted": confusion(values, labels).tolist()}
+    results, classes = score(values, labels, resamples=20), per_class(values, labels, NAMES)
+    kind = "of_each_label_rows_true_columns_predicted" if is_multi_label else "rows_true_columns_predicted"
+    matrix = {kind: confusion(values, labels).tolist()}
     confident, hits = confidences(values, labels)
     record = {
-        "metric": results[0].metric, "value": results[0].value, "n": 60,
-        "results": [one.as_dict() for one in results], "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
+        "metric": results[0]["metric"], "value": results[0]["value"], "n": 60,
+        "results": results, "confidence_level": 0.95, "bootstrap_resamples": 20, "seed": 3,
         "threshold": 0.5 if is_multi_label else None,
         "model": {"name": "pets", "num_parameters": 20451},
         "dataset": {

@@ -20,11 +20,10 @@ from modeling_vit_scratch.evaluation.metrics import (
     brier_scores,
     confidences,
     negative_log_likelihoods,
-    per_label,
+    per_class,
     probabilities,
     reliability,
     score,
-    score_labels,
 )
 from modeling_vit_scratch.evaluation.report import fit_temperature
 
@@ -57,7 +56,7 @@ def ece_by_hand(confidence, correct, bins):
 
 
 def values_of(scores):
-    return {one.metric: one.value for one in scores}
+    return {one["metric"]: one["value"] for one in scores}
 
 
 def test_one_label_against_scikit_learn(one_label):
@@ -82,7 +81,7 @@ def test_one_label_against_scikit_learn(one_label):
 def test_several_labels_against_scikit_learn(many_labels):
     logits, labels = many_labels
     values = probabilities(logits, is_multi_label=True)
-    ours, answer = values_of(score_labels(values, labels, resamples=0)), logits >= 0
+    ours, answer = values_of(score(values, labels, resamples=0)), logits >= 0
     theirs = {
         "mean_average_precision": average_precision_score(labels[:, :4], logits[:, :4], average="macro"),
         "macro_f1": f1_score(labels, answer, average="macro", zero_division=0),
@@ -92,7 +91,7 @@ def test_several_labels_against_scikit_learn(many_labels):
         "brier": ((values - labels) ** 2).mean(),
     }
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-12)
-    rows = per_label(values, labels, list("abcde"), threshold=0.5)
+    rows = per_class(values, labels, list("abcde"), threshold=0.5)
     assert [row["average_precision"] for row in rows[:4]] == pytest.approx(
         average_precision_score(labels[:, :4], logits[:, :4], average=None), abs=1e-12
     )
@@ -130,10 +129,10 @@ def test_intervals_of_an_accuracy_are_the_binomial_ones():
     values[:100] = [0.3, 0.7]
     accuracy = score(values, labels, resamples=4000)[0]
     theirs = binom.ppf([0.025, 0.975], 400, 0.75) / 400
-    assert accuracy.interval == pytest.approx(theirs, abs=0.006)
+    assert accuracy["interval"] == pytest.approx(theirs, abs=0.006)
     again = score(values, labels, resamples=4000)[0]
-    assert again.interval == accuracy.interval  # the seed says all
-    assert score(values[100:], labels[100:], resamples=200)[0].wilson_interval[0] < 1.0
+    assert again["interval"] == accuracy["interval"]  # the seed says all
+    assert score(values[100:], labels[100:], resamples=200)[0]["wilson_interval"][0] < 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

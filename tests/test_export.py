@@ -15,8 +15,7 @@ from transformers.exporters import ExportedModel
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, run_command_line
-from modeling_vit_scratch.exporting.export import Comparison, check, compare, missing_packages
-from modeling_vit_scratch.exporting.images import photographs
+from modeling_vit_scratch.exporting.export import Comparison, check, compare, missing_packages, photographs
 
 
 def needs(name: str):

@@ -23,8 +23,8 @@ from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.pretrained import load_pretrained
 from modeling_vit_scratch.configuration_vit_scratch import MOST, VARIANTS
 from modeling_vit_scratch.prediction.arguments import parse_arguments
-from modeling_vit_scratch.prediction.inputs import Rows
 from modeling_vit_scratch.prediction.model import load_predictor
+from modeling_vit_scratch.prediction.reading import Inputs
 from modeling_vit_scratch.prediction.running import print_table
 
 
@@ -145,11 +145,11 @@ def test_a_processor_of_absurd_sizes_is_refused(folder, tmp_path, monkeypatch, c
     (tmp_path / "x.png").write_bytes(png())
     arguments = parse_arguments([str(folder), str(tmp_path / "x.png")])
     if words is None:  # it depends on the image
-        assert print_table(load_predictor(arguments), Rows(arguments), arguments) == 1
+        assert print_table(load_predictor(arguments), Inputs(arguments), arguments) == 1
         assert "the result must have from 1 to" in capsys.readouterr().err
         return
     with pytest.raises(InputError, match=words):
-        print_table(load_predictor(arguments), Rows(arguments), arguments)
+        print_table(load_predictor(arguments), Inputs(arguments), arguments)
 
 
 def png() -> bytes:

@@ -25,8 +25,7 @@ from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.page import pictures
 from modeling_vit_scratch.page.model import PhotoError, Viewer, load, seen_part
-from modeling_vit_scratch.visualization.attention import head_maps, rollout_maps
-from modeling_vit_scratch.visualization.embeddings import position_similarity
+from modeling_vit_scratch.visualization.arrays import head_maps, position_similarity, rollout_maps
 
 
 LABELS = {0: "brown bear", 1: "cat", 2: "<b>zebra</b>"}

@@ -27,10 +27,10 @@ from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, 
 from modeling_vit_scratch.common.processes import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
-from modeling_vit_scratch.prediction import reading, tables
+from modeling_vit_scratch.prediction import reading
 from modeling_vit_scratch.prediction.arguments import parse_arguments
-from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
+from modeling_vit_scratch.prediction.reading import Inputs
 from modeling_vit_scratch.prediction.running import finish, on_screen, open_job, run_job
 
 
@@ -84,7 +84,7 @@ def predict(monkeypatch, *argv) -> int:
 
 def names_of(*inputs, **wishes) -> list[str]:
     arguments = parse_arguments(["model", *map(str, inputs), *(f"--{key}={value}" for key, value in wishes.items())])
-    return [item.name for item in list_inputs(arguments, Rows(arguments))]
+    return [item.name for item in Inputs(arguments).items()]
 
 
 def table_in(file: Path) -> list[dict]:
@@ -134,7 +134,7 @@ def test_lists_and_tables_name_files_beside_them(here, tmp_path, monkeypatch):
         assert names_of(file) == wanted
         monkeypatch.chdir(tmp_path)  # relative to the list, not to where the command runs
         arguments = parse_arguments(["model", str(here / file)])
-        items = list(list_inputs(arguments, Rows(arguments)))
+        items = list(Inputs(arguments).items())
         assert [item.name for item in items] == wanted
         assert all(os.path.exists(item.path) for item in items)
         monkeypatch.chdir(here)
@@ -230,7 +230,7 @@ def test_listing_holds_no_list(here, tmp_path):
         job = jobs.Job(tmp_path / f"{count}.csv", 16)
         arguments = parse_arguments(["model", str(tmp_path / "many.txt")])
         tracemalloc.start()
-        job.start(list_inputs(arguments, Rows(arguments)), {}, False)
+        job.start(Inputs(arguments).items(), {}, False)
         for _, items in job.share(job.missing()):
             assert items
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -316,7 +316,7 @@ def test_pixels_are_the_processor_s_or_of_a_photo_decoded_small(here):
     processor = ViTScratchImageProcessor(size={"height": 16, "width": 24}, crop_pct=0.9)
     files = [f"photos/{number}.JPG" for number in range(5)]
     arguments = parse_arguments(["model", *files])
-    items = [(item, None) for item in list_inputs(arguments, Rows(arguments))]
+    items = [(item, None) for item in Inputs(arguments).items()]
     exact = processor(files, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"]
     full = reading.ItemDataset(processor, fast_decode=False).__getitems__((0, items)).pixels
     np.testing.assert_array_equal(full.numpy(), exact)
@@ -386,9 +386,9 @@ def runner(place):
     def run(output: Path, *flags: str) -> tuple[int, int]:
         argv = [str(folder / "model"), str(folder / "photos"), "--output", str(output), "--dataloader_num_workers", "0"]
         arguments = parse_arguments([*argv, "--per_device_eval_batch_size", "2", *flags])
-        rows = Rows(arguments)
-        job, missing, _ = open_job(predictor, rows, arguments, accelerator)
-        run_job(job, missing, predictor, rows, arguments, accelerator)
+        inputs = Inputs(arguments)
+        job, missing, _ = open_job(predictor, inputs, arguments, accelerator)
+        run_job(job, missing, predictor, inputs, arguments, accelerator)
         return finish(job, predictor)
 
     return run
@@ -403,7 +403,7 @@ def run_until(run, moment: int) -> bool:
     child = os.fork()
     if not child:
         try:
-            left, write_table, rows_of = [moment], pyarrow.parquet.write_table, tables._rows
+            left, write_table, rows_of = [moment], pyarrow.parquet.write_table, jobs._rows
 
             def dying(change):
                 def do(*args, **kwargs):
@@ -419,7 +419,7 @@ def run_until(run, moment: int) -> bool:
 
             for name in KINDS:
                 setattr(os, name, dying(getattr(os, name)))
-            pyarrow.parquet.write_table, tables._rows = dying(write_table), dying(rows_of)
+            pyarrow.parquet.write_table, jobs._rows = dying(write_table), dying(rows_of)
             run()
             os._exit(0)
         finally:
@@ -432,7 +432,6 @@ def run_until(run, moment: int) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_change_of_the_disk_and_run_again_the_bytes_are_the_same(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "BLOCK", 6)
-    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 6)
     (tmp_path / "whole").mkdir()
     assert runner(tmp_path / "whole" / "a.csv") == (11, 2)
     wanted = contents(tmp_path / "whole")
@@ -459,7 +458,6 @@ def test_killed_at_every_change_of_the_disk_and_run_again_the_bytes_are_the_same
 
 def test_what_is_done_is_not_done_again_and_another_run_is_refused(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "BLOCK", 4)
-    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
     output = tmp_path / "a.jsonl"
     read, done = reading.ItemDataset._read, []
 
@@ -492,7 +490,7 @@ def test_rows_that_two_have_written_count_once(tmp_path):
         numbers = range(2 * first, min(2 * end, 7))
         nothing = np.zeros((len(numbers), 0))
         job.write_part(
-            first, end, tables.part_rows(list(map(str, numbers)), [None] * len(numbers), nothing, nothing, None)
+            first, end, jobs.part_rows(list(map(str, numbers)), [None] * len(numbers), nothing, nothing, None)
         )
     assert job.missing() == []
     assert [name for part in job.read_parts() for name in part["image"].to_pylist()] == list("0123456")
@@ -500,7 +498,6 @@ def test_rows_that_two_have_written_count_once(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
     monkeypatch.setattr(jobs, "BLOCK", 4)
     assert not run_until(lambda: runner(tmp_path / "a.parquet"), 10)
     torch.set_num_threads(2)  # another machine, or another number of processes
@@ -541,7 +538,6 @@ def test_two_processes_go_on_where_one_was_killed_and_write_the_same_bytes(runne
         (tmp_path / name).mkdir()
     runner(tmp_path / "one" / "a.parquet")
     monkeypatch.setattr(jobs, "BLOCK", 4)
-    monkeypatch.setattr("modeling_vit_scratch.prediction.running.BLOCK", 4)
     run_until(lambda: runner(tmp_path / "two" / "a.parquet"), 12)
     assert len(list(tmp_path.glob("two/a.parquet.parts/[0-9]*.part"))) in (1, 2)  # of 4
     argv = [str(here / "model"), str(here / "photos"), "--output", str(tmp_path / "two" / "a.parquet")]

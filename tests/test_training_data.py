@@ -23,7 +23,7 @@ from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDatas
 from modeling_vit_scratch.data.splits import export_examples
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
-from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
+from modeling_vit_scratch.prediction.reading import Inputs
 
 
 DECODER = ViTScratchImageProcessor()
@@ -81,7 +81,7 @@ def test_training_and_prediction_find_the_same_images(tmp_path, monkeypatch):
     data = read(train_dir=str(place), train_val_split=0.25)
     found = {split.name(index) for split in (data.train, data.validation) for index in range(len(split))}
     arguments = parse_prediction(["model", str(place)])
-    assert found == {item.path for item in list_inputs(arguments, Rows(arguments))}
+    assert found == {item.path for item in Inputs(arguments).items()}
     assert len(found) == 14
     assert sum("linked" in path for path in found) == 2
     with pytest.raises(InputError, match=r"cat/closed: the folder can't be read: Permission denied"):

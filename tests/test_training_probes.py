@@ -23,9 +23,9 @@ from modeling_vit_scratch.evaluation.probes import (
     choose_shots,
     extract_features,
     few_shot_accuracies,
-    fit_least_squares,
     image_features,
     knn_accuracy,
+    least_squares,
     linear_probe,
 )
 
@@ -74,7 +74,7 @@ def golden_inputs(count: int, width: int) -> tuple[Features, np.ndarray]:
 @pytest.mark.parametrize(("count", "width", "l2"), BIG_VISION)
 def test_least_squares_are_those_of_big_vision(count, width, l2):
     features, test = golden_inputs(count, width)
-    scores = fit_least_squares(features, num_classes=3, l2=l2).scores(test)
+    scores = least_squares(features, test, num_classes=3, l2=l2)
     np.testing.assert_allclose(scores, BIG_VISION[count, width, l2], atol=2e-9)
 
 
@@ -87,7 +87,7 @@ def test_both_forms_of_least_squares_are_the_direct_solution(count, width, l2):
     x, z = (np.c_[(part - mean) / std, np.full(len(part), 100.0)] for part in (x, test.values))
     y = np.where(features.labels[:, None] == np.arange(4), 1.0, -1.0)  # a class without images too
     wanted = z @ np.linalg.solve(x.T @ x + l2 * np.eye(width + 1), x.T @ y)
-    np.testing.assert_allclose(fit_least_squares(features, 4, l2).scores(test.values), wanted, atol=1e-5)
+    np.testing.assert_allclose(least_squares(features, test.values, 4, l2), wanted, atol=1e-5)
 
 
 def test_shots_are_chosen_as_in_big_vision_and_reported_for_every_seed():

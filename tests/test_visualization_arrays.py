@@ -12,17 +12,18 @@ from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.visualization.attention import (
+from modeling_vit_scratch.visualization.arrays import (
     attention_distances,
     attention_rollout,
+    grad_cam,
     head_maps,
     mean_distance,
     patch_distances,
+    patch_filters,
+    position_similarity,
     rollout_maps,
     watch_attention,
 )
-from modeling_vit_scratch.visualization.embeddings import patch_filters, position_similarity
-from modeling_vit_scratch.visualization.gradcam import grad_cam
 
 
 HYBRID = {"variant": "R+Ti/16", "image_size": [64, 128], "hidden_size": 32, "num_hidden_layers": 2}

@@ -16,12 +16,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.visualization import figures
-from modeling_vit_scratch.visualization.attention import attention_distances, head_maps, rollout_maps
+from modeling_vit_scratch.visualization.arrays import (
+    as_pixels,
+    attention_distances,
+    batches,
+    find_photos,
+    grad_cam,
+    head_maps,
+    open_model,
+    position_similarity,
+    read_photo,
+    rollout_maps,
+)
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject
 from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
-from modeling_vit_scratch.visualization.embeddings import position_similarity
-from modeling_vit_scratch.visualization.gradcam import grad_cam
-from modeling_vit_scratch.visualization.photos import as_pixels, batches, find_photos, open_model, read_photo
 
 
 matplotlib = pytest.importorskip("matplotlib")

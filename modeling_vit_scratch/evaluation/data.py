@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
-from ..common.flags import BUILT_IN, DataArguments
+from ..common.flags import BUILT_IN, DataArguments, fill
 from ..data.dataset import Examples
 from ..data.sources import Source, listed, read_source
 from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
@@ -26,8 +26,6 @@ class EvaluationData:
     Labelled images; the labels are indices into the model's.
 
     Attributes:
-        source: the data set.
-        examples: the images.
         description: which images of the data set these are.
         seen_in_training: whether the model was trained on them; None if that is not known.
         broken: file names of images that can't be read, by index.
@@ -38,12 +36,6 @@ class EvaluationData:
     description: str
     seen_in_training: bool | None = None
     broken: dict[int, str] = field(default_factory=dict)
-
-    def credit(self, arguments: EvaluationArguments) -> str:
-        """Whose images these are."""
-        if arguments.examples_credit:
-            return arguments.examples_credit
-        return ", ".join(filter(None, (self.source.name, self.source.license, self.source.url)))
 
     def without_broken(self) -> "EvaluationData":
         """The images that can be read; all processes use what the first has found."""
@@ -68,15 +60,19 @@ def read_evaluation_data(
         InputError: with everything that is wrong with the data.
     """
     try:
-        return _read_evaluation_data(arguments, label_names, is_multi_label, verify)
+        return _read(arguments, label_names, is_multi_label, verify)
     except InputError as error:
         raise InputError(re.sub(r"--(train_dir|dataset_name)\b", "DATASET", str(error))) from error
 
 
-def _read_evaluation_data(
-    arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool
-) -> EvaluationData:
-    problems, record, options = Problems(), _training_record(arguments.model), _data_arguments(arguments)
+def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool) -> EvaluationData:
+    problems, record, options = Problems(), _training_record(arguments.model), fill(DataArguments, vars(arguments))
+    path = Path(arguments.dataset).expanduser()
+    is_local = path.exists() or "*" in arguments.dataset or path.is_absolute()
+    if is_local and arguments.dataset not in BUILT_IN:
+        options.train_dir = arguments.dataset
+    else:
+        options.dataset_name = arguments.dataset
     source = _read_source(arguments, options, problems)
     if source is None:
         raise problems.as_error()
@@ -116,18 +112,6 @@ def _training_record(model: str) -> dict[str, Any]:
         raise InputError(f"{file} is not JSON: {error}. Repair it, or remove it.") from error
 
 
-def _data_arguments(arguments: EvaluationArguments) -> DataArguments:
-    path = Path(arguments.dataset).expanduser()
-    is_local = path.exists() or "*" in arguments.dataset or path.is_absolute()
-    is_local = is_local and arguments.dataset not in BUILT_IN
-    names = ("dataset_config_name", "image_column_name", "label_column_name", "label_separator")
-    return DataArguments(
-        dataset_name=None if is_local else arguments.dataset,
-        train_dir=arguments.dataset if is_local else None,
-        **{name: getattr(arguments, name) for name in names},
-    )
-
-
 def _read_source(arguments: EvaluationArguments, options: DataArguments, problems: Problems) -> Source | None:
     if arguments.split in ("auto", "train", "validation", "all"):
         return read_source(options, arguments.cache_dir, problems)
@@ -151,10 +135,8 @@ def _choose_images(
     problems: Problems,
 ) -> tuple[LabelledSplit | None, str, bool | None]:
     """
-    The images, their description, and whether the model was trained on them (None: not known).
-
-    Args:
-        trained_on: "dataset" of the training record; empty if there is none.
+    The images, their description, and whether the model was trained on them (None: not known). `trained_on`: "dataset"
+    of the training record, or empty.
     """
     choice, is_same = arguments.split, trained_on.get("name") == source.name
     if source.validation is not None and choice in ("auto", "validation"):
@@ -166,15 +148,14 @@ def _choose_images(
         return None, "", None
     total, trained = len(split.indices), trained_on.get("num_training_images")
     held_out = trained_on.get("num_held_out_images") or 0
-    recorded = re.match(r"([\d.]+) %.* with seed (\d+)", str(trained_on.get("held_out")))
     if choice not in ("auto", "train", "validation"):
         is_known = is_same and trained is not None and total in (trained, trained + held_out)
         return split, "all images" if choice == "all" else f"the {choice} split of the data", is_known or None
     if source.validation is not None:  # and --split train
         return split, "the training split of the data", is_same or None
     fraction, seed = arguments.train_val_split, arguments.seed
-    is_recorded = is_same and recorded is not None
-    if fraction is None and is_recorded and total == (trained or 0) + held_out:
+    recorded = re.match(r"([\d.]+) %.* with seed (\d+)", str(trained_on.get("held_out"))) if is_same else None
+    if fraction is None and recorded and total == (trained or 0) + held_out:
         fraction, seed = float(recorded[1]) / 100, int(recorded[2])
     if fraction is None and choice == "auto":
         if is_same and total == trained:
@@ -189,8 +170,8 @@ def _choose_images(
             "and --seed of its training, or --split all."
         )
         return None, "", None
-    train_part, held_out_part = hold_out(replace(split), fraction, seed, problems)
-    if is_recorded and arguments.train_val_split is None and len(held_out_part) != held_out:
+    train_part, held_out_part = hold_out(split, fraction, seed, problems)
+    if recorded and arguments.train_val_split is None and len(held_out_part) != held_out:
         problems.add(
             f"{len(held_out_part)} images would be held out, but training held out {held_out}. Give --train_val_split."
         )
@@ -199,7 +180,7 @@ def _choose_images(
     per = "label" if split.is_multi_label else "class"
     description = f"{role} {100 * fraction:.3g} % of each {per}, chosen with seed {seed}"
     indices = [np.flatnonzero(row).tolist() for row in chosen.labels] if split.is_multi_label else chosen.labels
-    seen = is_train if is_recorded and len(held_out_part) == held_out else None
+    seen = is_train if recorded and len(held_out_part) == held_out else None
     return replace(split, images=chosen.images, indices=indices), description, seen
 
 
@@ -258,16 +239,11 @@ def read_label_map(file: str, label_names: list[str], problems: Problems) -> dic
     except (ValueError, OSError, csv.Error) as error:
         problems.add(f"--label_map {file} can't be read: {error}.")
         return {}
-    known, renamed, unknown = set(label_names), {}, []
-    for theirs, ours in pairs:
-        name = str(ours).strip()
+    known, renamed = set(label_names), {str(theirs).strip(): str(ours).strip() for theirs, ours in pairs}
+    for theirs, name in renamed.items():
         if name not in known and name.isdecimal() and int(name) < len(label_names):
-            name = label_names[int(name)]
-        if name in known:
-            renamed[str(theirs).strip()] = name
-        else:
-            unknown.append(name)
-    if unknown:
+            renamed[theirs] = label_names[int(name)]
+    if unknown := [name for name in renamed.values() if name not in known]:
         problems.add(
             f"--label_map {file}: {len(unknown)} labels on its right side are none of the {len(label_names)} of the "
             f"model, nor a number below that, e.g. {unknown[0]!r}."

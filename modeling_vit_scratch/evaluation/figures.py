@@ -16,11 +16,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..data.collation import Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..visualization.attention import rollout_maps
+from ..visualization.arrays import as_pixels, rollout_maps
 from ..visualization.figures import lit
-from ..visualization.photos import as_pixels
 from .data import EvaluationData
-from .report import Report
+from .metrics import value_of
+from .report import EXAMPLES_FIGURE, Report
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart.
@@ -33,13 +33,23 @@ _NAMES_UP_TO = 60  # classes of which each row is labelled
 _NAME_LENGTH = 18  # letters of a class above an example
 
 
-def draw_report(report: Report, folder: Path) -> list[Path]:
+def draw_report(
+    report: Report,
+    data: EvaluationData,
+    model: ViTScratchForImageClassification,
+    processor: BaseImageProcessor,
+    folder: Path,
+) -> list[Path]:
     """Writes the figures into the folder, and returns the files."""
-    first = ("confusion_matrix", _confusion) if report.threshold is None else ("precision_recall", _curves)
+    is_multi_label = report.record["threshold"] is not None
+    first = ("precision_recall", _curves) if is_multi_label else ("confusion_matrix", _confusion)
     files = []
     for name, draw in (first, ("reliability", _reliability), ("per_class", _per_class)):
         files.append(folder / f"{name}.png")
         draw(report).savefig(files[-1], dpi=150)
+    if report.record["examples"]:
+        files.append(folder / EXAMPLES_FIGURE)
+        _examples(report, data, model, processor).savefig(files[-1], dpi=120)
     return files
 
 
@@ -53,7 +63,8 @@ def _title(report: Report) -> str:
 
 
 def _confusion(report: Report) -> Figure:
-    counts, names = report.confusion, list(map(_shorten, report.label_names))
+    matrix = report.record["confusion_matrix"]
+    counts, names = np.array(matrix["rows_true_columns_predicted"]), list(map(_shorten, matrix["labels"]))
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     size = min(max(4.5, 0.45 * len(names) + 2), 11)
@@ -78,26 +89,28 @@ def _confusion(report: Report) -> Figure:
 
 
 def _reliability(report: Report) -> Figure:
-    diagram = report.reliability
-    of_labels = report.threshold is not None
+    record, of_labels = report.record, report.record["threshold"] is not None
+    edges, counts, accuracy, confidences = (
+        np.array(record["reliability"][name], dtype=float) for name in ("edges", "n", "accuracy", "confidence")
+    )
     share, confidence = ("share with the label", "probability of a label") if of_labels else ("accuracy", "confidence")
     figure = Figure(figsize=(4.8, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    left, width, filled = diagram.edges[:-1], np.diff(diagram.edges), diagram.counts > 0
+    left, width, filled = edges[:-1], np.diff(edges), counts > 0
     upper.bar(
-        left[filled], diagram.accuracy[filled], width[filled], align="edge", color=_BLUE, edgecolor="white",
+        left[filled], accuracy[filled], width[filled], align="edge", color=_BLUE, edgecolor="white",
         label=f"{share} in the bin",
     )  # fmt: skip
     upper.plot(
-        diagram.confidence[filled], diagram.accuracy[filled], "o", color=_ORANGE, markersize=4, clip_on=False,
+        confidences[filled], accuracy[filled], "o", color=_ORANGE, markersize=4, clip_on=False,
         label=f"at its mean {'probability' if of_labels else 'confidence'}",
     )  # fmt: skip
     upper.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
-    ece, temperature = next(one.value for one in report.scores if one.metric == "ece"), report.record["temperature"]
+    ece, temperature = value_of(record["results"], "ece"), record["temperature"]
     upper.set(ylabel=share, xlim=(0, 1), ylim=(0, 1.02))
     upper.set_title(f"{_title(report)}\nECE {100 * ece:.2f} %, temperature {temperature:.3g}", fontsize=10)
     upper.legend(loc="upper left", fontsize=8, frameon=False)
-    lower.bar(left, diagram.counts, width, align="edge", color=_GREY, edgecolor="white")
+    lower.bar(left, counts, width, align="edge", color=_GREY, edgecolor="white")
     lower.set(xlabel=confidence, ylabel="images")
     if of_labels:  # mostly labels that an image has not
         lower.set_yscale("symlog", linthresh=10)
@@ -108,7 +121,8 @@ def _reliability(report: Report) -> Figure:
 
 def _curves(report: Report) -> Figure:
     """A precision-recall curve of all labels together, and of each if they are few; points are at the threshold."""
-    values, labels, names = report.probabilities, report.labels, list(map(_shorten, report.label_names))
+    values, labels, record = report.probabilities, report.labels, report.record
+    names, threshold = list(map(_shorten, record["confusion_matrix"]["labels"])), record["threshold"]
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
     axes = figure.subplots()
     present = [column for column in range(len(names)) if labels[:, column].any()]
@@ -126,24 +140,24 @@ def _curves(report: Report) -> Figure:
         precision, recall, _ = precision_recall_curve(y, p, drop_intermediate=True)
         width, label = 2.0 if colour == "black" else 1.2, f"{name}: {average_precision_score(y, p):.3f}"
         axes.step(recall, precision, where="post", color=colour, linewidth=width, label=label)
-        answers = p >= report.threshold
-        if answers.any():
-            right = (answers & (y == 1)).sum()
-            axes.plot(right / y.sum(), right / answers.sum(), "o", color=colour, markersize=6, clip_on=False)
-    mean = next(one.value for one in report.scores if one.metric == "mean_average_precision")
+        given = p >= threshold
+        if given.any():
+            right = (given & (y == 1)).sum()
+            axes.plot(right / y.sum(), right / given.sum(), "o", color=colour, markersize=6, clip_on=False)
+    mean = value_of(record["results"], "mean_average_precision")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"{_title(report)}\nmean average precision {100 * mean:.2f} % of {len(present)} labels", fontsize=10)
     figure.legend(
         loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
-        title=f"average precision; points:\nanswers from {report.threshold:g} on",
+        title=f"average precision; points:\nanswers from {threshold:g} on",
     )  # fmt: skip
     _hide_frame(axes)
     return figure
 
 
 def _per_class(report: Report) -> Figure:
-    key, title, kind = "f1", "F1", "classes"
-    if report.threshold is not None:
+    key, title, kind, threshold = "f1", "F1", "classes", report.record["threshold"]
+    if threshold is not None:
         key, title, kind = "average_precision", "average precision", "labels"
     table = sorted((row for row in report.record["per_class"] if row["n"]), key=lambda row: row[key])
     shown = table[:40]
@@ -156,7 +170,7 @@ def _per_class(report: Report) -> Figure:
     axes.set_yticks(rows, [f"{_shorten(row['label'])} ({row['n']})" for row in shown])
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set(xlim=(0, 1.02), xlabel="score" if report.threshold is None else f"score (threshold {report.threshold:g})")
+    axes.set(xlim=(0, 1.02), xlabel="score" if threshold is None else f"score (threshold {threshold:g})")
     more = f"\nthe {len(shown)} {kind} with the lowest {title}" if len(table) > len(shown) else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -169,21 +183,10 @@ def _hide_frame(*all_axes: Axes) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_examples(
-    report: Report,
-    data: EvaluationData,
-    model: ViTScratchForImageClassification,
-    processor: BaseImageProcessor,
-    file: Path,
-) -> None:
-    """
-    Writes a figure of the examples in the record: each image as the model sees it, and lit by attention rollout.
-
-    Args:
-        report: with `examples` in its record.
-        data, model, processor: of the report.
-        file: .png to write.
-    """
+def _examples(
+    report: Report, data: EvaluationData, model: ViTScratchForImageClassification, processor: BaseImageProcessor
+) -> Figure:
+    """The examples in the record: each image as the model sees it, and lit by attention rollout."""
     examples = report.record["examples"]
     rows, num_right = examples["rows"], examples["right"]
     groups = [(kind, chosen) for kind, chosen in (("right", rows[:num_right]), ("wrong", rows[num_right:])) if chosen]
@@ -205,17 +208,18 @@ def draw_examples(
             text = prediction if kind == "right" else f"{label},\ntaken for {prediction}"
             plain.set_title(text, fontsize=7.5)
     figure.suptitle(f"{report.record['model']['name']} on {report.record['dataset']['name']}", fontsize=9)
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 def _label_and_prediction(report: Report, row: int) -> tuple[str, str]:
-    names, values, labels = report.label_names, report.probabilities[row], report.labels[row]
-    if report.threshold is None:
+    names, threshold = report.record["confusion_matrix"]["labels"], report.record["threshold"]
+    values, labels = report.probabilities[row], report.labels[row]
+    if threshold is None:
         best = int(values.argmax())
         label, prediction = (_shorten(names[index], _NAME_LENGTH) for index in (labels, best))
         return label, f"{prediction}, {100 * values[best]:.0f} %"
     label, prediction = (
         _shorten(", ".join(names[k] for k in np.flatnonzero(some)) or "none", _NAME_LENGTH)
-        for some in (labels, values >= report.threshold)
+        for some in (labels, values >= threshold)
     )
     return label, prediction

@@ -8,7 +8,7 @@ N images, K labels. A model gives each image one label (softmax) or any number o
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -99,11 +99,9 @@ class Reliability:
     A reliability diagram: confidences in bins, and how often they were right.
 
     Attributes:
-        edges: (bins + 1,); a bin includes its upper edge and not its lower one.
         counts, confidence, accuracy: (bins,); means over the bin, NaN where it is empty.
     """
 
-    edges: np.ndarray
     counts: np.ndarray
     confidence: np.ndarray
     accuracy: np.ndarray
@@ -123,23 +121,26 @@ def reliability(
     The reliability diagram of confidences (N,), from 0 to 1, that were `correct` (N,) or not. Its bins have equal width
     (Guo et al., arXiv:1706.04599) or, with `equal_mass`, equal numbers of images (Nixon et al., arXiv:1904.01685).
     """
-    edges = np.linspace(0.0, 1.0, bins + 1)
     if equal_mass:
         # By rank, so that equal confidences do not empty a bin.
         rank = np.argsort(np.argsort(confidence, kind="stable"), kind="stable")
         index = rank * bins // len(confidence)
-        inner = [confidence[index >= number].min(initial=1.0) for number in range(1, bins)]
-        edges = np.array([0.0, *inner, 1.0])
     else:
-        index = _bin_index(confidence, edges)
+        index = _bin_index(confidence, bins)
     counts = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):
         means = [np.bincount(index, values, minlength=bins) / counts for values in (confidence, correct)]
-    return Reliability(edges, counts, *means)
+    return Reliability(counts, *means)
 
 
-def _bin_index(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
+def _bin_index(confidence: np.ndarray, bins: int = NUM_BINS) -> np.ndarray:
+    """The bins of equal width, each with its upper edge and without its lower one."""
+    return np.clip(np.searchsorted(np.linspace(0.0, 1.0, bins + 1), confidence, side="left") - 1, 0, bins - 1)
+
+
+def answers(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """The likeliest class, (N,); for labels (N, K) 1 for each label whose probability reaches the threshold."""
+    return values.argmax(axis=1) if labels.ndim == 1 else (values >= threshold).astype(np.int64)
 
 
 def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,85 +157,80 @@ def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 # Scores with intervals
 
 
-@dataclass(frozen=True)
-class Score:
+# A value for each image, of which the metric is the mean; or a function of the indices of images.
+Measure = np.ndarray | Callable[[np.ndarray], float]
+
+
+def score(
+    values: np.ndarray, labels: np.ndarray, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
     """
-    A metric over `n` images, with its 95 % percentile bootstrap interval. `more` is for results.json alone.
-
-    The bootstrap interval of an accuracy of 1 is [1, 1], which says nothing; shares of images have Wilson's too.
-    """
-
-    metric: str
-    value: float
-    n: int
-    interval: tuple[float, float] | None
-    wilson_interval: tuple[float, float] | None = None
-    more: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The entry of results.json."""
-        entry = {"metric": self.metric, "value": self.value, "n": self.n, "interval": self.interval}
-        entry |= {} if self.wilson_interval is None else {"wilson_interval": self.wilson_interval}
-        return entry | self.more
-
-
-def score(values: np.ndarray, labels: np.ndarray, resamples: int = 1000, seed: int = 0) -> list[Score]:
-    """
-    Scores of a model that gives each image one label.
+    The metrics as entries of results.json, each with its definition and a 95 % percentile bootstrap interval. That of
+    an accuracy of 1 is [1, 1], which says nothing; shares of images have Wilson's interval too.
 
     Args:
         values: probabilities (N, K).
-        labels: classes (N,).
+        labels: classes (N,), or 0 and 1 (N, K).
+        threshold: minimum probability of a label, for labels (N, K).
         resamples: bootstrap resamples of the images; 0 for no intervals.
         seed: of the resamples.
     """
+    if labels.ndim == 1:
+        definitions, measures, known = DEFINITIONS, _measure_classes(values, labels), {}
+    else:
+        definitions = MULTI_LABEL_DEFINITIONS
+        measures, known = _measure_labels(values, labels.astype(np.int64), threshold)
+    results, n = [], len(labels)
+    for metric in (metric for metric in definitions if metric in measures):
+        measure = measures[metric]
+        is_mean = isinstance(measure, np.ndarray)
+        data, statistic = (measure, np.mean) if is_mean else (np.arange(n), measure)
+        interval = _bootstrap(data, statistic, resamples, seed, vectorized=is_mean)
+        result = {"metric": metric, "value": float(statistic(data)), "n": n, "interval": interval}
+        if metric in _SHARES:
+            bounds = binomtest(int(data.sum()), n).proportion_ci(method="wilson")
+            result["wilson_interval"] = float(bounds.low), float(bounds.high)
+        results.append({**result, **known.get(metric, {}), "definition": definitions[metric]})
+    return results
+
+
+def value_of(results: list[dict[str, Any]], metric: str) -> float:
+    """The value of a metric in the entries of results.json."""
+    return next(result["value"] for result in results if result["metric"] == metric)
+
+
+def _measure_classes(values: np.ndarray, labels: np.ndarray) -> dict[str, Measure]:
     confidence, correct = confidences(values, labels)
     best = values.argmax(axis=1)
-    per_image = {
-        "accuracy": correct.astype(np.float64),
-        "nll": negative_log_likelihoods(values, labels),
-        "brier": brier_scores(values, labels),
-    }
-    if values.shape[1] > TOP_K:
-        top = np.argpartition(-values, TOP_K - 1, axis=1)[:, :TOP_K]
-        per_image["top5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
 
     def expected_error(rows: np.ndarray, equal_mass: bool) -> float:
         return reliability(confidence[rows], correct[rows], equal_mass=equal_mass).expected_error
 
-    statistics = {
+    measures: dict[str, Measure] = {
+        "accuracy": correct.astype(np.float64),
+        "nll": negative_log_likelihoods(values, labels),
+        "brier": brier_scores(values, labels),
         "macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1]),
         "ece": lambda rows: expected_error(rows, equal_mass=False),
         "adaptive_ece": lambda rows: expected_error(rows, equal_mass=True),
     }
-    return [
-        _score(metric, definition, len(labels), per_image, statistics, resamples, seed)
-        for metric, definition in DEFINITIONS.items()
-        if metric in per_image or metric in statistics
-    ]
+    if values.shape[1] > TOP_K:
+        top = np.argpartition(-values, TOP_K - 1, axis=1)[:, :TOP_K]
+        measures["top5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
+    return measures
 
 
-def score_labels(
-    values: np.ndarray, labels: np.ndarray, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
-) -> list[Score]:
-    """
-    Scores of a model that gives each image any number of labels.
-
-    Args:
-        values: probabilities (N, K).
-        labels: 0 and 1, (N, K).
-        threshold: minimum probability of a label.
-        resamples: bootstrap resamples of the images; 0 for no intervals.
-        seed: of the resamples.
-    """
-    labels, (n, num_labels) = labels.astype(np.int64), values.shape
-    answers, images = (values >= threshold).astype(np.int64), np.arange(n)
-    each_label = AveragePrecision(values, labels, images)
-    pooled = AveragePrecision(values.reshape(-1, 1), labels.reshape(-1, 1), np.repeat(images, num_labels))
+def _measure_labels(
+    values: np.ndarray, labels: np.ndarray, threshold: float
+) -> tuple[dict[str, Measure], dict[str, dict[str, Any]]]:
+    """The measures, and what is already known about the metrics: exact values, and numbers of images and labels."""
+    answers, (n, num_labels), images = (values >= threshold).astype(np.int64), values.shape, np.arange(len(values))
+    each_label = _average_precision(values, labels, images)
+    pooled = _average_precision(values.reshape(-1, 1), labels.reshape(-1, 1), np.repeat(images, num_labels))
     right, either = labels * answers, labels + answers  # twice the first over the second is F1
     has_either = either.any(axis=1)
     f1_of_image = np.divide(2 * right.sum(1), either.sum(1), out=np.zeros(n), where=has_either)
-    bin_index = _bin_index(values.ravel(), np.linspace(0.0, 1.0, NUM_BINS + 1))
+    bin_index = _bin_index(values.ravel())
 
     def mean_average_precision(counts: np.ndarray) -> float:
         found = each_label(counts)
@@ -249,12 +245,6 @@ def score_labels(
         errors = np.bincount(bin_index, weights * (labels.ravel() - values.ravel()), minlength=NUM_BINS)
         return float(np.abs(errors).sum() / weights.sum())
 
-    per_image = {
-        "exact_match": (answers == labels).all(axis=1).astype(np.float64),
-        "hamming_loss": (answers != labels).mean(axis=1),
-        "nll": negative_log_likelihoods(values, labels),
-        "brier": brier_scores(values, labels),
-    }
     # As functions of (N,), how often a resample has each image: much faster than scikit-learn on the images themselves.
     of_counts: dict[str, Callable[[np.ndarray], float]] = {
         "mean_average_precision": mean_average_precision,
@@ -264,10 +254,14 @@ def score_labels(
         "samples_f1": lambda counts: _ratio(counts @ f1_of_image, counts @ has_either),
         "ece": expected_error,
     }
-    statistics = {
-        metric: lambda rows, statistic=statistic: statistic(np.bincount(rows, minlength=n))
-        for metric, statistic in of_counts.items()
+    measures: dict[str, Measure] = {
+        "exact_match": (answers == labels).all(axis=1).astype(np.float64),
+        "hamming_loss": (answers != labels).mean(axis=1),
+        "nll": negative_log_likelihoods(values, labels),
+        "brier": brier_scores(values, labels),
     }
+    for metric, statistic in of_counts.items():
+        measures[metric] = lambda rows, statistic=statistic: statistic(np.bincount(rows, minlength=n))
     exact = multi_label_scores(values, labels, answers) | {
         "micro_average_precision": (
             float(average_precision_score(labels, values, average="micro")) if labels.any() else float("nan")
@@ -275,42 +269,11 @@ def score_labels(
         "hamming_loss": float(hamming_loss(labels, answers)),
         "ece": reliability(values.ravel(), labels.ravel()).expected_error,
     }
-    num_images = {"samples_f1": int(has_either.sum())}
-    more = {
-        "mean_average_precision": {"num_labels": int(labels.any(axis=0).sum())},
-        "macro_f1": {"num_labels": int(either.any(axis=0).sum())},
-    }
-    return [
-        replace(
-            _score(metric, definition, n, per_image, statistics, resamples, seed, exact.get(metric)),
-            n=num_images.get(metric, n),
-            more={**more.get(metric, {}), "definition": definition},
-        )
-        for metric, definition in MULTI_LABEL_DEFINITIONS.items()
-    ]
-
-
-def _score(
-    metric: str,
-    definition: str,
-    n: int,
-    per_image: dict[str, np.ndarray],
-    statistics: dict[str, Callable[[np.ndarray], float]],
-    resamples: int,
-    seed: int,
-    value: float | None = None,
-) -> Score:
-    """A metric that is a mean over images, or a function of the images' indices; `value`, if it is known already."""
-    if metric in per_image:
-        data, statistic, is_mean = per_image[metric], np.mean, True
-    else:
-        data, statistic, is_mean = np.arange(n), statistics[metric], False
-    interval, wilson = _bootstrap(data, statistic, resamples, seed, vectorized=is_mean), None
-    if metric in _SHARES:
-        bounds = binomtest(int(data.sum()), n).proportion_ci(method="wilson")
-        wilson = float(bounds.low), float(bounds.high)
-    value = float(statistic(data)) if value is None else value
-    return Score(metric, value, n, interval, wilson, {"definition": definition})
+    known: dict[str, dict[str, Any]] = {metric: {"value": value} for metric, value in exact.items()}
+    known["samples_f1"]["n"] = int(has_either.sum())
+    known["mean_average_precision"]["num_labels"] = int(labels.any(axis=0).sum())
+    known["macro_f1"]["num_labels"] = int(either.any(axis=0).sum())
+    return measures, known
 
 
 def _bootstrap(
@@ -329,33 +292,36 @@ def _bootstrap(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-class AveragePrecision:
+def _average_precision(
+    values: np.ndarray, labels: np.ndarray, images: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
     """
     scikit-learn's average precision of each column for resamples of the images: values are sorted once for all.
 
     Args:
         values, labels: (M, C).
         images: (M,), which image a row is about.
+
+    Returns:
+        A function from (N,), how often a resample has each image, to (C,), NaN where no image has the label.
     """
+    order = np.argsort(-values, axis=0, kind="stable")
+    ranked, images = np.take_along_axis(values, order, axis=0), images[order]
+    labels = np.take_along_axis(labels, order, axis=0).astype(bool)
+    # No threshold lies between equal values: they all have the precision at the last of them.
+    is_last = np.vstack([ranked[1:] != ranked[:-1], np.ones((1, values.shape[1]), dtype=bool)])
+    ends = np.where(is_last, np.arange(len(values))[:, None], len(values))
+    ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
 
-    def __init__(self, values: np.ndarray, labels: np.ndarray, images: np.ndarray) -> None:
-        order = np.argsort(-values, axis=0, kind="stable")
-        ranked, self.images = np.take_along_axis(values, order, axis=0), images[order]
-        self.labels = np.take_along_axis(labels, order, axis=0).astype(bool)
-        # No threshold lies between equal values: they all have the precision at the last of them.
-        rows = np.arange(len(values))[:, None]
-        is_last = np.vstack([ranked[1:] != ranked[:-1], np.ones((1, values.shape[1]), dtype=bool)])
-        ends = np.where(is_last, rows, len(values))
-        self.ends = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        """(C,), NaN where no image has the label; `counts` (N,): how often the resample has each image."""
-        weights = counts[self.images]
-        found = np.where(self.labels, weights, 0)
+    def of_counts(counts: np.ndarray) -> np.ndarray:
+        weights = counts[images]
+        found = np.where(labels, weights, 0)
         seen, right = weights.cumsum(axis=0), found.cumsum(axis=0)
         precision = np.divide(right, seen, out=np.zeros(seen.shape), where=seen > 0)
-        total = (found * np.take_along_axis(precision, self.ends, axis=0)).sum(axis=0)
+        total = (found * np.take_along_axis(precision, ends, axis=0)).sum(axis=0)
         return np.divide(total, right[-1], out=np.full(total.shape, np.nan), where=right[-1] > 0)
+
+    return of_counts
 
 
 def _macro_f1(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> float:
@@ -373,35 +339,28 @@ def _ratio(part: float, whole: float) -> float:
 # Tables of classes and labels
 
 
-def per_class(values: np.ndarray, labels: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and number of images of each class."""
-    parts = precision_recall_fscore_support(labels, values.argmax(axis=1), labels=range(len(names)), zero_division=0)
-    return [
-        {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
-        for name, p, r, f, n in zip(names, *parts)
-    ]
-
-
-def per_label(values: np.ndarray, labels: np.ndarray, names: list[str], threshold: float) -> list[dict[str, Any]]:
+def per_class(values: np.ndarray, labels: np.ndarray, names: list[str], threshold: float = 0.5) -> list[dict[str, Any]]:
     """
-    For each label its average precision, None where no image has it; precision, recall and F1, 0 where they are not
-    defined; and how many images have it, `n`, and get it, `predicted`.
+    Precision, recall and F1 of each class, 0 where they are not defined, and its number of images, `n`. For labels
+    (N, K) also the average precision, None where no image has the label, and how many images get it, `predicted`.
     """
-    answers = (values >= threshold).astype(np.int64)
-    parts = precision_recall_fscore_support(labels, answers, average=None, zero_division=0)
-    rows = []
-    for column, (name, p, r, f, n) in enumerate(zip(names, *(np.atleast_1d(part) for part in parts))):
-        average = float(average_precision_score(labels[:, column], values[:, column])) if n else None
-        row = {"label": name, "average_precision": average, "precision": float(p), "recall": float(r), "f1": float(f)}
-        rows.append({**row, "n": int(n), "predicted": int(answers[:, column].sum())})
+    given, rows = answers(values, labels, threshold), []
+    parts = precision_recall_fscore_support(labels, given, labels=range(len(names)), zero_division=0)
+    for index, (name, p, r, f, n) in enumerate(zip(names, *parts)):
+        row = {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
+        if labels.ndim == 2:
+            average = float(average_precision_score(labels[:, index], values[:, index])) if n else None
+            row = {"label": name, "average_precision": average, **row, "predicted": int(given[:, index].sum())}
+        rows.append(row)
     return rows
 
 
-def confusion(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(K, K): images of the row's class that were classified as the column's."""
-    return confusion_matrix(labels, values.argmax(axis=1), labels=range(values.shape[1]))
-
-
-def label_confusions(values: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
-    """(K, 2, 2): for each label the images without and with it (rows), by the prediction (columns)."""
-    return multilabel_confusion_matrix(labels, (values >= threshold).astype(np.int64))
+def confusion(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """
+    Images by their class (rows) and the predicted one (columns), (K, K). For labels (N, K) a matrix for each label,
+    (K, 2, 2): images without and with it.
+    """
+    given = answers(values, labels, threshold)
+    if labels.ndim == 2:
+        return multilabel_confusion_matrix(labels, given)
+    return confusion_matrix(labels, given, labels=range(values.shape[1]))

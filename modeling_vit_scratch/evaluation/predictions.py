@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits of every image, computed once, by one process or several."""
+"""The model, and its logits for every image, computed once, by one process or several."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +13,43 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
 from ..common.errors import InputError
+from ..common.pretrained import load_pretrained
 from ..data.collation import ImageCollator, Normalize, input_size
 from ..data.dataset import Examples, ImageClassificationDataset, StoredImage
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from .arguments import EvaluationArguments
 
 
-@dataclass(frozen=True)
-class Predictions:
+MULTI_LABEL = "multi_label_classification"
+
+
+def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
+    """
+    The model and its image processor.
+
+    Raises:
+        InputError: if it can't be loaded, or has no classifier.
+    """
+    name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+    model, processor, missing = load_pretrained(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
+    if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
+        raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
+    if model.config.problem_type == "regression" or model.num_labels < 2:
+        raise InputError(
+            f"MODEL {name} does not classify: it has problem_type={model.config.problem_type!r} and "
+            f"{model.num_labels} outputs."
+        )
+    if arguments.threshold is not None and model.config.problem_type != MULTI_LABEL:
+        raise InputError(
+            f"--threshold {arguments.threshold:g} is for models that give an image any number of labels. MODEL {name} "
+            "gives each image its likeliest label. Leave it out."
+        )
+    model.config.calibrated = arguments.calibrated
+    return model, processor
+
+
+class Predictions(NamedTuple):
     """
     Attributes:
         logits: (N, V, K) of V views, float32, not divided by any temperature.
@@ -67,54 +96,36 @@ def predict(
     processor: BaseImageProcessor,
     examples: Examples,
     accelerator: Accelerator,
-    batch_size: int = 128,
-    num_workers: int = 0,
-    crops: int = 1,
+    arguments: EvaluationArguments,
 ) -> Predictions:
-    """
-    Logits of every image, in the order of the examples. The model's temperature is not applied.
-
-    Args:
-        model, processor: of the same checkpoint.
-        examples: images and labels.
-        accelerator: of this process.
-        batch_size, num_workers: per process.
-        crops: views of each image: 1, 2, 5 or 10.
-    """
-    size, count = input_size(processor, model.config), len(examples)
-    dataset = ViewsDataset(examples, processor, model.config.num_channels, crops, size)
-    batch_size = min(batch_size, -(-count // accelerator.num_processes))
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=ImageCollator())
+    """Logits of every image, in the order of the examples. The model's temperature is not applied."""
+    count, crops, config = len(examples), arguments.crops, model.config
+    dataset = ViewsDataset(examples, processor, config.num_channels, crops, input_size(processor, config))
+    batch_size = min(arguments.per_device_eval_batch_size, -(-count // accelerator.num_processes))
+    loader = DataLoader(dataset, batch_size, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
     loader, normalize = accelerator.prepare_data_loader(loader), Normalize.from_processor(processor)
-    model, was_calibrated = model.to(accelerator.device).eval(), model.config.calibrated
-    logits = np.full((count, crops, model.config.num_labels), np.nan, dtype=np.float32)
+    model, was_calibrated = model.to(accelerator.device).eval(), config.calibrated
+    logits = np.full((count, crops, config.num_labels), np.nan, dtype=np.float32)
     seen, start = np.zeros(count, dtype=bool), None
-    model.config.calibrated, is_main = False, accelerator.is_main_process
-    bar = tqdm(total=count, desc="evaluating", unit=" images", disable=not is_main, leave=False)
+    bar = tqdm(total=count, desc="evaluating", unit=" images", disable=not accelerator.is_main_process, leave=False)
+    config.calibrated = False
     try:
         with torch.inference_mode(), bar:
             for batch in loader:
-                indices, values = accelerator.gather(_forward(model, normalize, batch))
+                views = batch["pixel_values"]  # (B, V, C, H, W)
+                pixel_values = views.flatten(0, 1) if normalize is None else normalize(views.flatten(0, 1))
+                found = model(pixel_values).logits.unflatten(0, views.shape[:2])  # (B, V, K)
+                indices, found = accelerator.gather((batch["keys"][:, 2].contiguous(), found))
                 # Processes get equally many images: some come twice, and are written to the same row.
                 rows = indices.cpu().numpy()
-                logits[rows] = values.float().cpu().numpy()
+                logits[rows] = found.float().cpu().numpy()
                 seen[rows] = True
                 bar.update(int(seen.sum()) - bar.n)
                 start = start or (time.perf_counter(), int(seen.sum()))
     finally:
-        model.config.calibrated = was_calibrated
+        config.calibrated = was_calibrated
     if not seen.all():
         raise RuntimeError(f"{int((~seen).sum())} of {count} images were not evaluated: this is a bug.")
     rest = count - start[1]
     rate = rest / (time.perf_counter() - start[0]) if rest else None
     return Predictions(logits, np.asarray(examples.labels), rate)
-
-
-def _forward(
-    model: ViTScratchForImageClassification, normalize: Normalize | None, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (B,) and logits (B, V, K)."""
-    views = batch["pixel_values"]  # (B, V, C, H, W)
-    pixel_values = views.flatten(0, 1)
-    pixel_values = pixel_values if normalize is None else normalize(pixel_values)
-    return batch["keys"][:, 2].contiguous(), model(pixel_values).logits.unflatten(0, views.shape[:2])

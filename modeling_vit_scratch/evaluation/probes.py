@@ -7,7 +7,7 @@ are what the model's classifier sees, in evaluation mode and without augmentatio
 tune and take seconds, so that `Probe` can log them during training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,16 +21,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..acceleration.speed_up import only_pooled_output
-from ..data.collation import Normalize
+from ..data.collation import ImageCollator, Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..data.splits import ImageData, check_for_probes
 from ..data.streams import ImageStream
 
 
+KINDS = ("knn", "fewshot", "linear")
 SHOTS = (1, 5, 10, 25)
 FEW_SHOT_L2 = 2.0**10
 FEW_SHOT_SEEDS = 3
@@ -88,12 +89,11 @@ def extract_features(
     if count == 0:
         raise ValueError("There are no images to take features of.")
     # All processes get equally many images; the duplicates at the end are cut off below.
-    padded = -(-count // state.num_processes) * state.num_processes
-    share = [index % count for index in range(state.process_index, padded, state.num_processes)]
-    # A generator of its own: the loader draws a seed for its workers.
+    sampler = DistributedSampler(dataset, state.num_processes, state.process_index, shuffle=False)
     loader = DataLoader(
-        Subset(dataset, share), batch_size, num_workers=num_workers, collate_fn=_collate, generator=torch.Generator()
-    )
+        dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=ImageCollator(),
+        generator=torch.Generator(),  # of its own: the loader draws a seed for its workers
+    )  # fmt: skip
     device, values, labels = next(model.parameters()).device, [], []
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -110,10 +110,6 @@ def extract_features(
     if not np.isfinite(values).all():
         raise ValueError("Features are not finite: the weights of the model are broken.")
     return Features(values, labels.astype(np.int64))
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return default_collate([{name: example[name] for name in ("pixel_values", "labels")} for example in examples])
 
 
 def _gather(share: Tensor, processes: int) -> np.ndarray:
@@ -134,33 +130,20 @@ def balanced_subset(labels: list[int], maximum: int, seed: int = 0) -> list[int]
 # Few-shot least squares: the paper, section 4.1
 
 
-class LeastSquares(NamedTuple):
-    """A linear classifier of standardised features."""
-
-    mean: np.ndarray
-    std: np.ndarray
-    ridge: Ridge
-
-    def scores(self, values: np.ndarray) -> np.ndarray:
-        """Features (N, D) to scores (N, K)."""
-        return self.ridge.predict(_standardise(values, self.mean, self.std))
-
-
-def fit_least_squares(features: Features, num_classes: int, l2: float = FEW_SHOT_L2) -> LeastSquares:
+def least_squares(train: Features, test: np.ndarray, num_classes: int, l2: float = FEW_SHOT_L2) -> np.ndarray:
     """
-    Regularised least squares in float64, as in big_vision (evaluators/fewshot_lsr.py): targets are 1 for the class and
-    -1 for all others.
+    The scores (N, K) of test features (N, D), by regularised least squares in float64, as in big_vision
+    (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
     """
-    values = features.values.astype(np.float64)
+    values = train.values.astype(np.float64)
     mean, std = values.mean(axis=0), values.std(axis=0) + 1e-5
-    targets = 2.0 * np.eye(num_classes)[features.labels] - 1.0  # (N, K)
-    ridge = Ridge(alpha=l2, fit_intercept=False).fit(_standardise(values, mean, std), targets)
-    return LeastSquares(mean, std, ridge)
 
+    def standardise(values: np.ndarray) -> np.ndarray:
+        """Appends a constant of 100, for a bias that is hardly regularised: (N, D) -> (N, D + 1)."""
+        return np.pad((values - mean) / std, ((0, 0), (0, 1)), constant_values=100.0)
 
-def _standardise(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Appends a constant of 100, for a bias that is hardly regularised: (N, D) -> (N, D + 1)."""
-    return np.pad((values - mean) / std, ((0, 0), (0, 1)), constant_values=100.0)
+    targets = 2.0 * np.eye(num_classes)[train.labels] - 1.0  # (N, K)
+    return Ridge(alpha=l2, fit_intercept=False).fit(standardise(values), targets).predict(standardise(test))
 
 
 def choose_shots(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> np.ndarray:
@@ -174,21 +157,17 @@ def few_shot_accuracies(
     train: Features, test: Features, num_classes: int, first_seed: int = 0
 ) -> dict[int, list[float]]:
     """
-    The accuracies of `fit_least_squares` for each number of `SHOTS`, one for each of `FEW_SHOT_SEEDS` draws of the
-    training images. A number of shots that no class has is left out: it would repeat a smaller one.
+    The accuracies of `least_squares` for each number of `SHOTS`, one for each of `FEW_SHOT_SEEDS` draws of the training
+    images. A number of shots that no class has is left out: it would repeat a smaller one.
     """
-    largest = int(np.bincount(train.labels).max())
-    accuracies: dict[int, list[float]] = {}
-    for shots in SHOTS:
-        if shots > largest:
-            continue
-        accuracies[shots] = []
-        for seed in range(first_seed, first_seed + FEW_SHOT_SEEDS):
-            chosen = choose_shots(train.labels, num_classes, shots, seed)
-            fitted = fit_least_squares(Features(train.values[chosen], train.labels[chosen]), num_classes)
-            predictions = fitted.scores(test.values).argmax(axis=1)
-            accuracies[shots].append(float((predictions == test.labels).mean()))
-    return accuracies
+
+    def accuracy(shots: int, seed: int) -> float:
+        chosen = choose_shots(train.labels, num_classes, shots, seed)
+        scores = least_squares(Features(train.values[chosen], train.labels[chosen]), test.values, num_classes)
+        return float((scores.argmax(axis=1) == test.labels).mean())
+
+    largest, seeds = np.bincount(train.labels).max(), range(first_seed, first_seed + FEW_SHOT_SEEDS)
+    return {shots: [accuracy(shots, seed) for seed in seeds] for shots in SHOTS if shots <= largest}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +196,7 @@ def knn_accuracy(
 
 
 class LinearProbe(NamedTuple):
-    """Test accuracy, the chosen strength of the regulariser, and for each strength the accuracy that chose it."""
+    """Test accuracy, the chosen strength of the regulariser, and by strength the accuracies that chose it."""
 
     accuracy: float
     l2: float
@@ -254,17 +233,20 @@ def _logistic_regression(values: np.ndarray, labels: np.ndarray, l2: float) -> A
 
 
 def run_probes(
-    train: Features, test: Features, num_classes: int, seed: int = 0, with_linear: bool = True
+    train: Features, test: Features, num_classes: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """
-    The results of all probes, by name: `accuracy` on the test images, and more. Few-shot probes have the mean over
+    The results of probes, by name: `accuracy` on the test images, and more. Few-shot probes have the mean over
     `accuracies`; different seeds share no draw.
     """
-    found: dict[str, dict[str, Any]] = {"knn": {"accuracy": knn_accuracy(train, test)}}
-    few_shot = few_shot_accuracies(train, test, num_classes, first_seed=FEW_SHOT_SEEDS * seed)
-    for shots, accuracies in few_shot.items():
-        found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
-    if with_linear:
+    found: dict[str, dict[str, Any]] = {}
+    if "knn" in kinds:
+        found["knn"] = {"accuracy": knn_accuracy(train, test)}
+    if "fewshot" in kinds:
+        few_shot = few_shot_accuracies(train, test, num_classes, first_seed=FEW_SHOT_SEEDS * seed)
+        for shots, accuracies in few_shot.items():
+            found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
+    if "linear" in kinds:
         linear = linear_probe(train, test, seed=seed)
         tried = {f"{l2:g}": accuracy for l2, accuracy in linear.held_out_accuracies.items()}
         found["linear"] = {"accuracy": linear.accuracy, "l2": linear.l2, "held_out_accuracies": tried}
@@ -289,15 +271,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 class Probe(TrainerCallback):
     """
-    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` at every evaluation, and every so many steps. With
-    --ema_decay they are those of the averaged weights. Training gives the same weights, bit for bit, as without it.
-
-    Args:
-        trainer: its model is probed.
-        kinds: "knn", "fewshot".
-        train, test: datasets for `extract_features`, without augmentation.
-        num_classes: of their labels.
-        every: steps; None for the evaluations only.
+    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` of the trainer's model at every evaluation, and `every` so
+    many steps, if given. With --ema_decay they are those of the averaged weights. Training gives the same weights, bit
+    for bit, as without it. `train` and `test` are datasets for `extract_features`, without augmentation.
     """
 
     def __init__(
@@ -331,19 +307,15 @@ class Probe(TrainerCallback):
 
     def accuracies(self) -> dict[str, float]:
         """The current accuracies, by name."""
-        model, args, found = self.trainer.model, self.trainer.args, {}
+        model, args = self.trainer.model, self.trainer.args
         train, test = (
             extract_features(
                 model, dataset, args.per_device_eval_batch_size, args.dataloader_num_workers, self.normalize
             )
             for dataset in (self.train, self.test)
         )
-        if "knn" in self.kinds:
-            found["knn_accuracy"] = knn_accuracy(train, test)
-        if "fewshot" in self.kinds:
-            for shots, values in few_shot_accuracies(train, test, self.num_classes).items():
-                found[f"fewshot_{shots}_accuracy"] = float(np.mean(values))
-        return found
+        found = run_probes(train, test, self.num_classes, self.kinds)
+        return {f"{name}_accuracy": result["accuracy"] for name, result in found.items()}
 
 
 def build_probe(trainer: Trainer, data: ImageData) -> Probe:

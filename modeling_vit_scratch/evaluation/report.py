@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From predictions to a report: scores, tables, and the temperature of --calibrate."""
+"""
+The report: results.json, predictions.csv and the message for the screen; and the temperature of --calibrate.
+"""
 
+import csv
+import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,58 +19,19 @@ from scipy.special import logsumexp
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..common.errors import InputError
-from ..common.pretrained import load_pretrained
-from ..common.records import digests, provenance
+from ..common.records import NO_PERCENT, NUM_BINS, digests, interval_of, provenance, title_of
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments
 from .data import EvaluationData
-from .metrics import (
-    Reliability,
-    Score,
-    confidences,
-    confusion,
-    label_confusions,
-    per_class,
-    per_label,
-    probabilities,
-    reliability,
-    score,
-    score_labels,
-)
-from .predictions import Predictions
+from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
+from .predictions import MULTI_LABEL, Predictions
 
 
-MULTI_LABEL = "multi_label_classification"
 EXAMPLES_FIGURE = "examples.png"
 # A temperature at the end of this range corrects nothing: with every image right, the likelihood has no maximum.
 TEMPERATURES = (0.05, 20.0)
-
-
-def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
-    """
-    The model and its image processor.
-
-    Raises:
-        InputError: if it can't be loaded, or has no classifier.
-    """
-    name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
-    model, processor, missing = load_pretrained(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
-    if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
-        raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
-    if model.config.problem_type == "regression" or model.num_labels < 2:
-        raise InputError(
-            f"MODEL {name} does not classify: it has problem_type={model.config.problem_type!r} and "
-            f"{model.num_labels} outputs."
-        )
-    if arguments.threshold is not None and model.config.problem_type != MULTI_LABEL:
-        raise InputError(
-            f"--threshold {arguments.threshold:g} is for models that give an image any number of labels. MODEL {name} "
-            "gives each image its likeliest label. Leave it out."
-        )
-    model.config.calibrated = arguments.calibrated
-    return model, processor
 
 
 @dataclass(frozen=True)
@@ -74,26 +40,16 @@ class Report:
     The scores of a model on images.
 
     Attributes:
-        record: the content of results.json.
-        scores, reliability, confusion: of these images.
-        logits: (N, V, K) of V views, not divided by the temperature.
-        probabilities: (N, K).
-        labels: (N,), or 0 and 1 (N, K).
-        rows: (N,), indices of the images.
-        label_names: of the model.
-        threshold: minimum probability of a label; None where each image has one label.
+        record: of results.json.
+        logits, probabilities, labels: of N images, (N, V, K), (N, K), and (N,) or (N, K).
+        rows: (N,), the indices of the images among all.
     """
 
     record: dict[str, Any]
-    scores: list[Score]
-    reliability: Reliability
-    confusion: np.ndarray
     logits: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
-    label_names: list[str]
-    threshold: float | None
 
 
 def build_report(
@@ -107,53 +63,46 @@ def build_report(
     config, labels, rows = model.config, predictions.labels, np.arange(len(predictions.labels))
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     is_multi_label = config.problem_type == MULTI_LABEL
-    threshold = (arguments.threshold or 0.5) if is_multi_label else None
+    threshold = arguments.threshold or 0.5
     temperature, description = config.temperature if config.calibrated else 1.0, data.description
     seed, resamples, calibration = arguments.seed, arguments.bootstrap_resamples, None
 
-    def scores_at(temperature: float) -> list[Score]:
+    def score_at(temperature: float) -> list[dict[str, Any]]:
         values = probabilities(predictions.logits[rows], temperature, is_multi_label)
-        if is_multi_label:
-            return score_labels(values, labels[rows], threshold, resamples, seed)
-        return score(values, labels[rows], resamples, seed)
+        return score(values, labels[rows], threshold, resamples, seed)
 
     if arguments.calibrate:
         fitted_rows, rows = calibration_split(len(labels), seed)
         fitted = fit_temperature(predictions.logits[fitted_rows, 0], labels[fitted_rows])
-        before, after = scores_at(1.0), scores_at(fitted)
+        before, after = score_at(1.0), score_at(fitted)
         # Fitted to few images it may make others worse: then it is reported, and not stored.
-        is_better = _nll(after) < _nll(before)
+        is_better = value_of(after, "nll") < value_of(before, "nll")
         temperature = fitted if is_better else temperature
         calibration = {
             "fitted_to": len(fitted_rows),
             "fitted_temperature": fitted,
             "is_stored": is_better,
-            "without_temperature": [one.as_dict() for one in before],
-            "with_fitted_temperature": [one.as_dict() for one in after],
+            "without_temperature": before,
+            "with_fitted_temperature": after,
         }
         description += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
-    scores, labels, logits = scores_at(temperature), labels[rows], predictions.logits[rows]
+    results, labels, logits = score_at(temperature), labels[rows], predictions.logits[rows]
     values = probabilities(logits, temperature, is_multi_label)
-    if is_multi_label:
-        table, matrix = per_label(values, labels, names, threshold), label_confusions(values, labels, threshold)
-        matrix_kind, is_right = "of_each_label_rows_true_columns_predicted", (values >= threshold) == labels
-        is_right = is_right.all(axis=1)
-    else:
-        table, matrix = per_class(values, labels, names), confusion(values, labels)
-        matrix_kind, is_right = "rows_true_columns_predicted", values.argmax(axis=1) == labels
     confidence, correct = confidences(values, labels)
     diagram = reliability(confidence, correct)
+    matrix_kind = "of_each_label_rows_true_columns_predicted" if is_multi_label else "rows_true_columns_predicted"
+    is_right = (answers(values, labels, threshold) == labels).reshape(len(labels), -1).all(axis=1)
     is_local = Path(arguments.model).exists()
     record = {
-        "metric": scores[0].metric,
-        "value": scores[0].value,
+        "metric": results[0]["metric"],
+        "value": results[0]["value"],
         "n": len(labels),
-        "results": [one.as_dict() for one in scores],
+        "results": results,
         "confidence_level": 0.95,
         "bootstrap_resamples": resamples,
         "seed": seed,
         "problem_type": MULTI_LABEL if is_multi_label else "single_label_classification",
-        "threshold": threshold,
+        "threshold": threshold if is_multi_label else None,
         "model": {
             "name": Path(arguments.model).resolve().name if is_local else arguments.model,
             "num_parameters": model.num_parameters(),
@@ -167,14 +116,14 @@ def build_report(
         "temperature": temperature,
         "calibration": calibration,
         "views": arguments.crops,
-        "per_class": table,
-        "confusion_matrix": {"labels": names, matrix_kind: matrix.tolist()},
+        "per_class": per_class(values, labels, names, threshold),
+        "confusion_matrix": {"labels": names, matrix_kind: confusion(values, labels, threshold).tolist()},
         "reliability": {
-            "edges": diagram.edges.tolist(), "n": diagram.counts.tolist(),
+            "edges": np.linspace(0.0, 1.0, NUM_BINS + 1).tolist(), "n": diagram.counts.tolist(),
             "confidence": _none_for_nan(diagram.confidence), "accuracy": _none_for_nan(diagram.accuracy),
             "mean_confidence": float(confidence.mean()), "mean_accuracy": float(correct.mean()),
         },
-        "examples": _examples_record(is_right, arguments.examples, seed, data.credit(arguments)),
+        "examples": _examples_record(is_right, arguments, data) if arguments.examples else None,
         "throughput": {
             "images_per_second": predictions.images_per_second,
             "batch_size": arguments.per_device_eval_batch_size,
@@ -183,19 +132,11 @@ def build_report(
         },
         **provenance("numpy", "scipy", "scikit-learn", "evaluate"),
     }  # fmt: skip
-    return Report(record, scores, diagram, matrix, logits, values, labels, rows, names, threshold)
-
-
-def _nll(scores: list[Score]) -> float:
-    return next(one.value for one in scores if one.metric == "nll")
+    return Report(record, logits, values, labels, rows)
 
 
 def _none_for_nan(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples
 
 
 def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[int], list[int]]:
@@ -207,14 +148,14 @@ def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[
     return chosen[0], chosen[1]
 
 
-def _examples_record(is_right: np.ndarray, number: int, seed: int, credit: str) -> dict[str, Any] | None:
-    """The entry of results.json; None without examples. `rows` are those of predictions.csv, from 0."""
-    if number < 1:
-        return None
-    right, wrong = choose_examples(is_right, number, seed)
+def _examples_record(is_right: np.ndarray, arguments: EvaluationArguments, data: EvaluationData) -> dict[str, Any]:
+    """The entry of results.json; `rows` are those of predictions.csv, from 0."""
+    right, wrong = choose_examples(is_right, arguments.examples, arguments.seed)
+    source = data.source
     return {
         "figure": EXAMPLES_FIGURE, "right": len(right), "wrong": len(wrong), "rows": [*right, *wrong],
-        "chosen": f"chosen at random with seed {seed}", "credit": credit,
+        "chosen": f"chosen at random with seed {arguments.seed}",
+        "credit": arguments.examples_credit or ", ".join(filter(None, (source.name, source.license, source.url))),
     }  # fmt: skip
 
 
@@ -269,3 +210,93 @@ def store_temperature(folder: str | os.PathLike[str], temperature: float) -> Non
     # transformers copies the code of an object, not of a class: the smallest model will do.
     smallest = ViTScratchForImageClassification(type(config).from_variant("test/4", num_labels=2))
     custom_object_save(smallest, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and message
+
+
+def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
+    """Writes all but the figures into --output_dir, and a temperature that helps into the model. Returns the files."""
+    folder, record = Path(arguments.output_dir), report.record
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "results.json", folder / "predictions.csv"]
+    files[0].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths = [data.examples.images[row]["image"]["path"] for row in report.rows.tolist()]
+    images = [Path(path).name if path else str(row) for path, row in zip(paths, report.rows.tolist())]
+    with open(files[1], "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(_prediction_rows(report, images))
+    if arguments.save_logits:
+        files.append(folder / "predictions.npz")
+        np.savez_compressed(
+            files[-1],
+            image=np.array(images),
+            logits=report.logits,  # of every view, not divided by the temperature
+            labels=report.labels,
+            label_names=np.array(record["confusion_matrix"]["labels"]),
+            temperature=record["temperature"],
+        )
+    if arguments.calibrate and record["calibration"]["is_stored"]:
+        store_temperature(arguments.model, record["temperature"])
+    return files
+
+
+def _prediction_rows(report: Report, images: list[str]) -> Iterator[list[str]]:
+    """Rows of predictions.csv. With several labels, all that an image has and gets, and the score of every label."""
+    names, threshold = report.record["confusion_matrix"]["labels"], report.record["threshold"]
+    if threshold is None:
+        yield ["image", "label", "prediction", "score"]
+        for image, values, label in zip(images, report.probabilities, report.labels):
+            best = int(values.argmax())
+            yield [image, names[label], names[best], f"{values[best]:.8f}"]
+        return
+    yield ["image", "labels", "predictions", *names]
+    for image, values, labels in zip(images, report.probabilities, report.labels):
+        has, gets = ("|".join(names[k] for k in np.flatnonzero(row)) for row in (labels, values >= threshold))
+        yield [image, has, gets, *(f"{value:.8f}" for value in values)]
+
+
+def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str:
+    """The record in some lines for the screen, with the path of the model and the names of the files."""
+    lines = [
+        f"{record['model']['name']} on {record['dataset']['name']}: {record['n']:,} images.",
+        f"Images: {record['dataset']['images']}.",
+        "",
+    ]
+    intervals = [interval_of(result) for result in record["results"]]
+    lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if any(intervals) else ""))
+    for result, interval in zip(record["results"], intervals):
+        show = "{:.4f}".format if result["metric"] in NO_PERCENT else lambda x: f"{100 * x:.2f} %"
+        line = f"{title_of(result['metric']):<28}{show(result['value']):>9}"
+        lines.append(line if interval is None else f"{line}   {show(interval[0])} to {show(interval[1])}")
+    threshold = record["threshold"]
+    key, title = ("f1", "F1") if threshold is None else ("average_precision", "average precision")
+    worst = sorted((row for row in record["per_class"] if row["n"]), key=lambda row: row[key])[:5]
+    lines += ["", f"Lowest {title}: " + ", ".join(f"{row['label']} {row[key]:.3f} (n {row['n']})" for row in worst)]
+    if threshold is not None:
+        lines.append(f"Minimum probability of a label: {threshold:g} (--threshold).")
+        absent = [row["label"] for row in record["per_class"] if not row["n"]]
+        if absent:
+            lines.append(f"No image has {listed(absent)}: left out of the mean average precision.")
+    if broken := record["dataset"]["broken_images"]:
+        lines.append(f"{len(broken)} images can't be read and were left out: {listed(broken)}.")
+    rate = record["throughput"]["images_per_second"]
+    if rate:
+        lines.append(f"{rate:,.0f} images per second on {record['hardware']}.")
+    if record["temperature"] != 1.0:
+        lines.append(f"Temperature: {record['temperature']:.4f}.")
+    if record["calibration"]:
+        lines.append(_calibration_message(record["calibration"], model))
+    return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])
+
+
+def _calibration_message(calibration: dict[str, Any], model: str) -> str:
+    outcome = "It does not help, and was not stored. More images may give a better one."
+    if calibration["is_stored"]:
+        outcome = f"It is in {model}/config.json."
+    before, after = calibration["without_temperature"], calibration["with_fitted_temperature"]
+    return (
+        f"Temperature {calibration['fitted_temperature']:.4f}, fitted to {calibration['fitted_to']:,} other images: "
+        f"NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, ECE {value_of(before, 'ece'):.2%} to "
+        f"{value_of(after, 'ece'):.2%}. {outcome}"
+    )

@@ -10,17 +10,23 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch.export import Dim
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import exporters
 from transformers.exporters import ExportedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
+from ..data.collation import ImageCollator, Normalize
+from ..data.dataset import ImageClassificationDataset
+from ..evaluation.arguments import EvaluationArguments
+from ..evaluation.data import read_evaluation_data
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 
@@ -36,47 +42,33 @@ WRITTEN = (
 MAX_BATCH, MAX_ROWS = 1024, 256
 
 
-@dataclass(frozen=True)
-class Format:
-    """What a program is made with: the exporter's and its configuration's names in transformers, and other packages."""
-
-    exporter: str
-    config: str
-    packages: tuple[str, ...] = ()
-    # What the runtime is told so that it computes in float32; by itself OpenVINO takes bfloat16 where the CPU has it.
-    exact: dict[str, Any] | None = None
-
-
-FORMATS = {
-    "torch": Format("DynamoExporter", "DynamoConfig"),
-    "onnx": Format("OnnxExporter", "OnnxConfig", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": Format(
-        "OpenVINOExporter", "OpenVINOConfig", ("openvino",), {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
-    ),
-}
+# For each format its name in transformers, as in DynamoExporter and DynamoConfig, and what has to be installed.
+FORMATS = {"torch": "Dynamo", "onnx": "Onnx", "openvino": "OpenVINO"}
+PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+PROGRAM, MODEL = "the program", "the model, eager"
 
 
 def missing_packages(name: str) -> list[str]:
-    """What has to be installed first for a format."""
-    return [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
+    """The packages of a format that are not installed."""
+    return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
 def export(
     model: ViTScratchForImageClassification, name: str, any_size: bool = False, int8: bool = False
 ) -> ExportedModel:
     """
-    The program of a model, for batches of 1 to 1,024 images.
+    The program of a model, for batches of 1 to 1,024 images. The model's temperature becomes part of it.
 
     Args:
-        model: in float32, on the CPU. Its temperature becomes part of the program.
+        model: in float32, on the CPU.
         name: of a format in `FORMATS`.
-        any_size: whether height and width stay open: any that the patch divides, from two patches on.
-        int8: whether the weights of the matrix products become 8-bit integers. With "onnx".
+        any_size: height and width stay open: any that the patch divides, from two patches on.
+        int8: the weights of the matrix products become 8-bit integers. With "onnx".
 
     Raises:
         InputError: if the model can't be exported so.
     """
-    form, config, patch = FORMATS[name], model.config, model.config.patch_hw
+    config, patch = model.config, model.config.patch_hw
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if any_size:
         shapes |= {
@@ -93,21 +85,22 @@ def export(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on untested versions: what comes out is compared
-            exporter, options = getattr(exporters, form.exporter)(), getattr(exporters, form.config)(**settings)
+            options = getattr(exporters, f"{FORMATS[name]}Config")(**settings)
+            exporter = getattr(exporters, f"{FORMATS[name]}Exporter")()
             exported = exporter.export(model.eval(), {"pixel_values": example}, config=options)
     except Exception as error:  # whatever a compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"The {name} exporter can't make a program of this model: {reason}") from error
-    return exported.to(**form.exact) if form.exact else exported
+    if name == "openvino":  # by itself it takes bfloat16 where the CPU has it
+        return exported.to(config={"INFERENCE_PRECISION_HINT": "f32"})
+    return exported
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """
-    Of a program with its model, on n images.
+    A program and its model, on n images.
 
     Attributes:
-        n: images.
         difference: the largest of the logits.
         relative_difference: the root of the mean square of all of them, in parts of the logits' standard deviation.
         agreement: the share of images with the same best label.
@@ -152,18 +145,14 @@ def check(comparison: Comparison, name: str, int8: bool = False) -> None:
             f"The {name} program does not compute what the model does: on {comparison.n} images logits differ by up to "
             f"{comparison.difference:.1e} ({TOLERANCE:.0e} is allowed), the best label of "
             f"{1 - agreement:.1%} of them. Nothing was written. Please report it with the versions of "
-            f"{', '.join(('torch', 'transformers', *FORMATS[name].packages))}."
+            f"{', '.join(('torch', 'transformers', *PACKAGES[name]))}."
         )
 
 
 def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """
-    Raises InputError if writing the folder would replace what no export wrote: an input, or anything else.
-
-    Args:
-        folder: where the program will be.
-        overwrite: whether an earlier program there may be replaced.
-        inputs: what is read; names of the Hub among them do no harm.
+    Raises InputError if writing the folder would replace an earlier program without `overwrite`, one of the `inputs`
+    (names of the Hub among them do no harm), or anything else that no export wrote.
     """
     for source in (Path(source).resolve() for source in inputs if os.path.exists(source)):
         if folder.resolve() in (source, *source.parents):
@@ -183,10 +172,7 @@ def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLi
 
 
 def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | os.PathLike[str]) -> None:
-    """
-    Writes program, configuration, image processor and their code; the folder gets its name when all is there. One that
-    is there is replaced: see `check_output`.
-    """
+    """Writes program, configuration, processor and their code, all or nothing, in place of an earlier program."""
     folder = Path(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     staged.mkdir(parents=True)
@@ -199,3 +185,51 @@ def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | o
         staged.rename(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and speed
+
+
+def photographs() -> list[Image.Image]:
+    """Two photographs of 640 x 427 pixels that come with scikit-learn, and their quarters: ten images."""
+    from sklearn.datasets import load_sample_images
+
+    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    quarters = []
+    for photo in whole:
+        x, y = photo.width // 2, photo.height // 2
+        corners = ((0, 0, x, y), (x, 0, photo.width, y), (0, y, x, photo.height), (x, y, photo.width, photo.height))
+        quarters += [photo.crop(corner) for corner in corners]
+    return whole + quarters
+
+
+def to_pixel_values(images: list[Any], processor: BaseImageProcessor) -> torch.Tensor:
+    """Images (n, C, H, W) for the model. Raises ImageDecodeError for a broken file."""
+    return torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+
+
+def count_right(
+    model: ViTScratchForImageClassification,
+    processor: BaseImageProcessor,
+    arguments: EvaluationArguments,
+    runs: dict[str, Callable[..., Any]],
+) -> tuple[int, dict[str, int], str]:
+    """
+    The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which images
+    these are. Raises InputError for what is wrong with the data, or a model with several labels for an image.
+    """
+    if model.config.problem_type not in (None, "single_label_classification"):
+        raise InputError(f"--dataset counts right labels, and this model is for {model.config.problem_type}.")
+    names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
+    data = read_evaluation_data(arguments, names, is_multi_label=False)
+    dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
+    normalize, right = Normalize.from_processor(processor), dict.fromkeys(runs, 0)
+    loader = DataLoader(dataset, arguments.per_device_eval_batch_size, collate_fn=ImageCollator())
+    for batch in tqdm(loader, desc="counting right labels", unit=" batches", leave=False):
+        pixel_values = batch["pixel_values"] if normalize is None else normalize(batch["pixel_values"])
+        for name, run in runs.items():
+            with torch.inference_mode():
+                best = torch.as_tensor(run(pixel_values=pixel_values).logits).argmax(-1)
+            right[name] += int((best == batch["labels"]).sum())
+    return len(data.examples), right, data.description

@@ -2,6 +2,7 @@
 """The command line of prediction: which model, which images, what to write and where."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,13 +62,6 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
     model: str = field(init=False, default="")
     inputs: list[str] = field(init=False, default_factory=list)
 
-    @property
-    def broken_limit(self) -> float:
-        """With more broken images than this the exit status is 1."""
-        if self.max_broken_images is not None:
-            return self.max_broken_images
-        return 0 if self.output is None else float("inf")
-
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> PredictionArguments:
     """
@@ -107,6 +101,8 @@ def _check(arguments: PredictionArguments, problems: Problems) -> None:
         share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         arguments.dataloader_num_workers = 0 if arguments.output is None else min(8, share)
     check_limits(arguments, problems)
+    if arguments.max_broken_images is None:
+        arguments.max_broken_images = 0 if arguments.output is None else sys.maxsize
     if arguments.top_k == 0 and not arguments.embeddings:
         problems.add("--top_k 0 leaves nothing to write. Add --embeddings.")
     if arguments.output is None:

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The folder OUTPUT.parts of an unfinished run: its settings, the list of images, and what is predicted so far.
+The files of a run. While it is unfinished, they are in the folder OUTPUT.parts:
 
     job.json              settings, model and inputs; the run exists once this file does
     items.jsonl           the images, one a line
     123456-123468.part    the rows of batches 123456 to 123467, as Parquet
 
-A file is complete or not there. A run with the same job.json does only what is missing.
+A file is complete or not there. A run with the same job.json does only what is missing. In the end the parts become
+OUTPUT, in one of three formats, and OUTPUT.errors.csv.
 """
 
+import csv
 import hashlib
 import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from ..common.errors import InputError
 from ..common.files import atomic_write, write_text
 from ..data.listing import Item
+from .model import Prediction
+from .reading import Batch
 
 
 try:
@@ -32,22 +39,23 @@ except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
 JOB, ITEMS, LOCK = "job.json", "items.jsonl", "lock"
-# Images that a process takes at a time, and writes as one part.
-BLOCK = 512
+# Images that a process takes at a time, and writes as one part; a kill costs these, or those of so many seconds.
+BLOCK, SECONDS = 512, 30.0
+ROW_GROUP = 16_384  # rows of OUTPUT: about 50 MB with the embeddings of B/16
 _PART = re.compile(r"(\d+)-(\d+)\.part")
+_PART_COLUMNS = pyarrow.schema({
+    "image": pyarrow.string(),
+    "fault": pyarrow.string(),
+    "labels": pyarrow.list_(pyarrow.int32()),
+    "scores": pyarrow.list_(pyarrow.float32()),
+    "embedding": pyarrow.list_(pyarrow.float32()),
+})  # fmt: skip
 
 
 class Job:
     """
-    An unfinished run.
-
-    Args:
-        output: the file to write.
-        batch_size: images in a batch.
-
-    Attributes:
-        folder: OUTPUT.parts.
-        count: number of images, once the job is open.
+    An unfinished run that writes a file in batches of images. `folder` is OUTPUT.parts; `count`, the number of images,
+    is known once the job is open.
     """
 
     def __init__(self, output: str | os.PathLike[str], batch_size: int) -> None:
@@ -58,10 +66,9 @@ class Job:
 
     def start(self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool) -> bool:
         """
-        Lists the images, and begins the job or continues the one in the folder. Called by one process.
+        Lists all images, and begins the job or continues the one in the folder. Called by one process.
 
         Args:
-            items: all images.
             settings: what decides the bytes of the output, by its name in messages.
             overwrite: whether to replace an existing output, or a job with other settings.
 
@@ -77,28 +84,33 @@ class Job:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._acquire_lock()
+        listed = self.folder / f"_{ITEMS}"
         try:
-            self.count, digest = _write_items(self.folder / f"_{ITEMS}", items)
+            self.count, digest = _write_items(listed, items)
             if not self.count:
                 raise InputError("The inputs have no images in them.")
         except BaseException:
-            (self.folder / f"_{ITEMS}").unlink(missing_ok=True)
+            listed.unlink(missing_ok=True)
             self._remove_if_empty()
             raise
         settings = json.loads(json.dumps({**settings, "images": self.count, "list of images": digest}))
         before = self.settings()
-        if before and before != settings:
-            if not overwrite:
-                raise InputError(self._differences(before, settings))
+        if before and before != settings and not overwrite:
+            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            lines = [f"    {name}: {settings.get(name)} now, {before.get(name)} then" for name in names]
+            raise InputError(
+                f"{self.folder} belongs to a run with other settings, which this command can't continue:\n"
+                + "\n".join(lines)
+                + "\nGive its settings and inputs again, or --overwrite to start anew, or another --output."
+            )
+        if before != settings:
             self._clear()
-            before = None
-        os.replace(self.folder / f"_{ITEMS}", self.folder / ITEMS)
-        if not before:
-            self._clear()
+        os.replace(listed, self.folder / ITEMS)
+        if before != settings:
             write_text(self.folder / JOB, json.dumps(settings, indent=2) + "\n")
         for file in self.folder.glob(".*.unfinished"):  # of a process that was killed as it wrote
             file.unlink()
-        return bool(before)
+        return before == settings
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the job in the folder; None if there is none."""
@@ -121,17 +133,6 @@ class Job:
         except OSError as error:
             self._lock = None
             raise InputError(f"Another run is at work on --output {self.output}. Wait for it, or stop it.") from error
-
-    def _differences(self, before: dict[str, Any], now: dict[str, Any]) -> str:
-        lines = [
-            f"    {name}: {now.get(name)} now, {before.get(name)} then"
-            for name in {**before, **now} if before.get(name) != now.get(name)
-        ]  # fmt: skip
-        return (
-            f"{self.folder} belongs to a run with other settings, which this command can't continue:\n"
-            + "\n".join(lines)
-            + "\nGive its settings and inputs again, or --overwrite to start anew, or another --output."
-        )
 
     def parts(self) -> list[tuple[int, int]]:
         """The batches that are predicted: ranges from first to end (exclusive), sorted."""
@@ -233,3 +234,147 @@ def _write_items(file: Path, items: Iterable[Item]) -> tuple[int, str]:
             opened.write(line)
             digest.update(line)
     return count, digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+class Writer:
+    """Collects consecutive batches, and writes them as a part of the job."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._rows, self._first, self._end, self._since = job, [], 0, 0, time.monotonic()
+
+    @property
+    def waiting(self) -> int:
+        """Batches that are not on the disk yet."""
+        return self._end - self._first
+
+    def add(self, batch: Batch, prediction: Prediction) -> None:
+        if batch.number != self._end:
+            self.flush()
+            self._first = batch.number
+        self._rows.append(part_rows(batch.names, batch.errors, *prediction))
+        self._end = batch.number + 1
+        is_full = self.waiting * self._job.batch_size >= BLOCK
+        if is_full or time.monotonic() - self._since >= SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            self._job.write_part(self._first, self._end, pyarrow.concat_tables(self._rows))
+        self._rows, self._first, self._since = [], self._end, time.monotonic()
+
+
+def part_rows(
+    names: list[str], errors: list[str | None], labels: np.ndarray, scores: np.ndarray, embeddings: np.ndarray | None
+) -> pyarrow.Table:
+    """Rows of a part: names and errors (N,), labels and scores (N, k), best first, and embeddings (N, D), or None."""
+    columns = {
+        "image": list(map(printable, names)),
+        "fault": [None if error is None else printable(error) for error in errors],
+        "labels": list(labels.astype(np.int32)),
+        "scores": list(scores.astype(np.float32)),
+        "embedding": [[]] * len(names) if embeddings is None else list(embeddings),
+    }
+    return pyarrow.table(columns, schema=_PART_COLUMNS)
+
+
+def printable(text: str) -> str:
+    """A name with bytes that are not UTF-8, written as in Python: caf\\xe9.jpg."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def output_columns(top_k: int, has_embeddings: bool, width: int) -> pyarrow.Schema:
+    """image, label, score, label_2, score_2 and so on, embedding."""
+    fields = [("image", pyarrow.string())]
+    for rank in range(1, top_k + 1):
+        end = "" if rank == 1 else f"_{rank}"
+        fields += [(f"label{end}", pyarrow.string()), (f"score{end}", pyarrow.float32())]
+    if has_embeddings:
+        fields.append(("embedding", pyarrow.list_(pyarrow.float32(), width)))
+    return pyarrow.schema(fields)
+
+
+def to_output(rows: pyarrow.Table, label_names: list[str], schema: pyarrow.Schema) -> pyarrow.Table:
+    """The readable images of a part, in the columns of the output."""
+    rows = rows.filter(pyarrow.compute.is_null(rows["fault"]))
+    top_k = sum(name.startswith("label") for name in schema.names)
+    labels, scores = (
+        rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), top_k)
+        for name in ("labels", "scores")
+    )
+    names, columns = np.array(label_names, dtype=object), [rows["image"].combine_chunks()]
+    for rank in range(top_k):
+        columns += [pyarrow.array(names[labels[:, rank]], pyarrow.string()), pyarrow.array(scores[:, rank])]
+    if "embedding" in schema.names:
+        values = rows["embedding"].combine_chunks().flatten()
+        columns.append(pyarrow.FixedSizeListArray.from_arrays(values, schema.field("embedding").type.list_size))
+    return pyarrow.table(columns, schema=schema)
+
+
+def write_output(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
+    """Writes the format of the file's suffix; how the rows are split into tables does not change its bytes."""
+    with atomic_write(file) as unfinished:
+        if file.suffix.lower() == ".parquet":
+            _write_parquet(unfinished, tables, schema)
+        else:
+            _write_text(unfinished, tables, schema, is_csv=file.suffix.lower() == ".csv")
+
+
+def _write_parquet(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
+    waiting = schema.empty_table()
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in tables:
+            waiting = pyarrow.concat_tables([waiting, table])
+            while len(waiting) >= ROW_GROUP:
+                writer.write_table(waiting.slice(0, ROW_GROUP).combine_chunks(), ROW_GROUP)
+                waiting = waiting.slice(ROW_GROUP)
+        if len(waiting):
+            writer.write_table(waiting.combine_chunks(), ROW_GROUP)
+
+
+def _write_text(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema, is_csv: bool) -> None:
+    """CSV, with an embedding as a JSON list, or JSON lines."""
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        if is_csv:
+            writer.writerow(schema.names)
+        for row in _rows(tables):
+            if is_csv:
+                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+            else:
+                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rows(tables: Iterable[pyarrow.Table]) -> Iterator[dict[str, Any]]:
+    for table in tables:
+        for row in table.to_pylist():
+            yield {name: _rounded(name, value) for name, value in row.items()}
+
+
+def _rounded(name: str, value: Any) -> Any:
+    """Scores with six decimals; an embedding with the fewest digits that give its float32 back."""
+    if name.startswith("score"):
+        return round(value, 6)
+    return [float(str(np.float32(number))) for number in value] if isinstance(value, list) else value
+
+
+def write_errors(file: Path, parts: Iterable[pyarrow.Table]) -> tuple[int, int]:
+    """Writes image and reason of the broken images, if there are any. Returns how many are readable, and broken."""
+    num_images = num_broken = 0
+    with atomic_write(file) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(["image", "reason"])
+        for rows in parts:
+            broken = rows.filter(pyarrow.compute.is_valid(rows["fault"]))
+            num_images, num_broken = num_images + len(rows), num_broken + len(broken)
+            writer.writerows(zip(broken["image"].to_pylist(), broken["fault"].to_pylist()))
+    if not num_broken:
+        file.unlink()
+    return num_images - num_broken, num_broken

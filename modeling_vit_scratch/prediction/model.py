@@ -38,14 +38,8 @@ class Prediction(NamedTuple):
 
 class Predictor:
     """
-    Predicts batches of images.
-
-    Args:
-        model: a classifier, or with `top_k` 0 an encoder.
-        processor: of the model.
-        top_k: labels per image.
-        has_embeddings: whether to return the pooled output.
-        device, dtype: of the computation.
+    Predicts batches of images: `top_k` labels of each, and with `has_embeddings` the pooled output. `model` is a
+    classifier, or with `top_k` 0 an encoder.
     """
 
     def __init__(
@@ -101,20 +95,16 @@ class Predictor:
             pooled, self._pooled.value = pooled.float().cpu().numpy(), None
         if not self.top_k:
             return Prediction(np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled)
-        scores, labels = to_scores(output.logits.float(), self.config).sort(dim=-1, descending=True, stable=True)
+        scores, labels = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
         return Prediction(labels[:, : self.top_k].cpu().numpy(), scores[:, : self.top_k].cpu().numpy(), pooled)
 
-
-def to_scores(logits: torch.Tensor, config: ViTScratchConfig) -> torch.Tensor:
-    """
-    Scores as in a pipeline of transformers, from logits (B, K): softmax; sigmoid for models with several labels per
-    image or a single one; for a regression the logits.
-    """
-    if config.problem_type == "regression":
-        return logits
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return logits.sigmoid()
-    return logits.softmax(-1)
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """As in a pipeline of transformers: sigmoid for models with several labels per image or a single one."""
+        if self.config.problem_type == "regression":
+            return logits
+        if self.config.problem_type == "multi_label_classification" or self.config.num_labels == 1:
+            return logits.sigmoid()
+        return logits.softmax(-1)
 
 
 def load_predictor(arguments: PredictionArguments, device: torch.device | str = "cpu") -> Predictor:

@@ -1,22 +1,218 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From items to batches of pixels. The main process hands out items; worker processes read and decode them."""
+"""
+From the INPUTs of a command line to batches of pixels, in an order that never changes.
 
+The main process lists the images and reads the rows of tables; worker processes read and decode the files.
+"""
+
+import itertools
+import math
+import os
+import re
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..common.errors import InputError
+from ..common.errors import InputError, Problems
+from ..common.flags import BUILT_IN, DataArguments
 from ..data.collation import prepare_workers
-from ..data.listing import Item
+from ..data.listing import (
+    LISTS,
+    TABLES,
+    URLS,
+    Item,
+    image_column_of,
+    image_endings,
+    item_of_file,
+    list_folder,
+    list_lines,
+    list_shard,
+    list_table,
+    list_text_file,
+    match,
+)
+from ..data.sources import read_source
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .inputs import Rows
+from .arguments import PredictionArguments
 
 
+STANDARD_INPUT = "-"
 MAX_BYTES = 1 << 30  # of an encoded image in a shard or a table
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_ROWS_AT_A_TIME = 64  # of a Parquet file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Listing
+
+
+class Inputs:
+    """The images of the INPUTs; tables among them are read row by row."""
+
+    def __init__(self, arguments: PredictionArguments) -> None:
+        self._arguments = arguments
+        self._tables: dict[str, tuple[Any, str]] = {}  # and their columns of images
+        # The Parquet file that is being read, its next row, and the values from there on.
+        self._reading: tuple[str, int, Iterator[Any]] = ("", 0, iter(()))
+
+    def items(self) -> Iterator[Item]:
+        """
+        All images, input after input.
+
+        Raises:
+            InputError: with all mistakes in the inputs, after the images of the others.
+        """
+        problems = Problems()
+        for given in self._arguments.inputs:
+            try:
+                yield from self._list(given)
+            except InputError as error:
+                problems.add(f"INPUT {error}")
+        if problems.messages:
+            raise problems.as_error()
+
+    def _list(self, given: str) -> Iterator[Item]:
+        ending = Path(given).suffix.lower()
+        if given == STANDARD_INPUT:
+            yield from list_lines(sys.stdin, "")
+        elif given.startswith(URLS):
+            yield Item(given, given)
+        elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
+            yield from self._list_path(given)
+        elif any(sign in given for sign in "*?["):
+            found = False
+            for path in match(given):
+                found = True
+                yield from self._list_path(path)
+            if not found:
+                raise InputError(f"{given}: nothing matches this pattern.")
+        elif ending in image_endings():
+            yield Item(given, given)  # one missing photo among others is no reason to stop
+        elif _HUB_NAME.fullmatch(given) and ending not in (*TABLES, *LISTS, ".parquet", ".tar"):
+            yield from _list_rows(given, len(self._hub(given)[0]))
+        else:
+            raise InputError(f"{given} does not exist.")
+
+    def _list_path(self, path: str) -> Iterator[Item]:
+        ending = Path(path).suffix.lower()
+        if os.path.isdir(path):
+            yield from list_folder(path)
+        elif ending == ".parquet":
+            yield from _list_rows(path, self._parquet(path)[0].metadata.num_rows)
+        elif ending == ".tar":
+            yield from list_shard(path)
+        elif ending in TABLES:
+            yield from list_table(path, self._arguments.image_column_name)
+        elif ending in LISTS:
+            yield from list_text_file(path)
+        else:
+            yield item_of_file(path, path)
+
+    def read(self, item: Item) -> bytes | str | None:
+        """
+        The file in a row of a table as bytes, or its path. Rows of Parquet files are best read in their order.
+
+        Raises:
+            ValueError: if the row is in a damaged part of its file, or too large.
+        """
+        path, row, folder = item.path, item.start, ""
+        if path.lower().endswith(".parquet"):
+            folder = os.path.dirname(path)
+            if self._reading[0] != path or self._reading[1] > row:
+                self._reading = (path, row, self._values(path, row))
+            _, position, values = self._reading
+            value = next(itertools.islice(values, row - position, None), None)
+            self._reading = (path, row + 1, values)
+        else:
+            table, column = self._hub(path)
+            value = table[row][column]
+        if isinstance(value, ValueError):
+            raise value
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            _check_size(len(value), "table")
+        return os.path.join(folder, value) if isinstance(value, str) else value
+
+    def _parquet(self, path: str) -> tuple[pyarrow.parquet.ParquetFile, str]:
+        if path not in self._tables:
+            try:
+                file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+                features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            except (OSError, ValueError, pyarrow.ArrowException) as error:
+                raise InputError(f"{path} can't be read as Parquet: {_first_line(error)}") from error
+            column = image_column_of(path, self._arguments.image_column_name, features)
+            self._tables = {path: (file, column)}  # one open file at a time
+        return self._tables[path]
+
+    def _values(self, path: str, first: int) -> Iterator[Any]:
+        """The values of a Parquet file from a row on. A damaged row group gives errors, and the next one is read."""
+        file, column = self._parquet(path)
+        end = 0
+        for group in range(file.num_row_groups):
+            row, end = end, end + file.metadata.row_group(group).num_rows
+            if end <= first:
+                continue
+            try:
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, [group], [column], use_threads=False):
+                    for value in batch.column(0):
+                        if row >= first:
+                            yield value.as_py()
+                        row += 1
+            except (OSError, ValueError, pyarrow.ArrowException) as error:
+                reason = f"row group {group} can't be read: {_first_line(error)}"
+                yield from (ValueError(reason) for _ in range(max(row, first), end))
+
+    def _hub(self, name: str) -> tuple[datasets.Dataset, str]:
+        if name not in self._tables:
+            table = self._load(name)
+            column = image_column_of(name, self._arguments.image_column_name, table.features)
+            table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+            self._tables[name] = table, column
+        return self._tables[name]
+
+    def _load(self, name: str) -> datasets.Dataset:
+        options, problems = self._arguments, Problems()
+        if name in BUILT_IN:
+            source = read_source(DataArguments(dataset_name=name), options.cache_dir, problems)
+            if source is None:
+                raise problems.as_error()
+            return source.train
+        try:
+            splits = datasets.load_dataset(name, options.dataset_config_name, cache_dir=options.cache_dir)
+        except Exception as error:  # the library raises a dozen types, all about the name or the connection
+            raise InputError(f"{name} does not exist here, and as a data set of the Hub it can't be read: "
+                             f"{str(error).strip()}") from error  # fmt: skip
+        if options.split is None and len(splits) == 1:
+            return next(iter(splits.values()))
+        if options.split not in splits:
+            given = "Give one with --split" if options.split is None else f"--split {options.split} is none of them"
+            raise InputError(f"{name} has the splits {', '.join(splits)}. {given}.")
+        return splits[options.split]
+
+
+def _list_rows(table: str, count: int) -> Iterator[Item]:
+    return (Item(f"{table}#{row}", table, row) for row in range(count))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
 
 
 class Batch(NamedTuple):
@@ -34,35 +230,25 @@ class Batch(NamedTuple):
     errors: list[str | None]
 
 
-def pixel_size(processor: ViTScratchImageProcessor) -> tuple[int, int]:
-    """
-    Height and width of every image that the processor makes.
-
-    Raises:
-        InputError: if they depend on the image.
-    """
-    size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
-    if size is None or not (size.height and size.width):
-        raise InputError(
-            "The image processor of MODEL makes images of different sizes, which fit into no batch. Give it a size "
-            "with height and width, or do_center_crop, in its preprocessor_config.json."
-        )
-    return size.height, size.width
-
-
 class ItemDataset(Dataset):
     """
-    Batches of pixels, resized and cropped by the processor and not yet normalised.
+    Batches of pixels, resized and cropped by the processor and not yet normalised. `fast_decode`: decode and resize as
+    with the processor's `do_fast_resize`.
 
-    Args:
-        processor: of the model.
-        fast_decode: whether to decode and resize as with the processor's `do_fast_resize`.
+    Raises:
+        InputError: if the processor makes images of different sizes.
     """
 
     def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
         self.processor, self.fast_decode = processor, fast_decode
+        size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
+        if size is None or not (size.height and size.width):
+            raise InputError(
+                "The image processor of MODEL makes images of different sizes, which fit into no batch. Give it a size "
+                "with height and width, or do_center_crop, in its preprocessor_config.json."
+            )
         channels = processor.num_channels if processor.do_convert_rgb else len(np.atleast_1d(processor.image_mean))
-        self.shape = (channels, *pixel_size(processor))
+        self.shape = (channels, size.height, size.width)
 
     def __getitems__(self, batch: tuple[int, list[tuple[Item, Any]]]) -> Batch:
         number, items = batch
@@ -91,9 +277,13 @@ class ItemDataset(Dataset):
         return torch.from_numpy(np.stack(bands))
 
 
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a {where}")
+
+
 def _read_member(item: Item) -> bytes:
-    if item.size > MAX_BYTES:
-        raise ValueError(f"it has {item.size:,} bytes, and {MAX_BYTES:,} are the limit for an image in a shard")
+    _check_size(item.size, "shard")
     try:
         with open(item.path, "rb") as file:
             file.seek(item.start)
@@ -111,36 +301,54 @@ def _reason(error: ValueError, name: str) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class Batches:
-    """A batch sampler for torch: numbers and items of a process's batches, with the contents of rows of tables."""
+def build_loader(
+    batches: Iterable[tuple[int, list[Item]]],
+    inputs: Inputs,
+    processor: ViTScratchImageProcessor,
+    arguments: PredictionArguments,
+    pin_memory: bool = False,
+) -> Iterable[Batch]:
+    """
+    Batches, given by their numbers and items, in their order; worker processes read ahead.
 
-    def __init__(self, items: Iterable[tuple[int, list[Item]]], rows: Rows) -> None:
-        self._items, self._rows = items, rows
-
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
-        for number, items in self._items:
-            yield number, [(item, self._content(item)) for item in items]
-
-    def _content(self, item: Item) -> Any:
-        if item.start is None or item.size is not None or item.error is not None:
-            return None
-        try:
-            content = self._rows.read(item)
-        except ValueError as error:
-            return ValueError(str(error))
-        if isinstance(content, bytes) and len(content) > MAX_BYTES:
-            return ValueError(f"it has {len(content):,} bytes, and {MAX_BYTES:,} are the limit for an image in a table")
-        return content
-
-
-def build_loader(batches: Batches, dataset: ItemDataset, num_workers: int, pin_memory: bool) -> Iterable[Batch]:
-    """Batches in their order, read ahead by the worker processes."""
+    Raises:
+        InputError: if a batch needs more than half of the memory.
+    """
+    # Pillow warns of large photos; those that are too large are errors anyway.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    dataset, size = ItemDataset(processor, arguments.fast_decode), arguments.per_device_eval_batch_size
+    # Decoded as uint8 and normalised as float32.
+    needed, memory = 5 * size * math.prod(dataset.shape), psutil.virtual_memory().total
+    if needed > memory / 2:
+        raise InputError(
+            f"MODEL takes images of {dataset.shape[1]} x {dataset.shape[2]} pixels, and --per_device_eval_batch_size "
+            f"{size} of them {needed / 1e9:,.1f} GB; this machine has {memory / 1e9:,.1f} GB. Take fewer, or another "
+            "size in its preprocessor_config.json."
+        )
     loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=_identity, num_workers=num_workers, pin_memory=pin_memory
-    )
-    if num_workers:
+        dataset, batch_sampler=_with_rows(batches, inputs), collate_fn=_identity,
+        num_workers=arguments.dataloader_num_workers, pin_memory=pin_memory,
+    )  # fmt: skip
+    if arguments.dataloader_num_workers:
         prepare_workers(loader)
     return loader
+
+
+def _with_rows(
+    batches: Iterable[tuple[int, list[Item]]], inputs: Inputs
+) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
+    """Adds what is in the rows of tables, or why they can't be read."""
+
+    def content(item: Item) -> bytes | str | ValueError | None:
+        if item.start is None or item.size is not None or item.fault is not None:
+            return None
+        try:
+            return inputs.read(item)
+        except ValueError as error:
+            return ValueError(str(error))
+
+    for number, items in batches:
+        yield number, [(item, content(item)) for item in items]
 
 
 def _identity(batch: Batch) -> Batch:

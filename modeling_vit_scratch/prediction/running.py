@@ -2,47 +2,34 @@
 """The run: opens the job, predicts batch after batch with rows on the disk every so often, and writes the output."""
 
 import itertools
-import math
 import platform
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
 from ..common.processes import Processes, StopSignals
 from .arguments import PredictionArguments
-from .inputs import Rows, list_inputs
-from .job import BLOCK, Job
-from .model import Prediction, Predictor, fingerprint
-from .reading import Batch, Batches, ItemDataset, build_loader
-from .tables import output_columns, part_rows, printable, to_output, write_errors, write_output
+from .job import Job, Writer, output_columns, printable, to_output, write_errors, write_output
+from .model import Predictor, fingerprint
+from .reading import Inputs, build_loader
 
 
-# A kill costs at most the images of so many seconds, or of a block.
-SECONDS = 30.0
 THREADS = "threads"
 # Processes wait for the slowest at the end of the run.
 _PATIENCE_SECONDS = 7 * 24 * 3600
 
 
 def open_job(
-    predictor: Predictor, rows: Rows, arguments: PredictionArguments, accelerator: Accelerator
+    predictor: Predictor, inputs: Inputs, arguments: PredictionArguments, accelerator: Accelerator
 ) -> tuple[Job, list[tuple[int, int]], Processes]:
     """
-    Begins or continues the job of the command line, in one process for all.
-
-    Returns:
-        The job, its missing batches, and the processes that share them.
+    Begins or continues the job of the command line, in one process for all. Returns the job, its missing batches, and
+    the processes that share them.
 
     Raises:
         InputError: in all processes, for mistakes in the inputs or the output.
@@ -51,11 +38,18 @@ def open_job(
     state: tuple[int, list[tuple[int, int]], int] | None = None
     problem: str | None = None
     if accelerator.is_main_process:
+        names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")
         try:
-            settings = _settings(predictor, arguments)
-            # The number of threads decides the last bits of a CPU's results: a job keeps the one that it began with.
-            settings[THREADS] = (job.settings() or settings)[THREADS]
-            was_there = job.start(list_inputs(arguments, rows), settings, arguments.overwrite)
+            settings = {  # what decides the bytes of the output, beside the images
+                **{f"--{name}": getattr(arguments, name) for name in names},
+                "MODEL (SHA-256)": fingerprint(predictor),
+                "device": str(predictor.device).partition(":")[0],
+                # Decides the last bits of a CPU's results: a job keeps the number that it began with.
+                THREADS: (job.settings() or {THREADS: torch.get_num_threads()})[THREADS],
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
+            }
+            was_there = job.start(inputs.items(), settings, arguments.overwrite)
             state = job.count, job.missing(), settings[THREADS]
             if was_there:
                 print(f"Going on with {job.folder}.")
@@ -69,55 +63,11 @@ def open_job(
     return job, missing, processes
 
 
-def _settings(predictor: Predictor, arguments: PredictionArguments) -> dict[str, Any]:
-    """What decides the bytes of the output, beside the images."""
-    names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")
-    return {
-        **{f"--{name}": getattr(arguments, name) for name in names},
-        "MODEL (SHA-256)": fingerprint(predictor),
-        "device": str(predictor.device).partition(":")[0],
-        THREADS: torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
-    }
-
-
-class Writer:
-    """Collects consecutive batches, and writes them as a part of the job."""
-
-    def __init__(self, job: Job) -> None:
-        self._job, self._rows, self._first, self._end, self._since = job, [], 0, 0, time.monotonic()
-
-    @property
-    def waiting(self) -> int:
-        """Batches that are not on the disk yet."""
-        return self._end - self._first
-
-    def add(self, batch: Batch, prediction: Prediction) -> None:
-        if batch.number != self._end:
-            self.flush()
-            self._first = batch.number
-        self._rows.append((batch.names, batch.errors, *prediction))
-        self._end = batch.number + 1
-        is_full = self.waiting * self._job.batch_size >= BLOCK
-        if is_full or time.monotonic() - self._since >= SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._rows:
-            names, errors, labels, scores, embeddings = zip(*self._rows)
-            names, errors = (list(itertools.chain(*lists)) for lists in (names, errors))
-            vectors = None if embeddings[0] is None else np.concatenate(embeddings)
-            rows = part_rows(names, errors, np.concatenate(labels), np.concatenate(scores), vectors)
-            self._job.write_part(self._first, self._end, rows)
-        self._rows, self._first, self._since = [], self._end, time.monotonic()
-
-
 def run_job(
     job: Job,
     missing: list[tuple[int, int]],
     predictor: Predictor,
-    rows: Rows,
+    inputs: Inputs,
     arguments: PredictionArguments,
     accelerator: Accelerator,
 ) -> None:
@@ -135,7 +85,7 @@ def run_job(
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     with StopSignals() as stop, bar:
-        loader = _loader(predictor, Batches(share, rows), arguments, accelerator.device.type == "cuda")
+        loader = build_loader(share, inputs, predictor.processor, arguments, accelerator.device.type == "cuda")
         try:
             for batch in loader:
                 writer.add(batch, predictor(batch.pixels))
@@ -158,24 +108,6 @@ def run_job(
             "To go on, run the same command again.",
             stop.number,
         )
-
-
-def _loader(
-    predictor: Predictor, batches: Batches, arguments: PredictionArguments, pin_memory: bool
-) -> Iterator[Batch]:
-    # Pillow warns of large photos; those that are too large are errors anyway.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    dataset = ItemDataset(predictor.processor, arguments.fast_decode)
-    # Decoded as uint8 and normalised as float32.
-    needed = 5 * arguments.per_device_eval_batch_size * math.prod(dataset.shape)
-    memory = psutil.virtual_memory().total
-    if needed > memory / 2:
-        raise InputError(
-            f"MODEL takes images of {dataset.shape[1]} x {dataset.shape[2]} pixels, and "
-            f"--per_device_eval_batch_size {arguments.per_device_eval_batch_size} of them {needed / 1e9:,.1f} GB; this "
-            f"machine has {memory / 1e9:,.1f} GB. Take fewer, or another size in its preprocessor_config.json."
-        )
-    return build_loader(batches, dataset, arguments.dataloader_num_workers, pin_memory)
 
 
 def _explain(error: RuntimeError, arguments: PredictionArguments) -> Exception:
@@ -203,18 +135,12 @@ def wait_for_all(processes: Processes) -> None:
 
 
 def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
-    """
-    Writes OUTPUT and OUTPUT.errors.csv, and removes the job.
-
-    Returns:
-        The number of images in each.
-    """
+    """Writes OUTPUT and OUTPUT.errors.csv, and removes the job. Returns the number of images in each."""
     schema = output_columns(predictor.top_k, predictor.has_embeddings, predictor.width)
-    broken = write_errors(job.errors, job.read_parts())
-    tables = (to_output(rows, predictor.label_names, schema) for rows in job.read_parts())
-    predicted = write_output(job.output, tables, schema)
+    predicted, broken = write_errors(job.errors, job.read_parts())
     if predicted + broken != job.count:
-        raise RuntimeError(f"{job.output} accounts for {predicted + broken} of {job.count} images: this is a bug.")
+        raise RuntimeError(f"{job.folder} accounts for {predicted + broken} of {job.count} images: this is a bug.")
+    write_output(job.output, (to_output(rows, predictor.label_names, schema) for rows in job.read_parts()), schema)
     job.remove()
     return predicted, broken
 
@@ -231,18 +157,18 @@ def result_message(job: Job, predicted: int, broken: int) -> str:
 # Without a file
 
 
-def print_table(predictor: Predictor, rows: Rows, arguments: PredictionArguments) -> int:
+def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArguments) -> int:
     """
     Prints a row for each label of each image, and broken images to the standard error. Returns the number of these.
     """
-    items, size = list_inputs(arguments, rows), arguments.per_device_eval_batch_size
-    first = list(itertools.islice(items, size))
+    items, size, broken = inputs.items(), arguments.per_device_eval_batch_size, 0
+    batches = iter(lambda: list(itertools.islice(items, size)), [])
+    first = next(batches, [])
     width = max([len("image"), *(len(on_screen(item.name)) for item in first)])
     label_width = max(len("label"), *map(len, predictor.label_names))
     print(f"{'image':<{width}}  {'label':<{label_width}}  score")
-    batches = itertools.chain([first], iter(lambda: list(itertools.islice(items, size)), []))
-    broken = 0
-    for batch in _loader(predictor, Batches(enumerate(batches), rows), arguments, pin_memory=False):
+    numbered = enumerate(itertools.chain([first], batches))
+    for batch in build_loader(numbered, inputs, predictor.processor, arguments):
         prediction = predictor(batch.pixels)
         for name, error, labels, scores in zip(batch.names, batch.errors, prediction.labels, prediction.scores):
             if error is not None:

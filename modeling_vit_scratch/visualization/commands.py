@@ -16,15 +16,26 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from ..common.errors import InputError
+from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from . import figures
-from .attention import attention_distances, head_maps, patch_distances, rollout_maps
+from .arrays import (
+    as_pixels,
+    attention_distances,
+    batches,
+    grad_cam,
+    head_maps,
+    patch_distances,
+    patch_filters,
+    patch_grid,
+    position_similarity,
+    read_photo,
+    rollout_maps,
+)
 from .descriptions import LIMITS
-from .embeddings import patch_filters, position_similarity
-from .gradcam import grad_cam
-from .photos import as_pixels, batches, encoder, read_photo
+from .figures import TITLES
 
 
 MAX_PHOTOS_IN_SHEET = 3
@@ -42,8 +53,8 @@ class Subject:
     batch_size: int = 8
 
     @property
-    def pools_cls(self) -> bool:
-        return encoder(self.model).config.pooling == "cls"
+    def config(self) -> ViTScratchConfig:
+        return self.model.base_model.config
 
     def read(self, limit: int) -> Iterator[Tensor]:
         """`pixel_values` (1, C, H, W) of each of the first photos."""
@@ -58,11 +69,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Picture:
-    """Arrays, and `draw(figure, width)` for a page of `size`, in inches."""
+    """Arrays, and how they are drawn: `paint` gets an empty figure of `size`, in inches, or a subfigure."""
 
     arrays: dict[str, np.ndarray]
     size: tuple[float, float]
-    draw: Callable[[Any, float], None]
+    paint: Callable[[Any], None]
+    title: str | None = None
+    caption: str = ""
+
+    def draw(self, figure: Any, width: float) -> None:
+        """Draws into a figure or a subfigure that is `width` inches wide."""
+        self.paint(figure)
+        if self.title is not None:
+            figures.describe(figure, width, self.title, self.caption)
 
     def save(self, file: Path) -> None:
         """Raises InputError as `figures.save_figure`."""
@@ -70,88 +89,108 @@ class Picture:
 
 
 def filters(subject: Subject) -> Picture:
-    """Figure 7, left, of the paper."""
+    """Figure 7, left, of the paper: components in rows of seven."""
     found = patch_filters(subject.model)
-    height, width = found.components.shape[1:3]
-    count, explained = len(found.components), found.explained.sum()
+    count, height, width, channels = found.components.shape
+    rows = -(-count // 7)
     caption = (
         f"{subject.name}: the first {count} components of {found.num_filters} filters of {height} × {width} pixels, "
-        f"{explained:.0%} of their variance. Each is scaled to the full range of colours."
+        f"{found.explained.sum():.0%} of their variance. Each is scaled to the full range of colours."
     )
+
+    def paint(figure: Any) -> None:
+        scaled = figures.to_unit(found.components, axis=(1, 2, 3))
+        if channels != 3:  # neither colours nor one gray: the mean over channels
+            scaled = np.repeat(scaled.mean(axis=-1, keepdims=True), 3, axis=-1)
+        padded = np.full((rows * 7, height, width, 3), np.nan)
+        padded[:count] = scaled
+        axes = figure.subplots()
+        axes.imshow(np.nan_to_num(figures.tiles(padded.reshape(rows, 7, height, width, 3)), nan=1.0))
+        axes.set_axis_off()
+
     arrays = {"components": found.components, "explained": found.explained}
-    size = (6.0, 6.0 * -(-count // 7) / 7 * height / width + 0.9)
-    return Picture(arrays, size, partial(figures.draw_filters, filters=found, caption=caption))
+    size = (6.0, 6.0 * rows / 7 * height / width + 0.9)
+    return Picture(arrays, size, paint, TITLES["filters"], caption)
 
 
 def positions(subject: Subject) -> Picture:
-    """Figure 7, centre, and D.4 of the paper."""
+    """Figure 7, centre, and D.4 of the paper: a map for each patch, at the patch's position."""
     similarity = position_similarity(subject.model)
-    rows, columns = similarity.shape[:2]
-    shown = [min(rows, figures.MAX_TILES), min(columns, figures.MAX_TILES)]
-    part = "" if shown == [rows, columns] else f", {shown[0]} × {shown[1]} of them shown"
+    rows, columns, *tile = similarity.shape
+    shown = [np.linspace(0, n - 1, min(n, figures.MAX_TILES)).round().astype(int) for n in (rows, columns)]
+    high, wide = map(len, shown)
+    part = "" if (high, wide) == (rows, columns) else f", {high} × {wide} of them shown"
     caption = (
-        f"{subject.name}: {encoder(subject.model).config.position_embedding} embeddings of {rows} × {columns} patches"
+        f"{subject.name}: {subject.config.position_embedding} embeddings of {rows} × {columns} patches"
         f"{part}. A tile compares its patch's embedding with those of all patches."
     )
-    # Each tile has the shape of the whole grid.
-    aspect = shown[0] * rows / (shown[1] * columns)
-    wide = min(5.2, 7.5 / aspect)
-    size = (max(wide + 1.2, 4.2), wide * aspect + 1.3)
-    draw = partial(figures.draw_positions, similarity=similarity, caption=caption)
-    return Picture({"similarity": similarity}, size, draw)
+
+    def paint(figure: Any) -> None:
+        low = -1.0 if similarity.min() < 0 else np.floor(similarity.min() * 10) / 10
+        gap = 1 + min(tile) // 12
+        axes = figure.subplots()
+        image = axes.imshow(figures.tiles(similarity[np.ix_(*shown)], gap), vmin=low, vmax=1, cmap="viridis")
+        figures.label_tiles(axes, *shown, tile, gap)
+        axes.set(xlabel="input patch column", ylabel="input patch row")
+        figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+
+    aspect = high * rows / (wide * columns)  # each tile has the shape of the whole grid
+    width = min(5.2, 7.5 / aspect)
+    size = (max(width + 1.2, 4.2), width * aspect + 1.3)
+    return Picture({"similarity": similarity}, size, paint, TITLES["positions"], caption)
 
 
 def distance(subject: Subject) -> Picture:
-    """Figure 7, right, and D.7 of the paper."""
-    base, rows, uniforms, sizes = encoder(subject.model), [], [], set()
+    """Figure 7, right, and D.7 of the paper: a dot for each head of each layer."""
+    found, uniforms, sizes = [], [], set()
     photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
         for batch in batches(photos, subject.batch_size):
-            rows.append(attention_distances(subject.model, batch))
-            grid = base.embeddings.patch_embeddings.grid(batch)
-            uniforms += [patch_distances(grid, base.config.patch_hw).mean()] * len(batch)
+            found.append(attention_distances(subject.model, batch))
+            distances = patch_distances(patch_grid(subject.model, batch), subject.config.patch_hw)
+            uniforms += [distances.mean()] * len(batch)
             sizes.add(tuple(batch.shape[2:]))
             progress.update(len(batch))
-    per_photo, uniform = np.concatenate(rows).astype(np.float64), float(np.mean(uniforms))  # (photos, L, A)
+    per_photo, uniform = np.concatenate(found).astype(np.float64), float(np.mean(uniforms))  # (photos, L, A)
     mean = per_photo.mean(axis=0)
-    first, *others = sorted(sizes)
-    seen = f"{first[0]} × {first[1]}" + (f" to {others[-1][0]} × {others[-1][1]}" if others else "")
+    layers, heads = mean.shape
+    seen = " to ".join(f"{height} × {width}" for height, width in sorted({min(sizes), max(sizes)}))
     caption = (
-        f"{subject.name}: a dot for each of {mean.shape[1]} heads, mean over {number} photo{'s' * (number > 1)} of "
+        f"{subject.name}: a dot for each of {heads} heads, mean over {number} photo{'s' * (number > 1)} of "
         f"{seen} pixels. Attention between patches only, the rest left out and rows divided by their sum."
     )
+
+    def paint(figure: Any) -> None:
+        axes, depth = figure.subplots(), np.arange(1, layers + 1)
+        ranks = np.broadcast_to(np.linspace(0, 1, heads), mean.shape)
+        axes.scatter(
+            np.repeat(depth, heads), np.sort(mean, axis=1).ravel(), c=ranks.ravel(), cmap="viridis", vmax=1.12,
+            s=float(np.clip(260 / layers, 12, 36)), linewidths=0.4, edgecolors="white", zorder=3,
+        )  # fmt: skip
+        axes.plot(depth, mean.mean(axis=1), color="0.3", linewidth=1.2, label="mean of the heads", zorder=2)
+        dashed = {"linestyle": (0, (4, 3)), "label": "if attention were uniform"}
+        axes.axhline(uniform, color="0.3", linewidth=1, zorder=1, **dashed)
+        axes.set(xlabel="network depth (layer)", ylabel="mean attention distance (pixels)")
+        axes.set_ylim(0, 1.12 * max(mean.max(), uniform))
+        axes.set_xticks(depth[:: 1 + (layers - 1) // 16])
+        axes.grid(color="0.92", zorder=0)
+        axes.legend(frameon=False, loc="lower right", fontsize=8)
+
     arrays = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
-    draw = partial(figures.draw_distances, distances=mean, uniform=uniform, caption=caption)
-    return Picture(arrays, (6.0, 4.4), draw)
+    return Picture(arrays, (6.0, 4.4), paint, TITLES["distance"], caption)
 
 
 def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
     """Figures 6 and 14, and D.8 of the paper."""
     pixel_values = list(subject.read(limit))
     maps = [rollout_maps(subject.model, one)[0] for one in pixel_values]
-    represents = "the class token" if subject.pools_cls else "the mean of the patches"
+    represents = "the class token" if subject.config.pooling == "cls" else "the mean of the patches"
     caption = (
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
         "counts twice the mean."
     )
-    photos, titles = list(map(subject.as_photo, pixel_values)), (figures.TITLES["rollout"], "attention")
-    return _picture_of_photos("rollout", photos, maps, overlay=figures.lit, titles=titles, caption=caption)
-
-
-def heads(subject: Subject) -> Picture:
-    """Every head of every layer for one photo."""
-    (pixel_values,) = list(subject.read(1))
-    maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
-    layers, count, rows, columns = maps.shape
-    looks = "the class token" if subject.pools_cls else "all patches, on average,"
-    caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
-    tile = min(0.9, 13 / max(layers * rows / columns, count))
-    wide = count * tile
-    beside = wide * figures.photo_part(count)
-    high = max(layers * tile * rows / columns, beside * photo.shape[0] / photo.shape[1])
-    size = (max(wide + beside + 1.0, 4.5), max(high + 1.3, 2.5))
-    draw = partial(figures.draw_heads, photo=photo, maps=maps, caption=caption)
-    return Picture({"attention": maps, "photo": photo}, size, draw)
+    photos = list(map(subject.as_photo, pixel_values))
+    return _picture_of_photos("rollout", caption, photos, maps, figures.lit, "attention")
 
 
 def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
@@ -168,14 +207,78 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
         f"{subject.name}: which patches speak for {chosen}, with the score of each photo. Last layer, before its "
         "attention. Right: a patch of 2 counts twice the mean."
     )
-    titles = (figures.TITLES["gradcam"], "Grad-CAM")
-    return _picture_of_photos(
-        "gradcam", photos, maps, overlay=figures.coloured, titles=titles, caption=caption, labels=labels
-    )
+    return _picture_of_photos("gradcam", caption, photos, maps, figures.coloured, "Grad-CAM", labels)
+
+
+def _picture_of_photos(
+    name: str,
+    caption: str,
+    photos: list[np.ndarray],
+    maps: list[np.ndarray],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    overlay_title: str,
+    labels: list[str] | None = None,
+) -> Picture:
+    """A row for each photo: itself with its label, the overlay of photo and map, and the map divided by its mean."""
+
+    def paint(figure: Any) -> None:
+        grid = figure.subplots(len(photos), 3, squeeze=False)
+        for row, (photo, values) in enumerate(zip(photos, maps)):
+            height, wide = photo.shape[:2]
+            plain, over, heat = grid[row]
+            plain.imshow(photo)
+            if labels is not None:
+                plain.set_xlabel(labels[row], fontsize=7.5, labelpad=3)
+            over.imshow(overlay(photo, values))
+            relative = values / max(values.mean(), np.finfo(float).tiny)
+            top = max(float(relative.max()), 1.0)
+            image = heat.imshow(relative, cmap="magma", extent=(0, wide, height, 0), vmin=0, vmax=top)
+            bar = figure.colorbar(image, cax=heat.inset_axes([1.03, 0, 0.05, 1]))  # as high as the map
+            bar.outline.set_visible(False)
+            bar.ax.tick_params(labelsize=7, length=2)
+            for axes in grid[row]:
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+        for axes, column in zip(grid[0], ("input", overlay_title, "patches, mean = 1")):
+            axes.set_title(column, fontsize=8)
+
+    heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
+    arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}  # photos may differ in size
+    return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), paint, TITLES[name], caption)
+
+
+def heads(subject: Subject) -> Picture:
+    """Every head of every layer for one photo: the photo, and maps of heads (columns) and layers (rows)."""
+    pixel_values = next(subject.read(1))
+    maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
+    layers, count, rows, columns = maps.shape
+    looks = "the class token" if subject.config.pooling == "cls" else "all patches, on average,"
+    caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
+    photo_part = max(0.18, 1.2 / count)  # the width of the photo, as a fraction of that of the maps
+
+    def paint(figure: Any) -> None:
+        scaled = maps / np.maximum(maps.max(axis=(2, 3), keepdims=True), np.finfo(np.float32).tiny)
+        gap = 1 + min(rows, columns) // 12
+        plain, axes = figure.subplots(1, 2, width_ratios=[photo_part, 1])
+        plain.imshow(photo)
+        plain.set_title("input", fontsize=8)
+        plain.set_anchor("N")
+        plain.set_axis_off()
+        axes.imshow(figures.tiles(scaled, gap), cmap="magma", vmin=0, vmax=1)
+        axes.set_anchor("N")
+        figures.label_tiles(axes, np.arange(layers), np.arange(count), (rows, columns), gap)
+        axes.set(xlabel="head", ylabel="layer")
+
+    tile = min(0.9, 13 / max(layers * rows / columns, count))
+    wide = count * tile
+    beside = wide * photo_part
+    high = max(layers * tile * rows / columns, beside * photo.shape[0] / photo.shape[1])
+    size = (max(wide + beside + 1.0, 4.5), max(high + 1.3, 2.5))
+    return Picture({"attention": maps, "photo": photo}, size, paint, TITLES["heads"], caption)
 
 
 def sheet(subject: Subject) -> Picture:
-    """All figures of a model on one page."""
+    """All figures of a model on one page; where it has no such figure, the reason."""
     makers = {"filters": filters, "positions": positions, "distance": distance}
     makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
     subject.read(1)  # raises at once if there is no photo
@@ -187,33 +290,28 @@ def sheet(subject: Subject) -> Picture:
             if name not in ("positions", "gradcam") or (name == "gradcam" and subject.label is not None):
                 raise
             pictures[name] = str(error)
+
+    def paint(figure: Any) -> None:
+        figure.suptitle(f"{subject.name}: what is inside", fontsize=14, weight="bold")
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35], hspace=0.03)
+        parts, width = [*above.subfigures(1, 3, wspace=0.03), *below.subfigures(1, 3, wspace=0.03)], 17.0 / 3
+        for part, (name, picture) in zip(parts, pictures.items()):
+            if isinstance(picture, Picture):
+                picture.draw(part, width - 0.3)
+                continue
+            axes = part.subplots()
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, textwrap.fill(picture, int(width * 10)), ha="center", va="center", color="0.35")
+            part.suptitle(TITLES[name], weight="bold")
+
     found = {name: picture.arrays for name, picture in pictures.items() if isinstance(picture, Picture)}
     arrays = {f"{name}_{key}": array for name, parts in found.items() for key, array in parts.items()}
-    return Picture(arrays, (17.0, 11.5), partial(_draw_sheet, name=subject.name, pictures=pictures))
+    return Picture(arrays, (17.0, 11.5), paint)
 
 
 FIGURES: dict[str, Callable[..., Picture]] = {
     figure.__name__: figure for figure in (filters, positions, distance, rollout, heads, gradcam, sheet)
 }
-
-
-def _draw_sheet(figure: Any, width: float, name: str, pictures: dict[str, Picture | str]) -> None:
-    figure.suptitle(f"{name}: what is inside", fontsize=14, weight="bold")
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35], hspace=0.03)
-    parts = [*above.subfigures(1, 3, wspace=0.03), *below.subfigures(1, 3, wspace=0.03)]
-    for part, (kind, picture) in zip(parts, pictures.items()):
-        if isinstance(picture, Picture):
-            picture.draw(part, width / 3 - 0.3)
-        else:
-            figures.draw_message(part, width / 3, figures.TITLES[kind], picture)
-
-
-def _picture_of_photos(name: str, photos: list[np.ndarray], maps: list[np.ndarray], **drawing: Any) -> Picture:
-    """One array for each photo: photos may differ in size."""
-    heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
-    draw = partial(figures.draw_photos, photos=photos, maps=maps, **drawing)
-    arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}
-    return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), draw)
 
 
 def _class_index(model: ViTScratchPreTrainedModel, label: str | None) -> int | None:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From arrays to pictures, with matplotlib, which comes with the extra `plot` and is imported only to draw.
-
-Functions `draw_...` draw into a figure or a subfigure that is `width` inches wide. Colours are viridis and magma, which
-read the same in grey and to the colour-blind.
+The tools to draw figures. matplotlib comes with the extra `plot` and is imported only to draw. Colours are viridis and
+magma, which read the same in grey and to the colour-blind.
 """
 
 import textwrap
@@ -15,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from ..common.errors import InputError
-from .embeddings import Filters
 
 
 STYLE = {
@@ -119,127 +116,17 @@ def coloured(photo: np.ndarray, values: np.ndarray) -> np.ndarray:
     return photo / 255 * (1 - part) + matplotlib.colormaps["magma"](strength)[..., :3] * part
 
 
-def _describe(figure: Any, width: float, title: str, caption: str) -> None:
+def describe(figure: Any, width: float, title: str, caption: str) -> None:
+    """Writes title and caption over and under a figure that is `width` inches wide."""
     figure.suptitle(title, weight="bold")
     characters = int(width * 72 / CAPTION_POINTS / 0.58)  # a letter is a good half as wide as high
     figure.supxlabel(textwrap.fill(caption, characters), fontsize=CAPTION_POINTS, color="0.35")
 
 
-def _label_tiles(axes: Any, rows: np.ndarray, columns: np.ndarray, tile: tuple[int, int], gap: int) -> None:
+def label_tiles(axes: Any, rows: np.ndarray, columns: np.ndarray, tile: tuple[int, int], gap: int) -> None:
     """Labels rows and columns of tiles, from 1; only every second one if there are many."""
     for axis, names, size in ((axes.yaxis, rows, tile[0]), (axes.xaxis, columns, tile[1])):
         step = 1 + (len(names) > 16)
         axis.set_ticks(np.arange(0, len(names), step) * (size + gap) + (size - 1) / 2, names[::step] + 1)
         axis.set_tick_params(length=0, labelsize=7)
     axes.spines[["left", "bottom"]].set_visible(False)
-
-
-def draw_filters(figure: Any, width: float, filters: Filters, caption: str) -> None:
-    """The components in rows of seven, each scaled to the full range of colours."""
-    components = to_unit(filters.components, axis=(1, 2, 3))
-    if components.shape[-1] != 3:  # neither colours nor one gray: the mean over channels
-        components = np.repeat(components.mean(axis=-1, keepdims=True), 3, axis=-1)
-    rows = -(-len(components) // 7)
-    padded = np.full((rows * 7, *components.shape[1:]), np.nan)
-    padded[: len(components)] = components
-    axes = figure.subplots()
-    axes.imshow(np.nan_to_num(tiles(padded.reshape(rows, 7, *components.shape[1:])), nan=1.0))
-    axes.set_axis_off()
-    _describe(figure, width, TITLES["filters"], caption)
-
-
-def draw_positions(figure: Any, width: float, similarity: np.ndarray, caption: str) -> None:
-    """A map for each patch, at the patch's position."""
-    rows, columns = (np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in similarity.shape[:2])
-    low = -1.0 if similarity.min() < 0 else np.floor(similarity.min() * 10) / 10
-    gap = 1 + min(similarity.shape[2:]) // 12
-    axes = figure.subplots()
-    image = axes.imshow(tiles(similarity[np.ix_(rows, columns)], gap), vmin=low, vmax=1, cmap="viridis")
-    _label_tiles(axes, rows, columns, similarity.shape[2:], gap)
-    axes.set(xlabel="input patch column", ylabel="input patch row")
-    figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
-    _describe(figure, width, TITLES["positions"], caption)
-
-
-def draw_distances(figure: Any, width: float, distances: np.ndarray, uniform: float, caption: str) -> None:
-    """A dot for each head of each layer, (L, A), coloured by rank; `uniform`: the distance of uniform attention."""
-    axes = figure.subplots()
-    layers, heads = distances.shape
-    depth = np.arange(1, layers + 1)
-    size = float(np.clip(260 / layers, 12, 36))
-    ranks = np.broadcast_to(np.linspace(0, 1, heads), distances.shape)
-    axes.scatter(
-        np.repeat(depth, heads), np.sort(distances, axis=1).ravel(), c=ranks.ravel(), s=size, cmap="viridis", vmax=1.12,
-        linewidths=0.4, edgecolors="white", zorder=3,
-    )  # fmt: skip
-    axes.plot(depth, distances.mean(axis=1), color="0.3", linewidth=1.2, label="mean of the heads", zorder=2)
-    axes.axhline(uniform, color="0.3", linewidth=1, linestyle=(0, (4, 3)), label="if attention were uniform", zorder=1)
-    axes.set(xlabel="network depth (layer)", ylabel="mean attention distance (pixels)")
-    axes.set_ylim(0, 1.12 * max(distances.max(), uniform))
-    axes.set_xticks(depth[:: 1 + (layers - 1) // 16])
-    axes.grid(color="0.92", zorder=0)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-    _describe(figure, width, TITLES["distance"], caption)
-
-
-def draw_photos(
-    figure: Any,
-    width: float,
-    photos: list[np.ndarray],
-    maps: list[np.ndarray],
-    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    titles: tuple[str, str],
-    caption: str,
-    labels: list[str] | None = None,
-) -> None:
-    """A row for each photo: itself with its label, the overlay of photo and map, and the map divided by its mean."""
-    grid = figure.subplots(len(photos), 3, squeeze=False)
-    for row, (photo, values) in enumerate(zip(photos, maps)):
-        height, wide = photo.shape[:2]
-        plain, over, heat = grid[row]
-        plain.imshow(photo)
-        if labels is not None:
-            plain.set_xlabel(labels[row], fontsize=7.5, labelpad=3)
-        over.imshow(overlay(photo, values))
-        relative = values / max(values.mean(), np.finfo(float).tiny)
-        top = max(float(relative.max()), 1.0)
-        image = heat.imshow(relative, cmap="magma", extent=(0, wide, height, 0), vmin=0, vmax=top)
-        bar = figure.colorbar(image, cax=heat.inset_axes([1.03, 0, 0.05, 1]))  # as high as the map
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=7, length=2)
-        for axes in grid[row]:
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-    for axes, column in zip(grid[0], ("input", titles[1], "patches, mean = 1")):
-        axes.set_title(column, fontsize=8)
-    _describe(figure, width, titles[0], caption)
-
-
-def photo_part(heads: int) -> float:
-    """The width of the photo beside the maps of so many heads, as a fraction of their width."""
-    return max(0.18, 1.2 / heads)
-
-
-def draw_heads(figure: Any, width: float, photo: np.ndarray, maps: np.ndarray, caption: str) -> None:
-    """The photo, and maps of heads (columns) and layers (rows), (L, A, rows, columns), each with the maximum 1."""
-    layers, heads, *tile = maps.shape
-    scaled = maps / np.maximum(maps.max(axis=(2, 3), keepdims=True), np.finfo(np.float32).tiny)
-    gap = 1 + min(tile) // 12
-    plain, axes = figure.subplots(1, 2, width_ratios=[photo_part(heads), 1])
-    plain.imshow(photo)
-    plain.set_title("input", fontsize=8)
-    plain.set_anchor("N")
-    plain.set_axis_off()
-    axes.imshow(tiles(scaled, gap), cmap="magma", vmin=0, vmax=1)
-    axes.set_anchor("N")
-    _label_tiles(axes, np.arange(layers), np.arange(heads), tuple(tile), gap)
-    axes.set(xlabel="head", ylabel="layer")
-    _describe(figure, width, TITLES["heads"], caption)
-
-
-def draw_message(figure: Any, width: float, title: str, message: str) -> None:
-    """The reason why there is no picture."""
-    axes = figure.subplots()
-    axes.set_axis_off()
-    axes.text(0.5, 0.5, textwrap.fill(message, int(width * 10)), ha="center", va="center", color="0.35")
-    figure.suptitle(title, weight="bold")

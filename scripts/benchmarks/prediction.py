@@ -19,9 +19,8 @@ from modeling_vit_scratch.common.pretrained import default_processor
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.prediction.arguments import parse_arguments
-from modeling_vit_scratch.prediction.inputs import Rows, list_inputs
 from modeling_vit_scratch.prediction.model import load_predictor
-from modeling_vit_scratch.prediction.reading import Batches, ItemDataset, build_loader
+from modeling_vit_scratch.prediction.reading import Inputs, ItemDataset, build_loader
 from modeling_vit_scratch.prediction.running import finish, open_job, run_job
 
 
@@ -72,15 +71,16 @@ class PredictionBenchmark:
 
     def _parts(self) -> dict[str, Callable[[], Any]]:
         """What our way can't be faster than: where one of its two parts is all that is done."""
-        arguments = parse_arguments([self.model, *map(str, self.files)])
-        predictor, rows = load_predictor(arguments), Rows(arguments)
-        items, size = list(list_inputs(arguments, rows)), self.batch_size
+        flags = ["--dataloader_num_workers", str(self.num_workers)]
+        arguments = parse_arguments([self.model, *map(str, self.files), *flags])
+        predictor, inputs = load_predictor(arguments), Inputs(arguments)
+        items, size = list(inputs.items()), self.batch_size
         batches = [(place, items[place : place + size]) for place in range(0, len(items), size)]
-        dataset = ItemDataset(predictor.processor, fast_decode=True)
-        pixels = torch.zeros((len(items), *dataset.shape), dtype=torch.uint8).split(size)
+        shape = ItemDataset(predictor.processor, fast_decode=True).shape
+        pixels = torch.zeros((len(items), *shape), dtype=torch.uint8).split(size)
 
         def read() -> None:
-            deque(build_loader(Batches(batches, rows), dataset, self.num_workers, pin_memory=False), maxlen=0)
+            deque(build_loader(batches, inputs, predictor.processor, arguments), maxlen=0)
 
         return {"ours, reading alone": read, "ours, the network alone": lambda: [predictor(batch) for batch in pixels]}
 
@@ -95,9 +95,9 @@ class PredictionBenchmark:
         def run() -> Path:
             output = Path(folder, "labels.csv")
             arguments = parse_arguments([*argv, "--output", str(output), "--overwrite"])
-            rows = Rows(arguments)
-            job, missing, _ = open_job(predictor, rows, arguments, accelerator)
-            run_job(job, missing, predictor, rows, arguments, accelerator)
+            inputs = Inputs(arguments)
+            job, missing, _ = open_job(predictor, inputs, arguments, accelerator)
+            run_job(job, missing, predictor, inputs, arguments, accelerator)
             finish(job, predictor)
             return output
 
