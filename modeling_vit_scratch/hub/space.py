@@ -10,7 +10,7 @@ from .commit import PAGE, ConnectionLost, find_model
 from .contents import Upload
 
 
-CODE = sorted((Path(__file__).parents[1] / "page").glob("*.py"))
+CODE = sorted(file for file in (Path(__file__).parents[1] / "page").iterdir() if file.suffix in (".py", ".css"))
 # The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 

@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..common.pretrained import load_pretrained
 from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
+from ..page import pictures
 
 
 def encoder(model: ViTScratchPreTrainedModel) -> ViTScratchModel:
@@ -108,10 +109,4 @@ def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
 
 def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
     """Undoes the processor's normalisation: (B, C, H, W) -> (B, H, W, 3), uint8."""
-    values = pixel_values.permute(0, 2, 3, 1).double().cpu().numpy()  # (B, H, W, C)
-    if processor.do_normalize:
-        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    if processor.do_rescale:
-        values = values / processor.rescale_factor
-    pixels = values.round().clip(0, 255).astype(np.uint8)
-    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    return pictures.as_pixels(pixel_values.double().cpu().numpy(), processor)
