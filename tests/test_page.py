@@ -72,8 +72,7 @@ def test_maps_are_those_of_visualization(fields):
     pixel_values = processor(photo(), return_tensors="pt")["pixel_values"]
     np.testing.assert_allclose(explanation.rollout[-1], rollout_maps(model, pixel_values)[0], atol=1e-7)
     np.testing.assert_allclose(explanation.heads, head_maps(model, pixel_values)[0], atol=1e-6)
-    similarity = Viewer(model, processor, "pets").positions(explanation)
-    np.testing.assert_allclose(similarity, position_similarity(model), atol=1e-12)
+    np.testing.assert_allclose(explanation.positions, position_similarity(model), atol=1e-12)
     assert explanation.photo.shape == (40, 60, 3)
     assert explanation.pixels.shape == (16, 24, 3)
 
@@ -96,7 +95,7 @@ def test_models_of_others():
         theirs = model(**processor(photo(), return_tensors="pt"), output_attentions=True).attentions
     for heads, weights in zip(explanation.heads, theirs):
         np.testing.assert_allclose(heads, weights[0, :, 0, 1:].reshape(4, 4, 4), atol=1e-6)
-    assert Viewer(model, processor, "vit").positions(explanation).shape == (4, 4, 4, 4)
+    assert explanation.positions.shape == (4, 4, 4, 4)
 
     small.pop("intermediate_size")
     registers = Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(num_register_tokens=4, **small))

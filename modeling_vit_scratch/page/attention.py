@@ -7,11 +7,14 @@ A Space has this file and models of any kind; `visualization/` uses its arithmet
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = False) -> tuple[Tensor, Tensor] | None:
+def attention_maps(
+    attentions: Any, grid: tuple[int, int], pools_mean: bool
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """
     Maps over the patches of one image, for each layer.
 
@@ -22,17 +25,16 @@ def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = Fa
 
     Returns:
         Attention rollout up to each layer, (L, rows, columns), float64; and the weights of every head, (L, A, rows,
-        columns), float32. None if these are not weights between all tokens, e.g. with windows.
+        columns), float32. None and None if these are not weights between all tokens, e.g. with windows.
     """
     num_patches = grid[0] * grid[1]
-    if not attentions or any(weights is None or weights.ndim != 4 for weights in attentions):
-        return None
+    if not attentions or any(weights is None for weights in attentions):
+        return None, None
     num_tokens = attentions[0].shape[-1]
-    if any(weights.shape[0] != 1 or weights.shape[2:] != (num_tokens, num_tokens) for weights in attentions):
-        return None
     prefix = num_tokens - num_patches
-    if not 0 <= prefix < num_patches + 32:  # the class token and registers, not another grid
-        return None
+    is_global = all((len(layer), *layer.shape[2:]) == (1, num_tokens, num_tokens) for layer in attentions)
+    if not is_global or not 0 <= prefix < num_patches + 32:  # the class token and registers, not another grid
+        return None, None
 
     def to_patches(weights: Tensor) -> Tensor:
         rows = weights[..., prefix:, :].mean(dim=-2) if pools_mean or prefix == 0 else weights[..., 0, :]
@@ -45,7 +47,7 @@ def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = Fa
         heads.append(to_patches(weights))
         rollout = roll_out(weights, rollout)
         rollouts.append(to_patches(rollout))
-    return torch.stack(rollouts), torch.stack(heads)
+    return torch.stack(rollouts).numpy(), torch.stack(heads).numpy()
 
 
 def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
@@ -61,19 +63,13 @@ def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
 
 
 def cosine_similarity(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
-    """
-    Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64; 0 for a vector of zeros.
-    """
+    """Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64; 0 for a vector of zeros."""
     vectors = torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)
     return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
 
 
-@torch.no_grad()
-def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor | None:
-    """
-    Cosine similarity of the position embeddings of patches, (rows, columns, rows, columns), float64. None for a model
-    that has none.
-    """
+def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.ndarray | None:
+    """`cosine_similarity` of the position embeddings of patches; None for a model that has none."""
     found = None
     for name, module in model.named_modules():
         if hasattr(module, "patch_positions"):  # this project's: kinds of embeddings, on any grid
@@ -84,4 +80,4 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor
             break
     if found is None or found.ndim != 2 or len(found) != grid[0] * grid[1]:
         return None
-    return cosine_similarity(found, grid)
+    return cosine_similarity(found, grid).numpy()

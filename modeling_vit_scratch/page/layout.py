@@ -4,7 +4,6 @@
 import csv
 import io
 import os
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -48,12 +47,8 @@ FORGOTTEN = "Photos are deleted after an hour. Choose this one again to go on."
 SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can be downloaded."
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A photo on the page, and the picture of all its heads."""
-
-    explanation: Explanation
-    overview: pictures.Overview
+# The photo on the page, and the picture of all its heads.
+Shown = tuple[Explanation, pictures.Overview]
 
 
 def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
@@ -146,14 +141,13 @@ def see(viewer: Viewer, file: tuple[str, str] | None) -> list[Any]:
         return [None, None, markup.problem(str(error)), *hidden, *unknown, None, None]
     photo = path if name.lower().endswith(SHOWN_BY_BROWSERS) else image.convert("RGB")
     scores = markup.bars(explanation.scores[:TOP], viewer.is_probability)
-    similarity = viewer.positions(explanation)
-    positions = None if similarity is None else pictures.positions(similarity)
+    positions = None if explanation.positions is None else pictures.positions(explanation.positions)
     below = [gr.Row(visible=True), gr.Column(visible=positions is not None)]
     if explanation.rollout is None:
         patches = pictures.patches(explanation.pixels, None)
         return [photo, None, scores + markup.note(NO_MAPS), hidden[0], *below, *unknown, patches, positions]
     patches = pictures.patches(explanation.pixels, explanation.patch)
-    shown = Shown(explanation, pictures.Overview(explanation.photo, explanation.heads))
+    shown = (explanation, pictures.Overview(explanation.photo, explanation.heads))
     layers, heads = explanation.heads.shape[:2]
     slider = gr.Slider(maximum=layers, value=layers, visible=layers > 1)
     choices = gr.Radio([ROLLOUT, MEAN, *map(str, range(1, heads + 1))], value=ROLLOUT)
@@ -165,7 +159,8 @@ def draw(shown: Shown | None, layer: int, head: str) -> list[Any]:
     """The photo with the chosen map, the overview with this map framed, and a caption."""
     if shown is None:
         return [gr.skip(), gr.skip(), markup.note(FORGOTTEN)]
-    explanation, layer = shown.explanation, min(int(layer), shown.overview.layers)
+    explanation, overview = shown
+    layer = min(int(layer), overview.layers)
     layers, index, heads = range(layer, layer + 1), None, explanation.heads
     if head == ROLLOUT:
         weights, layers = explanation.rollout[layer - 1], range(1, layer + 1)
@@ -180,46 +175,41 @@ def draw(shown: Shown | None, layer: int, head: str) -> list[Any]:
         text = f"Layer {layer}, head {head}: where it looks."
     most = pictures.top(weights) / max(float(weights.mean()), 1e-30)
     caption = markup.note(text) + markup.scale(most)
-    return [pictures.lit(explanation.photo, weights), shown.overview.marked(layers, index), caption]
+    picture = pictures.heat(pictures.sized(explanation.photo, pictures.SIDE), weights)
+    return [picture, overview.marked(layers, index), caption]
 
 
 def choose(shown: Shown | None, event: gr.SelectData) -> list[Any]:
     """The head that was clicked on."""
     if shown is None:
         return [gr.skip()] * 5
-    layer, head = shown.overview.at(*event.index)
+    layer, head = shown[1].at(*event.index)
     return [layer, str(head), *draw(shown, layer, str(head))]
 
 
 def tabulate(viewer: Viewer, files: list[tuple[str, str]], progress: Any = None) -> str:
     """The table of several photos; those that can't be read with the reason."""
-    rows, lines = [], []
+    if not files:
+        return ""
+    rows, text = [], io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # the columns of scripts/predict.py, and problem
+    count = min(TOP_IN_TABLE, viewer.config.num_labels)
+    ends = ["", *(f"_{rank}" for rank in range(2, count + 1))]
+    writer.writerow(["image", *(f"{name}{end}" for end in ends for name in ("label", "score")), "problem"])
     for path, name in progress.tqdm(files[:MAX_PHOTOS], unit="photos") if progress else files[:MAX_PHOTOS]:
         try:
             image = viewer.read(path, name)
             scores = viewer.classify(image, name)[:TOP_IN_TABLE]
             rows.append((name, pictures.thumbnail(image), scores))
-            lines.append([name, *(cell for label, score in scores for cell in (label, f"{score:.6f}")), ""])
+            writer.writerow([name, *(cell for label, score in scores for cell in (label, f"{score:.6f}")), ""])
         except PhotoError as error:
             rows.append((name, "", str(error)))
-            lines.append([name, *[""] * (2 * min(TOP_IN_TABLE, viewer.config.num_labels)), str(error)])
-    if not rows:
-        return ""
-    html = markup.table(rows, viewer.is_probability, as_csv(lines), f"{PurePath(viewer.name).name}.csv")
+            writer.writerow([name, *[""] * 2 * count, str(error)])
+    html = markup.table(rows, viewer.is_probability, text.getvalue(), f"{PurePath(viewer.name).name}.csv")
     left = len(files) - MAX_PHOTOS
     if left > 0:
         html += markup.problem(f"{left} more photos were left out: at most {MAX_PHOTOS} at once.")
     return html
-
-
-def as_csv(lines: list[list[str]]) -> str:
-    """The columns of scripts/predict.py (image, label, score, label_2, score_2, ...), and problem."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ends = ["" if rank == 1 else f"_{rank}" for rank in range(1, len(lines[0]) // 2)]
-    writer.writerow(["image", *(f"{name}{end}" for end in ends for name in ("label", "score")), "problem"])
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:

@@ -2,8 +2,7 @@
 """A classifier with its image processor: scores of a photo, and its attention maps."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,16 @@ class Explanation:
         patch: height and width of a patch in `pixels`; None if the model has none.
         rollout: (L, rows, columns), up to each layer; None if the model has no attention maps.
         heads: (L, A, rows, columns); None with `rollout`.
+        positions: similarity of the position embeddings, (rows, columns, rows, columns); None if there are none.
     """
 
     scores: list[tuple[str, float]]
     photo: np.ndarray
     pixels: np.ndarray
-    patch: tuple[int, int] | None
-    rollout: np.ndarray | None
-    heads: np.ndarray | None
+    patch: tuple[int, int] | None = None
+    rollout: np.ndarray | None = None
+    heads: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
 
 class Viewer:
@@ -56,7 +57,6 @@ class Viewer:
         with contextlib.suppress(ValueError, AttributeError):  # of models without attention
             model.set_attn_implementation("eager")  # the one that every model of transformers gives weights of
         self.pipeline = pipeline("image-classification", model=model, image_processor=processor)
-        self.device = next(model.parameters()).device
         self.is_probability = self.config.problem_type != "regression"
 
     def read(self, file: str, name: str) -> Image.Image:
@@ -83,15 +83,8 @@ class Viewer:
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str) -> list[tuple[str, float]]:
-        """
-        The scores of transformers' pipeline: (label, score), best first.
-
-        Raises:
-            PhotoError: if the model can't take it.
-        """
-        with photo_errors(name):
-            pixel_values = self._pixel_values(image)
-            return self._scores(self.model(pixel_values.to(self.device, self.model.dtype)).logits)
+        """The scores of transformers' pipeline: (label, score), best first. Raises PhotoError as `explain`."""
+        return self._scores(self._forward(image, name)[1])
 
     @torch.inference_mode()
     def explain(self, image: Image.Image, name: str) -> Explanation:
@@ -101,94 +94,65 @@ class Viewer:
         Raises:
             PhotoError: if the model can't take it.
         """
-        with photo_errors(name):
-            pixel_values = self._pixel_values(image)
-            outputs = self.model(pixel_values.to(self.device, self.model.dtype), output_attentions=True)
-        patch, maps = self._patch(pixel_values), None
-        if patch is not None:
-            grid = (pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1])
-            maps = attention_maps(outputs.get("attentions"), grid, self._pools_mean())
-        rollout, heads = (None, None) if maps is None else (part.numpy() for part in maps)
+        pixel_values, outputs = self._forward(image, name, output_attentions=True)
         pixels = as_pixels(pixel_values[0].numpy(), self.processor)
-        photo = seen_part(image, self.processor, pixels.shape[:2]) or Image.fromarray(pixels)
-        photo = photo.convert("RGB")
+        height, width = pixels.shape[:2]
+        photo = (seen_part(image, self.processor, (height, width)) or Image.fromarray(pixels)).convert("RGB")
         photo.thumbnail((SIDE, SIDE))
-        return Explanation(self._scores(outputs.logits), np.asarray(photo), pixels, patch, rollout, heads)
-
-    def positions(self, explanation: Explanation) -> np.ndarray | None:
-        """Similarity of the position embeddings, (rows, columns, rows, columns); None if the model has none."""
-        if explanation.patch is None:
-            return None
-        height, width = explanation.pixels.shape[:2]
-        similarity = position_similarity(self.model, (height // explanation.patch[0], width // explanation.patch[1]))
-        return None if similarity is None else similarity.numpy()
+        explanation = Explanation(self._scores(outputs), np.asarray(photo), pixels)
+        patch = _pair(getattr(self.config, "patch_size", None))
+        if patch is None or height % patch[0] or width % patch[1]:
+            return explanation
+        grid = (height // patch[0], width // patch[1])
+        pools_mean = getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
+        rollout, heads = attention_maps(outputs.get("attentions"), grid, pools_mean)
+        positions = position_similarity(self.model, grid)
+        return replace(explanation, patch=patch, rollout=rollout, heads=heads, positions=positions)
 
     def details(self) -> list[str]:
         """The size of the model in a few words."""
         config, size = self.config, self.config.num_labels
-        details = [f"{sum(parameter.numel() for parameter in self.model.parameters()):,} parameters"]
-        image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-        details += [f"{' × '.join(map(str, _pair(image)))} pixels"] if image else []
-        details += [f"patches of {' × '.join(map(str, _pair(patch)))}"] if patch else []
+        details = [f"{self.model.num_parameters():,} parameters"]
+        if image := _pair(getattr(config, "image_size", None)):
+            details.append(f"{image[0]} × {image[1]} pixels")
+        if patch := _pair(getattr(config, "patch_size", None)):
+            details.append(f"patches of {patch[0]} × {patch[1]}")
         layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
         if isinstance(layers, int) and isinstance(heads, int):
             details.append(f"{layers} layers of {heads} heads")
         return [*details, f"{size} {'class' if size == 1 else 'classes'}"]
 
-    def _pixel_values(self, image: Image.Image) -> torch.Tensor:
-        return self.processor(images=[image], return_tensors="pt")["pixel_values"]
+    def _forward(self, image: Image.Image, name: str, **options: Any) -> tuple[torch.Tensor, Any]:
+        """`pixel_values` of the photo, and the model's outputs."""
+        try:
+            pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
+            return pixel_values, self.model(pixel_values.to(self.model.device, self.model.dtype), **options)
+        except (ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error
 
-    def _scores(self, logits: torch.Tensor) -> list[tuple[str, float]]:
-        entries = self.pipeline.postprocess({"logits": logits.cpu()}, top_k=self.config.num_labels)
+    def _scores(self, outputs: Any) -> list[tuple[str, float]]:
+        entries = self.pipeline.postprocess({"logits": outputs.logits.cpu()}, top_k=self.config.num_labels)
         return [(str(entry["label"]), entry["score"]) for entry in entries]
-
-    def _patch(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        size = getattr(self.config, "patch_size", None)
-        height, width = pixel_values.shape[2:]
-        if not size or height % _pair(size)[0] or width % _pair(size)[1]:
-            return None
-        return _pair(size)
-
-    def _pools_mean(self) -> bool:
-        return getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
-
-
-@contextlib.contextmanager
-def photo_errors(name: str) -> Iterator[None]:
-    """Turns errors of processor and model into PhotoError."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error
 
 
 def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Image.Image | None:
     """
-    The part of an image that is left after the processor's crop.
-
-    Args:
-        image: the original.
-        processor: its image processor.
-        size: height and width of the processor's output.
-
-    Returns:
-        The part in the original resolution; None if the processor adds a border or its settings are not known here.
+    The part of an image, in its own resolution, that is left after the processor's crop to `size` (height, width). None
+    if the processor adds a border, or if its settings are not known here.
     """
-    crop_pct, crops = getattr(processor, "crop_pct", None), bool(getattr(processor, "do_center_crop", False))
-    if crop_pct is None and not crops:
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop_pct is None and not getattr(processor, "do_center_crop", False):
         return image
     resized = {key: value for key, value in dict(getattr(processor, "size", None) or {}).items() if value}
     if crop_pct is not None:  # the shorter side to size / crop_pct
-        scale = max(int(size[0] / crop_pct) / image.height, int(size[1] / crop_pct) / image.width)
-        scales = (scale, scale)
+        scales = [max(int(size[0] / crop_pct) / image.height, int(size[1] / crop_pct) / image.width)] * 2
     elif not getattr(processor, "do_resize", True):
-        scales = (1.0, 1.0)
+        scales = [1.0, 1.0]
     elif set(resized) == {"shortest_edge"}:
-        scale = resized["shortest_edge"] / min(image.size)
-        scales = (scale, scale)
+        scales = [resized["shortest_edge"] / min(image.size)] * 2
     elif set(resized) == {"height", "width"}:
-        scales = (resized["height"] / image.height, resized["width"] / image.width)
+        scales = [resized["height"] / image.height, resized["width"] / image.width]
     else:
         return None
     height, width = size[0] / scales[0], size[1] / scales[1]
@@ -218,5 +182,8 @@ def load(source: str, trust_remote_code: bool = False, revision: str = "main") -
     return Viewer(model, processor, Path(source).name if Path(source).exists() else source)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Height and width of a size in a configuration."""
+    if not size:
+        return None
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[-1]))

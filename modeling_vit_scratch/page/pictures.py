@@ -42,11 +42,6 @@ def heat(photo: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.fromarray((grey + (colours(glow[..., 0]) - grey) * 0.75 * glow).round().astype(np.uint8))
 
 
-def lit(photo: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """`heat` on (H, W, 3) uint8, in the size of the page."""
-    return heat(sized(photo, SIDE), weights)
-
-
 def sized(pixels: np.ndarray, side: int) -> Image.Image:
     """(H, W, 3) uint8 as a picture whose longer side is `side`."""
     scale = side / max(pixels.shape[:2])

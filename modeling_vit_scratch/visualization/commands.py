@@ -135,7 +135,7 @@ def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
         "counts twice the mean."
     )
     photos, titles = list(map(subject.as_photo, pixel_values)), (figures.TITLES["rollout"], "attention")
-    return _photos_picture("rollout", photos, maps, overlay=figures.lit, titles=titles, caption=caption)
+    return _picture_of_photos("rollout", photos, maps, overlay=figures.lit, titles=titles, caption=caption)
 
 
 def heads(subject: Subject) -> Picture:
@@ -169,7 +169,7 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
         "attention. Right: a patch of 2 counts twice the mean."
     )
     titles = (figures.TITLES["gradcam"], "Grad-CAM")
-    return _photos_picture(
+    return _picture_of_photos(
         "gradcam", photos, maps, overlay=figures.coloured, titles=titles, caption=caption, labels=labels
     )
 
@@ -208,7 +208,7 @@ def _draw_sheet(figure: Any, width: float, name: str, pictures: dict[str, Pictur
             figures.draw_message(part, width / 3, figures.TITLES[kind], picture)
 
 
-def _photos_picture(name: str, photos: list[np.ndarray], maps: list[np.ndarray], **drawing: Any) -> Picture:
+def _picture_of_photos(name: str, photos: list[np.ndarray], maps: list[np.ndarray], **drawing: Any) -> Picture:
     """One array for each photo: photos may differ in size."""
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
     draw = partial(figures.draw_photos, photos=photos, maps=maps, **drawing)
