@@ -18,11 +18,10 @@ from PIL import Image
 from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.cards.figures import draw_curves
 from modeling_vit_scratch.cards.records import CardOptions, read_records
 from modeling_vit_scratch.cards.rendering import FILTERS, render
 from modeling_vit_scratch.cards.values import template_values
-from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
+from modeling_vit_scratch.cards.writing import card_text, draw_curves, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.provenance import digests
 from modeling_vit_scratch.evaluation.metrics import (

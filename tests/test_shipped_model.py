@@ -16,7 +16,7 @@ from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.records import CardOptions, read_records
-from modeling_vit_scratch.cards.transfer import FINE_TUNED, find, gain_in_words, in_words, names_of
+from modeling_vit_scratch.cards.values import FINE_TUNED, find, gain_in_words, in_words, names_of
 from modeling_vit_scratch.cards.writing import card_text, stored_options
 from modeling_vit_scratch.hub.contents import CODE, collect
 from modeling_vit_scratch.recipes.table import RECIPES

@@ -16,7 +16,7 @@ from ..common.errors import InputError
 from ..common.names import METRIC_TITLES, NO_PERCENT, title_of
 
 
-CARD_TEMPLATE, TRANSFER_TEMPLATE = "template.md", "transfer.md"
+CARD_TEMPLATE = "template.md"
 
 
 class Absent(StrictUndefined):
