@@ -133,8 +133,7 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
     from modeling_vit_scratch.cards.records import CardOptions, stale_reports
     from modeling_vit_scratch.cards.writing import card_to_publish
-    from modeling_vit_scratch.hub.checks import changed_code, check_model, prepare_card
-    from modeling_vit_scratch.hub.contents import collect
+    from modeling_vit_scratch.hub.contents import changed_code, check_model, collect, prepare_card
 
     faults = check_model(folder)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]

@@ -33,8 +33,7 @@ from modeling_vit_scratch.evaluation.metrics import (
     score,
     score_labels,
 )
-from modeling_vit_scratch.hub.checks import prepare_card
-from modeling_vit_scratch.hub.contents import collect
+from modeling_vit_scratch.hub.contents import collect, prepare_card
 
 
 NAMES = ["zero", "one", "two"]

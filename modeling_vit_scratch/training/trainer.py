@@ -33,7 +33,7 @@ from ..common.processes import Processes, has_lost_contact
 from ..data.collation import Normalize, mix
 from ..data.dataset import repeating_loader
 from ..data.streams import StreamDataset, StreamPosition, stream_loader
-from ..hub.privacy import shareable
+from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, ImageTrainingArguments
