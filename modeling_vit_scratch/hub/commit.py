@@ -73,12 +73,7 @@ class Remote:
 
 
 def check_can_publish(name: str) -> None:
-    """
-    Checks what can be checked without the Hub.
-
-    Raises:
-        InputError: if `name` is not a valid name of a repository, if there is no token, or in offline mode.
-    """
+    """Raises InputError for an invalid name of a repository, without a token, and in offline mode. Asks no Hub."""
     with _explained(name):
         validate_repo_id(name)
         if get_token() is None:
@@ -248,51 +243,43 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
         # An upload of a large file wraps the error in a RuntimeError.
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        explanation = _explain(name, cause)
+        explanation = _explain(name, error.__cause__ if isinstance(error, RuntimeError) else error)
         if explanation is None:
             raise
         raise explanation from error
 
 
 def _explain(name: str, error: BaseException | None) -> InputError | None:
-    if isinstance(error, HFValidationError):
-        return InputError(
-            f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
-        )
-    if isinstance(error, LocalTokenNotFoundError):
-        return InputError(f"There is no token for the Hub on this machine. {_LOG_IN}")
-    if isinstance(error, OfflineModeIsEnabled):
-        return InputError("HF_HUB_OFFLINE is set. Unset it to publish.")
+    status, answer = None, ""
     if isinstance(error, HfHubHTTPError):
-        return _from_status(name, error)
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
+        status, answer = error.response.status_code, (error.server_message or "").strip().rstrip(".")
+        answer = f" ({answer})" if answer else ""
+    if isinstance(error, HFValidationError):
+        message = f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
+    elif isinstance(error, LocalTokenNotFoundError) or (status == 401 and get_token() is None):
+        message = f"There is no token for the Hub on this machine. {_LOG_IN}"
+    elif isinstance(error, OfflineModeIsEnabled):
+        message = "HF_HUB_OFFLINE is set. Unset it to publish."
+    elif status == 401:
+        message = f"The Hub does not accept the token of this machine{answer}. {_LOG_IN}"
+    elif status == 403:
+        message = (
+            f"The token of this machine may not write to {name}{answer}. Use a token with the role write, choose a "
+            "name of your own, or ask the organization."
+        )
+    elif isinstance(error, RepositoryNotFoundError):
+        message = f"There is no repository {name} that the token of this machine may see. {_LOG_IN}"
+    elif isinstance(error, RevisionNotFoundError):
+        message = f"{name} has no such branch or commit."
+    elif status in (409, 412):
+        message = f"{name} was changed by somebody else meanwhile{answer}. Look at the change, then run this again."
+    elif status is not None and (status == 429 or status >= 500):
+        return ConnectionLost(f"The Hub answers {status}{answer}.")
+    elif status is not None:
+        message = f"The Hub refuses {name} with {status}{answer}."
+    elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
         reason = str(error).strip().rstrip(".") or type(error).__name__
         return ConnectionLost(f"The connection to the Hub was lost ({reason}).")
-    return None
-
-
-def _from_status(name: str, error: HfHubHTTPError) -> InputError:
-    status = error.response.status_code
-    said = (error.server_message or "").strip().rstrip(".")
-    said = f" ({said})" if said else ""
-    if status == 401 and get_token() is None:
-        return _explain(name, LocalTokenNotFoundError())
-    if status == 401:
-        return InputError(f"The Hub does not accept the token of this machine{said}. {_LOG_IN}")
-    if status == 403:
-        return InputError(
-            f"The token of this machine may not write to {name}{said}. Use a token with the role write, choose a name "
-            "of your own, or ask the organization."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(f"There is no repository {name} that the token of this machine may see. {_LOG_IN}")
-    if isinstance(error, RevisionNotFoundError):
-        return InputError(f"{name} has no such branch or commit.")
-    if status in (409, 412):
-        return InputError(
-            f"{name} was changed by somebody else meanwhile{said}. Look at the change, then run this again."
-        )
-    if status == 429 or status >= 500:
-        return ConnectionLost(f"The Hub answers {status}{said}.")
-    return InputError(f"The Hub refuses {name} with {status}{said}.")
+    else:
+        return None
+    return InputError(message)

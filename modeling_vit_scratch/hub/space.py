@@ -9,33 +9,10 @@ from .commit import PAGE, ConnectionLost, find_model
 from .contents import Upload, check_model
 
 
-CODE = sorted(file for file in (Path(__file__).parents[1] / "page").iterdir() if file.suffix in (".py", ".css"))
+CODE = sorted(file for file in (Path(__file__).parents[1] / "page").iterdir() if file.is_file())
 # The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 
-_CARD = """---
-title: {title}
-emoji: 👀
-colorFrom: indigo
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-python_version: "{python}"
-app_file: app.py
-license: apache-2.0
-short_description: What it is, and what the model looks at
-models:
-- {model}
----
-
-# {title}
-
-A page to try [{model}](https://huggingface.co/{model}) on: the classes of a photo, attention rollout and every head
-over it, the patches, the position embeddings; several photos at once as a table.
-
-`app.py` loads the model from the Hub; `{page}/` is the page. Written by `scripts/publish.py --space` of
-modeling_vit_scratch.
-"""
 _APP = '''# SPDX-License-Identifier: Apache-2.0
 """The page of a model. Written by scripts/publish.py --space."""
 
@@ -58,7 +35,8 @@ def space_files(model: str, title: str, has_code: bool, revision: str = "main") 
     """The files of a Space for a model on the Hub. If the model `has_code` of its own, the Space runs it."""
     names = {"model": model, "title": title, "page": PAGE, "gradio": GRADIO, "python": PYTHON}
     names |= {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
-    texts = {"README.md": _CARD, "app.py": _APP, "requirements.txt": _REQUIREMENTS}
+    card = Path(__file__).with_name("space.md").read_text(encoding="utf-8")
+    texts = {"README.md": card, "app.py": _APP, "requirements.txt": _REQUIREMENTS}
     uploads = [
         Upload(path, text.format(**names, trust=has_code, revision=revision).encode()) for path, text in texts.items()
     ]

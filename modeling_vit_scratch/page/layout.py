@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: its components and events."""
 
+import base64
 import csv
 import io
 import os
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 
@@ -13,11 +14,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from gradio import utils
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import markup, pictures
+from . import pictures
 from .model import Explanation, PhotoError, Viewer
 
 
+FOLDER = Path(__file__).parent
+HTML = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
+markup: Any = HTML.get_template("markup.html").module
 # Classes of a single photo, and of each photo in a table.
 TOP, TOP_IN_TABLE = 5, 3
 MAX_PHOTOS = 500
@@ -205,7 +210,8 @@ def tabulate(viewer: Viewer, files: list[tuple[str, str]], progress: Any = None)
         except PhotoError as error:
             rows.append((name, "", str(error)))
             writer.writerow([name, *[""] * 2 * count, str(error)])
-    html = markup.table(rows, viewer.is_probability, text.getvalue(), f"{PurePath(viewer.name).name}.csv")
+    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.getvalue().encode()).decode()}"
+    html = markup.table(rows, viewer.is_probability, link, f"{PurePath(viewer.name).name}.csv")
     left = len(files) - MAX_PHOTOS
     if left > 0:
         html += markup.problem(f"{left} more photos were left out: at most {MAX_PHOTOS} at once.")
@@ -218,4 +224,5 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         primary_hue="indigo", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
     ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
-    return page.launch(theme=theme, css=markup.CSS, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)
+    css = (FOLDER / "style.css").read_text(encoding="utf-8")
+    return page.launch(theme=theme, css=css, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)
