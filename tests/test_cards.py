@@ -633,9 +633,7 @@ def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monk
     options = stored_options(folder)
     assert options is not None, "changed by hand"
     told = "copy it to outputs/demo/digits, run scripts/card.py outputs/demo/digits, and copy README.md back"
-    assert card_text(read_records(folder, CardOptions().over(options)), folder) == (folder / "README.md").read_text(), (
-        told
-    )
+    assert card_text(read_records(folder, CardOptions().over(options))) == (folder / "README.md").read_text(), told
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 400_000
     assert {upload.path for upload in collect(folder, code=False)[0]} == {

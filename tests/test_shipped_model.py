@@ -58,7 +58,7 @@ def test_it_is_ready_to_be_published(capsys):
 def test_its_card_is_what_the_code_writes_of_its_records():
     options = stored_options(FOLDER)
     assert options is not None, "changed by hand"
-    text = card_text(read_records(FOLDER, CardOptions().over(options)), FOLDER)
+    text = card_text(read_records(FOLDER, CardOptions().over(options)))
     assert text == (FOLDER / "README.md").read_text(), "run scripts/card.py model_cards/vit-tiny-imagenet"
 
 

@@ -98,8 +98,7 @@ class ModelRecords:
     All that a card is written from.
 
     Attributes:
-        name: the title.
-        location: what the example of use loads the model from: a path or a Hub id.
+        folder: of the model.
         config: of the model.
         processor: of the model; None if there is none.
         training: the record of the training; None for a model from elsewhere.
@@ -113,8 +112,7 @@ class ModelRecords:
         options: what a person has added.
     """
 
-    name: str
-    location: str
+    folder: Path
     config: ViTScratchConfig
     processor: BaseImageProcessor | None
     training: dict[str, Any] | None
@@ -124,19 +122,6 @@ class ModelRecords:
     figures: frozenset[str]
     sheet_credit: str | None
     options: CardOptions
-
-    @property
-    def is_encoder(self) -> bool:
-        """Whether it has no classifier. During training the configuration does not say it yet."""
-        if self.training is not None:
-            return (self.training["pretraining"] or {}).get("objective", "supervised") != "supervised"
-        architecture = (self.config.architectures or [""])[0]
-        return bool(architecture) and not architecture.endswith("ForImageClassification")
-
-    @property
-    def is_multi_label(self) -> bool:
-        """Whether an image has any number of labels."""
-        return self.config.problem_type == "multi_label_classification"
 
 
 def read_records(
@@ -226,9 +211,7 @@ def gather(
         figures |= {f"{TRANSFER}/{name}" for name in _pictures(transfer)}
     credit = folder / SHEET_CREDIT
     return ModelRecords(
-        name=(options.hub_model_id or folder.resolve().name).split("/")[-1],
-        # A path that depends on this machine helps nobody.
-        location=options.hub_model_id or (folder.as_posix() if not folder.is_absolute() else folder.name),
+        folder=folder,
         config=config,
         processor=processor,
         training=training,

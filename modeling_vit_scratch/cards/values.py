@@ -54,20 +54,24 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
     Every name that a template may use, as scripts/card.py --help lists them. Plain values without methods that do
     anything, since a template may be somebody else's; None is what no record says.
     """
-    options, training, config = records.options, records.training, records.config
+    options, training, config, folder = records.options, records.training, records.config, records.folder
     main_record = training or records.evaluations[0]
+    if training is None:
+        architecture = (config.architectures or [""])[0]
+        is_encoder = bool(architecture) and not architecture.endswith("ForImageClassification")
+    else:  # the configuration does not say it yet
+        is_encoder = (training["pretraining"] or {}).get("objective", "supervised") != "supervised"
     license = options.license
-    if license is None and training is not None:
-        # That of the data, if the Hub knows it.
+    if license is None and training is not None and not license_problem(training["dataset"]["license"]):
         license = training["dataset"]["license"]
-        license = None if license_problem(license) else license
     values = {
-        "name": records.name,
-        "location": records.location,
-        "task": "image-feature-extraction" if records.is_encoder else "image-classification",
-        "is_encoder": records.is_encoder,
-        "is_multi_label": records.is_multi_label,
-        "labels": [] if records.is_encoder else [str(config.id2label[index]) for index in range(config.num_labels)],
+        "name": (options.hub_model_id or folder.resolve().name).split("/")[-1],
+        # A path that depends on this machine helps nobody.
+        "location": options.hub_model_id or (folder.name if folder.is_absolute() else folder.as_posix()),
+        "task": "image-feature-extraction" if is_encoder else "image-classification",
+        "is_encoder": is_encoder,
+        "is_multi_label": config.problem_type == "multi_label_classification",
+        "labels": [] if is_encoder else [str(config.id2label[index]) for index in range(config.num_labels)],
         "num_parameters": main_record["model"]["num_parameters"],
         "config": config.to_dict()
         | {"image_hw": config.image_hw, "patch_hw": config.patch_hw, "grid_hw": config.grid_hw},
@@ -226,10 +230,10 @@ def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
         pipeline_tag=values["task"],
         base_model=values["base_model"],
         datasets=list(dict.fromkeys(source["hub_id"] for source in sources if source["hub_id"])) or None,
-        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if records.is_multi_label else [])],
+        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if values["is_multi_label"] else [])],
         metrics=sorted(metrics) or None,
         co2_eq_emissions=_emissions(records),
-        model_name=records.name if results else None,
+        model_name=values["name"] if results else None,
         eval_results=results or None,
     )
 

@@ -43,19 +43,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKED_UP_TO = 60  # points of which each is marked
 
 
-def card_text(records: ModelRecords, folder: Path, template: Path | None = None) -> str:
+def card_text(records: ModelRecords, template: Path | None = None) -> str:
     """
-    README.md: metadata, text, and the signature.
-
-    Args:
-        records: of the model.
-        folder: of the model, which may have a template of its own.
-        template: the one to use instead.
+    README.md: metadata, text, and the signature. Without a `template`, it is that of the model's folder or the default.
 
     Raises:
         InputError: if the template can't be read or has a mistake, or if the Hub would not take its metadata.
     """
-    template = template or folder / OWN_TEMPLATE
+    template = template or records.folder / OWN_TEMPLATE
     try:
         own = template.read_text(encoding="utf-8") if template.is_file() else None
     except (OSError, ValueError) as error:
@@ -128,7 +123,7 @@ def write_card(
     options.check()
     if template is not None and not template.is_file():
         raise InputError(f"--template {template} is no file. Start from the default: scripts/card.py --template > FILE")
-    text = card_text(read_records(folder, options, reports, transfer), folder, template)
+    text = card_text(read_records(folder, options, reports, transfer), template)
     if dry_run:
         return text
     for report in reports:
@@ -140,21 +135,15 @@ def write_card(
     state = folder / "trainer_state.json"
     if state.is_file():
         draw_curves(read_json(state).get("log_history", []), folder / CURVES)
-        text = card_text(read_records(folder, options), folder)
+        text = card_text(read_records(folder, options))
     write_text(folder / CARD, text)
     return text
 
 
 def refresh_card(model: str, report: str) -> str | None:
     """
-    Writes the card of a model again after an evaluation, if the report lies in the model's folder.
-
-    Args:
-        model: a folder, or any other model of the command line.
-        report: the folder of the report.
-
-    Returns:
-        A message for the user; None if the report lies elsewhere, or if there is no card.
+    Writes the card of a `model` of the command line again, after an evaluation into the folder `report`. Returns a
+    message for the user; None if the report lies elsewhere, or if there is no card.
     """
     folder = Path(model)
     if not (folder / CARD).is_file() or not Path(report).resolve().is_relative_to((folder / EVALUATIONS).resolve()):
@@ -181,7 +170,7 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
         draw_curves(trainer.state.log_history, folder / CURVES)
         # Evaluations that are there are of weights that this run has replaced.
         records = gather(folder, trainer.model.config, trainer.processing_class, record, [], options)
-        write_text(folder / CARD, card_text(records, folder))
+        write_text(folder / CARD, card_text(records))
     except Exception as error:
         print(f"warning: no card was written ({type(error).__name__}: {error}). Try scripts/card.py {folder} later.")
 
@@ -195,7 +184,7 @@ def card_to_publish(folder: Path, options: CardOptions) -> str | None:
     if earlier is None:
         return None
     try:
-        return card_text(read_records(folder, options.over(earlier)), folder)
+        return card_text(read_records(folder, options.over(earlier)))
     except InputError:  # publishing finds what is wrong, and reports it
         return None
 
