@@ -128,13 +128,8 @@ def read_records(
     folder: Path, options: CardOptions, reports: Iterable[Path] = (), transfer: Path | None = None
 ) -> ModelRecords:
     """
-    Reads everything in the folder of a finished model, and checks it as `gather` does.
-
-    Args:
-        folder: of the model.
-        options: what a person adds.
-        reports: folders of reports that lie elsewhere.
-        transfer: the folder of a transfer table that lies elsewhere.
+    Reads everything in the folder of a finished model, and folders of reports and of a transfer table that lie
+    elsewhere, and checks it as `gather` does.
 
     Raises:
         InputError: also if the folder has no configuration, or if a file can't be read.

@@ -20,10 +20,15 @@ from ..training.trainer import ImageTrainer
 
 
 def build_record(
-    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float], wall_time: float
+    trainer: ImageTrainer,
+    data: ImageData,
+    model_arguments: ModelArguments,
+    scores: dict[str, float],
+    wall_time: float,
+    pretraining: PretrainingArguments | None = None,
 ) -> dict[str, Any]:
     """
-    The record of fine-tuning, without secrets and paths of this machine.
+    The record of a run, without secrets and paths of this machine.
 
     Args:
         trainer: after training.
@@ -31,45 +36,51 @@ def build_record(
         model_arguments: what it started from.
         scores: of the held-out images, from `Trainer.evaluate`.
         wall_time: of training with its evaluations, in seconds.
+        pretraining: the objective of pretraining; None for fine-tuning.
 
     Returns:
         `metric`, `value` and `n` (the number of images) of the main result, all `metrics`, how the weights were chosen
         (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
-        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`.
+        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`. Of pretraining also the
+        flags of its objective (`pretraining`) and the probes of the last step (among the `metrics`). Without labels,
+        the main result is the loss on held-out images with the masks of the first epoch, and the parameters are the
+        encoder's.
     """
-    # Without the loss: with label smoothing or mixing it is no number to compare.
-    metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
-    main = next(iter(metrics))
-    results = {"metric": main, "value": metrics[main], "n": int(scores["eval_images"]), "metrics": metrics}
-    return results | _run_metadata(trainer, data, model_arguments, wall_time)
-
-
-def build_pretraining_record(
-    trainer: ImageTrainer,
-    data: ImageData,
-    model_arguments: ModelArguments,
-    options: PretrainingArguments,
-    scores: dict[str, float],
-    wall_time: float,
-) -> dict[str, Any]:
-    """
-    The record of pretraining: as `build_record`, with the flags of the objective (`pretraining`) and the probes of the
-    last step (among the `metrics`). Without labels, the main result is the loss on held-out images with the masks of
-    the first epoch, and the parameters are the encoder's.
-    """
-    objective = options.metadata()
-    if options.is_supervised:
-        record = build_record(trainer, data, model_arguments, scores, wall_time)
+    if pretraining is None or pretraining.is_supervised:
+        # Without the loss: with label smoothing or mixing it is no number to compare.
+        metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
+        n = int(scores["eval_images"])
     else:
-        loss = scores["eval_loss"]
-        results = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
-        record = results | _run_metadata(trainer, data, model_arguments, wall_time)
+        metrics, n = {"loss": scores["eval_loss"]}, len(data.validation)
+    main, arguments, state = next(iter(metrics)), trainer.args, trainer.state
+    selection = "the last step"
+    if arguments.load_best_model_at_end and state.best_model_checkpoint:
+        name = arguments.metric_for_best_model.removeprefix("eval_")
+        selection = f"the checkpoint with the best {name} on these same images (step {state.best_global_step})"
+    record = {
+        "metric": main,
+        "value": metrics[main],
+        "n": n,
+        "metrics": metrics,
+        "selection": selection,
+        "seed": arguments.seed,
+        "dataset": _dataset_metadata(data),
+        "model": _model_metadata(trainer.model, model_arguments),
+        "earlier": _earlier_runs(model_arguments.model_name_or_path),
+        "training": training_metadata(trainer),
+        **provenance(),
+        "wall_time_seconds": round(wall_time, 1),
+        "resumed_from": Path(arguments.resume_from_checkpoint or "").name or None,
+    }
+    if pretraining is None:
+        return record
+    objective = pretraining.metadata()
+    if not pretraining.is_supervised:
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
         objective["description"] = trainer.objective
-    last_logs = (log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step)
-    probes = (item for log in last_logs for item in log.items())
-    record["metrics"] |= {name: value for name, value in probes if name.startswith("probe_")}
+    last_logs = [log for log in state.log_history if log.get("step") == state.global_step]
+    record["metrics"] |= {name: value for log in last_logs for name, value in log.items() if name.startswith("probe_")}
     return record | {"pretraining": objective}
 
 
@@ -126,27 +137,6 @@ def _held_out(record: dict[str, Any]) -> str:
     value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
     title = METRIC_TITLES.get(record["metric"], record["metric"])
     return f"Held-out {title}: {value} on {record['n']:,} images ({record['selection']})."
-
-
-def _run_metadata(
-    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float
-) -> dict[str, Any]:
-    selection = "the last step"
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        name = trainer.args.metric_for_best_model.removeprefix("eval_")
-        step = trainer.state.best_global_step
-        selection = f"the checkpoint with the best {name} on these same images (step {step})"
-    return {
-        "selection": selection,
-        "seed": trainer.args.seed,
-        "dataset": _dataset_metadata(data),
-        "model": _model_metadata(trainer.model, model_arguments),
-        "earlier": _earlier_runs(model_arguments.model_name_or_path),
-        "training": training_metadata(trainer),
-        **provenance(),
-        "wall_time_seconds": round(wall_time, 1),
-        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
-    }
 
 
 def _dataset_metadata(data: ImageData) -> dict[str, Any]:

@@ -249,7 +249,11 @@ def _hub_results(records: ModelRecords) -> list[EvalResult]:
                 (training, training["dataset"]["held_out"], {"metric": metric, "value": value, "n": training["n"]})
                 for metric, value in training["metrics"].items()
             ]
-    return [_hub_result(*one) for one in found if one[2]["metric"] in _HUB_METRICS and not math.isnan(one[2]["value"])]
+    return [
+        _hub_result(record, images, result)
+        for record, images, result in found
+        if result["metric"] in _HUB_METRICS and not math.isnan(result["value"])
+    ]
 
 
 def _hub_result(record: dict[str, Any], images: str, result: dict[str, Any]) -> EvalResult:
@@ -318,31 +322,26 @@ def gain_in_words(row: dict[str, dict[str, Any]]) -> str:
 
 def transfer_values(record: dict[str, Any]) -> dict[str, Any]:
     """What `transfer` is in a template."""
-    data, all_cells = names_of(record), record["cells"]
+    cells = [{**cell, "words": in_words(cell)} for cell in record["cells"]]
+    record, data = {**record, "cells": cells}, names_of(record)
     rows = {name: find(record, name, FINE_TUNED) for name in data}
-    probes = {how: title for how, title in SHOWN_PROBES.items() if any(cell["how"] == how for cell in all_cells)}
+    probes = {how: title for how, title in SHOWN_PROBES.items() if any(cell["how"] == how for cell in cells)}
     probed = {name: [find(record, name, how) for how in probes] for name in data}
-    last_probes = [cells[-1] for cells in probed.values() if cells and cells[-1]]
+    last_probes = [found[-1] for found in probed.values() if found and found[-1]]
     return {
         "model": record["model"],
         "is_accuracy": {cell["metric"] for row in rows.values() for cell in row.values()} == {"accuracy"},
-        "rows": [
-            (name, row[PRETRAINED], in_words(row[SCRATCH]), in_words(row[PRETRAINED]), gain_in_words(row))
-            for name, row in rows.items()
-        ],
+        "rows": [(name, row, gain_in_words(row)) for name, row in rows.items()],
         "probes": list(probes.values()),
-        "probe_rows": [
-            (name, [f"{in_words(row[SCRATCH])}, {in_words(row[PRETRAINED])}" if row else "–" for row in cells])
-            for name, cells in probed.items()
-        ],
-        "num_seeds": sorted({cell["n"] for cell in all_cells}),
+        "probe_rows": list(probed.items()),
+        "num_seeds": sorted({cell["n"] for cell in cells}),
         "learning_rates": _by_value(
             (name, (row[SCRATCH]["learning_rate"], row[PRETRAINED]["learning_rate"])) for name, row in rows.items()
         ),
         "tried": list(dict.fromkeys(rate for row in rows.values() for rate in row[SCRATCH].get("tried", {}))),
         "machines": _by_value(
             (cell["data"], (cell["hardware"], cell["versions"]["torch"], cell["versions"]["transformers"]))
-            for cell in all_cells
+            for cell in cells
         ),
         "notes": record["notes"],
         "commands": "\n".join(

@@ -95,19 +95,15 @@ def write_card(
     template: Path | None = None,
 ) -> str:
     """
-    Writes README.md and the learning curves from everything in the folder of a finished model.
+    Writes README.md and the learning curves from everything in the folder of a finished model, and returns the text.
 
     Args:
         folder: of the model.
         options: what a person adds; where they are None, those of the earlier card stay.
-        reports: folders of reports that lie elsewhere. They are copied into that of the model.
+        reports, transfer, template: folders of reports and of a transfer table, and a template, that lie elsewhere.
+            They are copied into the folder of the model, so that later cards have them.
         overwrite: also over a card that a person has written or changed.
         dry_run: write nothing.
-        transfer: the folder of a transfer table that lies elsewhere. It is copied, too.
-        template: a template that lies elsewhere. It is copied, too, so that later cards have it.
-
-    Returns:
-        The text.
 
     Raises:
         InputError: if a record is missing or of another model, if the template has a mistake, or if the card was
