@@ -99,13 +99,14 @@ class Upload:
         return content.decode("utf-8", errors="replace")
 
 
-def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, str]]:
+def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
     """
     Chooses the files of a folder to publish.
 
     Args:
         folder: of a model.
         code: whether to add the code files of this version, in place of the folder's own.
+        card: to publish in place of the folder's README.md.
 
     Returns:
         The uploads, and the paths that are left out with the reasons. The path of a folder ends with a slash.
@@ -116,7 +117,7 @@ def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, st
         if path in {module.name for module in CODE}:
             continue
         if _is_wanted(PurePosixPath(path), shown):
-            uploads.append(Upload(path, file))
+            uploads.append(card if card is not None and path == card.path else Upload(path, file))
         else:
             left_out[path] = next((why for pattern, why in _REASONS if pattern.fullmatch(path)), "no part of a model")
     tops = {upload.path.split("/")[0] for upload in uploads}

@@ -177,7 +177,7 @@ class HubPusher:
         self.wait_until_done()
         architecture = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         card, lines = prepare_card(self.folder, architecture, self.remote.repo_id, license=None)
-        uploads = [card if upload.path == "README.md" and card else upload for upload in collect(self.folder)[0]]
+        uploads, _ = collect(self.folder, card=card)
         latest, _ = latest_whole(self.folder)
         for source, name in self._waiting_checkpoints(latest).items() if latest else ():
             uploads += checkpoint_uploads(source, name)
