@@ -9,7 +9,7 @@ from .commit import PAGE, ConnectionLost, find_model
 from .contents import Upload, check_model
 
 
-CODE = sorted(file for file in (Path(__file__).parents[1] / "page").iterdir() if file.is_file())
+CODE = sorted(file for file in Path(__file__).parents[1].glob("page/*") if file.suffix in (".py", ".html", ".css"))
 # The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 
