@@ -21,7 +21,7 @@ def main() -> None:
         parsed = parse_arguments(script=PRETRAIN, description=__doc__)
         model_arguments, data_arguments, training_arguments, pretraining, problems = parsed
 
-    from modeling_vit_scratch.cards.run_record import build_pretraining_record, pretraining_message, write_record
+    from modeling_vit_scratch.cards.run_record import build_record, pretraining_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.pretraining.build import build_pretraining
@@ -40,9 +40,8 @@ def main() -> None:
     trainer.save_state()
 
     if is_first:
-        record = build_pretraining_record(
-            trainer, data, model_arguments, pretraining.metadata(), scores, outcome.metrics["train_runtime"]
-        )
+        wall_time = outcome.metrics["train_runtime"]
+        record = build_record(trainer, data, model_arguments, scores, wall_time, pretraining)
         write_record(record, training_arguments.output_dir)
         write_training_card(trainer, record)
     trainer.save_model()

@@ -133,15 +133,13 @@ def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[An
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
     from modeling_vit_scratch.cards.records import CardOptions, stale_reports
     from modeling_vit_scratch.cards.writing import card_to_publish
-    from modeling_vit_scratch.hub.checks import changed_code, check_model, prepare_card
-    from modeling_vit_scratch.hub.contents import collect
+    from modeling_vit_scratch.hub.contents import changed_code, check_model, collect, prepare_card
 
     faults = check_model(folder)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
     text = card_to_publish(folder, CardOptions(license=license, hub_model_id=repo_id))
     card, lines = prepare_card(folder, architecture, repo_id, license, text)
-    uploads, left_out = collect(folder)
-    uploads = [card if upload.path == "README.md" and card else upload for upload in uploads]
+    uploads, left_out = collect(folder, card=card)
     notes = [f"  left out: {path} ({reason})" for path, reason in left_out.items()]
     if code := changed_code(folder):
         notes.append(f"  of this version, not of the folder: {', '.join(code)}")

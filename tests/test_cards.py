@@ -18,16 +18,14 @@ from PIL import Image
 from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.cards.figures import draw_curves
 from modeling_vit_scratch.cards.records import CardOptions, read_records
 from modeling_vit_scratch.cards.rendering import FILTERS, render
 from modeling_vit_scratch.cards.values import template_values
-from modeling_vit_scratch.cards.writing import card_text, stored_options, template_text
+from modeling_vit_scratch.cards.writing import card_text, draw_curves, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.records import digests
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
-from modeling_vit_scratch.hub.checks import prepare_card
-from modeling_vit_scratch.hub.contents import collect
+from modeling_vit_scratch.hub.contents import collect, prepare_card
 
 
 NAMES = ["zero", "one", "two"]
@@ -625,9 +623,7 @@ def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monk
     options = stored_options(folder)
     assert options is not None, "changed by hand"
     told = "copy it to outputs/demo/digits, run scripts/card.py outputs/demo/digits, and copy README.md back"
-    assert card_text(read_records(folder, CardOptions().over(options)), folder) == (folder / "README.md").read_text(), (
-        told
-    )
+    assert card_text(read_records(folder, CardOptions().over(options))) == (folder / "README.md").read_text(), told
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 400_000
     assert {upload.path for upload in collect(folder, code=False)[0]} == {

@@ -133,7 +133,7 @@ def test_a_card_that_fails_does_not_cost_the_model(place, tmp_path, monkeypatch,
         raise OSError("no fonts")
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr("modeling_vit_scratch.cards.figures.draw_curves", fail)
+    monkeypatch.setattr("modeling_vit_scratch.cards.writing.draw_curves", fail)
     flags = ["--train_dir", "photos", "--variant", "test/4", "--max_steps", "1", "--save_strategy", "no"]
     flags += ["--eval_strategy", "no", "--load_best_model_at_end", "False", "--report_to", "none"]
     assert run("finetune", *flags, "--disable_tqdm", "True", "--output_dir", tmp_path / "model") == 0

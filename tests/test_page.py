@@ -67,20 +67,19 @@ def layout():
 )
 def test_maps_are_those_of_visualization(fields):
     model, processor = tiny(**fields)
-    look = Viewer(model, processor, "pets").look(photo(), "photo.png")
+    explanation = Viewer(model, processor, "pets").explain(photo(), "photo.png")
     pixel_values = processor(photo(), return_tensors="pt")["pixel_values"]
-    np.testing.assert_allclose(look.rollout[-1], rollout_maps(model, pixel_values)[0], atol=1e-7)
-    np.testing.assert_allclose(look.heads, head_maps(model, pixel_values)[0], atol=1e-6)
-    similarity = Viewer(model, processor, "pets").positions(look)
-    np.testing.assert_allclose(similarity, position_similarity(model), atol=1e-12)
-    assert look.photo.shape == (40, 60, 3)
-    assert look.pixels.shape == (16, 24, 3)
+    np.testing.assert_allclose(explanation.rollout[-1], rollout_maps(model, pixel_values)[0], atol=1e-7)
+    np.testing.assert_allclose(explanation.heads, head_maps(model, pixel_values)[0], atol=1e-6)
+    np.testing.assert_allclose(explanation.positions, position_similarity(model), atol=1e-12)
+    assert explanation.photo.shape == (40, 60, 3)
+    assert explanation.pixels.shape == (16, 24, 3)
 
 
 def test_scores_are_those_of_the_pipeline(folder):
     viewer = load(str(folder))
     expected = pipeline("image-classification", model=str(folder), device="cpu")(photo(), top_k=3)
-    for scores in (viewer.look(photo(), "photo.png").scores, viewer.classify(photo(), "photo.png")):
+    for scores in (viewer.explain(photo(), "photo.png").scores, viewer.classify(photo(), "photo.png")):
         assert [label for label, _ in scores] == [entry["label"] for entry in expected]
         np.testing.assert_allclose([score for _, score in scores], [entry["score"] for entry in expected], rtol=1e-5)
 
@@ -90,22 +89,22 @@ def test_models_of_others():
     small |= {"num_attention_heads": 4, "intermediate_size": 64}
     processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
     model = ViTForImageClassification(ViTConfig(**small)).eval()
-    look = Viewer(model, processor, "vit").look(photo(), "photo.png")
+    explanation = Viewer(model, processor, "vit").explain(photo(), "photo.png")
     with torch.no_grad():
         theirs = model(**processor(photo(), return_tensors="pt"), output_attentions=True).attentions
-    for heads, weights in zip(look.heads, theirs):
+    for heads, weights in zip(explanation.heads, theirs):
         np.testing.assert_allclose(heads, weights[0, :, 0, 1:].reshape(4, 4, 4), atol=1e-6)
-    assert Viewer(model, processor, "vit").positions(look).shape == (4, 4, 4, 4)
+    assert explanation.positions.shape == (4, 4, 4, 4)
 
     small.pop("intermediate_size")
     registers = Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(num_register_tokens=4, **small))
-    assert Viewer(registers, processor, "dino").look(photo(), "photo.png").heads.shape == (2, 4, 4, 4)
+    assert Viewer(registers, processor, "dino").explain(photo(), "photo.png").heads.shape == (2, 4, 4, 4)
 
     config = ConvNextConfig(num_labels=3, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
-    look = Viewer(ConvNextForImageClassification(config), processor, "convnext").look(photo(), "photo.png")
-    assert look.heads is None
-    assert look.rollout is None
-    assert len(look.scores) == 3
+    explanation = Viewer(ConvNextForImageClassification(config), processor, "convnext").explain(photo(), "photo.png")
+    assert explanation.heads is None
+    assert explanation.rollout is None
+    assert len(explanation.scores) == 3
 
 
 def test_broken_photos_are_named(tmp_path, folder):
@@ -156,7 +155,7 @@ def test_the_script_opens_what_people_have_and_says_what_it_can_not(tmp_path, fo
     assert app.open_viewer(str(folder), "main", False).name == "pets"
     model, _ = tiny(hidden_act="gelu_pytorch_tanh")
     save_checkpoint(model, tmp_path / "pets.npz", format="npz")
-    assert app.open_viewer(str(tmp_path / "pets.npz"), "main", False).look(photo(), "photo.png").heads is not None
+    assert app.open_viewer(str(tmp_path / "pets.npz"), "main", False).explain(photo(), "photo.png").heads is not None
     model, processor = tiny(num_labels=0)
     model.save_pretrained(tmp_path / "features")
     tiny()[0].vit.save_pretrained(tmp_path / "encoder")

@@ -21,8 +21,7 @@ from modeling_vit_scratch.common.errors import InputError, run_command_line
 from modeling_vit_scratch.configuration_vit_scratch import CODE_VERSION
 from modeling_vit_scratch.hub import commit as publishing_hub
 from modeling_vit_scratch.hub import refreshing
-from modeling_vit_scratch.hub.contents import CODE, collect
-from modeling_vit_scratch.hub.privacy import find_leaks, shareable, without_leaks
+from modeling_vit_scratch.hub.contents import CODE, collect, find_leaks, shareable, without_leaks
 
 
 CARD = """---

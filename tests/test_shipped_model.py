@@ -16,7 +16,7 @@ from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.records import CardOptions, read_records
-from modeling_vit_scratch.cards.transfer import FINE_TUNED, find, gain_in_words, in_words, names_of
+from modeling_vit_scratch.cards.values import FINE_TUNED, find, gain_in_words, in_words, names_of
 from modeling_vit_scratch.cards.writing import card_text, stored_options
 from modeling_vit_scratch.hub.contents import CODE, collect
 from modeling_vit_scratch.recipes.table import RECIPES
@@ -58,7 +58,7 @@ def test_it_is_ready_to_be_published(capsys):
 def test_its_card_is_what_the_code_writes_of_its_records():
     options = stored_options(FOLDER)
     assert options is not None, "changed by hand"
-    text = card_text(read_records(FOLDER, CardOptions().over(options)), FOLDER)
+    text = card_text(read_records(FOLDER, CardOptions().over(options)))
     assert text == (FOLDER / "README.md").read_text(), "run scripts/card.py model_cards/vit-tiny-imagenet"
 
 

@@ -20,8 +20,9 @@ from experiments.arguments import build_parser
 from experiments.plan import Run, plan_runs, source_flags
 from experiments.running import environment, run_all
 from experiments.summary import build_cells, build_record
+from experiments.writing import markdown
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH, find, gain_in_words, markdown
+from modeling_vit_scratch.cards.values import PRETRAINED, SCRATCH, find, gain_in_words
 from modeling_vit_scratch.common.errors import InputError, TrainingStopped, run_command_line
 from modeling_vit_scratch.training.build import build_model, load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments

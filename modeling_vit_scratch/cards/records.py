@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a card is written from, read and checked: the configuration, the record of the training (results.json), those of
-evaluations (results.json in evaluation/ or below), that of a transfer table (transfer/transfer.json), codecarbon's
-emissions.csv, and what a person adds. Without a record there is no number.
+The records that a card is written from, read and checked: results.json of the training and of evaluations (in
+evaluation/ or below), transfer/transfer.json, codecarbon's emissions.csv, and what a person adds. Without a record
+there is no number.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,11 @@ from ..common.errors import InputError
 from ..common.records import digests, license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .transfer import FOLDER as TRANSFER_FOLDER
-from .transfer import RECORD as TRANSFER_RECORD
-from .transfer import check_transfer
 
 
-RECORD, CARD, EMISSIONS = "results.json", "README.md", "emissions.csv"
-# Within the model's folder: where evaluations are, and figures of the model itself.
-EVALUATIONS, FIGURES = "evaluation", "figures"
+RECORD, TRANSFER_RECORD, CARD, EMISSIONS = "results.json", "transfer.json", "README.md", "emissions.csv"
+# Folders within the model's: evaluations, a transfer table, figures of the model itself.
+EVALUATIONS, TRANSFER, FIGURES = "evaluation", "transfer", "figures"
 CURVES, SHEET_CREDIT = "figures/learning_curves.png", "figures/sheet.txt"
 # What a record must have before anything is printed: keys, and keys in them.
 _TRAINING: dict[str, tuple[str, ...]] = {
@@ -60,14 +57,13 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class CardOptions:
     """
-    What no record says and a person may add. It is kept in the card, so that the next one has it too.
+    What a person may add to the records. The card keeps it for the next one.
 
     Attributes:
-        license: of the model, the Hub's name of one. Default: that of the data, which a model does not inherit
-            everywhere.
+        license: the Hub's name of the model's licence. Default: that of the data.
         license_name, license_link: of a license that is "other".
-        base_model: the id on the Hub of what the training started from.
-        hub_model_id: where it is published.
+        base_model: the Hub id of the model that the training started from.
+        hub_model_id: where the model is published.
     """
 
     license: str | None = None
@@ -86,41 +82,13 @@ class CardOptions:
                 raise InputError(f"--{key} {value}: give USER/NAME, as the Hub has it.")
 
     def given(self) -> dict[str, Any]:
-        """Those that are there."""
+        """The options that are not None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def over(self, earlier: dict[str, Any]) -> "CardOptions":
-        """With those of an earlier card where this one has none."""
+        """These options; where they are None, those of an earlier card."""
         known = {field.name for field in fields(self)}
         return CardOptions(**{**{key: value for key, value in earlier.items() if key in known}, **self.given()})
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """
-    A report of scripts/evaluate.py.
-
-    Attributes:
-        record: its results.json.
-        folder: of it, within that of the model: "evaluation/pets".
-        figures: the names of the pictures beside it.
-        title: the name of the data, and of the folder if other reports are about the same data.
-    """
-
-    record: dict[str, Any]
-    folder: str
-    figures: frozenset[str] = frozenset()
-    title: str = ""
-
-    @property
-    def is_unseen(self) -> bool:
-        """Whether nothing is known of the model having been trained on some of these images."""
-        return not self.record["dataset"].get("seen_in_training")
-
-    @property
-    def main(self) -> dict[str, Any]:
-        """The main result."""
-        return next(one for one in self.record["results"] if one["metric"] == self.record["metric"])
 
 
 @dataclass(frozen=True)
@@ -129,59 +97,38 @@ class ModelRecords:
     All that a card is written from.
 
     Attributes:
-        name: the title.
-        location: what to load the model from, in the example of use: a path or a Hub id.
+        folder: of the model.
         config: of the model.
-        num_parameters: of it.
-        processor: what prepares its images; None if that is not known.
-        training: the record of the training; None of a model that came from elsewhere.
-        evaluations: in the order of their folders.
+        processor: of the model; None if there is none.
+        training: the record of the training; None for a model from elsewhere.
+        evaluations: reports in the order of their folders. Each is its results.json with `folder` (relative to the
+            model's), `title` and `figures` (the pictures in its folder).
         transfer: the record of a transfer table; None without.
         emissions: what codecarbon reports of the training: `grams` of CO2 equivalent, `kwh`, the `country` whose
             electricity it assumes, and its `version`; None without its emissions.csv.
-        figures: the pictures in the folder, as paths within it.
+        figures: pictures of the model and of the transfer table, as paths within the folder.
         sheet_credit: whose photos figures/sheet.png shows, as Markdown; None if nobody said.
         options: what a person has added.
     """
 
-    name: str
-    location: str
+    folder: Path
     config: ViTScratchConfig
-    num_parameters: int
     processor: BaseImageProcessor | None
     training: dict[str, Any] | None
-    evaluations: list[Evaluation]
+    evaluations: list[dict[str, Any]]
     transfer: dict[str, Any] | None
     emissions: dict[str, Any] | None
     figures: frozenset[str]
     sheet_credit: str | None
     options: CardOptions
 
-    @property
-    def is_encoder(self) -> bool:
-        """Whether it has no classifier. Where it is still being trained, its configuration does not know yet."""
-        if self.training is not None:
-            return (self.training["pretraining"] or {}).get("objective", "supervised") != "supervised"
-        architecture = (self.config.architectures or [""])[0]
-        return bool(architecture) and not architecture.endswith("ForImageClassification")
-
-    @property
-    def is_multi_label(self) -> bool:
-        """Whether an image has any number of labels."""
-        return self.config.problem_type == "multi_label_classification"
-
 
 def read_records(
     folder: Path, options: CardOptions, reports: Iterable[Path] = (), transfer: Path | None = None
 ) -> ModelRecords:
     """
-    Everything that is in the folder of a finished model, checked as in `gather`.
-
-    Args:
-        folder: of the model.
-        options: what a person adds.
-        reports: folders of reports that lie elsewhere: see `copy_report`.
-        transfer: the folder of a transfer table that lies elsewhere.
+    Reads everything in the folder of a finished model, and folders of reports and of a transfer table that lie
+    elsewhere, and checks it as `gather` does.
 
     Raises:
         InputError: also if the folder has no configuration, or if a file can't be read.
@@ -198,14 +145,14 @@ def read_records(
     training = read_json(file) if file.is_file() else None
     if training is not None and "results" in training:
         raise InputError(f"{file} is of an evaluation, not of a training. Move it into {folder / EVALUATIONS}/NAME/.")
-    places = {file.parent.relative_to(folder): file.parent for file in (folder / EVALUATIONS).rglob(RECORD)}
-    places |= {_target(place, folder).relative_to(folder): place for place in reports}
+    paths = {file.parent.relative_to(folder): file.parent for file in (folder / EVALUATIONS).rglob(RECORD)}
+    paths |= {report_folder(path, folder).relative_to(folder): path for path in reports}
     evaluations = [
-        Evaluation(read_json(place / RECORD), where.as_posix(), _pictures(place))
-        for where, place in sorted(places.items())
+        {**read_json(path / RECORD), "folder": name.as_posix(), "figures": _pictures(path)}
+        for name, path in sorted(paths.items())
     ]
-    if transfer is None and (folder / TRANSFER_FOLDER / TRANSFER_RECORD).is_file():
-        transfer = folder / TRANSFER_FOLDER
+    if transfer is None and (folder / TRANSFER / TRANSFER_RECORD).is_file():
+        transfer = folder / TRANSFER
     return gather(folder, config, processor, training, evaluations, options, transfer)
 
 
@@ -214,12 +161,12 @@ def gather(
     config: ViTScratchConfig,
     processor: BaseImageProcessor | None,
     training: dict[str, Any] | None,
-    evaluations: list[Evaluation],
+    evaluations: list[dict[str, Any]],
     options: CardOptions,
     transfer: Path | None = None,
 ) -> ModelRecords:
     """
-    The records, if they have all that a card tells and are about this model.
+    The records, if they are complete and about this model.
 
     Raises:
         InputError: with everything that is missing: then there is no card, rather than one with gaps.
@@ -230,32 +177,39 @@ def gather(
             f"scripts/evaluate.py {folder} DATASET first."
         )
     if training is not None:
-        _check_training(training)
+        missing = _missing(training, _TRAINING)
+        if not {"metric", "metrics"} & set(missing) and training["metric"] not in training["metrics"]:
+            missing.append(f"metrics.{training['metric']}")
+        if missing:
+            raise InputError(f"No card without a record: {RECORD} lacks {', '.join(missing)}. Train or evaluate again.")
         training = _completed(training)
     for one in evaluations:
         _check_evaluation(one, config, training, folder)
-    names = [one.record["dataset"]["name"] for one in evaluations]
+    names = [one["dataset"]["name"] for one in evaluations]
     titles = [
-        name if names.count(name) == 1 else f"{name}, {one.folder.removeprefix(f'{EVALUATIONS}/')}"
+        name if names.count(name) == 1 else f"{name}, {one['folder'].removeprefix(f'{EVALUATIONS}/')}"
         for name, one in zip(names, evaluations)
     ]
-    evaluations = [replace(one, title=title, record=_completed(one.record)) for title, one in zip(titles, evaluations)]
     figures = {f"{FIGURES}/{name}" for name in _pictures(folder / FIGURES)}
     transfer_record = None
     if transfer is not None:
-        transfer_record = read_json(transfer / TRANSFER_RECORD)
-        check_transfer(transfer_record, transfer, folder)
-        figures |= {f"{TRANSFER_FOLDER}/{name}" for name in _pictures(transfer)}
+        file = transfer / TRANSFER_RECORD
+        transfer_record = read_json(file)
+        if not transfer_record.get("cells") or "weights" not in transfer_record:
+            raise InputError(f"{file} has no cells of a transfer table: make it with scripts/transfer.py.")
+        if _is_of_other_weights(transfer_record["weights"], folder):
+            raise InputError(
+                f"{file} is of other weights than those in {folder}: their SHA-256 differ. Remove it, or run "
+                f"scripts/transfer.py --model_name_or_path {folder}."
+            )
+        figures |= {f"{TRANSFER}/{name}" for name in _pictures(transfer)}
     credit = folder / SHEET_CREDIT
     return ModelRecords(
-        name=(options.hub_model_id or folder.resolve().name).split("/")[-1],
-        # A path that depends on this machine helps nobody.
-        location=options.hub_model_id or (folder.as_posix() if not folder.is_absolute() else folder.name),
+        folder=folder,
         config=config,
-        num_parameters=(training or evaluations[0].record)["model"]["num_parameters"],
         processor=processor,
         training=training,
-        evaluations=evaluations,
+        evaluations=[{**_completed(one), "title": title} for title, one in zip(titles, evaluations)],
         transfer=transfer_record,
         emissions=_read_emissions(folder / EMISSIONS, training),
         figures=frozenset(figures),
@@ -264,8 +218,8 @@ def gather(
     )
 
 
-def _pictures(folder: Path) -> frozenset[str]:
-    return frozenset(file.name for file in folder.glob("*.png"))
+def _pictures(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("*.png")]
 
 
 def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -287,32 +241,30 @@ def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, An
     return rounded | {"country": last.get("country_name") or None, "version": last.get("codecarbon_version") or None}
 
 
-def copy_report(place: Path, folder: Path) -> None:
+def report_folder(report: Path, folder: Path) -> Path:
     """
-    Copies a report, its record and figures, into the folder of the model, as evaluation/ and its name. Does nothing if
-    it is there.
+    Where a report belongs in the folder of the model: evaluation/ and its name.
 
     Raises:
         InputError: if it is no report, or if there is another one of that name.
     """
-    target = _target(place, folder)
-    if target.resolve() != place.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (place / RECORD, *place.glob("*.png")):
-            shutil.copyfile(file, target / file.name)
-
-
-def _target(place: Path, folder: Path) -> Path:
-    """Where in the folder of the model a report is, or will be. Errors as in `copy_report`."""
-    if not (place / RECORD).is_file():
-        raise InputError(f"{place} has no {RECORD}: give the --output_dir of scripts/evaluate.py.")
+    if not (report / RECORD).is_file():
+        raise InputError(f"{report} has no {RECORD}: give the --output_dir of scripts/evaluate.py.")
     inside = (folder / EVALUATIONS).resolve()
-    if place.resolve().is_relative_to(inside):
-        return folder / EVALUATIONS / place.resolve().relative_to(inside)
-    target = folder / EVALUATIONS / place.resolve().name
-    if (target / RECORD).is_file() and (target / RECORD).read_bytes() != (place / RECORD).read_bytes():
-        raise InputError(f"{target} has another report in it. Remove it, or give {place} another name.")
+    if report.resolve().is_relative_to(inside):
+        return folder / EVALUATIONS / report.resolve().relative_to(inside)
+    target = folder / EVALUATIONS / report.resolve().name
+    if (target / RECORD).is_file() and (target / RECORD).read_bytes() != (report / RECORD).read_bytes():
+        raise InputError(f"{target} has another report in it. Remove it, or give {report} another name.")
     return target
+
+
+def copy_record(source: Path, record: str, target: Path) -> None:
+    """Copies a record and the pictures beside it into another folder."""
+    if target.resolve() != source.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        for file in (source / record, *source.glob("*.png")):
+            shutil.copyfile(file, target / file.name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -324,10 +276,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{file} is no record. Repair it, or remove it.")
     return record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
 
 
 def _completed(record: dict[str, Any]) -> dict[str, Any]:
@@ -344,19 +292,10 @@ def _missing(record: dict[str, Any], required: dict[str, tuple[str, ...]]) -> li
     return missing + [f"{key}.{part}" for key, part in parts if part not in record[key]]
 
 
-def _check_training(record: dict[str, Any]) -> None:
-    missing = _missing(record, _TRAINING)
-    if not {"metric", "metrics"} & set(missing) and record["metric"] not in record["metrics"]:
-        missing.append(f"metrics.{record['metric']}")
-    if missing:
-        raise InputError(f"No card without a record: {RECORD} lacks {', '.join(missing)}. Train or evaluate again.")
-
-
 def _check_evaluation(
-    evaluation: Evaluation, config: ViTScratchConfig, training: dict[str, Any] | None, folder: Path
+    record: dict[str, Any], config: ViTScratchConfig, training: dict[str, Any] | None, folder: Path
 ) -> None:
-    record, file = evaluation.record, f"{evaluation.folder}/{RECORD}"
-    missing = _missing(record, _EVALUATION)
+    file, missing = f"{record['folder']}/{RECORD}", _missing(record, _EVALUATION)
     if "results" not in missing:
         results = record["results"]
         missing += [
@@ -369,30 +308,28 @@ def _check_evaluation(
             missing.append(f"results.{record['metric']}")
     if missing:
         raise InputError(f"No card without a record: {file} lacks {', '.join(missing)}. Evaluate again.")
-    again = f"Remove {folder / evaluation.folder}, or evaluate again."
-    labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if record["confusion_matrix"]["labels"] != labels:
+    again = f"Remove {folder / record['folder']}, or evaluate again."
+    if record["confusion_matrix"]["labels"] != [str(config.id2label[index]) for index in range(config.num_labels)]:
         raise InputError(f"{file} is of another model: one with other labels. {again}")
     if training is not None and record["model"]["num_parameters"] != training["model"]["num_parameters"]:
         raise InputError(
             f"{file} is of another model: one with {record['model']['num_parameters']:,} parameters, and this one has "
             f"{training['model']['num_parameters']:,}. {again}"
         )
-    if is_of_others(record, folder):
+    if _is_of_other_weights(record["model"].get("weights"), folder):
         raise InputError(f"{file} is of other weights than those in {folder}: their SHA-256 differ. {again}")
 
 
-def is_of_others(record: dict[str, Any], folder: Path) -> bool:
-    """Whether a report is of other weights than those in the folder; False where one of them is not known."""
-    evaluated, ours = record.get("model", {}).get("weights"), digests(folder)
-    return bool(evaluated and ours and evaluated != ours)
+def _is_of_other_weights(theirs: dict[str, str] | None, folder: Path) -> bool:
+    """Whether the digests of a record differ from those of the folder; False if one of them is not known."""
+    return bool(theirs) and digests(folder) not in ({}, theirs)
 
 
 def stale_reports(folder: Path) -> list[str]:
-    """What is wrong with the reports in a folder that is to be published, a line each."""
+    """A message for each report, in a folder to publish, that is of other weights."""
     return [
         f"{file.relative_to(folder).as_posix()} is of other weights than those in {folder}. Remove it, or evaluate "
         "again, and write the card anew."
         for file in sorted((folder / EVALUATIONS).rglob(RECORD))
-        if is_of_others(read_json(file), folder)
+        if _is_of_other_weights(read_json(file).get("model", {}).get("weights"), folder)
     ]

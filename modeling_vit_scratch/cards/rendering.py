@@ -16,7 +16,7 @@ from ..common.errors import InputError
 from ..common.records import METRIC_TITLES, NO_PERCENT, title_of
 
 
-CARD_TEMPLATE, TRANSFER_TEMPLATE = "template.md", "transfer.md"
+CARD_TEMPLATE = "template.md"
 
 
 class Absent(StrictUndefined):
@@ -63,8 +63,8 @@ def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | No
     Fills in a template.
 
     Args:
-        values: by the names that the template has for them.
-        template: the name of one of this folder, or what to call `text` in messages.
+        values: by their names in the template.
+        template: the name of one in this folder, or the name of `text` in messages.
         text: of a template from elsewhere. It may extend those of this folder.
 
     Raises:
@@ -83,13 +83,13 @@ def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | No
 def _where(error: Exception, template: str) -> str:
     """Template and line of an error."""
     if isinstance(error, TemplateSyntaxError):
-        return f"{Path(error.filename).name if error.filename else template}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
-    if not frames:
-        return template
-    last = frames[-1]
-    name = Path(last.filename).name
-    return f"{template if name.startswith('<') else name}, line {last.lineno}"
+        file, line = error.filename, error.lineno
+    else:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
+        if not frames:
+            return template
+        file, line = frames[-1].filename, frames[-1].lineno
+    return f"{template if not file or file.startswith('<') else Path(file).name}, line {line}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _where(error: Exception, template: str) -> str:
 
 
 def escape(text: Any) -> Markup:
-    """Text with nothing in it that Markdown or HTML would take for markup, on one line."""
+    """Text on one line, without markup of Markdown or HTML."""
     return Markup(re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s+", " ", str(text))))
 
 
@@ -108,7 +108,7 @@ def _escaped(value: Any) -> Any:
 
 
 def number(value: Any, digits: int | None = None) -> Any:
-    """A number as people write it: 1,797 or 0.001; several with commas; anything else as it is."""
+    """1,797 or 0.001; several numbers with commas; anything else as it is."""
     if isinstance(value, (list, tuple)):
         return ", ".join(str(number(one, digits)) for one in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -12,6 +12,7 @@ from ..common.files import write_text
 from ..common.records import METRIC_TITLES, provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
+from ..pretraining.arguments import PretrainingArguments
 from ..recipes.table import find_recipe
 from ..training.arguments import LAMB, ModelArguments
 from ..training.trainer import ImageTrainer
@@ -19,55 +20,67 @@ from ..training.trainer_overrides import ImageTrainingArguments
 
 
 def build_record(
-    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float], wall_time: float
+    trainer: ImageTrainer,
+    data: ImageData,
+    model_arguments: ModelArguments,
+    scores: dict[str, float],
+    wall_time: float,
+    pretraining: PretrainingArguments | None = None,
 ) -> dict[str, Any]:
     """
-    The record of fine-tuning. It has no secrets, and no paths of this machine.
+    The record of a run, without secrets and paths of this machine.
 
     Args:
         trainer: after training.
-        data: that it was trained and evaluated on.
+        data: the images that it was trained and evaluated on.
         model_arguments: what it started from.
-        scores: what `Trainer.evaluate` returned for the held-out images.
+        scores: of the held-out images, from `Trainer.evaluate`.
         wall_time: of training with its evaluations, in seconds.
+        pretraining: the objective of pretraining; None for fine-tuning.
 
     Returns:
         `metric`, `value` and `n` (the number of images) of the main result, all `metrics`, how the weights were chosen
         (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
-        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`.
+        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`. Of pretraining also the
+        flags of its objective (`pretraining`) and the probes of the last step (among the `metrics`). Without labels,
+        the main result is the loss on held-out images with the masks of the first epoch, and the parameters are the
+        encoder's.
     """
-    # Without the loss: with label smoothing or mixing it is no number to compare.
-    metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
-    main = next(iter(metrics))
-    results = {"metric": main, "value": metrics[main], "n": int(scores["eval_images"]), "metrics": metrics}
-    return results | _run_metadata(trainer, data, model_arguments, wall_time)
-
-
-def build_pretraining_record(
-    trainer: ImageTrainer,
-    data: ImageData,
-    model_arguments: ModelArguments,
-    objective: dict[str, Any],
-    scores: dict[str, float],
-    wall_time: float,
-) -> dict[str, Any]:
-    """
-    The record of pretraining, as `build_record`, with the flags of the `objective` as `pretraining`, and the probes of
-    the last step among the `metrics`. Without labels, the main result is the loss on held-out images, whose masks are
-    those of the first epoch, and the parameters are the encoder's.
-    """
-    if trainer.objective is None:
-        record = build_record(trainer, data, model_arguments, scores, wall_time)
+    if pretraining is None or pretraining.is_supervised:
+        # Without the loss: with label smoothing or mixing it is no number to compare.
+        metrics = {name: scores[f"eval_{name}"] for name in METRIC_TITLES if f"eval_{name}" in scores}
+        n = int(scores["eval_images"])
     else:
-        loss = scores["eval_loss"]
-        results = {"metric": "loss", "value": loss, "n": len(data.validation), "metrics": {"loss": loss}}
-        record = results | _run_metadata(trainer, data, model_arguments, wall_time)
+        metrics, n = {"loss": scores["eval_loss"]}, len(data.validation)
+    main, arguments, state = next(iter(metrics)), trainer.args, trainer.state
+    selection = "the last step"
+    if arguments.load_best_model_at_end and state.best_model_checkpoint:
+        name = arguments.metric_for_best_model.removeprefix("eval_")
+        selection = f"the checkpoint with the best {name} on these same images (step {state.best_global_step})"
+    record = {
+        "metric": main,
+        "value": metrics[main],
+        "n": n,
+        "metrics": metrics,
+        "selection": selection,
+        "seed": arguments.seed,
+        "dataset": _dataset_metadata(data),
+        "model": _model_metadata(trainer.model, model_arguments),
+        "earlier": _earlier_runs(model_arguments.model_name_or_path),
+        "training": training_metadata(trainer),
+        **provenance(),
+        "wall_time_seconds": round(wall_time, 1),
+        "resumed_from": Path(arguments.resume_from_checkpoint or "").name or None,
+    }
+    if pretraining is None:
+        return record
+    objective = pretraining.metadata()
+    if not pretraining.is_supervised:
         encoder = trainer.model.vit.named_parameters()
         record["model"]["num_parameters"] = sum(p.numel() for name, p in encoder if name != "embeddings.mask_token")
-        objective = objective | {"description": trainer.objective}
-    last_logs = (log for log in trainer.state.log_history if log.get("step") == trainer.state.global_step)
-    probes = (item for log in last_logs for item in log.items())
-    record["metrics"] |= {name: value for name, value in probes if name.startswith("probe_")}
+        objective["description"] = trainer.objective
+    last_logs = [log for log in state.log_history if log.get("step") == state.global_step]
+    record["metrics"] |= {name: value for log in last_logs for name, value in log.items() if name.startswith("probe_")}
     return record | {"pretraining": objective}
 
 
@@ -79,16 +92,7 @@ def build_probe_record(
     seed: int,
     random_weights: bool = False,
 ) -> dict[str, Any]:
-    """
-    The record of scripts/probe.py.
-
-    Args:
-        probes: what `run_probes` returned.
-        data: whose held-out images it was tested on; their number is `n`.
-        model, model_arguments: whose features these are.
-        seed: of the run.
-        random_weights: whether the model had random weights in place of its own.
-    """
+    """The record of scripts/probe.py, from the result of `run_probes` on the features of a model."""
     return {
         "probes": probes,
         "n": len(data.validation),
@@ -107,68 +111,37 @@ def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None
 
 def result_message(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
     """The last lines that fine-tuning prints: the result, where the model is, and how to use it."""
-    image = str(example) if example is not None else "image.png"
     broken = record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
-    result = f"{METRIC_TITLES[record['metric']]}: {100 * record['value']:.2f} % on {record['n']:,} images"
     return f"""
-Held-out {result} ({record["selection"]}).{replaced}
+{_held_out(record)}{replaced}
 The model is in {folder}. To use it:
 
     from transformers import pipeline
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
-    print(classify("{image}"))
+    print(classify("{example or "image.png"}"))
 """
 
 
 def pretraining_message(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
     """The last lines that pretraining prints: the result, where the model is, and how to fine-tune it."""
-    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
-    title = METRIC_TITLES.get(record["metric"], record["metric"])
     return f"""
-Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).
+{_held_out(record)}
 The model is in {folder}. To go on from it:
 
     accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metadata
-
-
-def _run_metadata(
-    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, wall_time: float
-) -> dict[str, Any]:
-    return {
-        "selection": _selection(trainer),
-        "seed": trainer.args.seed,
-        "dataset": _dataset_metadata(data),
-        "model": _model_metadata(trainer.model, model_arguments),
-        "earlier": earlier_runs(model_arguments.model_name_or_path),
-        "training": training_metadata(trainer),
-        **provenance(),
-        "wall_time_seconds": round(wall_time, 1),
-        "resumed_from": Path(trainer.args.resume_from_checkpoint or "").name or None,
-    }
-
-
-def _selection(trainer: ImageTrainer) -> str:
-    """How the weights were chosen, in words."""
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        name = trainer.args.metric_for_best_model.removeprefix("eval_")
-        return f"the checkpoint with the best {name} on these same images (step {trainer.state.best_global_step})"
-    return "the last step"
+def _held_out(record: dict[str, Any]) -> str:
+    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
+    title = METRIC_TITLES.get(record["metric"], record["metric"])
+    return f"Held-out {title}: {value} on {record['n']:,} images ({record['selection']})."
 
 
 def _dataset_metadata(data: ImageData) -> dict[str, Any]:
-    source = data.source
     return {
-        "name": source.name,
-        "hub_id": source.hub_id,
-        "license": source.license,
-        "url": source.url,
-        "note": source.note,
+        **{key: getattr(data.source, key) for key in ("name", "hub_id", "license", "url", "note")},
         "num_labels": len(data.label_names),
         "is_multi_label": data.is_multi_label,
         "num_training_images": data.num_train,
@@ -187,13 +160,8 @@ def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[s
     }
 
 
-def earlier_runs(start: str | None) -> list[dict[str, Any]]:
-    """
-    The runs that led to a starting point, in their order, as far as the records in its folder say.
-
-    Args:
-        start: what the training starts from; only a folder of this machine has records.
-    """
+def _earlier_runs(start: str | None) -> list[dict[str, Any]]:
+    """The runs that led to the model in a folder, the first one first, as far as its record says."""
     try:
         record = json.loads(Path(start or "", "results.json").read_text(encoding="utf-8"))
         names = ("metric", "value", "n", "seed", "training", "command", "versions", "hardware", "wall_time_seconds")

@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that a template may use: the records, and what follows from their numbers."""
+"""
+The names that a template may use: the records, what follows from their numbers, and the metadata by which the Hub sorts
+and filters models (hf.co/docs/hub/model-cards).
+"""
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..common.records import METRIC_TITLES, NUM_BINS, interval_of
-from .metadata import base_model, license_of, metadata, task
-from .records import Evaluation, ModelRecords
-from .transfer import transfer_values
+from ..common.records import METRIC_TITLES, NUM_BINS, interval_of, license_problem, title_of
+from .records import ModelRecords
 
 
+# The names that the Hub knows metrics by, and their arguments. A metric that is not here is not listed.
+_HUB_METRICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "accuracy": ("accuracy", {}), "top5_accuracy": ("top5_accuracy", {}),
+    "mean_average_precision": ("mean_average_precision", {}), "macro_f1": ("f1", {"average": "macro"}),
+    "micro_f1": ("f1", {"average": "micro"}), "samples_f1": ("f1", {"average": "samples"}),
+    "exact_match": ("exact_match", {}), "nll": ("nll", {}), "brier": ("brier_score", {}),
+    "ece": ("expected_calibration_error", {}),
+}  # fmt: skip
+# Those that hf.co/metrics has.
+_HUB_TAGS = {"accuracy", "f1", "exact_match", "brier_score"}
 # Settings that change nothing at these values, and say nothing.
 _NEUTRAL: dict[str, Any] = {
     "label_smoothing": 0, "layer_decay": 1, "head_learning_rate_multiplier": 1, "processes": 1, "broken_images": 0,
@@ -27,8 +41,12 @@ _ALL_CLASSES_UP_TO, _WORST_CLASSES = 20, 10
 _FEW_IMAGES_OF_A_CLASS, _FEW_IMAGES = 10, 1000
 _FIGURES = {
     "confusion_matrix.png": "Confusion matrix", "precision_recall.png": "Precision and recall",
-    "reliability.png": "Reliability diagram",
+    "reliability.png": "Reliability diagram", "per_class.png": "Scores of classes",
 }  # fmt: skip
+# A run of scripts/transfer.py starts from the weights or from scratch, and is fine-tuned or probed.
+PRETRAINED, SCRATCH, FINE_TUNED = "pretrained", "scratch", "fine-tuned"
+# The probes that its table shows; the record has more.
+SHOWN_PROBES = {"fewshot_5": "5 images a class", "fewshot_10": "10 images a class", "linear": "linear, all images"}
 
 
 def template_values(records: ModelRecords) -> dict[str, Any]:
@@ -36,26 +54,30 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
     Every name that a template may use, as scripts/card.py --help lists them. Plain values without methods that do
     anything, since a template may be somebody else's; None is what no record says.
     """
-    options, training, config = records.options, records.training, records.config
-    evaluations = [_evaluation(one, records) for one in records.evaluations]
-    unseen = [values for values, one in zip(evaluations, records.evaluations) if one.is_unseen]
-    license = license_of(records)
-    versions = (training or records.evaluations[0].record)["versions"]
-    return {
-        "card_data": Markup(metadata(records).to_yaml()),
-        "name": records.name,
-        "location": records.location,
-        "task": task(records),
-        "is_encoder": records.is_encoder,
-        "is_multi_label": records.is_multi_label,
-        "labels": [] if records.is_encoder else [str(config.id2label[index]) for index in range(config.num_labels)],
-        "num_parameters": records.num_parameters,
+    options, training, config, folder = records.options, records.training, records.config, records.folder
+    main_record = training or records.evaluations[0]
+    if training is None:
+        architecture = (config.architectures or [""])[0]
+        is_encoder = bool(architecture) and not architecture.endswith("ForImageClassification")
+    else:  # the configuration does not say it yet
+        is_encoder = (training["pretraining"] or {}).get("objective", "supervised") != "supervised"
+    license = options.license
+    if license is None and training is not None and not license_problem(training["dataset"]["license"]):
+        license = training["dataset"]["license"]
+    values = {
+        "name": (options.hub_model_id or folder.resolve().name).split("/")[-1],
+        # A path that depends on this machine helps nobody.
+        "location": options.hub_model_id or (folder.name if folder.is_absolute() else folder.as_posix()),
+        "task": "image-feature-extraction" if is_encoder else "image-classification",
+        "is_encoder": is_encoder,
+        "is_multi_label": config.problem_type == "multi_label_classification",
+        "labels": [] if is_encoder else [str(config.id2label[index]) for index in range(config.num_labels)],
+        "num_parameters": main_record["model"]["num_parameters"],
         "config": config.to_dict()
         | {"image_hw": config.image_hw, "patch_hw": config.patch_hw, "grid_hw": config.grid_hw},
         "processor": _processor(records),
         "training": None if training is None else _training(training),
-        "evaluations": evaluations,
-        "best_evaluation": unseen[0] if unseen else None,
+        "evaluations": [_evaluation(one) for one in records.evaluations],
         "transfer": None if records.transfer is None else transfer_values(records.transfer),
         "emissions": records.emissions,
         "figures": sorted(records.figures),
@@ -64,9 +86,25 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         "license_name": options.license_name,
         "license_link": options.license_link,
         "license_is_of_data": license is not None and options.license is None,
-        "base_model": base_model(records),
-        "version": versions.get("modeling_vit_scratch", __version__),
+        "base_model": options.base_model or (training and training["model"]["base_model"]),
+        "version": main_record["versions"].get("modeling_vit_scratch", __version__),
     }
+    values["best_evaluation"] = next((one for one in values["evaluations"] if _is_unseen(one)), None)
+    return values | {"card_data": Markup(_metadata(records, values).to_yaml())}
+
+
+def _is_unseen(record: dict[str, Any]) -> bool:
+    """Whether an evaluation is not known to be on images that the model was trained on."""
+    return not record["dataset"]["seen_in_training"]
+
+
+def _settings(training: dict[str, Any], usual: dict[str, Any], hidden: set[str] = _HIDDEN) -> list[tuple[str, Any]]:
+    """The settings of a training that are not as usual."""
+    return [
+        (key.replace("_", " "), value)
+        for key, value in training.items()
+        if value is not None and key not in hidden and not (key in usual and value == usual[key])
+    ]
 
 
 def _processor(records: ModelRecords) -> dict[str, Any] | None:
@@ -81,63 +119,49 @@ def _processor(records: ModelRecords) -> dict[str, Any] | None:
 
 def _training(record: dict[str, Any]) -> dict[str, Any]:
     """results.json of the training, and what follows from it."""
-    earlier, last = [], record["training"]
+    earlier, following = [], record["training"]
     for run in reversed(record.get("earlier") or []):
-        settings = [
-            (key.replace("_", " "), value)
-            for key, value in run["training"].items()
-            if value is not None and key not in _HIDDEN and value != last.get(key)
-        ]
-        earlier.append({**run, "settings": settings})
-        last = run["training"]
+        earlier.append({**run, "settings": _settings(run["training"], following)})
+        following = run["training"]
     first = earlier[-1] if earlier else record["model"]
     # Runs on the same labelled images are one training from scratch; on others, a fine-tuning.
     is_one_training = all(run["data"] == record["dataset"]["name"] and run["metric"] != "loss" for run in earlier)
     # The loss of a pretraining without labels is that of its objective.
     hidden = _HIDDEN | ({"loss"} if record["metric"] == "loss" else set())
-    runs_from_scratch = len(earlier) + 1 if first["started_from"] == "scratch" and is_one_training else 0
+    metrics = record["metrics"].items()
     return {
         **record,
         "selection": record["selection"].replace("these same images", "the held-out images").replace("_", " "),
         "selected_on_held_out": "same images" in record["selection"],
         "held_out_from_same_source": "chosen with seed" in record["dataset"]["held_out"],
         "results": [
-            {"metric": key, "value": value}
-            for key, value in record["metrics"].items()
-            if key in METRIC_TITLES or key == record["metric"]
+            {"metric": key, "value": value} for key, value in metrics if key in METRIC_TITLES or key == record["metric"]
         ],
         "probes": [
-            (key.removeprefix("probe_").replace("_", " "), value)
-            for key, value in record["metrics"].items()
-            if key.startswith("probe_")
+            (key.removeprefix("probe_").replace("_", " "), value) for key, value in metrics if key.startswith("probe_")
         ],
-        "settings": [
-            (key.replace("_", " "), value)
-            for key, value in record["training"].items()
-            if value is not None and key not in hidden and not (key in _NEUTRAL and value == _NEUTRAL[key])
-        ],
+        "settings": _settings(record["training"], _NEUTRAL, hidden),
         "earlier": earlier,  # the last first
-        "runs_from_scratch": runs_from_scratch,
+        "runs_from_scratch": len(earlier) + 1 if first["started_from"] == "scratch" and is_one_training else 0,
     }
 
 
-def _evaluation(evaluation: Evaluation, records: ModelRecords) -> dict[str, Any]:
-    """results.json of an evaluation, and what follows from it."""
-    record, is_multi_label = evaluation.record, evaluation.record["threshold"] is not None
+def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    """A report, and what follows from it."""
+    is_multi_label = record["threshold"] is not None
     key, title = ("average_precision", "average precision") if is_multi_label else ("f1", "F1")
     classes = [row for row in record["per_class"] if row["n"]]
     by_score = sorted(classes, key=lambda row: row[key])
     # A metric may have no value, e.g. for labels that no image has.
-    results = [{**one, "interval": interval_of(one)} for one in record["results"] if not math.isnan(one["value"])]
-    main = {**evaluation.main, "interval": interval_of(evaluation.main)}
-    figures = {file: alt for file, alt in _FIGURES.items() if file in evaluation.figures}
-    if len(record["per_class"]) > _ALL_CLASSES_UP_TO and "per_class.png" in evaluation.figures:
-        figures["per_class.png"] = "Scores of classes"
+    results = [{**one, "interval": interval_of(one)} for one in record["results"]]
+    main = next(one for one in results if one["metric"] == record["metric"])
+    results = [one for one in results if not math.isnan(one["value"])]
+    shown = set(record["figures"])
+    if len(record["per_class"]) <= _ALL_CLASSES_UP_TO:
+        shown.discard("per_class.png")  # the table has them all
     examples = record["examples"]
     return {
         **record,
-        "title": evaluation.title,
-        "folder": evaluation.folder,
         "is_multi_label": is_multi_label,
         "results": results,
         "metrics": [one["metric"] for one in results],
@@ -147,8 +171,8 @@ def _evaluation(evaluation: Evaluation, records: ModelRecords) -> dict[str, Any]
         "num_classes": len(classes),
         "class_metric": title,
         "most_frequent": None if is_multi_label else max(classes, key=lambda row: row["n"], default=None),
-        "figures": list(figures.items()),
-        "examples": examples if examples and examples["figure"] in evaluation.figures else None,
+        "figures": [(file, alt) for file, alt in _FIGURES.items() if file in shown],
+        "examples": examples if examples and examples["figure"] in record["figures"] else None,
         # For the limits
         "is_small": record["n"] < _FEW_IMAGES and main["interval"] is not None,
         "absent": [row["label"] for row in record["per_class"] if not row["n"]],
@@ -161,14 +185,13 @@ def _evaluation(evaluation: Evaluation, records: ModelRecords) -> dict[str, Any]
 
 
 def _confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The three most frequent confusions: the images of a class that were taken for another."""
+    """The three most frequent confusions of a class with another one."""
     matrix, labels = record["confusion_matrix"].get("rows_true_columns_predicted"), record["confusion_matrix"]["labels"]
     if matrix is None:  # of several labels
         return []
     counts = np.array(matrix)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:3]
-    pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, counts.shape))]
     return [
         {
             "label": labels[row],
@@ -176,7 +199,7 @@ def _confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
             "n": matrix[row][column],
             "of": record["per_class"][row]["n"],
         }
-        for row, column in pairs
+        for row, column in zip(*np.unravel_index(order, counts.shape))
         if counts[row, column]
     ]
 
@@ -184,8 +207,152 @@ def _confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _calibration(record: dict[str, Any]) -> str | None:
     """Whether confidence and accuracy differ by more than chance makes them; None if not, or if that is not known."""
     confidence, accuracy = record["reliability"]["mean_confidence"], record["reliability"]["mean_accuracy"]
-    main = next((one for one in record["results"] if one["metric"] == "accuracy"), {})
-    interval = main.get("wilson_interval")
+    interval = next((one.get("wilson_interval") for one in record["results"] if one["metric"] == "accuracy"), None)
     if interval is None or interval[0] <= confidence <= interval[1]:
         return None
     return "overconfident" if confidence > accuracy else "underconfident"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
+    """Everything that the records say; the rest is left out."""
+    training, license, results = records.training, values["license"], _hub_results(records)
+    sources = [training["dataset"]] if training else [one["dataset"] for one in records.evaluations]
+    metrics = {result.metric_type for result in results} & _HUB_TAGS
+    return ModelCardData(
+        license=license,
+        license_name=values["license_name"] if license == "other" else None,
+        license_link=values["license_link"] if license == "other" else None,
+        library_name="transformers",
+        pipeline_tag=values["task"],
+        base_model=values["base_model"],
+        datasets=list(dict.fromkeys(source["hub_id"] for source in sources if source["hub_id"])) or None,
+        tags=["vision", "vit", "custom_code", *(["multi-label-classification"] if values["is_multi_label"] else [])],
+        metrics=sorted(metrics) or None,
+        co2_eq_emissions=_emissions(records),
+        model_name=values["name"] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _hub_results(records: ModelRecords) -> list[EvalResult]:
+    """Results on images that it was not trained on: of evaluations, and of the training if none is on the same."""
+    shown = [one for one in records.evaluations if _is_unseen(one)]
+    found = [(record, record["dataset"]["images"], one) for record in shown for one in record["results"]]
+    if (training := records.training) is not None:
+        images = (training["dataset"]["name"], training["n"])
+        if images not in [(one["dataset"]["name"], one["n"]) for one in shown]:
+            found += [
+                (training, training["dataset"]["held_out"], {"metric": metric, "value": value, "n": training["n"]})
+                for metric, value in training["metrics"].items()
+            ]
+    return [
+        _hub_result(record, images, result)
+        for record, images, result in found
+        if result["metric"] in _HUB_METRICS and not math.isnan(result["value"])
+    ]
+
+
+def _hub_result(record: dict[str, Any], images: str, result: dict[str, Any]) -> EvalResult:
+    dataset, split = record["dataset"], re.match(r"the (\w+) split of the data", images)
+    kind, arguments = _HUB_METRICS[result["metric"]]
+    arguments = {**arguments, "n": result["n"]}
+    if interval := interval_of(result):
+        arguments |= {
+            "confidence_level": record["confidence_level"],
+            "confidence_interval": [round(bound, 4) for bound in interval],
+            "confidence_method": "wilson" if result.get("wilson_interval") else "percentile bootstrap over images",
+        }
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=dataset["hub_id"] or re.sub(r"\W+", "-", dataset["name"].lower()),
+        dataset_name=dataset["name"],
+        dataset_split=split and split[1],
+        dataset_args={"images": images},
+        metric_type=kind,
+        metric_name=f"{title_of(result['metric'])} (n = {result['n']:,})",
+        metric_value=round(result["value"], 4),
+        metric_args=arguments,
+    )
+
+
+def _emissions(records: ModelRecords) -> dict[str, Any] | None:
+    """What codecarbon reports, as hf.co/docs/hub/model-cards-co2 has it."""
+    training, found = records.training, records.emissions
+    if training is None or found is None:
+        return None
+    from_scratch = training["model"]["started_from"] == "scratch" or training["pretraining"]
+    emissions = {
+        "emissions": found["grams"],
+        "source": " ".join(filter(None, ("codecarbon", found["version"]))),
+        "training_type": "pre-training" if from_scratch else "fine-tuning",
+        "hardware_used": training["hardware"],
+    }
+    return emissions | ({"geographical_location": found["country"]} if found["country"] else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of scripts/transfer.py
+
+
+def find(record: dict[str, Any], data: str, how: str) -> dict[str, dict[str, Any]]:
+    """The cells of transfer.json for a data set, fine-tuned or by a probe: {PRETRAINED: cell, SCRATCH: cell}."""
+    return {cell["start"]: cell for cell in record["cells"] if (cell["data"], cell["how"]) == (data, how)}
+
+
+def names_of(record: dict[str, Any]) -> list[str]:
+    """The data sets, as on the command line."""
+    return list(dict.fromkeys(cell["data"] for cell in record["cells"]))
+
+
+def in_words(cell: dict[str, Any]) -> str:
+    """Mean and standard deviation of a cell: 74.8 ± 0.4 %."""
+    spread = "" if cell["std"] is None else f" ± {100 * cell['std']:.1f}"
+    return f"{100 * cell['mean']:.1f}{spread} %"
+
+
+def gain_in_words(row: dict[str, dict[str, Any]]) -> str:
+    """What the pretrained weights gain, in percentage points: +6.6."""
+    return f"{100 * (row[PRETRAINED]['mean'] - row[SCRATCH]['mean']):+.1f}"
+
+
+def transfer_values(record: dict[str, Any]) -> dict[str, Any]:
+    """What `transfer` is in a template."""
+    cells = [{**cell, "words": in_words(cell)} for cell in record["cells"]]
+    record, data = {**record, "cells": cells}, names_of(record)
+    rows = {name: find(record, name, FINE_TUNED) for name in data}
+    probes = {how: title for how, title in SHOWN_PROBES.items() if any(cell["how"] == how for cell in cells)}
+    probed = {name: [find(record, name, how) for how in probes] for name in data}
+    last_probes = [found[-1] for found in probed.values() if found and found[-1]]
+    return {
+        "model": record["model"],
+        "is_accuracy": {cell["metric"] for row in rows.values() for cell in row.values()} == {"accuracy"},
+        "rows": [(name, row, gain_in_words(row)) for name, row in rows.items()],
+        "probes": list(probes.values()),
+        "probe_rows": list(probed.items()),
+        "num_seeds": sorted({cell["n"] for cell in cells}),
+        "learning_rates": _by_value(
+            (name, (row[SCRATCH]["learning_rate"], row[PRETRAINED]["learning_rate"])) for name, row in rows.items()
+        ),
+        "tried": list(dict.fromkeys(rate for row in rows.values() for rate in row[SCRATCH].get("tried", {}))),
+        "machines": _by_value(
+            (cell["data"], (cell["hardware"], cell["versions"]["torch"], cell["versions"]["transformers"]))
+            for cell in cells
+        ),
+        "notes": record["notes"],
+        "commands": "\n".join(
+            row[start]["command"] for row in (*rows.values(), *last_probes) for start in (SCRATCH, PRETRAINED)
+        ),
+    }
+
+
+def _by_value(pairs: Iterable[tuple[str, tuple[Any, ...]]]) -> list[tuple[tuple[Any, ...], list[str] | None]]:
+    """Each value with the data sets that have it; with None if all have the same."""
+    groups: dict[tuple[Any, ...], dict[str, None]] = {}
+    for data, value in pairs:
+        groups.setdefault(value, {})[data] = None
+    return [(value, list(data) if len(groups) > 1 else None) for value, data in groups.items()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to README.md: the card as a whole, and what keeps it from overwriting text that a person wrote."""
+"""Writes README.md and the learning curves from the records, and keeps a card that a person wrote or changed."""
 
 import hashlib
 import json
@@ -14,9 +14,23 @@ from transformers import Trainer
 
 from ..common.errors import InputError
 from ..common.files import write_text
-from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_report, gather, read_json, read_records
+from ..common.records import METRIC_TITLES, title_of
+from .records import (
+    CARD,
+    CURVES,
+    EVALUATIONS,
+    RECORD,
+    TRANSFER,
+    TRANSFER_RECORD,
+    CardOptions,
+    ModelRecords,
+    copy_record,
+    gather,
+    read_json,
+    read_records,
+    report_folder,
+)
 from .rendering import CARD_TEMPLATE, render
-from .transfer import copy_transfer
 from .values import template_values
 
 
@@ -24,45 +38,35 @@ from .values import template_values
 OWN_TEMPLATE = "card_template.md"
 # The last line: what a person has added, and a digest of the text above, by which changes by hand are found.
 _SIGNATURE = re.compile(r"\n<!-- Written by scripts/card\.py (\{.*\}) ([0-9a-f]{16})\. .* -->\n?\Z")
+# Blue and orange of Okabe and Ito, which colour-blind people can tell apart, and more of theirs.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_MARKED_UP_TO = 60  # points of which each is marked
 
 
-def card_text(records: ModelRecords, folder: Path, template: Path | None = None) -> str:
+def card_text(records: ModelRecords, template: Path | None = None) -> str:
     """
-    README.md: metadata, what people read, and the line that says who wrote it.
-
-    Args:
-        records: of the model.
-        folder: of the model, which may have a template of its own.
-        template: the one to use instead.
+    README.md: metadata, text, and the signature. Without a `template`, it is that of the model's folder or the default.
 
     Raises:
-        InputError: if the template can't be read or has a mistake, or if its metadata are none that the Hub would take.
+        InputError: if the template can't be read or has a mistake, or if the Hub would not take its metadata.
     """
-    template = template or folder / OWN_TEMPLATE
-    values = template_values(records)
-    text = render(values, str(template), _read(template)) if template.is_file() else render(values, CARD_TEMPLATE)
+    template = template or records.folder / OWN_TEMPLATE
+    try:
+        own = template.read_text(encoding="utf-8") if template.is_file() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{template} can't be read: {error}") from error
+    text = render(template_values(records), CARD_TEMPLATE if own is None else str(template), own)
     try:
         ModelCard(text)
     except Exception as error:  # of the YAML reader, of model-index
         raise InputError(f"{template}: the Hub would not take the metadata of this card: {error}") from error
-    return text + _signature(text, records.options)
+    given = json.dumps(records.options.given(), sort_keys=True)
+    return f"{text}\n<!-- Written by scripts/card.py {given} {_digest(text)}. What is changed by hand stays. -->\n"
 
 
 def template_text() -> str:
-    """The template that cards are written with, to start one's own from."""
+    """The default template."""
     return (Path(__file__).parent / CARD_TEMPLATE).read_text(encoding="utf-8")
-
-
-def _read(template: Path) -> str:
-    try:
-        return template.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{template} can't be read: {error}") from error
-
-
-def _signature(text: str, options: CardOptions) -> str:
-    given = json.dumps(options.given(), sort_keys=True)
-    return f"\n<!-- Written by scripts/card.py {given} {_digest(text)}. What is changed by hand stays. -->\n"
 
 
 def _digest(text: str) -> str:
@@ -70,7 +74,7 @@ def _digest(text: str) -> str:
 
 
 def stored_options(folder: Path) -> dict[str, Any] | None:
-    """What a person had added to the card that is there; None if there is one that was written or changed by hand."""
+    """The options that a card was written with; {} without a card; None if it was written or changed by hand."""
     file = folder / CARD
     if not file.is_file():
         return {}
@@ -91,19 +95,15 @@ def write_card(
     template: Path | None = None,
 ) -> str:
     """
-    Writes README.md, and the figure of the training, from everything that is in the folder of a finished model.
+    Writes README.md and the learning curves from everything in the folder of a finished model, and returns the text.
 
     Args:
         folder: of the model.
-        options: what a person adds; those of the earlier card stay where there are none.
-        reports: folders of reports that lie elsewhere, which are copied into that of the model.
+        options: what a person adds; where they are None, those of the earlier card stay.
+        reports, transfer, template: folders of reports and of a transfer table, and a template, that lie elsewhere.
+            They are copied into the folder of the model, so that later cards have them.
         overwrite: also over a card that a person has written or changed.
         dry_run: write nothing.
-        transfer: the folder of a transfer table that lies elsewhere, which is copied, too.
-        template: a template that lies elsewhere, which is copied, too: later cards of this model have it again.
-
-    Returns:
-        The text.
 
     Raises:
         InputError: if a record is missing or of another model, if the template has a mistake, or if the card was
@@ -119,33 +119,27 @@ def write_card(
     options.check()
     if template is not None and not template.is_file():
         raise InputError(f"--template {template} is no file. Start from the default: scripts/card.py --template > FILE")
-    text = card_text(read_records(folder, options, reports, transfer), folder, template)
+    text = card_text(read_records(folder, options, reports, transfer), template)
     if dry_run:
         return text
-    for place in reports:
-        copy_report(place, folder)
+    for report in reports:
+        copy_record(report, RECORD, report_folder(report, folder))
     if transfer is not None:
-        copy_transfer(transfer, folder)
+        copy_record(transfer, TRANSFER_RECORD, folder / TRANSFER)
     if template is not None and template.resolve() != (folder / OWN_TEMPLATE).resolve():
         shutil.copyfile(template, folder / OWN_TEMPLATE)
     state = folder / "trainer_state.json"
     if state.is_file():
-        _draw(read_json(state).get("log_history", []), folder)
-        text = card_text(read_records(folder, options), folder)
+        draw_curves(read_json(state).get("log_history", []), folder / CURVES)
+        text = card_text(read_records(folder, options))
     write_text(folder / CARD, text)
     return text
 
 
 def refresh_card(model: str, report: str) -> str | None:
     """
-    Writes the card of a model again after an evaluation, if the report lies in the model's folder.
-
-    Args:
-        model: of the command line: a folder, or anything else.
-        report: the folder of the report.
-
-    Returns:
-        A message for the user; None if the report lies elsewhere, or if there is no card.
+    Writes the card of a `model` of the command line again, after an evaluation into the folder `report`. Returns a
+    message for the user; None if the report lies elsewhere, or if there is no card.
     """
     folder = Path(model)
     if not (folder / CARD).is_file() or not Path(report).resolve().is_relative_to((folder / EVALUATIONS).resolve()):
@@ -159,12 +153,8 @@ def refresh_card(model: str, report: str) -> str | None:
 
 def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
     """
-    Writes the card at the end of a training, before its model is saved. If that fails, a warning says so: it is no
+    Writes the card from a trainer and its record, before the model is saved. An error is only a warning: it is no
     reason to lose the model.
-
-    Args:
-        trainer: after training.
-        record: of it.
     """
     folder = Path(trainer.args.output_dir)
     earlier = stored_options(folder)
@@ -173,37 +163,71 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
         return
     options = CardOptions(license=trainer.args.license, hub_model_id=trainer.hub_model_id).over(earlier)
     try:
-        _draw(trainer.state.log_history, folder)
+        draw_curves(trainer.state.log_history, folder / CURVES)
         # Evaluations that are there are of weights that this run has replaced.
         records = gather(folder, trainer.model.config, trainer.processing_class, record, [], options)
-        write_text(folder / CARD, card_text(records, folder))
+        write_text(folder / CARD, card_text(records))
     except Exception as error:
         print(f"warning: no card was written ({type(error).__name__}: {error}). Try scripts/card.py {folder} later.")
 
 
 def card_to_publish(folder: Path, options: CardOptions) -> str | None:
     """
-    The card with the place and the licence that the model is published with.
-
-    Args:
-        folder: of the model.
-        options: place and licence; what the card had before stays where there are none.
-
-    Returns:
-        The text; None if there is no card, if it was written or changed by hand, or if its records are not there.
+    The card with the repository and the licence that the model is published with, from `options`. None if there is no
+    card, if it was written or changed by hand, or if its records are not there.
     """
     earlier = stored_options(folder) if (folder / CARD).is_file() else None
     if earlier is None:
         return None
     try:
-        return card_text(read_records(folder, options.over(earlier)), folder)
-    except InputError:  # publishing looks for what is wrong and says it
+        return card_text(read_records(folder, options.over(earlier)))
+    except InputError:  # publishing finds what is wrong, and reports it
         return None
 
 
-def _draw(history: list[dict[str, Any]], folder: Path) -> None:
+def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
+    """
+    Draws the losses and, beside them, the scores on held-out images, where a curve has at least two points. Without
+    matplotlib it draws nothing.
+
+    Args:
+        history: `log_history` of the Trainer's state.
+        file: .png to write; its folder is made.
+    """
     try:
-        from .figures import draw_curves
-    except ImportError:  # no matplotlib: a card without the figure
+        from matplotlib.figure import Figure
+    except ImportError:
         return
-    draw_curves(history, folder / CURVES)
+    # Training ends with a log of its runtime. An evaluation after that is of the weights that were kept, which may be
+    # those of an earlier step.
+    end = next((index for index, log in enumerate(history) if "train_runtime" in log), len(history))
+    history = history[: end + 1]
+    probes = sorted({key for log in history for key in log if key.startswith("probe_")})
+    scores = {title_of(metric): f"eval_{metric}" for metric in METRIC_TITLES} | dict(zip(probes, probes))
+    panels = {}
+    for title, keys in (
+        ("loss", {"training": "loss", "held-out images": "eval_loss"}),
+        ("score on held-out images", scores),
+    ):
+        # Of each step the last value: a resumed run may have logged one twice.
+        curves = {
+            name: sorted({log["step"]: log[key] for log in history if key in log}.items()) for name, key in keys.items()
+        }
+        if curves := {name: points for name, points in curves.items() if len(points) > 1}:
+            panels[title] = curves
+    if not panels:
+        return
+    figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for number, (name, points) in enumerate(curves.items()):
+            marker = "." if len(points) <= _MARKED_UP_TO else None
+            # Of curves that lie on one another, both are seen: later ones are thin and broken.
+            style, width = ("-", 1.6) if number == 0 else ("--", 1.0)
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(*zip(*points), style, color=colour, linewidth=width, marker=marker, markersize=4, label=name)
+        axes.set(xlabel="step", title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.legend(fontsize=7, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repository on the Hub: its state, and commits that are made completely or not at all. Errors are readable."""
+"""A repository on the Hub: its state, and commits that are made completely or not at all."""
 
 import contextlib
 import json
@@ -8,15 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    get_token,
-    is_offline_mode,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token, is_offline_mode
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -50,7 +42,7 @@ class ConnectionLost(InputError):
 @dataclass(frozen=True)
 class Remote:
     """
-    The state of a repository when it was looked up.
+    The state of a repository.
 
     Attributes:
         repo_id: USER/NAME.
@@ -58,7 +50,7 @@ class Remote:
         private: whether others can't see it.
         revision: the branch; None for main.
         head: the latest commit of the branch; None if there is no such branch.
-        files: of the branch.
+        files: in the latest commit.
         repo_type: "model" or "space".
     """
 
@@ -69,10 +61,6 @@ class Remote:
     head: str | None = None
     files: tuple[str, ...] = ()
     repo_type: str = "model"
-
-    @property
-    def has_model(self) -> bool:
-        return "config.json" in self.files
 
     def outdated(self, uploads: list[Upload]) -> list[str]:
         """Files of an earlier version that a commit removes: weights and pickles of a model, code of a Space."""
@@ -85,12 +73,7 @@ class Remote:
 
 
 def check_can_publish(name: str) -> None:
-    """
-    Checks what can be checked without the Hub.
-
-    Raises:
-        InputError: if `name` is not a valid name of a repository, if there is no token, or in offline mode.
-    """
+    """Raises InputError for an invalid name of a repository, without a token, and in offline mode. Asks no Hub."""
     with _explained(name):
         validate_repo_id(name)
         if get_token() is None:
@@ -138,24 +121,17 @@ def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
                 f"{repo_id} exists and holds something else ({kind}). Nothing was changed. Choose another name."
             )
         remote = Remote(repo_id, True, info.private, revision, info.sha, files, repo_type)
-        if revision is not None:
-            try:
-                info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-                files = tuple(file.rfilename for file in info.siblings or ())
-                remote = replace(remote, head=info.sha, files=files)
-            except RevisionNotFoundError:
-                remote = replace(remote, head=None)
-    return remote
+        if revision is None:
+            return remote
+        try:
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        except RevisionNotFoundError:
+            return replace(remote, head=None)
+        return replace(remote, head=info.sha, files=tuple(file.rfilename for file in info.siblings or ()))
 
 
 def find_model(model: str) -> ModelInfo:
-    """
-    Any model on the Hub.
-
-    Raises:
-        InputError: if this user can see none of that name, or if the Hub refuses.
-        ConnectionLost: if it can't be reached.
-    """
+    """Any model on the Hub. Raises InputError as `look_up`, also if this user can see none of that name."""
     with _explained(model):
         return HfApi().model_info(model)
 
@@ -191,22 +167,21 @@ def prepare(
         user = api.whoami()["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
     remote = look_up(repo_id, revision, repo_type)
-    if not remote.exists:
-        with _explained(repo_id):
+    with _explained(repo_id):
+        if not remote.exists:
             sdk = "gradio" if repo_type == "space" else None
             api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk)
-        remote = look_up(repo_id, revision, repo_type)
-    elif private and not remote.private:
-        raise InputError(
-            f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose another "
-            "name, or don't ask for a private one."
-        )
-    elif not create_pr:
-        check_permission(repo_id, repo_type)
-    if remote.head is None:
-        with _explained(repo_id):
+            remote = look_up(repo_id, revision, repo_type)
+        elif private and not remote.private:
+            raise InputError(
+                f"{repo_id} exists and everybody can read it. Make it private on its settings page first, choose "
+                "another name, or don't ask for a private one."
+            )
+        elif not create_pr:
+            check_permission(repo_id, repo_type)
+        if remote.head is None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-        remote = look_up(repo_id, revision, repo_type)
+            remote = look_up(repo_id, revision, repo_type)
     return remote
 
 
@@ -230,33 +205,18 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
     """
     disable_progress_bars()  # here: libraries that were imported meanwhile may have enabled them
     api, outdated = HfApi(), remote.outdated(uploads)
-
-    def attempt() -> CommitInfo:
-        # New objects for each attempt: they remember what they have uploaded.
-        adding = [CommitOperationAdd(upload.path, _source(upload)) for upload in uploads]
-        with _explained(remote.repo_id):
-            return api.create_commit(
-                remote.repo_id,
-                repo_type=remote.repo_type,
-                operations=[*adding, *(CommitOperationDelete(path) for path in outdated)],
-                commit_message=message,
-                revision=remote.revision,
-                create_pr=create_pr,
-                parent_commit=remote.head if strict and not create_pr else None,
-            )
-
-    def made() -> str | None:
-        """The URL of the commit if it was made and only the response was lost."""
-        with _explained(remote.repo_id):
-            latest = api.list_repo_commits(remote.repo_id, repo_type=remote.repo_type, revision=remote.revision)[0]
-        if latest.commit_id == remote.head or latest.title != message:
-            return None
-        folder = "spaces/" if remote.repo_type == "space" else ""
-        return f"{api.endpoint}/{folder}{remote.repo_id}/commit/{latest.commit_id}"
-
+    branch = {"repo_type": remote.repo_type, "revision": remote.revision}
     for number in range(1, ATTEMPTS + 1):
+        # New objects for each attempt: they remember what they have uploaded.
+        operations = [CommitOperationAdd(upload.path, upload.content) for upload in uploads]
+        operations += [CommitOperationDelete(path) for path in outdated]
+        parent = remote.head if strict and not create_pr else None
         try:
-            info = attempt()
+            with _explained(remote.repo_id):
+                info = api.create_commit(
+                    remote.repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=parent,
+                    **branch,
+                )  # fmt: skip
             return str(info.pr_url if create_pr else info.commit_url)
         except ConnectionLost as error:
             # A pull request may have been opened even if the response was lost: never open a second one.
@@ -268,15 +228,12 @@ def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool 
                     "changed: a commit publishes all files or none."
                 ) from error
         time.sleep(WAIT * number)
-        with contextlib.suppress(ConnectionLost):
-            url = made()
-            if url is not None:
-                return url
+        with contextlib.suppress(ConnectionLost), _explained(remote.repo_id):
+            latest = api.list_repo_commits(remote.repo_id, **branch)[0]
+            if latest.commit_id != remote.head and latest.title == message:  # only the response was lost
+                folder = "spaces/" if remote.repo_type == "space" else ""
+                return f"{api.endpoint}/{folder}{remote.repo_id}/commit/{latest.commit_id}"
     raise AssertionError("the last attempt returns or raises")
-
-
-def _source(upload: Upload) -> bytes | str:
-    return upload.content if isinstance(upload.content, bytes) else str(upload.content)
 
 
 @contextlib.contextmanager
@@ -286,51 +243,43 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
         # An upload of a large file wraps the error in a RuntimeError.
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        explanation = _explain(name, cause)
+        explanation = _explain(name, error.__cause__ if isinstance(error, RuntimeError) else error)
         if explanation is None:
             raise
         raise explanation from error
 
 
 def _explain(name: str, error: BaseException | None) -> InputError | None:
-    if isinstance(error, HFValidationError):
-        return InputError(
-            f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
-        )
-    if isinstance(error, LocalTokenNotFoundError):
-        return InputError(f"There is no token for the Hub on this machine. {_LOG_IN}")
-    if isinstance(error, OfflineModeIsEnabled):
-        return InputError("HF_HUB_OFFLINE is set. Unset it to publish.")
+    status, answer = None, ""
     if isinstance(error, HfHubHTTPError):
-        return _from_status(name, error)
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
+        status, answer = error.response.status_code, (error.server_message or "").strip().rstrip(".")
+        answer = f" ({answer})" if answer else ""
+    if isinstance(error, HFValidationError):
+        message = f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
+    elif isinstance(error, LocalTokenNotFoundError) or (status == 401 and get_token() is None):
+        message = f"There is no token for the Hub on this machine. {_LOG_IN}"
+    elif isinstance(error, OfflineModeIsEnabled):
+        message = "HF_HUB_OFFLINE is set. Unset it to publish."
+    elif status == 401:
+        message = f"The Hub does not accept the token of this machine{answer}. {_LOG_IN}"
+    elif status == 403:
+        message = (
+            f"The token of this machine may not write to {name}{answer}. Use a token with the role write, choose a "
+            "name of your own, or ask the organization."
+        )
+    elif isinstance(error, RepositoryNotFoundError):
+        message = f"There is no repository {name} that the token of this machine may see. {_LOG_IN}"
+    elif isinstance(error, RevisionNotFoundError):
+        message = f"{name} has no such branch or commit."
+    elif status in (409, 412):
+        message = f"{name} was changed by somebody else meanwhile{answer}. Look at the change, then run this again."
+    elif status is not None and (status == 429 or status >= 500):
+        return ConnectionLost(f"The Hub answers {status}{answer}.")
+    elif status is not None:
+        message = f"The Hub refuses {name} with {status}{answer}."
+    elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
         reason = str(error).strip().rstrip(".") or type(error).__name__
         return ConnectionLost(f"The connection to the Hub was lost ({reason}).")
-    return None
-
-
-def _from_status(name: str, error: HfHubHTTPError) -> InputError:
-    status = error.response.status_code
-    said = (error.server_message or "").strip().rstrip(".")
-    said = f" ({said})" if said else ""
-    if status == 401 and get_token() is None:
-        return _explain(name, LocalTokenNotFoundError())
-    if status == 401:
-        return InputError(f"The Hub does not accept the token of this machine{said}. {_LOG_IN}")
-    if status == 403:
-        return InputError(
-            f"The token of this machine may not write to {name}{said}. Use a token with the role write, choose a name "
-            "of your own, or ask the organization."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(f"There is no repository {name} that the token of this machine may see. {_LOG_IN}")
-    if isinstance(error, RevisionNotFoundError):
-        return InputError(f"{name} has no such branch or commit.")
-    if status in (409, 412):
-        return InputError(
-            f"{name} was changed by somebody else meanwhile{said}. Look at the change, then run this again."
-        )
-    if status == 429 or status >= 500:
-        return ConnectionLost(f"The Hub answers {status}{said}.")
-    return InputError(f"The Hub refuses {name} with {status}{said}.")
+    else:
+        return None
+    return InputError(message)

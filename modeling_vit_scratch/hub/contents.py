@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a model's folder are published, and why the others are left out. Unknown files are left out."""
+"""
+What is published of a model's folder: which files, whether they work, and no tokens and local paths in them. Files of
+unknown kinds are left out.
+"""
 
 import json
 import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
-from .privacy import find_leaks
+from ..common.records import license_problem
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 
 
 # The modules that auto_map names, and whatever they import of each other: as transformers finds what it saves.
@@ -23,19 +33,21 @@ CODE = tuple(sorted({*_NAMED, *(Path(file) for named in _NAMED for file in get_r
 # A commit removes weights of earlier versions and of other libraries, which a loader may prefer, and the pickle of the
 # stock Trainer, which contains its token.
 OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|training_args\.bin")
-# Where checkpoints to resume from are, here or in a repository.
+# Folders of checkpoints to resume from, here or in a repository.
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 
+_MODEL_CLASSES = {
+    kind.__name__: kind
+    for kind in (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
+}
 _MODEL_FILES = {
     "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
-# A picture in a card, in Markdown or HTML.
-_SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
 # Files without text, which may be large.
 _BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp"}
-# Subfolders with figures and records.
+# Folders of figures and records.
 _FIGURE_FOLDERS = {"figures", "evaluation", "transfer"}
 _REASONS = (
     (re.compile(r"(.*/)?[._].*"), "hidden or temporary"),
@@ -46,6 +58,18 @@ _REASONS = (
     (re.compile(r"(runs|logs|wandb|mlruns)/.*|.*\.log|(.*/)?events\.out\..*"), "a log"),
     (re.compile(r"trainer_state\.json|(stream_\d+|run)\.json|average\.safetensors"), "the state of a training run"),
 )
+# In a card: a picture, in Markdown or HTML, and the path that its example loads the model from.
+_SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
+_LOCATION = re.compile(r"""(\bpipeline\([^)\n]*?\bmodel=|\bfrom_pretrained\()(["'])([^"'\n]+)\2""")
+
+# Tokens of Hugging Face, GitHub and Amazon.
+_TOKEN = re.compile(r"\b(?:hf_(?:oauth_)?[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
+# Not after a letter, as in and/or, nor in a URL.
+_POSIX_PATH = re.compile(r"(?<![\w./:~-])(?:file://)?/(?P<root>[\w.@+-]+)(?:/[\w.@+=-]+)+")
+_WINDOWS_PATH = re.compile(r"\b[A-Za-z]:\\{1,2}(?:[\w.@+ -]+\\{1,2})+[\w.@+-]+")
+_PRIVATE_ROOTS = {"Users", "Volumes", "home", "mnt", "private", "root", "scratch", "tmp"}
+_COMMON_ROOTS = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "sbin", "sys", "usr"}
+_SECRET_NAME = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,47 +99,45 @@ class Upload:
         return content.decode("utf-8", errors="replace")
 
 
-def collect(folder: Path, code: bool = True) -> tuple[list[Upload], dict[str, str]]:
+def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
     """
     Chooses the files of a folder to publish.
 
     Args:
         folder: of a model.
         code: whether to add the code files of this version, in place of the folder's own.
+        card: to publish in place of the folder's README.md.
 
     Returns:
         The uploads, and the paths that are left out with the reasons. The path of a folder ends with a slash.
     """
-    uploads, left_out, shown = [], {}, shown_figures(folder)
+    uploads, left_out, shown = [], {}, _shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path = file.relative_to(folder).as_posix()
         if path in {module.name for module in CODE}:
             continue
         if _is_wanted(PurePosixPath(path), shown):
-            uploads.append(Upload(path, file))
+            uploads.append(card if card is not None and path == card.path else Upload(path, file))
         else:
-            reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(path)), "no part of a model")
-            left_out[path] = reason
-    has_uploads = {upload.path.split("/")[0] for upload in uploads}
-    left_out = {_folder_or_file(path, has_uploads): reason for path, reason in left_out.items()}
+            left_out[path] = next((why for pattern, why in _REASONS if pattern.fullmatch(path)), "no part of a model")
+    tops = {upload.path.split("/")[0] for upload in uploads}
+    # Of a folder without uploads, only its own path.
+    left_out = {
+        path if "/" not in path or path.split("/")[0] in tops else f"{path.split('/')[0]}/": reason
+        for path, reason in left_out.items()
+    }
     if code:
         uploads += [Upload(module.name, module.read_bytes()) for module in CODE]
     return sorted(uploads, key=lambda upload: upload.path), left_out
 
 
-def shown_figures(folder: Path) -> set[str]:
+def _shown_figures(folder: Path) -> set[str]:
     """The local pictures that the card of a folder shows, as paths within the folder; they may not exist."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     links = {unquote(markdown or html).split("#")[0].split("?")[0] for markdown, html in _SHOWN.findall(text)}
     paths = {posixpath.normpath(link) for link in links if not re.match(r"[a-z][a-z0-9+.-]*:|/", link, re.IGNORECASE)}
     return {path for path in paths if not path.startswith("..")}
-
-
-def _folder_or_file(path: str, has_uploads: set[str]) -> str:
-    """The path itself, or that of its folder if nothing of the folder is published."""
-    top, slash, _ = path.partition("/")
-    return path if not slash or top in has_uploads else f"{top}/"
 
 
 def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
@@ -125,9 +147,99 @@ def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
         return True
     if len(path.parts) == 1:
         return path.name in _MODEL_FILES or _WEIGHTS.fullmatch(path.name) is not None or path.suffix in _FIGURES
-    return path.parts[0] in _FIGURE_FOLDERS and (
-        path.suffix in _FIGURES or path.name in ("results.json", "transfer.json")
-    )
+    is_record = path.suffix in _FIGURES or path.name in ("results.json", "transfer.json")
+    return path.parts[0] in _FIGURE_FOLDERS and is_record
+
+
+def changed_code(folder: Path) -> list[str]:
+    """The code files that the folder lacks or has in another version than this one."""
+    found = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+    return [module.name for module in CODE if found.get(module.name) != module.read_bytes()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_model(folder: Path) -> list[str]:
+    """The problems, a line each, of loading a folder's processor and model and running it on a grey image."""
+    pickles = [path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+    has_weights = any(folder.glob("model*.safetensors"))
+    if not has_weights and pickles:
+        return [f"{pickles[0]} is a pickle: loading it can run any code. Convert it: scripts/convert.py."]
+    missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+    missing += [] if has_weights else ["model.safetensors"]
+    if missing:
+        return [f"{folder} has no {', no '.join(missing)}: it is not a finished model. Train or convert one into it."]
+    try:
+        config = ViTScratchConfig.from_pretrained(folder)
+        name = (config.architectures or [""])[0]
+        if name not in _MODEL_CLASSES:
+            known = ", ".join(_MODEL_CLASSES)
+            return [f"config.json names the architecture {name or 'nothing'}. Known ones: {known}."]
+        processor = ViTScratchImageProcessor.from_pretrained(folder)
+        model, info = _MODEL_CLASSES[name].from_pretrained(folder, output_loading_info=True)
+        lines = [
+            f"The weights do not fit config.json: {title.replace('_', ' ')} {', '.join(sorted(map(str, keys))[:3])}."
+            for title, keys in info.items()
+            if title.endswith("_keys") and keys
+        ]
+        image = Image.new("RGB" if config.num_channels == 3 else "L", (40, 30), 128)
+        with torch.no_grad():
+            outputs = model.eval()(processor(image, return_tensors="pt")["pixel_values"].to(model.dtype))
+        if not all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor)):
+            lines.append("The model's output for a grey image is not finite (NaN or infinity).")
+    except Exception as error:  # a damaged folder can raise anything
+        return [f"{folder} can't be loaded: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"]
+    return lines
+
+
+def prepare_card(
+    folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
+) -> tuple[Upload | None, list[str]]:
+    """
+    The card to publish: its example loads the model from the Hub, and it has a licence.
+
+    Args:
+        folder: of the model.
+        architecture: the class in config.json, which decides the task.
+        repo_id: the repository that the card's example loads the model from.
+        license: the Hub's name of a licence, to replace the card's.
+        text: of the card, in place of the folder's README.md.
+
+    Returns:
+        The card, or None if it can't be read; and the problems, a line each.
+    """
+    file = folder / "README.md"
+    if text is None and not file.is_file():
+        return None, ["There is no README.md. Write one, or run scripts/card.py, which writes it from the records."]
+    try:
+        card = ModelCard(file.read_text(encoding="utf-8") if text is None else text)
+    except Exception as error:  # of the YAML reader, of model-index, of the text's encoding
+        return None, [f"The metadata of README.md can't be read: {' '.join(str(error).split())}"]
+    data, lines = card.data, []
+    if license is not None and license != data.license:
+        data.license, data.license_name, data.license_link = license, None, None
+    if data.license is None:
+        lines.append(
+            "README.md names no licence. Add --license, e.g. apache-2.0: without a licence nobody may use the model."
+        )
+    elif problem := license_problem(data.license, data.get("license_name"), data.get("license_link")):
+        lines.append(f"The licence {data.license}: {problem}")
+    if data.library_name != "transformers":
+        lines.append(f"library_name in README.md is {data.library_name}; the Hub needs transformers.")
+    is_classifier = architecture == ViTScratchForImageClassification.__name__
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    if architecture is not None and data.pipeline_tag != task:
+        lines.append(f"pipeline_tag in README.md is {data.pipeline_tag}; this model is for {task}.")
+    absent = sorted(path for path in _shown_figures(folder) if not (folder / path).is_file())
+    lines += [f"README.md shows {path}, which is not in {folder}." for path in absent]
+    card.text = _LOCATION.sub(lambda found: f"{found[1]}{found[2]}{repo_id}{found[2]}", card.text)
+    return Upload("README.md", str(card).encode()), lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens, and local paths, which can name the user
 
 
 def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:
@@ -136,8 +248,41 @@ def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:
     for upload in uploads:
         found = [] if upload.path.endswith(".py") else find_leaks(upload.text(), token)
         if found:
-            lines.append(
-                f"{upload.path} has {' and '.join(found[:3])}{' and more' if len(found) > 3 else ''}. "
-                "Take it out of the file before you publish it."
-            )
+            leaks = " and ".join(found[:3]) + (" and more" if len(found) > 3 else "")
+            lines.append(f"{upload.path} has {leaks}. Take it out of the file before you publish it.")
     return lines
+
+
+def find_leaks(text: str, token: str | None = None) -> list[str]:
+    """The local paths in a text, and tokens, with their beginnings alone: also `token`, whatever it looks like."""
+    found = [match[0] for match in _TOKEN.finditer(text)]
+    if token and token in text and token not in found:
+        found.append(token)
+    leaks = [f"a token ({secret[:6]}...)" for secret in dict.fromkeys(found)]
+    paths = [match[0] for match in _POSIX_PATH.finditer(text) if _is_of_this_machine(match["root"])]
+    paths += [match[0] for match in _WINDOWS_PATH.finditer(text)]
+    return leaks + [f"the local path {path}" for path in dict.fromkeys(paths)]
+
+
+def without_leaks(text: str) -> str:
+    """The text with TOKEN in place of each token, and each local path cut to its last part."""
+    text = _TOKEN.sub("TOKEN", text)
+    text = _POSIX_PATH.sub(lambda path: Path(path[0]).name if _is_of_this_machine(path["root"]) else path[0], text)
+    return _WINDOWS_PATH.sub(lambda path: path[0].rsplit("\\", 1)[-1], text)
+
+
+def shareable(settings: Any) -> Any:
+    """Settings as JSON values, without secrets (by their names), tokens and local paths, at any depth."""
+    if isinstance(settings, dict):
+        return {
+            key: shareable(value)
+            for key, value in settings.items()
+            if not (isinstance(value, str) and _SECRET_NAME.search(str(key)))
+        }
+    if isinstance(settings, (list, tuple)):
+        return [shareable(value) for value in settings]
+    return settings if settings is None or isinstance(settings, (bool, int, float)) else without_leaks(str(settings))
+
+
+def _is_of_this_machine(root: str) -> bool:
+    return root not in _COMMON_ROOTS and (root in _PRIVATE_ROOTS or Path("/", root).is_dir())

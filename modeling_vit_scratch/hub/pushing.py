@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Pushes a training run to the Hub, without what the stock Trainer pushes with it: tokens, local paths, pickles, logs.
+Pushes a training run to the Hub, without the tokens, local paths, pickles and logs that the stock Trainer pushes.
 
-Each push is one commit. One during training happens in a thread; if it fails, a warning says so, and the next one has
-it all.
+Each push is one commit. During training it runs in a thread; if it fails, a warning says so, and the next one has it
+all.
 """
 
 import contextlib
@@ -22,13 +22,11 @@ from transformers.trainer_utils import HubStrategy
 
 from ..common.errors import InputError
 from ..common.files import MANIFEST, latest_whole
-from .checks import prepare_card
 from .commit import Remote, commit, look_up, prepare
-from .contents import Upload, collect, leaks_in
-from .privacy import without_leaks
+from .contents import Upload, collect, leaks_in, prepare_card, without_leaks
 
 
-# Where the files of a push are until it is done: training may remove the checkpoint meanwhile.
+# Prefix of the folders with the files of a push until it is done: training may remove the checkpoint meanwhile.
 _COPIES = "_upload-"
 
 
@@ -38,12 +36,9 @@ class HubPusher:
 
     Args:
         arguments: of the run.
-        log: prints a line for people.
+        log: prints a line.
         on_push_begin: called before each push.
-        copy_model: puts what people load of a checkpoint into a new folder. May be called while training goes on.
-
-    Attributes:
-        remote: the repository, after `prepare`.
+        copy_model: copies the model of a checkpoint into a new folder.
     """
 
     def __init__(
@@ -62,10 +57,7 @@ class HubPusher:
 
     def prepare(self) -> str:
         """
-        Makes sure, before training, that there is a repository to push to, and the branch of --hub_revision.
-
-        Returns:
-            The id of the repository.
+        Creates the repository, and the branch of --hub_revision, if they don't exist, and returns the repository's id.
 
         Raises:
             InputError: if this user may not push there, or if the repository holds something else.
@@ -80,16 +72,16 @@ class HubPusher:
         return self.remote.repo_id
 
     def describe(self) -> str | None:
-        """One line on where and when it pushes; None if it does not."""
+        """A line on where and when it pushes; None if it does not."""
         if self.remote is None:
             return None
         when = "at the end"
         if self.arguments.hub_strategy != HubStrategy.END and self.arguments.save_strategy != "no":
             when = "at every save and at the end"
         who = "only you and who you allow can" if self.remote.private else "everybody can"
-        before = (
-            f" The model that is there stays in its history: {self.remote.head[:7]}." if self.remote.has_model else ""
-        )
+        before = ""
+        if "config.json" in self.remote.files:
+            before = f" The model that is there stays in its history: {self.remote.head[:7]}."
         branch = f", branch {self.remote.revision}" if self.remote.revision else ""
         return f"Pushed to {self.remote.repo_id}{branch}, which {who} read, {when}.{before}"
 
@@ -98,8 +90,8 @@ class HubPusher:
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """
-        Pushes a whole checkpoint in the background as --hub_strategy says; not while another push is under way, unless
-        --hub_always_push says so. Uploads copies, which stay when training removes old checkpoints.
+        Pushes copies of a whole checkpoint in the background, as --hub_strategy says; not during another push, unless
+        --hub_always_push says so.
         """
         if self.arguments.hub_strategy == HubStrategy.END:
             return
@@ -159,13 +151,13 @@ class HubPusher:
         return self._thread is None or not self._thread.is_alive()
 
     def wait_until_done(self) -> None:
-        """Returns when no push is under way, and says that it waits."""
+        """Waits for the push that is under way, and says so."""
         if not self.is_done():
             self.log(f"Waiting for the push to {self.remote.repo_id} that is under way.")
             self._thread.join()
 
     def push_unpushed(self) -> None:
-        """Pushes the latest checkpoint of a run that has to stop, if it is not on the Hub. Ctrl-C ends the waiting."""
+        """Pushes the latest checkpoint of a run that stops, if it is not on the Hub. Ctrl-C ends the waiting."""
         with contextlib.suppress(KeyboardInterrupt):
             self.wait_until_done()
             if self._unpushed is not None and self._unpushed.is_dir():
@@ -177,10 +169,7 @@ class HubPusher:
 
     def push_model(self, message: str) -> str:
         """
-        Pushes the finished model that is saved in the folder, with its card, record and figures.
-
-        Returns:
-            The URL of the commit.
+        Pushes the finished model in the folder, with its card, record and figures, and returns the commit's URL.
 
         Raises:
             InputError: if the push fails.
@@ -188,7 +177,7 @@ class HubPusher:
         self.wait_until_done()
         architecture = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         card, lines = prepare_card(self.folder, architecture, self.remote.repo_id, license=None)
-        uploads = [card if upload.path == "README.md" and card else upload for upload in collect(self.folder)[0]]
+        uploads, _ = collect(self.folder, card=card)
         latest, _ = latest_whole(self.folder)
         for source, name in self._waiting_checkpoints(latest).items() if latest else ():
             uploads += checkpoint_uploads(source, name)
@@ -218,12 +207,8 @@ class HubPusher:
 
 def checkpoint_uploads(folder: Path, name: str) -> list[Upload]:
     """
-    All of a checkpoint, to resume from on another machine. Local paths and tokens in its JSON files are replaced by
-    shorter words and spaces: the sizes in its manifest stay right.
-
-    Args:
-        folder: of the checkpoint.
-        name: that it gets in the repository.
+    All files of a checkpoint, by its name in the repository, to resume from on another machine. Local paths and tokens
+    in its JSON files are replaced by shorter words and spaces: the sizes in its manifest stay right.
     """
     uploads = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -237,7 +222,7 @@ def checkpoint_uploads(folder: Path, name: str) -> list[Upload]:
 
 
 def link_folder(folder: Path, target: Path) -> None:
-    """A new folder with the same files, which takes no room where the file system has links."""
+    """Copies a folder, with hard links where the file system has them."""
     shutil.copytree(folder, target, copy_function=_link_or_copy)
 
 

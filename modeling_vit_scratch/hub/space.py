@@ -5,38 +5,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..common.errors import InputError
-from .checks import check_model
 from .commit import PAGE, ConnectionLost, find_model
-from .contents import Upload
+from .contents import Upload, check_model
 
 
-CODE = sorted((Path(__file__).parents[1] / "page").glob("*.py"))
+CODE = sorted(file for file in Path(__file__).parents[1].glob("page/*") if file.suffix in (".py", ".html", ".css"))
 # The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 
-_CARD = """---
-title: {title}
-emoji: 👀
-colorFrom: indigo
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-python_version: "{python}"
-app_file: app.py
-license: apache-2.0
-short_description: What it is, and what the model looks at
-models:
-- {model}
----
-
-# {title}
-
-A page to try [{model}](https://huggingface.co/{model}) on: the classes of a photo, attention rollout and every head
-over it, the patches, the position embeddings; several photos at once as a table.
-
-`app.py` loads the model from the Hub; `{page}/` is the page. Written by `scripts/publish.py --space` of
-modeling_vit_scratch.
-"""
 _APP = '''# SPDX-License-Identifier: Apache-2.0
 """The page of a model. Written by scripts/publish.py --space."""
 
@@ -56,32 +32,23 @@ transformers=={transformers}
 
 
 def space_files(model: str, title: str, has_code: bool, revision: str = "main") -> list[Upload]:
-    """
-    Builds the files of a Space.
-
-    Args:
-        model: the Hub id of its model.
-        title: of the Space.
-        has_code: whether the model has code of its own, which the Space then runs.
-        revision: branch or commit of the model.
-    """
+    """The files of a Space for a model on the Hub. If the model `has_code` of its own, the Space runs it."""
     names = {"model": model, "title": title, "page": PAGE, "gradio": GRADIO, "python": PYTHON}
-    packages = {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
-    texts = {
-        "README.md": _CARD.format(**names),
-        "app.py": _APP.format(**names, trust=has_code, revision=revision),
-        "requirements.txt": _REQUIREMENTS.format(**packages),
-    }
-    uploads = [Upload(path, text.encode()) for path, text in texts.items()]
+    names |= {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+    card = Path(__file__).with_name("space.md").read_text(encoding="utf-8")
+    texts = {"README.md": card, "app.py": _APP, "requirements.txt": _REQUIREMENTS}
+    uploads = [
+        Upload(path, text.format(**names, trust=has_code, revision=revision).encode()) for path, text in texts.items()
+    ]
     return sorted([*uploads, *(Upload(f"{PAGE}/{file.name}", file) for file in CODE)], key=lambda upload: upload.path)
 
 
 def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]:
     """
-    A Space for a model that is on the Hub.
+    A Space for a model on the Hub.
 
     Args:
-        source: the folder that is published under the Space's own name; or the Hub id of any model.
+        source: the folder of a model that is published under the Space's own name; or the Hub id of any model.
         repo_id: the Space's name.
 
     Returns:
@@ -93,10 +60,10 @@ def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]
     """
     folder, title = Path(source), repo_id.rpartition("/")[2]
     if folder.is_dir():
-        faults = check_model(folder)
-        if not faults and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
-            faults = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
-        return space_files(repo_id, title, has_code=True), faults, repo_id
+        problems = check_model(folder)
+        if not problems and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
+            problems = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
+        return space_files(repo_id, title, has_code=True), problems, repo_id
     if source.count("/") != 1:
         raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
     found = find_model(source)
@@ -107,10 +74,7 @@ def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]
 
 def check_served(model: str) -> str | None:
     """
-    Whether a Space can load its model.
-
-    Returns:
-        What the user has to do for it, if anything.
+    What the user has to do so that a Space can load its model, if anything.
 
     Raises:
         InputError: if there is no such model on the Hub.

@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Where any Vision Transformer looks, from the attention weights that it gives; and how alike its positions are.
+Attention maps of any Vision Transformer from its attention weights, and the similarity of its position embeddings.
 
-A Space has this file and models of whatever kind. `visualization/` uses the same arithmetic for this package's models.
+A Space has this file and models of any kind; `visualization/` uses its arithmetic for the models of this package.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = False) -> tuple[Tensor, Tensor] | None:
+def attention_maps(
+    attentions: Any, grid: tuple[int, int], pools_mean: bool
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """
     Maps over the patches of one image, for each layer.
 
     Args:
-        attentions: of the model's output: for each layer the weights (1, A, T, T).
+        attentions: the weights (1, A, T, T) of each layer, from the model's output.
         grid: rows and columns of patches, the last of the T tokens.
-        pools_mean: whether the image is represented by the mean of its patches; if not, by the first token. Without
-            tokens before the patches it is.
+        pools_mean: whether the model pools by the mean of the patches, and not by the first token.
 
     Returns:
-        Attention rollout (Abnar & Zuidema, arXiv:2005.00928) through the first layers up to each, (L, rows, columns),
-        float64; and the weights of every head, (L, A, rows, columns), float32. None if these are no weights between all
-        tokens of an image, as with windows or convolutions.
+        Attention rollout up to each layer, (L, rows, columns), float64; and the weights of every head, (L, A, rows,
+        columns), float32. None and None if these are not weights between all tokens, e.g. with windows.
     """
     num_patches = grid[0] * grid[1]
-    if not attentions or any(weights is None or weights.ndim != 4 for weights in attentions):
-        return None
+    if not attentions or any(weights is None for weights in attentions):
+        return None, None
     num_tokens = attentions[0].shape[-1]
-    if any(weights.shape[0] != 1 or weights.shape[2:] != (num_tokens, num_tokens) for weights in attentions):
-        return None
     prefix = num_tokens - num_patches
-    if not 0 <= prefix < num_patches + 32:  # the class token and registers, not another grid
-        return None
+    is_global = all((len(layer), *layer.shape[2:]) == (1, num_tokens, num_tokens) for layer in attentions)
+    if not is_global or not 0 <= prefix < num_patches + 32:  # the class token and registers, not another grid
+        return None, None
 
     def to_patches(weights: Tensor) -> Tensor:
         rows = weights[..., prefix:, :].mean(dim=-2) if pools_mean or prefix == 0 else weights[..., 0, :]
@@ -47,20 +47,14 @@ def attention_maps(attentions: Any, grid: tuple[int, int], pools_mean: bool = Fa
         heads.append(to_patches(weights))
         rollout = roll_out(weights, rollout)
         rollouts.append(to_patches(rollout))
-    return torch.stack(rollouts), torch.stack(heads)
+    return torch.stack(rollouts).numpy(), torch.stack(heads).numpy()
 
 
 def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
     """
-    Attention rollout (Abnar & Zuidema, arXiv:2005.00928) through one more layer: its weights, averaged over the heads,
-    and as much of the identity for the residual connection, times the rollout of the layers before.
-
-    Args:
-        weights: (..., A, T, T), rows that sum to 1.
-        before: (..., T, T), float64; None for the first layer.
-
-    Returns:
-        (..., T, T), float64, rows that sum to 1.
+    Attention rollout (Abnar & Zuidema, arXiv:2005.00928) through one more layer: its weights (..., A, T, T), averaged
+    over the heads, plus the identity for the residual connection, with rows that sum to 1, times the rollout of the
+    layers before, (..., T, T), float64.
     """
     mixing = weights.mean(dim=-3).double()
     mixing = mixing + torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
@@ -69,19 +63,13 @@ def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
 
 
 def cosine_similarity(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
-    """
-    Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64. A vector of zeros is like no other: 0.
-    """
+    """Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64; 0 for a vector of zeros."""
     vectors = torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)
     return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
 
 
-@torch.no_grad()
-def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor | None:
-    """
-    How alike the position embeddings of patches are: cosines (rows, columns, rows, columns), float64. None for a model
-    that has no embedding of each place.
-    """
+def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.ndarray | None:
+    """`cosine_similarity` of the position embeddings of patches; None for a model that has none."""
     found = None
     for name, module in model.named_modules():
         if hasattr(module, "patch_positions"):  # this project's: kinds of embeddings, on any grid
@@ -92,4 +80,4 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> Tensor
             break
     if found is None or found.ndim != 2 or len(found) != grid[0] * grid[1]:
         return None
-    return cosine_similarity(found, grid)
+    return cosine_similarity(found, grid).numpy()

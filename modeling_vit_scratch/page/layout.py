@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page: what is where, and what happens when."""
+"""The page: its components and events."""
 
+import base64
 import csv
 import io
 import os
-from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 
-# Before gradio is imported, which reads it once: nothing is told to anybody.
+# No telemetry; gradio reads this once, as it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from gradio import utils
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import markup, pictures
-from .model import Look, PhotoError, Viewer
+from . import pictures
+from .model import Explanation, PhotoError, Viewer
 
 
-# Classes of a photo alone, and of each photo of a table.
+FOLDER = Path(__file__).parent
+HTML = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
+markup: Any = HTML.get_template("markup.html").module
+# Classes of a single photo, and of each photo in a table.
 TOP, TOP_IN_TABLE = 5, 3
 MAX_PHOTOS = 500
-# Visitors' photos are deleted after so many seconds.
-KEPT = 3600
+KEPT = 3600  # seconds, then visitors' photos are deleted
 ROLLOUT, MEAN = "Rollout", "All heads"
-# What a browser shows itself; of other files it gets a copy.
+# Browsers show these formats; of other files they get a copy.
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 WELCOME = [
     ("What is it?", "Drop a photo, paste one or use the camera: the most likely classes, with their scores."),
@@ -49,12 +52,8 @@ FORGOTTEN = "Photos are deleted after an hour. Choose this one again to go on."
 SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can be downloaded."
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A photo on the page, and the picture of all its heads."""
-
-    look: Look
-    overview: pictures.Overview
+# The photo on the page, and the picture of all its heads.
+Shown = tuple[Explanation, pictures.Overview]
 
 
 def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
@@ -63,7 +62,7 @@ def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
     # gr.Image would open the file itself, and say nothing of a broken one that helps: `uploaded` takes its place.
     heavy = {"preprocess": False, "concurrency_id": "model", **quiet}
     with gr.Blocks(title=viewer.name, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        gr.HTML(markup.heading(viewer.name, viewer.facts(), link))
+        gr.HTML(markup.heading(viewer.name, viewer.details(), link))
         with gr.Tab("One photo"):
             shown = gr.State(None, time_to_live=KEPT)
             with gr.Row():
@@ -117,16 +116,14 @@ def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
 
 
 def picture(alt_text: str, buttons: list[str] | None = None) -> gr.Image:
-    """A place for a picture that the page draws."""
+    """A component for a picture that the page draws."""
     return gr.Image(alt_text=alt_text, show_label=False, interactive=False, format="webp", buttons=buttons or [])
 
 
 def uploaded(payload: dict[str, Any] | None) -> tuple[str, str] | None:
     """
-    Path and name of an upload.
-
-    Args:
-        payload: what the browser says, which may be anything: files outside the folder of uploads are not opened.
+    Path and name of an upload. The payload of the browser may be anything: files outside the folder of uploads get an
+    empty path.
     """
     if payload is None:
         return None
@@ -136,101 +133,96 @@ def uploaded(payload: dict[str, Any] | None) -> tuple[str, str] | None:
 
 
 def see(viewer: Viewer, file: tuple[str, str] | None) -> list[Any]:
-    """The page for a photo: new values of all that `build` lists after it, or of nothing but a message."""
-    hidden = [gr.Column(visible=False), gr.Row(visible=False), gr.Column(visible=False), gr.skip(), gr.skip()]
-    nothing = [*hidden, None, None, "", None, None]
+    """New values of the outputs of `photo.input`: the results for a photo, or a message alone."""
+    hidden = [gr.Column(visible=False), gr.Row(visible=False), gr.Column(visible=False)]
+    unknown = [gr.skip(), gr.skip(), None, None, ""]  # slider and choice of a head, and what `draw` returns
     if file is None:
-        return [None, None, markup.welcome(WELCOME), *nothing]
+        return [None, None, markup.welcome(WELCOME), *hidden, *unknown, None, None]
     path, name = file
     try:
         image = viewer.read(path, name)
-        look = viewer.look(image, name)
+        explanation = viewer.explain(image, name)
     except PhotoError as error:
-        return [None, None, markup.problem(str(error)), *nothing]
+        return [None, None, markup.problem(str(error)), *hidden, *unknown, None, None]
     photo = path if name.lower().endswith(SHOWN_BY_BROWSERS) else image.convert("RGB")
-    scores = markup.bars(look.scores[:TOP], viewer.is_probability)
-    similarity = viewer.positions(look)
-    places = None if similarity is None else pictures.positions(similarity)
-    below = [gr.Row(visible=True), gr.Column(visible=places is not None)]
-    patches = pictures.patches(look.pixels, None if look.rollout is None else look.patch)
-    if look.rollout is None:
-        return [
-            photo, None, scores + markup.note(NO_MAPS), hidden[0], *below, *hidden[3:], None, None, "", patches, places
-        ]  # fmt: skip
-    shown = Shown(look, pictures.Overview(look.photo, look.heads))
-    layers, heads = look.heads.shape[:2]
+    scores = markup.bars(explanation.scores[:TOP], viewer.is_probability)
+    positions = None if explanation.positions is None else pictures.positions(explanation.positions)
+    below = [gr.Row(visible=True), gr.Column(visible=positions is not None)]
+    if explanation.rollout is None:
+        patches = pictures.patches(explanation.pixels, None)
+        return [photo, None, scores + markup.note(NO_MAPS), hidden[0], *below, *unknown, patches, positions]
+    patches = pictures.patches(explanation.pixels, explanation.patch)
+    shown = (explanation, pictures.Overview(explanation.photo, explanation.heads))
+    layers, heads = explanation.heads.shape[:2]
     slider = gr.Slider(maximum=layers, value=layers, visible=layers > 1)
     choices = gr.Radio([ROLLOUT, MEAN, *map(str, range(1, heads + 1))], value=ROLLOUT)
-    return [
-        photo, shown, scores, gr.Column(visible=True), *below, slider, choices,
-        *draw(shown, layers, ROLLOUT), patches, places,
-    ]  # fmt: skip
+    drawn = draw(shown, layers, ROLLOUT)
+    return [photo, shown, scores, gr.Column(visible=True), *below, slider, choices, *drawn, patches, positions]
 
 
 def draw(shown: Shown | None, layer: int, head: str) -> list[Any]:
-    """The photo under a layer's rollout, under its heads together, or under one of them; all heads; how to read it."""
+    """The photo with the chosen map, the overview with this map framed, and a caption."""
     if shown is None:
         return [gr.skip(), gr.skip(), markup.note(FORGOTTEN)]
-    look, layer = shown.look, min(int(layer), shown.overview.layers)
+    explanation, overview = shown
+    layer = min(int(layer), overview.layers)
+    layers, index, heads = range(layer, layer + 1), None, explanation.heads
     if head == ROLLOUT:
-        weights, marked = look.rollout[layer - 1], (range(1, layer + 1), None)
+        weights, layers = explanation.rollout[layer - 1], range(1, layer + 1)
         through = "layer 1" if layer == 1 else f"layers 1 to {layer}"
         text = f"Rollout: how much of each patch is in what stands for the image, by attention of {through}."
     elif head == MEAN:
-        weights, marked = look.heads[layer - 1].mean(axis=0), (range(layer, layer + 1), None)
+        weights = heads[layer - 1].mean(axis=0)
         text = f"Layer {layer}: where its heads look, on average."
     else:
-        weights, marked = look.heads[layer - 1, int(head) - 1], (range(layer, layer + 1), int(head))
+        index = int(head)
+        weights = heads[layer - 1, index - 1]
         text = f"Layer {layer}, head {head}: where it looks."
     most = pictures.top(weights) / max(float(weights.mean()), 1e-30)
-    return [
-        pictures.lit(look.photo, weights), shown.overview.marked(*marked), markup.note(text) + markup.scale(most)
-    ]  # fmt: skip
+    caption = markup.note(text) + markup.scale(most)
+    picture = pictures.heat(pictures.sized(explanation.photo, pictures.SIDE), weights)
+    return [picture, overview.marked(layers, index), caption]
 
 
 def choose(shown: Shown | None, event: gr.SelectData) -> list[Any]:
     """The head that was clicked on."""
     if shown is None:
         return [gr.skip()] * 5
-    layer, head = shown.overview.at(*event.index)
+    layer, head = shown[1].at(*event.index)
     return [layer, str(head), *draw(shown, layer, str(head))]
 
 
 def tabulate(viewer: Viewer, files: list[tuple[str, str]], progress: Any = None) -> str:
-    """The table of several photos, broken ones with their reasons."""
-    rows, lines = [], []
+    """The table of several photos; those that can't be read with the reason."""
+    if not files:
+        return ""
+    rows, text = [], io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # the columns of scripts/predict.py, and problem
+    count = min(TOP_IN_TABLE, viewer.config.num_labels)
+    ends = ["", *(f"_{rank}" for rank in range(2, count + 1))]
+    writer.writerow(["image", *(f"{name}{end}" for end in ends for name in ("label", "score")), "problem"])
     for path, name in progress.tqdm(files[:MAX_PHOTOS], unit="photos") if progress else files[:MAX_PHOTOS]:
         try:
             image = viewer.read(path, name)
             scores = viewer.classify(image, name)[:TOP_IN_TABLE]
             rows.append((name, pictures.thumbnail(image), scores))
-            lines.append([name, *(cell for label, score in scores for cell in (label, f"{score:.6f}")), ""])
+            writer.writerow([name, *(cell for label, score in scores for cell in (label, f"{score:.6f}")), ""])
         except PhotoError as error:
             rows.append((name, "", str(error)))
-            lines.append([name, *[""] * (2 * min(TOP_IN_TABLE, viewer.config.num_labels)), str(error)])
-    if not rows:
-        return ""
-    html = markup.table(rows, viewer.is_probability, as_csv(lines), f"{PurePath(viewer.name).name}.csv")
+            writer.writerow([name, *[""] * 2 * count, str(error)])
+    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.getvalue().encode()).decode()}"
+    html = markup.table(rows, viewer.is_probability, link, f"{PurePath(viewer.name).name}.csv")
     left = len(files) - MAX_PHOTOS
-    return html + (
-        markup.problem(f"{left} more photos were left out: at most {MAX_PHOTOS} at once.") if left > 0 else ""
-    )
-
-
-def as_csv(lines: list[list[str]]) -> str:
-    """image, label, score, label_2, score_2 and so on, as scripts/predict.py writes them, and problem."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ends = ["" if place == 1 else f"_{place}" for place in range(1, len(lines[0]) // 2)]
-    writer.writerow(["image", *(f"{name}{end}" for end in ends for name in ("label", "score")), "problem"])
-    writer.writerows(lines)
-    return text.getvalue()
+    if left > 0:
+        html += markup.problem(f"{left} more photos were left out: at most {MAX_PHOTOS} at once.")
+    return html
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Starts the server; `options` as gr.Blocks.launch has them. Fonts are the system's: none is fetched."""
+    """Starts the server with the options of gr.Blocks.launch. Fonts are the system's: none is downloaded."""
     theme = gr.themes.Default(
         primary_hue="indigo", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
     ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
-    return page.launch(theme=theme, css=markup.CSS, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)
+    css = (FOLDER / "style.css").read_text(encoding="utf-8")
+    return page.launch(theme=theme, css=css, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A classifier as the page needs it: a photo's scores, and what can be shown of how they came about."""
+"""A classifier with its image processor: scores of a photo, and its attention maps."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from .attention import attention_maps, position_similarity
-from .pictures import SIDE
+from .pictures import SIDE, as_pixels
 
 
 class PhotoError(ValueError):
@@ -21,35 +20,36 @@ class PhotoError(ValueError):
 
 
 @dataclass(frozen=True)
-class Look:
+class Explanation:
     """
-    What the page shows of a photo.
+    Scores and maps of a photo.
 
     Attributes:
-        name: of the file.
         scores: (label, score), best first.
-        photo: (H, W, 3) uint8, the part of the photo that the model sees, as large as the page shows it at most.
-        pixels: (h, w, 3) uint8, as the model sees it.
-        patch: height and width of a patch in `pixels`, None if the model has none.
-        rollout: (L, rows, columns), through the layers up to each; None if the model has no attention maps.
+        photo: (H, W, 3) uint8, the part of the photo that the model sees, in the size of the page.
+        pixels: (h, w, 3) uint8, the input of the model.
+        patch: height and width of a patch in `pixels`; None if the model has none.
+        rollout: (L, rows, columns), up to each layer; None if the model has no attention maps.
         heads: (L, A, rows, columns); None with `rollout`.
+        positions: similarity of the position embeddings, (rows, columns, rows, columns); None if there are none.
     """
 
-    name: str
     scores: list[tuple[str, float]]
     photo: np.ndarray
     pixels: np.ndarray
-    patch: tuple[int, int] | None
-    rollout: np.ndarray | None
-    heads: np.ndarray | None
+    patch: tuple[int, int] | None = None
+    rollout: np.ndarray | None = None
+    heads: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
 
 class Viewer:
     """
+    An image classifier of transformers.
+
     Args:
-        model: any image classifier of transformers.
-        processor: its image processor.
-        name: what people call it.
+        model, processor: of the same checkpoint.
+        name: on the page.
     """
 
     def __init__(self, model: Any, processor: Any, name: str) -> None:
@@ -57,12 +57,11 @@ class Viewer:
         with contextlib.suppress(ValueError, AttributeError):  # of models without attention
             model.set_attn_implementation("eager")  # the one that every model of transformers gives weights of
         self.pipeline = pipeline("image-classification", model=model, image_processor=processor)
-        self.device = next(model.parameters()).device
         self.is_probability = self.config.problem_type != "regression"
 
     def read(self, file: str, name: str) -> Image.Image:
         """
-        A photo, upright, in the mode that the model takes.
+        Reads an upright photo in the mode that the model takes.
 
         Raises:
             PhotoError: if it can't be read.
@@ -84,123 +83,76 @@ class Viewer:
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, name: str) -> list[tuple[str, float]]:
-        """
-        The scores of transformers' pipeline: (label, score), best first.
-
-        Raises:
-            PhotoError: if the model can't take it.
-        """
-        with taken(name):
-            pixel_values = self._pixel_values(image)
-            return self._scores(self.model(pixel_values.to(self.device, self.model.dtype)).logits)
+        """The scores of transformers' pipeline: (label, score), best first. Raises PhotoError as `explain`."""
+        return self._scores(self._forward(image, name)[1])
 
     @torch.inference_mode()
-    def look(self, image: Image.Image, name: str) -> Look:
+    def explain(self, image: Image.Image, name: str) -> Explanation:
         """
-        All that is shown of one photo.
+        Scores and maps of a photo.
 
         Raises:
             PhotoError: if the model can't take it.
         """
-        with taken(name):
-            pixel_values = self._pixel_values(image)
-            outputs = self.model(pixel_values.to(self.device, self.model.dtype), output_attentions=True)
-        patch, maps = self._patch(pixel_values), None
-        if patch is not None:
-            grid = (pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1])
-            maps = attention_maps(outputs.get("attentions"), grid, self._pools_mean())
-        rollout, heads = (None, None) if maps is None else (part.numpy() for part in maps)
-        pixels = self._as_pixels(pixel_values[0])
-        photo = seen_part(image, self.processor, pixels.shape[:2]) or Image.fromarray(pixels)
-        photo = photo.convert("RGB")
+        pixel_values, outputs = self._forward(image, name, output_attentions=True)
+        pixels = as_pixels(pixel_values[0].numpy(), self.processor)
+        height, width = pixels.shape[:2]
+        photo = (seen_part(image, self.processor, (height, width)) or Image.fromarray(pixels)).convert("RGB")
         photo.thumbnail((SIDE, SIDE))
-        return Look(name, self._scores(outputs.logits), np.asarray(photo), pixels, patch, rollout, heads)
+        explanation = Explanation(self._scores(outputs), np.asarray(photo), pixels)
+        patch = _pair(getattr(self.config, "patch_size", None))
+        if patch is None or height % patch[0] or width % patch[1]:
+            return explanation
+        grid = (height // patch[0], width // patch[1])
+        pools_mean = getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
+        rollout, heads = attention_maps(outputs.get("attentions"), grid, pools_mean)
+        positions = position_similarity(self.model, grid)
+        return replace(explanation, patch=patch, rollout=rollout, heads=heads, positions=positions)
 
-    def positions(self, look: Look) -> np.ndarray | None:
-        """Similarity of the position embeddings, (rows, columns, rows, columns), on the grid of a look."""
-        if look.patch is None:
-            return None
-        grid = (look.pixels.shape[0] // look.patch[0], look.pixels.shape[1] // look.patch[1])
-        similarity = position_similarity(self.model, grid)
-        return None if similarity is None else similarity.numpy()
-
-    def facts(self) -> list[str]:
-        """The model in a few words each."""
+    def details(self) -> list[str]:
+        """The size of the model in a few words."""
         config, size = self.config, self.config.num_labels
-        facts = [f"{sum(parameter.numel() for parameter in self.model.parameters()):,} parameters"]
-        image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-        facts += [f"{' × '.join(map(str, _pair(image)))} pixels"] if image else []
-        facts += [f"patches of {' × '.join(map(str, _pair(patch)))}"] if patch else []
+        details = [f"{self.model.num_parameters():,} parameters"]
+        if image := _pair(getattr(config, "image_size", None)):
+            details.append(f"{image[0]} × {image[1]} pixels")
+        if patch := _pair(getattr(config, "patch_size", None)):
+            details.append(f"patches of {patch[0]} × {patch[1]}")
         layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
         if isinstance(layers, int) and isinstance(heads, int):
-            facts.append(f"{layers} layers of {heads} heads")
-        return [*facts, f"{size} {'class' if size == 1 else 'classes'}"]
+            details.append(f"{layers} layers of {heads} heads")
+        return [*details, f"{size} {'class' if size == 1 else 'classes'}"]
 
-    def _pixel_values(self, image: Image.Image) -> torch.Tensor:
-        return self.processor(images=[image], return_tensors="pt")["pixel_values"]
+    def _forward(self, image: Image.Image, name: str, **options: Any) -> tuple[torch.Tensor, Any]:
+        """`pixel_values` of the photo, and the model's outputs."""
+        try:
+            pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
+            return pixel_values, self.model(pixel_values.to(self.model.device, self.model.dtype), **options)
+        except (ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error
 
-    def _scores(self, logits: torch.Tensor) -> list[tuple[str, float]]:
-        entries = self.pipeline.postprocess({"logits": logits.cpu()}, top_k=self.config.num_labels)
+    def _scores(self, outputs: Any) -> list[tuple[str, float]]:
+        entries = self.pipeline.postprocess({"logits": outputs.logits.cpu()}, top_k=self.config.num_labels)
         return [(str(entry["label"]), entry["score"]) for entry in entries]
-
-    def _patch(self, pixel_values: torch.Tensor) -> tuple[int, int] | None:
-        size = getattr(self.config, "patch_size", None)
-        height, width = pixel_values.shape[2:]
-        if not size or height % _pair(size)[0] or width % _pair(size)[1]:
-            return None
-        return _pair(size)
-
-    def _pools_mean(self) -> bool:
-        return getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
-
-    def _as_pixels(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """Normalised (C, H, W) -> (H, W, 3), uint8."""
-        values, processor = pixel_values.permute(1, 2, 0).double().numpy(), self.processor
-        if getattr(processor, "do_normalize", False):
-            values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-        if getattr(processor, "do_rescale", True):
-            values = values / getattr(processor, "rescale_factor", 1 / 255)
-        pixels = values.round().clip(0, 255).astype(np.uint8)
-        return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
-
-
-@contextlib.contextmanager
-def taken(name: str) -> Iterator[None]:
-    """What a processor or a model has against a photo, as PhotoError."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error
 
 
 def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Image.Image | None:
     """
-    The part of an image that its model sees.
-
-    Args:
-        image: as it was read.
-        processor: that made pixels of it.
-        size: height and width of these pixels.
-
-    Returns:
-        The image, cut if the processor cuts; None if it adds a border or has rules of its own.
+    The part of an image, in its own resolution, that is left after the processor's crop to `size` (height, width). None
+    if the processor adds a border, or if its settings are not known here.
     """
-    crop_pct, crops = getattr(processor, "crop_pct", None), bool(getattr(processor, "do_center_crop", False))
-    if crop_pct is None and not crops:
+    crop_pct = getattr(processor, "crop_pct", None)
+    if crop_pct is None and not getattr(processor, "do_center_crop", False):
         return image
-    wanted = getattr(processor, "size", None) or {}
-    wanted = {key: value for key, value in dict(wanted).items() if value}
+    resized = {key: value for key, value in dict(getattr(processor, "size", None) or {}).items() if value}
     if crop_pct is not None:  # the shorter side to size / crop_pct
-        scale = max(int(size[0] / crop_pct) / image.height, int(size[1] / crop_pct) / image.width)
-        scales = (scale, scale)
+        scales = [max(int(size[0] / crop_pct) / image.height, int(size[1] / crop_pct) / image.width)] * 2
     elif not getattr(processor, "do_resize", True):
-        scales = (1.0, 1.0)
-    elif set(wanted) == {"shortest_edge"}:
-        scale = wanted["shortest_edge"] / min(image.size)
-        scales = (scale, scale)
-    elif set(wanted) == {"height", "width"}:
-        scales = (wanted["height"] / image.height, wanted["width"] / image.width)
+        scales = [1.0, 1.0]
+    elif set(resized) == {"shortest_edge"}:
+        scales = [resized["shortest_edge"] / min(image.size)] * 2
+    elif set(resized) == {"height", "width"}:
+        scales = [resized["height"] / image.height, resized["width"] / image.width]
     else:
         return None
     height, width = size[0] / scales[0], size[1] / scales[1]
@@ -213,12 +165,11 @@ def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Imag
 
 def load(source: str, trust_remote_code: bool = False, revision: str = "main") -> Viewer:
     """
-    A classifier from a folder or the Hub, by the Auto classes.
+    Loads a classifier by the Auto classes.
 
     Args:
-        source: folder or Hub id.
-        trust_remote_code: whether to run code that comes with the model.
-        revision: branch, tag or commit on the Hub.
+        source: a folder or a Hub id.
+        trust_remote_code, revision: as in `from_pretrained`.
 
     Raises:
         OSError, ValueError, KeyError: if it can't be loaded, or has no trained classifier.
@@ -231,5 +182,8 @@ def load(source: str, trust_remote_code: bool = False, revision: str = "main") -
     return Viewer(model, processor, Path(source).name if Path(source).exists() else source)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Height and width of a size in a configuration."""
+    if not size:
+        return None
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[-1]))

@@ -3,48 +3,43 @@
 
 import base64
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 
-# Pixels of the longer side of a picture on the page, and about so many of all tiles in a row or column together.
+# Pixels of the longer side: of a picture, and (roughly) of the overview of all heads.
 SIDE, TILES_SIDE = 720, 840
-# Of a grid with more rows or columns, so many are shown, evenly spread.
-MAX_TILES = 14
+MAX_TILES = 14  # rows or columns; a larger grid is sampled evenly
 # Nine colours of matplotlib's magma, which reads the same in grey and to the colour-blind.
 MAGMA = np.array(
     [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
      (254, 194, 135), (252, 253, 191)],
     dtype=np.float32,
 )  # fmt: skip
-# The part of the patches that are all as bright as can be: one patch that outshines the others would leave them dark.
+# This fraction of the patches has the brightest colour: a single outlier would leave all others dark.
 BRIGHTEST = 0.03
 
 
 def colours(values: np.ndarray) -> np.ndarray:
-    """Magma: 0 to 1, any shape -> the same shape with (..., 3), 0 to 255."""
-    place = values.clip(0, 1) * (len(MAGMA) - 1)
-    below = np.minimum(place.astype(int), len(MAGMA) - 2)
-    return MAGMA[below] + (MAGMA[below + 1] - MAGMA[below]) * (place - below)[..., None]
+    """Magma: values (...), 0 to 1, to colours (..., 3), 0 to 255."""
+    position = values.clip(0, 1) * (len(MAGMA) - 1)
+    below = np.minimum(position.astype(int), len(MAGMA) - 2)
+    return MAGMA[below] + (MAGMA[below + 1] - MAGMA[below]) * (position - below)[..., None]
 
 
 def top(weights: np.ndarray) -> float:
-    """The weight from which on a map (rows, columns) is as bright as can be."""
+    """The weight with the brightest colour in a map (rows, columns)."""
     return max(float(np.quantile(weights, 1 - BRIGHTEST)), float(np.finfo(np.float32).tiny))
 
 
 def heat(photo: Image.Image, weights: np.ndarray) -> Image.Image:
-    """The photo in grey, glowing where the map (rows, columns) is large."""
+    """The photo in grey, in colours where the map (rows, columns) is large."""
     scaled = Image.fromarray(np.asarray(weights / top(weights), np.float32).clip(0, 1))
     glow = np.asarray(scaled.resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     grey = np.asarray(photo.convert("L"), np.float32)[..., None] * 0.6
     return Image.fromarray((grey + (colours(glow[..., 0]) - grey) * 0.75 * glow).round().astype(np.uint8))
-
-
-def lit(photo: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """`heat` on (H, W, 3) uint8, as large as the page shows it."""
-    return heat(sized(photo, SIDE), weights)
 
 
 def sized(pixels: np.ndarray, side: int) -> Image.Image:
@@ -56,7 +51,7 @@ def sized(pixels: np.ndarray, side: int) -> Image.Image:
 
 class Overview:
     """
-    Every head of every layer in one picture: heads from left to right, layers from top to bottom.
+    The maps of all heads in one picture: heads from left to right, layers from top to bottom.
 
     Args:
         photo: (H, W, 3) uint8.
@@ -69,8 +64,8 @@ class Overview:
         self.step = (tile.width + 4, tile.height + 4)
         self.picture = Image.new("RGBA", (self.heads * self.step[0], self.layers * self.step[1]))
         for layer, head in np.ndindex(self.layers, self.heads):
-            place = (head * self.step[0] + 2, layer * self.step[1] + 2)
-            self.picture.paste(heat(tile, heads[layer, head]), place)
+            position = (head * self.step[0] + 2, layer * self.step[1] + 2)
+            self.picture.paste(heat(tile, heads[layer, head]), position)
 
     def at(self, x: int, y: int) -> tuple[int, int]:
         """Layer and head, from 1, at a pixel."""
@@ -78,7 +73,7 @@ class Overview:
         return min(max(layer, 1), self.layers), min(max(head, 1), self.heads)
 
     def marked(self, layers: range, head: int | None) -> Image.Image:
-        """With a frame around a head, or all of them, of some layers (from 1)."""
+        """The picture with a frame around a head (None: all heads) of layers; all are counted from 1."""
         width, height = self.step
         left, right = (0, self.heads) if head is None else (head - 1, head)
         box = (left * width, (layers[0] - 1) * height, right * width - 1, layers[-1] * height - 1)
@@ -88,7 +83,7 @@ class Overview:
 
 
 def patches(pixels: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:
-    """What the model sees, (h, w, 3) uint8, each of its pixels a square, cut into patches if it cuts."""
+    """The input of the model, (h, w, 3) uint8, with visible pixels, and with gaps between patches if it has any."""
     height, width = pixels.shape[:2]
     scale = max(SIDE // max(height, width), 1)
     large = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -106,8 +101,8 @@ def patches(pixels: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:
 
 def positions(similarity: np.ndarray) -> Image.Image:
     """
-    Cosines (rows, columns, rows, columns) as tiles: that of a patch is at its place, and shows how alike its embedding
-    is to that of every patch. As the paper's Figure 7, centre; colours from -1 to 1.
+    Cosine similarities (rows, columns, rows, columns) as a tile for each patch: the paper's Figure 7, centre. Colours
+    go from -1 to 1.
     """
     rows, columns = (np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in similarity.shape[:2])
     tile = SIDE // max(len(rows), len(columns))
@@ -116,6 +111,17 @@ def positions(similarity: np.ndarray) -> Image.Image:
         shown = Image.fromarray(colours((similarity[row, column] + 1) / 2).astype(np.uint8))
         image.paste(shown.resize((tile, tile), Image.Resampling.NEAREST), (j * (tile + 3), i * (tile + 3)))
     return image
+
+
+def as_pixels(pixel_values: np.ndarray, processor: Any) -> np.ndarray:
+    """Undoes a processor's normalisation: (..., C, H, W) -> (..., H, W, 3), uint8."""
+    values = np.moveaxis(pixel_values, -3, -1).astype(np.float64)
+    if getattr(processor, "do_normalize", False):
+        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if getattr(processor, "do_rescale", True):
+        values = values / getattr(processor, "rescale_factor", 1 / 255)
+    pixels = values.round().clip(0, 255).astype(np.uint8)
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
 
 
 def thumbnail(image: Image.Image, side: int = 112) -> str:

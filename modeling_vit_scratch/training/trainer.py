@@ -32,7 +32,7 @@ from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
 from ..data.collation import Normalize, mix, process_loader, repeating_loader
 from ..data.streams import StreamBatches
-from ..hub.privacy import shareable
+from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB

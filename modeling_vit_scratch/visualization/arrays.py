@@ -24,6 +24,7 @@ from ..common.pretrained import load_pretrained
 from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchPreTrainedModel
 from ..page import attention as any_model
+from ..page import pictures
 
 
 # Figure 7 shows 28: 4 rows of 7.
@@ -121,13 +122,7 @@ def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
 
 def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
     """Undoes the processor's normalisation: (B, C, H, W) -> (B, H, W, 3), uint8."""
-    values = pixel_values.permute(0, 2, 3, 1).double().cpu().numpy()  # (B, H, W, C)
-    if processor.do_normalize:
-        values = values * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    if processor.do_rescale:
-        values = values / processor.rescale_factor
-    pixels = values.round().clip(0, 255).astype(np.uint8)
-    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    return pictures.as_pixels(pixel_values.double().cpu().numpy(), processor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from modeling_vit_scratch.cards.transfer import (
+from modeling_vit_scratch.cards.values import (
     FINE_TUNED,
     PRETRAINED,
     SCRATCH,

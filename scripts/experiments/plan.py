@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from modeling_vit_scratch.cards.transfer import PRETRAINED, SCRATCH
+from modeling_vit_scratch.cards.values import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.common.flags import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.plan import Run
-from modeling_vit_scratch.cards.transfer import FINE_TUNED
+from modeling_vit_scratch.cards.values import FINE_TUNED
 from modeling_vit_scratch.common.records import command_line, digests
 
 

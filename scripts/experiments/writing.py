@@ -5,8 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modeling_vit_scratch.cards.transfer import markdown
+from modeling_vit_scratch.cards.rendering import render
+from modeling_vit_scratch.cards.values import transfer_values
 from modeling_vit_scratch.common.files import write_text
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The tables, what they were measured on and the commands, as on a card."""
+    return render({"transfer": transfer_values(record)}, "transfer.md")
 
 
 def write_transfer(record: dict[str, Any], folder: Path) -> None:
