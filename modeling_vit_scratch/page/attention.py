@@ -80,4 +80,4 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.nda
             break
     if found is None or found.ndim != 2 or len(found) != grid[0] * grid[1]:
         return None
-    return cosine_similarity(found, grid).numpy()
+    return cosine_similarity(found.detach(), grid).numpy()

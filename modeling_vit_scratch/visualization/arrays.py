@@ -312,7 +312,7 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
             f"The model has position_embedding={kind!r}: {why}, and there are no position embeddings to compare. "
             "Models with learned_1d, learned_2d or sincos_2d have them."
         )
-    return any_model.position_similarity(base.embeddings, grid or base.config.grid_hw).numpy()
+    return any_model.position_similarity(base.embeddings, grid or base.config.grid_hw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
