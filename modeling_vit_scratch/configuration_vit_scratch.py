@@ -380,10 +380,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be positive, e.g. 1e-6.")
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be positive and finite; 1 changes nothing.")
-        if self.representation_size is not None and self.representation_size < 1:
-            raise ValueError(
-                f"representation_size={self.representation_size} must be at least 1, or None for no layer."
-            )
+        if (width := self.representation_size) is not None and width < 1:
+            raise ValueError(f"representation_size={width} must be at least 1, or None for no layer.")
 
     def _check_fit(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -461,19 +459,16 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     def _refuse_wrong_labels(self, num_labels: int | None) -> None:
         if num_labels is not None and num_labels < 0:
             raise ValueError(f"num_labels={num_labels} must not be negative.")
+        for field in ("id2label", "label2id"):
+            if not isinstance(getattr(self, field), dict | None):
+                raise ValueError(f"{field} must be a dictionary, got {type(getattr(self, field)).__name__}.")
         if self.id2label is None:
             return
-        for field in ("id2label", "label2id"):
-            value = getattr(self, field)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{field} must be a dictionary, got {type(value).__name__}.")
-        wrong = [index for index in self.id2label if not str(index).isdecimal()]
-        if wrong:
+        if wrong := [index for index in self.id2label if not str(index).isdecimal()]:
             raise ValueError(f"The keys of id2label must be whole numbers from 0 on, got {wrong[:3]}.")
-        wrong = [label for label in self.id2label.values() if not isinstance(label, (str, int, float))]
-        if wrong:
+        if wrong := [label for label in self.id2label.values() if not isinstance(label, str | int | float)]:
             raise ValueError(f"The labels in id2label must be text, got {wrong[0]!r}.")
-        id2label = {int(index): label for index, label in self.id2label.items()}
+        id2label, label2id = {int(index): label for index, label in self.id2label.items()}, self.label2id
         if num_labels is not None and num_labels != len(id2label):
             raise ValueError(
                 f"num_labels={num_labels} contradicts id2label, which has {len(id2label)} labels. Give one of the two."
@@ -482,16 +477,14 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"The keys of id2label must be 0 to {len(id2label) - 1} without a gap, got {sorted(id2label)[:10]}."
             )
-        label2id = self.label2id  # once: transformers makes every look at a field a long way
-        if label2id is not None:
-            wrong = [
-                label for index, label in id2label.items() if label not in label2id or int(label2id[label]) != index
-            ]
-            if wrong or len(label2id) != len(set(id2label.values())):
-                raise ValueError(
-                    f"label2id must be the inverse of id2label; they differ at {(wrong or list(label2id))[:3]}."
-                    " Leave label2id out: it is derived."
-                )
+        if label2id is None:
+            return
+        wrong = [label for index, label in id2label.items() if int(label2id.get(label, -1)) != index]
+        if wrong or len(label2id) != len(set(id2label.values())):
+            raise ValueError(
+                f"label2id must be the inverse of id2label; they differ at {(wrong or list(label2id))[:3]}."
+                " Leave label2id out: it is derived."
+            )
 
 
 AUTO_MAP: dict[str, str] = {
