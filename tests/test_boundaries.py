@@ -144,7 +144,7 @@ def test_every_field_of_the_configuration_is_read_by_the_network():
 
 
 def test_every_flag_of_ours_is_read():
-    names = ("training/arguments.py", "training/trainer_overrides.py", "pretraining/arguments.py", "common/flags.py")
+    names = ("training/arguments.py", "training/trainer.py", "pretraining/arguments.py", "common/flags.py")
     files = [PACKAGE / name for name in names]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith(("Arguments", "Flags"))]

@@ -41,7 +41,7 @@ def guard(lines=None, processes=None, **more):
         log=lines.append,
         resume_advice=lambda: "Go on.",
     )
-    return StepGuard(folder, lambda i: f"{i}.png")
+    return StepGuard(folder, folder.arguments.max_broken_images, lambda i: f"{i}.png")
 
 
 def begin(guard, losses, indices=((0, 1), (2, 3))):

@@ -15,8 +15,7 @@ from ..data.splits import ImageData
 from ..pretraining.arguments import PretrainingArguments
 from ..recipes.table import find_recipe
 from ..training.arguments import LAMB, ModelArguments
-from ..training.trainer import ImageTrainer
-from ..training.trainer_overrides import ImageTrainingArguments
+from ..training.trainer import ImageTrainer, ImageTrainingArguments
 
 
 def build_record(

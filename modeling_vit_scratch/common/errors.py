@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 # A full disk, a full quota, or a limit on the size of a file (ulimit -f).
@@ -18,10 +19,7 @@ class InputError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """
-    Training can't continue, e.g. after a loss that is NaN. The message says where, and what to do. If it is shared, all
-    processes stop with it and only the first one prints it.
-    """
+    """Training can't continue. If this is shared, all processes stop with it and only the first one prints it."""
 
     def __init__(self, message: str, is_shared: bool = False) -> None:
         super().__init__(message)
@@ -29,7 +27,7 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """The user stopped training with a signal of this number. The message says how to resume."""
+    """The user stopped training with a signal of this number."""
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -47,10 +45,13 @@ class Problems:
         if message not in self.messages:
             self.messages.append(message)
 
-    def require(self, condition: bool, message: str) -> None:
-        """Adds a mistake unless the condition holds."""
-        if not condition:
-            self.add(message)
+    @contextmanager
+    def collected(self, prefix: str = "") -> Iterator[None]:
+        """Adds a ValueError, such as an InputError, as a mistake."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(f"{prefix}{error}")
 
     def as_error(self) -> InputError:
         """All mistakes in one error."""
@@ -62,9 +63,8 @@ class Problems:
 
 def run_command_line(main: Callable[[], int | None]) -> int:
     """
-    Runs a script's main, and returns the exit status: that of main, or 0; 2 for a mistake that the user can fix; 1 if
-    training had to stop or the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep
-    their traceback.
+    Runs a script's main. Returns its exit status or 0; 2 for a mistake that the user can fix; 1 if training had to stop
+    or the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep their traceback.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -74,9 +74,11 @@ def run_command_line(main: Callable[[], int | None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
+        from ..image_decoding_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
+
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
-        elif not _stops_the_run(error):
+        elif not isinstance(error, (TrainingStopped, ImageDecodeError)):
             raise
         elif is_first or not getattr(error, "is_shared", False):
             print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
@@ -86,12 +88,6 @@ def run_command_line(main: Callable[[], int | None]) -> int:
             print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
         return 128 + getattr(interruption, "number", signal.SIGINT)
     return status or 0
-
-
-def _stops_the_run(error: Exception) -> bool:
-    from ..image_decoding_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
-
-    return isinstance(error, (TrainingStopped, ImageDecodeError))
 
 
 def without_worker_traceback(error: Exception) -> str:

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files and training checkpoints that are whole or not there, also after a full disk, a kill or a power cut.
-
-A checkpoint is written in a staging folder, synced to the disk, and then renamed to its final name. The last file in
-it, run.json, lists the sizes of all others, so that a damaged checkpoint is found.
+Files and training checkpoints that are whole or not there, also after a full disk, a kill or a power cut. The last file
+of a checkpoint, run.json, lists the sizes of all others, so that a damaged one is found.
 """
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +15,17 @@ from typing import Any
 
 @contextmanager
 def atomic_write(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """
-    A temporary path beside `file` to write to. It replaces `file` when it is on the disk; if writing fails, it is
-    removed and `file` stays as it was.
-    """
+    """A temporary path beside `file`, which it replaces when it is on the disk, or not at all if writing fails."""
     file = Path(file)
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         yield unfinished
-        sync_file(unfinished)
+        sync(unfinished)
         os.replace(unfinished, file)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync_folder(file.parent)
+    sync(file.parent)
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
@@ -40,31 +34,17 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def sync_file(file: Path) -> None:
-    """Waits until a file is on the disk."""
-    with open(file, "r+b") as opened:
-        os.fsync(opened.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    if os.name != "posix":
-        return  # other systems can't open a folder
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Waits until everything below a folder is on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync_file(path)
-        else:
-            sync_folder(path)
-    sync_folder(folder)
+def sync(*paths: Path) -> None:
+    """Waits until files, and the names in folders, are on the disk."""
+    for path in paths:
+        is_folder = path.is_dir()
+        if is_folder and os.name != "posix":
+            continue  # other systems can't open a folder
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 MANIFEST = "run.json"
@@ -75,11 +55,9 @@ STAGING = "_partial"
 
 def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder, whole or not, the latest step first."""
-    if not Path(output_dir).is_dir():
-        return []
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).iterdir()]
-    steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
-    return [path for _, path in sorted(steps, reverse=True)]
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(steps[path]), reverse=True)
 
 
 def damage(checkpoint: str | os.PathLike[str]) -> str | None:
@@ -115,11 +93,10 @@ def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     """Completes a checkpoint: syncs it to the disk, then run.json with the metadata and the size of each file."""
-    sync_tree(folder)
+    sync(*folder.rglob("*"), folder)
     files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
     (folder / MANIFEST).write_text(json.dumps({**metadata, "files": files}, indent=2), encoding="utf-8")
-    sync_file(folder / MANIFEST)
-    sync_folder(folder)
+    sync(folder / MANIFEST, folder)
 
 
 def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -134,24 +111,15 @@ def publish(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
     if checkpoint.exists():
         remove(checkpoint)
     os.replace(staged, checkpoint)
-    sync_folder(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def publish_files(staged: Path, folder: Path) -> None:
     """Moves complete files into a folder, one by one. config.json, which makes it a model, comes last."""
-    sync_tree(staged)
+    sync(*staged.rglob("*"), staged)
     for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
-    sync_folder(folder)
-    shutil.rmtree(staged)
-
-
-def rotate(output_dir: Path, limit: int | None, keep: set[str]) -> None:
-    """Removes the oldest checkpoints until there are at most `limit`; those in `keep` stay."""
-    if limit and limit >= 1:
-        others = [checkpoint for checkpoint in find_checkpoints(output_dir) if str(checkpoint) not in keep]
-        for checkpoint in others[max(0, limit - len(keep)) :]:
-            remove(checkpoint)
+    sync(folder)
 
 
 def remove(checkpoint: Path) -> None:

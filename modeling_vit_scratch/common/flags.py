@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import operator
 import os
 import sys
@@ -28,8 +29,6 @@ FLAGS_ELSEWHERE: dict[str, str] = {
     "--no_cuda": "is --use_cpu now.",
     "--lamb": "is --optim lamb now.",
 }
-# The width of the column of flags in --help; the text of a longer flag begins on the next line.
-FLAG_WIDTH = 30
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
 LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
@@ -37,27 +36,16 @@ _Arguments = TypeVar("_Arguments")
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
-    """
-    A field of a dataclass that is a flag. `more`: `choices` and `metavar`, as argparse takes them, and limits of the
-    value by their names in `LIMITS`.
-    """
+    """A field of a dataclass that is a flag. `more`: argparse's `choices` and `metavar`, and limits as in `LIMITS`."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 class Parser(argparse.ArgumentParser):
     """
-    A parser whose flags are the fields of dataclasses, made by `flag`. A subclass that changes only a default keeps the
-    help text. Wrong values are collected; argparse stops at the first one.
+    A parser whose flags are the fields of dataclasses (`kinds`), made by `flag`. A subclass that changes only a default
+    keeps the help text. Mistakes are collected in `problems`, and `instead_of_invalid` has the defaults of these flags.
 
-    Args:
-        kinds: the dataclasses; fields with `init=False` are no flags.
-        groups: of --help, in order: a title and names of fields. Other fields are not shown.
-        more_help: gets the fields that are shown, and returns what `--help all` adds.
-        kwargs: of `argparse.ArgumentParser`.
-
-    Attributes:
-        problems: the mistakes.
-        instead_of_invalid: the defaults of the flags with wrong values.
+    --help shows the fields in `groups`, by title; `more_help` gets their names and returns what `--help all` adds.
     """
 
     def __init__(
@@ -67,7 +55,8 @@ class Parser(argparse.ArgumentParser):
         more_help: Callable[[set[str]], str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        form = functools.partial(HelpFormatter, max_help_position=30)  # a longer flag has a line of its own
+        super().__init__(add_help=False, allow_abbrev=False, formatter_class=form, **kwargs)
         self.problems, self.instead_of_invalid = Problems(), {}
         self.more_help, self.shown = more_help, {name for names in groups.values() for name in names}
         fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.init}
@@ -82,10 +71,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", nargs="?", action=_Help, help=argparse.SUPPRESS)
 
     def parse(self, kind: type[_Arguments], argv: list[str] | None = None) -> _Arguments:
-        """
-        Parses a command line (default: of this process) into a dataclass, positional arguments included. Mistakes are
-        added to `problems`.
-        """
+        """Parses a command line (default: of this process) into a dataclass, positional arguments included."""
         namespace, unknown = self.parse_known_args(sys.argv[1:] if argv is None else argv)
         refuse_unknown(unknown, self.known_flags(), self.problems)
         values = {**vars(namespace), **self.instead_of_invalid}
@@ -129,9 +115,6 @@ class _Help(argparse.Action):
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows one spelling of each flag, and its default unless the help text has it."""
-
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, **{"max_help_position": FLAG_WIDTH, **kwargs})
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -274,12 +257,13 @@ class LabelFlags(ImageFlags):
 
 @dataclass
 class ReadingFlags:
-    """Flags of batches and worker processes."""
+    """Flags of reading images in batches."""
 
     per_device_eval_batch_size: int = flag(128, "Batch size per device, without gradients.", at_least=1)
     dataloader_num_workers: int | None = flag(
         None, "Worker processes per device that decode images; if not set, as many as the cores allow.", at_least=0
     )
+    max_broken_images: int | None = flag(0, "Skip up to N images that can't be read; each is named.", at_least=0)
 
 
 @dataclass
@@ -291,13 +275,6 @@ class FastDecodeFlag:
         "Decode JPEG photos at reduced scale and resize with 8-bit kernels: faster, and pixels differ by up to about 1 "
         "of 255 levels on average. Evaluation does not.",
     )
-
-
-@dataclass
-class BrokenImageFlags:
-    """The flag of unreadable images."""
-
-    max_broken_images: int | None = flag(0, "Skip up to N images that can't be read; each is named.", at_least=0)
 
 
 @dataclass

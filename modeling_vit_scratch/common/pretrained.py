@@ -26,15 +26,8 @@ def load_pretrained(
     kind: type[ViTScratchPreTrainedModel], what: str, name: str, hub: dict[str, Any], **overrides: Any
 ) -> tuple[Any, ViTScratchImageProcessor, set[str]]:
     """
-    The model of a folder, a file or an id on the Hub, its image processor, and the names of missing weights.
-
-    Args:
-        kind: the model's class.
-        what: its name in messages, e.g. "MODEL outputs/pets".
-        name, hub, overrides: for `from_pretrained`; hub is `revision` and `cache_dir`.
-
-    Raises:
-        InputError: if one of the two can't be loaded.
+    The model of a folder, a file or an id on the Hub, its image processor, and the names of missing weights. `what`
+    names it in messages, `hub` is `revision` and `cache_dir`. Raises InputError if it can't be loaded.
     """
     with loading(what):
         model, info = kind.from_pretrained(name, output_loading_info=True, **hub, **overrides)
@@ -44,7 +37,7 @@ def load_pretrained(
 
 
 def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:
-    """The image processor of a model, or the default one. Raises OSError or ValueError if its own is damaged."""
+    """The image processor of a model, or the default one if it has none."""
     try:
         return ViTScratchImageProcessor.from_pretrained(name, **hub)
     except OSError:  # missing, or a failure: a broken connection must not silently change the pixels

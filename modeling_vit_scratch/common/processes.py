@@ -29,9 +29,8 @@ LAUNCHERS = (
 
 def launcher(child: int | None = None) -> int | None:
     """
-    The id of the parent of this process (or of `child`), if that is accelerate's or torch's launcher.
-
-    A shell is not a launcher and may end: under nohup, setsid or tmux its runs continue.
+    The id of the parent of this process (or of `child`), if that is accelerate's or torch's launcher. A shell is none:
+    under nohup, setsid or tmux its runs continue when it ends.
     """
     try:
         parent = psutil.Process(child).parent()
@@ -44,9 +43,8 @@ def launcher(child: int | None = None) -> int | None:
 
 class Processes:
     """
-    Communication between the processes of a run. All of them have to make the same calls in the same order.
-
-    It goes over the host in its own gloo group: a call does not wait for an accelerator that still computes.
+    Communication between the processes of a run, which make the same calls in the same order. It has a gloo group of
+    its own, on the host: a call does not wait for an accelerator that still computes.
     """
 
     def __init__(self, timeout: int) -> None:
@@ -93,19 +91,12 @@ def has_lost_contact(error: RuntimeError) -> bool:
 
 class StopSignals:
     """
-    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of a `with` block.
+    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of a `with` block. The first signal calls
+    `on_request` with a description and sets `number`. The second raises (with `at_once` the first), and sets
+    `is_urgent`.
 
     A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
-    of one process passes no signal on; it ends, and nobody could stop its run. So the end of the launcher counts as
-    SIGTERM.
-
-    Args:
-        on_request: called at the first signal with a description of it.
-        at_once: raise at the first signal, not the second.
-
-    Attributes:
-        number: of the signal; 0 if there was none.
-        is_urgent: whether a signal has raised.
+    of one process passes no signal on; it ends, and nobody could stop its run. So its end counts as SIGTERM.
     """
 
     def __init__(self, on_request: Callable[[str], None] | None = None, at_once: bool = False) -> None:
@@ -127,8 +118,7 @@ class StopSignals:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
-    def __enter__(self) -> "StopSignals":
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *_: Any) -> None:
         self.restore()

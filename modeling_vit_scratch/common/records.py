@@ -50,17 +50,10 @@ def provenance(*packages: str) -> dict[str, Any]:
     """`command`, `git_commit`, `versions` (also of `packages`) and `hardware`, to reproduce a result."""
     from .. import __version__  # here: the package's __init__ imports torch
 
+    versions = {"modeling_vit_scratch": __version__, "python": platform.python_version()}
     packages = ("torch", "transformers", "accelerate", "datasets", "pillow", *packages)
-    return {
-        "command": command_line(),
-        "git_commit": git_commit(),
-        "versions": {
-            "modeling_vit_scratch": __version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
-        "hardware": hardware(),
-    }
+    versions |= {package: version(package) for package in packages}
+    return {"command": command_line(), "git_commit": git_commit(), "versions": versions, "hardware": hardware()}
 
 
 def command_line(argv: list[str] | None = None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import BrokenImageFlags, HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
+from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
 
 
 # Images in a row of the figure.
@@ -27,7 +27,7 @@ GROUPS = {
 
 
 @dataclass
-class EvaluationArguments(LabelFlags, ReadingFlags, BrokenImageFlags, SeedFlag, HubFlags):
+class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
     """How to evaluate MODEL on DATASET."""
 
     dataloader_num_workers: int = 0

@@ -7,16 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
-from ..common.flags import (
-    BrokenImageFlags,
-    FastDecodeFlag,
-    HubFlags,
-    ImageFlags,
-    Parser,
-    ReadingFlags,
-    check_limits,
-    flag,
-)
+from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, check_limits, flag
 
 
 # What --output may end in.
@@ -34,7 +25,7 @@ GROUPS = {
 
 
 @dataclass
-class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageFlags, HubFlags):
+class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
     """What to predict with MODEL for every INPUT."""
 
     per_device_eval_batch_size: int = 64

@@ -2,7 +2,7 @@
 """The flags of pretraining beside those of training. Imports no torch."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..common.errors import Problems
@@ -20,7 +20,7 @@ OBJECTIVES: dict[str, tuple[str, float | None]] = {
     "simmim": ("the pixels of masked squares", 0.6),
     "mae": ("the pixels of masked patches, from the visible ones", 0.75),
 }
-PRETRAINING: dict[str, Any] = {"train_val_split": 0.05, "load_best_model_at_end": False}
+_RATIOS = ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
 # Random crops and Adam's second decay as published. Without labels there is no accuracy.
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised": {},
@@ -28,8 +28,6 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "simmim": {"metric_for_best_model": "loss", "smallest_area": 0.67},
     "mae": {"metric_for_best_model": "loss", "smallest_area": 0.2, "adam_beta2": 0.95},
 }
-# Four patches of a digit say nothing about each other; sixteen do.
-DIGITS_WITHOUT_LABELS: dict[str, Any] = {"variant": "Mi/2"}
 
 
 @dataclass
@@ -39,14 +37,7 @@ class PretrainingArguments:
     objective: str = flag(
         "supervised", "; ".join(f"{name}: {what}" for name, (what, _) in OBJECTIVES.items()) + ".", metavar="NAME"
     )
-    mask_ratio: float | None = flag(
-        None,
-        "Fraction of patches to hide. Default: "
-        + ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
-        + ".",
-        above=0,
-        below=1,
-    )
+    mask_ratio: float | None = flag(None, f"Fraction of patches to hide. Default: {_RATIOS}.", above=0, below=1)
     mask_patch_size: int = flag(32, "SimMIM: side of the masked squares in pixels, a multiple of the patch.")
     mpp_target: str = flag(
         "mean_color",
@@ -93,8 +84,10 @@ class PretrainingArguments:
 
 def _defaults(source: str, given: argparse.Namespace) -> dict[str, Any]:
     objective = given.objective or "supervised"
-    chosen = {**PRETRAINING, **OBJECTIVE_DEFAULTS.get(objective, {})}
-    return chosen | (DIGITS_WITHOUT_LABELS if source == "digits" and objective != "supervised" else {})
+    chosen = {"train_val_split": 0.05, "load_best_model_at_end": False, **OBJECTIVE_DEFAULTS.get(objective, {})}
+    if source == "digits" and objective != "supervised":
+        chosen["variant"] = "Mi/2"  # four patches of a digit say nothing about each other; sixteen do
+    return chosen
 
 
 PRETRAIN = Script(
@@ -104,10 +97,5 @@ PRETRAIN = Script(
     note="Without labels (--objective mpp, simmim or mae), --train_dir may be any folder of images.\n",
     output_suffix="-pretrained",
     flags=(PretrainingArguments,),
-    groups={
-        "pretraining": (
-            "objective", "mask_ratio", "mask_patch_size", "mpp_target", "norm_pix_loss", "decoder_hidden_size",
-            "decoder_num_hidden_layers", "decoder_num_attention_heads",
-        ),
-    },
-)  # fmt: skip
+    groups={"pretraining": tuple(field.name for field in fields(PretrainingArguments))},
+)

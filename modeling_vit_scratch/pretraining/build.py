@@ -15,8 +15,7 @@ from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from ..training.arguments import ModelArguments
 from ..training.build import Objective, build_model, build_trainer
-from ..training.trainer import ImageTrainer
-from ..training.trainer_overrides import ImageTrainingArguments
+from ..training.trainer import ImageTrainer, ImageTrainingArguments
 from .arguments import MPP_TARGETS, PretrainingArguments
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
@@ -24,10 +23,7 @@ from .models import MaskedAutoencoder, MaskedPatchPrediction
 def build_pretraining(
     model_arguments: ModelArguments, options: PretrainingArguments, data: ImageData, arguments: ImageTrainingArguments
 ) -> tuple[ImageTrainer, list[str]]:
-    """
-    The trainer, and lines for the user on the initial model. Raises InputError if that can't be loaded, or the
-    objective does not fit it or the flags.
-    """
+    """The trainer, and lines for the user on the initial model. Raises InputError if model, flags or data don't fit."""
     channels = data.source.num_channels
     if options.is_supervised:
         labels = {"label_names": data.label_names, "is_multi_label": data.is_multi_label}
@@ -39,13 +35,10 @@ def build_pretraining(
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
     classifier, processor, lines = build_model(model_arguments, [], channels, arguments.seed)
     try:
-        model = build_pretraining_model(classifier.config, options, processor)
-        collator = build_masking(options, model.config)
+        model, collator = build_masked_model(classifier.config, options, processor)
     except ValueError as error:
         raise InputError(f"--objective {options.objective}: {error}") from error
-    missing = model.vit.load_state_dict(classifier.vit.state_dict(), strict=False).missing_keys
-    if set(missing) - {"embeddings.mask_token"}:
-        raise InputError(f"--model_name_or_path lacks weights of the encoder, e.g. {min(missing)}.")
+    model.vit.load_state_dict(classifier.vit.state_dict(), strict=False)  # which has a pooler, and no mask token
     # No objective takes the labels, which only count the images; the Trainer would not find them by itself.
     arguments.label_names, arguments.prediction_loss_only = ["labels"], True
     # SimMIM's model is saved as a whole, for masked image modeling.
@@ -62,50 +55,31 @@ def encoder_of(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScratch
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """
-    For `Trainer(compute_loss_func=)`: the mean over all images of an update, from `outputs["loss"]`, the mean over this
-    batch. `labels` (B,) are only counted; `num_items_in_batch` are the images of the update, None for this batch alone.
-    """
+    """The share of a batch in the mean over all images of an update, from its own mean; for `compute_loss_func`."""
     loss = outputs["loss"]
     return loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)
 
 
-def build_pretraining_model(
+def build_masked_model(
     config: ViTScratchConfig, options: PretrainingArguments, processor: BaseImageProcessor
-) -> PreTrainedModel:
-    """The encoder with the decoder of the objective. Raises ValueError if the configuration does not fit."""
-    if options.objective == "simmim":
-        return ViTScratchForMaskedImageModeling(config)
-    if options.objective == "mpp":
-        return MaskedPatchPrediction(config, options.mpp_target, *pixel_statistics(processor, config.num_channels))
-    width = options.decoder_hidden_size or max(min(512, config.hidden_size * 2 // 3 // 32 * 32), 32)
-    layers = options.decoder_num_hidden_layers or max(min(8, config.num_hidden_layers * 2 // 3), 1)
-    return MaskedAutoencoder(
-        config,
-        decoder_hidden_size=width,
-        decoder_num_hidden_layers=layers,
-        decoder_num_attention_heads=options.decoder_num_attention_heads or max(width // 32, 1),
-        norm_pix_loss=options.norm_pix_loss,
-    )
-
-
-def build_masking(options: PretrainingArguments, config: ViTScratchConfig) -> MaskingCollator:
-    """The collator that masks patches for the objective."""
-    ratio, patch = options.mask_ratio, config.patch_hw
-    share = f"{100 * ratio:g} %"
-    if options.objective == "mpp":
-        description = f"{share} of patch embeddings corrupted, their {MPP_TARGETS[options.mpp_target]} predicted"
-        return MaskingCollator(corrupted_patches(ratio), patch, f"{description} (the paper, B.1.2)")
+) -> tuple[PreTrainedModel, MaskingCollator]:
+    """The encoder with the objective's decoder, and the collator that masks. Raises ValueError if they don't fit."""
+    ratio, patch, share = options.mask_ratio, config.patch_hw, f"{100 * options.mask_ratio:g} %"
     if options.objective == "simmim":
         square = options.mask_patch_size
         description = f"{share} of squares of {square} pixels masked, their pixels predicted (SimMIM)"
-        return MaskingCollator(masked_squares(ratio, square, patch), patch, description)
-    return MaskingCollator(visible_patches(ratio), patch, f"{share} of patches hidden, their pixels predicted (MAE)")
-
-
-def pixel_statistics(processor: BaseImageProcessor, num_channels: int) -> tuple[list[float], list[float]]:
-    """The processor's mean and standard deviation of pixels from 0 to 1, for each channel."""
-    if not processor.do_normalize:
-        return [0.0] * num_channels, [1.0] * num_channels
-    mean, std = processor.image_mean, processor.image_std
-    return tuple(np.broadcast_to(values, num_channels).tolist() for values in (mean, std))
+        masking = masked_squares(ratio, square, patch)
+        return ViTScratchForMaskedImageModeling(config), MaskingCollator(masking, patch, description)
+    if options.objective == "mpp":
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        statistics = (np.broadcast_to(values, config.num_channels).tolist() for values in (mean, std))
+        what = f"{share} of patch embeddings corrupted, their {MPP_TARGETS[options.mpp_target]} predicted"
+        collator = MaskingCollator(corrupted_patches(ratio), patch, f"{what} (the paper, B.1.2)")
+        return MaskedPatchPrediction(config, options.mpp_target, *statistics), collator
+    width = options.decoder_hidden_size or max(min(512, config.hidden_size * 2 // 3 // 32 * 32), 32)
+    layers = options.decoder_num_hidden_layers or max(min(8, config.num_hidden_layers * 2 // 3), 1)
+    heads = options.decoder_num_attention_heads or max(width // 32, 1)
+    model = MaskedAutoencoder(config, width, layers, heads, options.norm_pix_loss)
+    return model, MaskingCollator(
+        visible_patches(ratio), patch, f"{share} of patches hidden, their pixels predicted (MAE)"
+    )

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Models for pretraining without labels: masked patch prediction (the paper, B.1.2) and MAE.
+Models for pretraining without labels: masked patch prediction (the paper, B.1.2) and MAE. SimMIM, the third, is
+`ViTScratchForMaskedImageModeling`. All take normalised pixels of any size that the patch divides.
 
-SimMIM, the third, is `ViTScratchForMaskedImageModeling`. All take normalised pixels of any size that the patch divides.
-Fine-tuning takes their encoder, `vit`. Shapes are as in `encoder_vit_scratch.py`; V is the number of visible patches, P
-the number of values in a patch, C * patch area.
+Shapes are as in `encoder_vit_scratch.py`; of N patches V are visible, and P = C * patch area is the values in a patch.
 """
 
 import copy
@@ -38,10 +37,6 @@ def mean_over_images(losses: Tensor, chosen: Tensor) -> Tensor:
     return ((losses * chosen).sum(1) / chosen.sum(1).clamp(min=1)).mean()
 
 
-def _patch_values(config: ViTScratchConfig) -> int:
-    return config.num_channels * math.prod(config.patch_hw)
-
-
 def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
     if config.stem_layers is not None:
         raise ValueError(
@@ -50,22 +45,14 @@ def _check_patches_are_hidden(config: ViTScratchConfig, objective: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masked patch prediction
-
-
 class MaskedPatchPrediction(ViTScratchPreTrainedModel):
     """
     The paper's self-supervision (B.1.2): predicts the content of patches whose embeddings are corrupted.
 
-    Args:
-        config: of the encoder.
-        target: "mean_color", the 3-bit mean colour of the patch, one of 8^C = 512 classes; "downsized", the same for
-            each of 4 x 4 parts of the patch; "full_patch", its normalised values, with a squared error.
-        image_mean, image_std: (C,), the normalisation of pixels from 0 to 1, to get colours from pixels.
-
-    Raises:
-        ValueError: for an unknown target, a patch that 4 does not divide, or a hybrid.
+    The target is "mean_color", the 3-bit mean colour of the patch, one of 8^C = 512 classes; "downsized", the same for
+    each of 4 x 4 parts of the patch; or "full_patch", its normalised values, with a squared error. `image_mean` and
+    `image_std` (C,) normalise pixels from 0 to 1. Raises ValueError for another target, for a patch that 4 does not
+    divide if it is downsized, and for a hybrid.
     """
 
     def __init__(self, config: ViTScratchConfig, target: str, image_mean: list[float], image_std: list[float]) -> None:
@@ -76,7 +63,8 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         if target == "downsized" and any(side % 4 for side in config.patch_hw):
             raise ValueError(f"A patch of {config.patch_hw} can't be downsized to 4 x 4: 4 must divide its sides.")
         self.target, self.colors = target, 8**config.num_channels
-        outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": _patch_values(config)}
+        values = config.num_channels * math.prod(config.patch_hw)
+        outputs = {"mean_color": self.colors, "downsized": 16 * self.colors, "full_patch": values}
         self.vit = ViTScratchModel(config, add_pooling_layer=False, use_mask_token=True)
         self.decoder = nn.Linear(config.hidden_size, outputs[target])
         self.image_mean, self.image_std = image_mean, image_std
@@ -84,14 +72,9 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, corrupted: Tensor, replaced: Tensor, source: Tensor) -> PretrainingOutput:
         """
-        Args:
-            pixel_values: (B, C, H, W).
-            corrupted: (B, N) bool, the patches to predict.
-            replaced: (B, N) bool, the patches whose embedding becomes the mask token.
-            source: (B, N) int64, the patch whose embedding each of the others gets; its own index keeps it.
-
-        Returns:
-            `predictions` (B, N, classes), (B, N, 16, classes) or (B, N, P), and the `loss`.
+        From pixels (B, C, H, W) to the loss on the patches in `corrupted` (B, N) and predictions (B, N, classes),
+        (B, N, 16, classes) or (B, N, P). Patches in `replaced` (B, N) become the mask token. The others get the
+        embedding of the patch in `source` (B, N) int64, which may be their own.
         """
         grid, patch = self.vit.embeddings.patch_embeddings.grid(pixel_values), self.config.patch_hw
         patches = patchify(pixel_values, patch)
@@ -110,9 +93,8 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
 
     def mean_colors(self, patches: Tensor, parts: int) -> Tensor:
         """
-        3-bit mean colours of parts x parts pieces of each patch: normalised (B, N, P) -> classes (B, N, parts^2).
-
-        The paper does not give the order of the channels' bits; here the first channel has the highest bits.
+        3-bit mean colours of parts x parts pieces of each patch: normalised (B, N, P) -> classes (B, N, parts^2). The
+        first channel has the highest bits, which the paper leaves open.
         """
         channels, patch = self.config.num_channels, self.config.patch_hw
         pixels = patches.unflatten(2, (channels, parts, patch[0] // parts, parts, patch[1] // parts))
@@ -123,23 +105,13 @@ class MaskedPatchPrediction(ViTScratchPreTrainedModel):
         return (levels * weights.view(-1, 1)).sum(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MAE
-
-
 class MaskedAutoencoder(ViTScratchPreTrainedModel):
     """
     A masked autoencoder (He et al., arXiv:2111.06377): the encoder sees only visible patches, and a small decoder with
-    mask tokens at the other positions predicts the pixels of these.
+    mask tokens at the other positions predicts the pixels of these. The sizes of the decoder are the paper's for B, L
+    and H; its MLP is four times as wide. `norm_pix_loss` normalises targets by the mean and variance of each patch.
 
-    Args:
-        config: of the encoder.
-        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads: of the decoder; its MLP is four
-            times as wide. The paper uses 512, 8 and 16 for B, L and H.
-        norm_pix_loss: whether targets are normalised by the mean and variance of each patch.
-
-    Raises:
-        ValueError: for a hybrid, and for positions that enter at every layer, where a subset of patches has no grid.
+    Raises ValueError for a hybrid, and for positions that enter at every layer, where a subset of patches has no grid.
     """
 
     def __init__(
@@ -168,7 +140,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_hidden_size))
         self.decoder_layers = nn.ModuleList(ViTScratchLayer(small, i) for i in range(decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(decoder_hidden_size, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(decoder_hidden_size, _patch_values(config))
+        self.decoder_pred = nn.Linear(decoder_hidden_size, config.num_channels * math.prod(config.patch_hw))
         self.post_init()
 
     @torch.no_grad()
@@ -179,12 +151,8 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, visible: Tensor) -> PretrainingOutput:
         """
-        Args:
-            pixel_values: (B, C, H, W).
-            visible: (B, V) int64, the patches that the encoder sees.
-
-        Returns:
-            `predictions` (B, N, P) and the `loss`, the squared error on hidden patches.
+        From pixels (B, C, H, W) and the patches that the encoder sees, `visible` (B, V) int64, to predictions (B, N, P)
+        and the loss, the squared error on hidden patches.
         """
         grid = self.vit.embeddings.patch_embeddings.grid(pixel_values)
         predictions = self.decode(self.encode(pixel_values, visible), visible, grid).float()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The flags of training, and their defaults. Imports no torch.
+The flags of training, and tables of defaults that depend on the command. Imports no torch.
 
-A default that depends on the command is decided by tables. A later one of these replaces an earlier one: from scratch,
-the data set, the script, a saved model, a recipe. The command line overrides them all.
+A later one replaces an earlier one: from scratch, the data set, the script, a saved model, a recipe, the command line.
 """
 
 import ast
@@ -12,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.errors import Problems
-from ..common.flags import PHOTO_SMALLEST_AREA, BrokenImageFlags, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
+from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
+from ..common.records import license_problem
 
 
 FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
@@ -73,10 +73,7 @@ class ModelArguments(HubFlags):
     trust_remote_code: bool = flag(False, "Run code that comes with --image_processor_name. The model needs none.")
 
     def config_fields(self) -> dict[str, Any]:
-        """
-        The fields of the configuration that the flags set. Raises ValueError for --config_overrides other than
-        NAME=VALUE, and for fields that another flag or the data determine.
-        """
+        """The fields of the configuration that the flags set. Raises ValueError for wrong --config_overrides."""
         from ..configuration_vit_scratch import ViTScratchConfig  # here: it imports torch
 
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
@@ -130,9 +127,7 @@ class RecipeArguments:
         choices=LOSSES,
     )
     class_weights: list[str] | None = flag(
-        None,
-        "Weights of the classes in the loss: `balanced` (inverse frequency), or a number for each label.",
-        metavar="W",
+        None, "Weights of classes in the loss: `balanced` (inverse frequency), or a number for each label.", metavar="W"
     )
     layer_decay: float = flag(
         1.0, "Learning rate of each layer relative to the next one. Example: 0.75", above=0, at_most=1
@@ -141,10 +136,7 @@ class RecipeArguments:
         1.0, "Learning rate of the classifier relative to --learning_rate. Example: 10", above=0
     )
     ema_decay: float | None = flag(
-        None,
-        "Decay of a moving average of the weights, which is then evaluated and saved. Example: 0.9999",
-        above=0,
-        below=1,
+        None, "Decay of a moving average of the weights, then evaluated and saved. Example: 0.9999", above=0, below=1
     )
     ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
 
@@ -152,7 +144,7 @@ class RecipeArguments:
 
 
 @dataclass
-class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
+class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
     """Flags of transformers' Trainer that people set, with defaults for image classification; and the trainer's own."""
 
     output_dir: str | None = flag(
@@ -169,9 +161,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         above=0,
     )
     optim: str = flag(
-        "adamw_torch_fused",
-        "Optimizer: any of transformers', e.g. sgd; or lamb, which clips gradients to a norm of 1.",
-        metavar="NAME",
+        "adamw_torch_fused", "Any of transformers', e.g. sgd; or lamb, which clips gradients to norm 1.", metavar="NAME"
     )
     lr_scheduler_type: str = flag("cosine", "Learning rate schedule.", metavar="NAME")
     warmup_steps: float = flag(0.1, "Warmup steps; below 1, a fraction of all steps.")
@@ -233,7 +223,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         False, "Keep all images in device memory at --image_size and augment them there. For many small images."
     )
 
-    def check(self, problems: Problems) -> None:
+    def check(self, recipe: RecipeArguments, problems: Problems) -> None:
         """Adds what is wrong with the values, but for limits of single flags."""
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.add(f"--num_train_epochs {self.num_train_epochs:g} must be above 0.")
@@ -245,3 +235,13 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, BrokenImageFlags, SeedFlag):
         given = " ".join(f"--{name}" for name in hub_flags if getattr(self, name) is not None)
         if given and not self.push_to_hub:
             problems.add(f"{given}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
+        if self.license is not None and (reason := license_problem(self.license)):
+            problems.add(f"--license {self.license}: {reason}")
+        if recipe.loss == "bce" and self.label_smoothing_factor:
+            problems.add(
+                "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
+                "all classes there. Keep one of them."
+            )
+        for name, is_given in (("aug_repeats", recipe.aug_repeats > 1), ("max_broken_images", self.max_broken_images)):
+            if self.images_on_device and is_given:
+                problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")

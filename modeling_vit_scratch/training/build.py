@@ -26,20 +26,18 @@ from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from .arguments import ModelArguments
-from .optimization import WeightAverage, build_loss
-from .trainer import ImageTrainer
-from .trainer_overrides import ImageTrainingArguments
+from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, positive_weights
+from .trainer import ImageTrainer, ImageTrainingArguments
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run learns."""
+    """What a run learns: arguments of `ImageTrainer`, and of the Trainer for metrics beside the loss."""
 
     data_collator: ImageCollator
-    compute_loss_func: Callable[..., torch.Tensor] | None  # for the Trainer; None for the model's own loss
-    metrics: dict[str, Any] = field(default_factory=dict)  # the Trainer's arguments for metrics beside the loss
+    compute_loss_func: Callable[..., torch.Tensor] | None  # None for the model's own loss
+    metrics: dict[str, Any] = field(default_factory=dict)
     description: str | None = None  # for people; None for classification
-    # Builds the model that is saved in the end from the trained one and its weights. None: it is the trained one.
     finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None
 
 
@@ -50,10 +48,7 @@ def build_trainer(
     arguments: ImageTrainingArguments,
     objective: Objective | None = None,
 ) -> ImageTrainer:
-    """
-    The trainer with its data sets and callbacks, whose runs resume bit for bit. The default objective is
-    classification. Raises InputError if the flags don't fit the data or the model.
-    """
+    """The trainer, by default of a classifier. Raises InputError if the flags don't fit the data or the model."""
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
     batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
@@ -85,19 +80,31 @@ def build_trainer(
 
 
 def classification(data: ImageData, arguments: ImageTrainingArguments) -> Objective:
-    """Classification with the loss and the mixing of the flags. Raises InputError if the loss does not fit the data."""
-    recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
-    collator = ImageCollator()
-    if recipe.mixup or recipe.cutmix:
-        smoothing = 0.0 if data.is_multi_label else smoothing  # the loss smooths several labels
-        collator = MixingCollator(len(data.label_names), recipe.mixup, recipe.cutmix, smoothing)
+    """Classification with the loss and the mixing of the flags. Raises InputError if they don't fit the data."""
+    recipe, smoothing, count = arguments.recipe_arguments, arguments.label_smoothing_factor, len(data.label_names)
+    collator, loss, weights = ImageCollator(), None, None
+    if recipe.mixup or recipe.cutmix:  # the collator smooths classes, the loss several labels
+        collator = MixingCollator(count, recipe.mixup, recipe.cutmix, 0.0 if data.is_multi_label else smoothing)
+        smoothing = smoothing if data.is_multi_label else 0.0
+    if recipe.class_weights:
+        if isinstance(data.train, ImageStream):
+            raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
+        if data.is_multi_label:
+            weights = positive_weights(recipe.class_weights, data.train.labels)
+        else:
+            weights = class_weights(recipe.class_weights, data.train.labels, count)
+    if recipe.loss != "softmax" or recipe.class_weights or (data.is_multi_label and smoothing):
+        if data.is_multi_label:
+            loss = MultiLabelLoss(recipe.loss, smoothing, weights)
+        else:
+            loss = ClassificationLoss(recipe.loss, count, smoothing, weights)
     if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
         arguments.metric_for_best_model = "mean_average_precision"
     metrics = {
-        "compute_metrics": build_compute_metrics(len(data.label_names), data.is_multi_label),
+        "compute_metrics": build_compute_metrics(count, data.is_multi_label),
         "preprocess_logits_for_metrics": None if data.is_multi_label else rank_labels,
     }
-    return Objective(collator, build_loss(data, arguments), metrics)
+    return Objective(collator, loss, metrics)
 
 
 def build_datasets(
@@ -144,17 +151,9 @@ def build_model(
     is_multi_label: bool = False,
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
-    The model that training starts from: a new one, or a saved one whose classifier is adapted to the labels.
-
-    `label_names` are in the order of the class indices; without any there is no classifier. `has_representation` gives
-    a new network the tanh layer of the paper's pretraining (3.1), as wide as the encoder, unless the command line says
-    otherwise.
-
-    Returns:
-        Model, image processor, and a line for the user on the origin of weights and classifier.
-
-    Raises:
-        InputError: if the model can't be loaded, or does not fit.
+    The model that training starts from, its image processor, and a line for the user: a new model, or a saved one whose
+    classifier is adapted to the labels. Without labels there is no classifier. `has_representation` gives a new network
+    the tanh layer of the paper's pretraining (3.1). Raises InputError if the model can't be loaded, or does not fit.
     """
     set_seed(seed)
     overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
@@ -182,10 +181,7 @@ def build_model(
 def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
-    """
-    The encoder of --model_name_or_path; with `random_seed`, the same network with random weights. Raises InputError if
-    it can't be loaded, or lacks weights.
-    """
+    """The encoder of --model_name_or_path; with `random_seed`, the same network with random weights."""
     model, processor, _ = _load(ViTScratchModel, arguments)
     if random_seed is not None:
         set_seed(random_seed)
@@ -196,7 +192,7 @@ def load_encoder(
 def _load(
     kind: type[ViTScratchPreTrainedModel], arguments: ModelArguments, optional: str | None = None
 ) -> tuple[Any, BaseImageProcessor, set[str]]:
-    """Model, image processor, and missing weights, which must have the `optional` prefix (InputError)."""
+    """Model, image processor, and missing weights. Raises InputError if any lacks the `optional` prefix."""
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
     overrides = {"dtype": torch.float32, **arguments.config_fields()}
@@ -225,10 +221,8 @@ def fit_classifier(
     model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
 ) -> str:
     """
-    Gives the classifier one row for each label, in the order of the data. Returns a line that says what was done.
-
-    Its rows are kept if it is not fresh, the labels are the same, and both or neither allow several labels for an
-    image. Else it is replaced by a classifier of zeros and this bias.
+    Gives the classifier one row for each label, in the order of the data. Returns a line that says what was done. The
+    rows are kept if the labels are the same and both or neither allow several for an image. Else they start at zero.
     """
     config = model.config
     old = [config.id2label[index] for index in range(config.num_labels)]

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From a command line to dataclasses: defaults, recipe, flags, and every mistake in one message.
-
---help and mistakes in our flags need neither torch nor transformers. They are imported when the command is valid so
-far, or has flags that only transformers can check.
+From a command line to dataclasses: defaults, recipe, flags, and every mistake in one message. torch and transformers
+are imported only when the command is valid so far, or has flags that only they can check.
 """
 
 import argparse
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
-from ..common.records import license_problem
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
     DATA_SETS,
@@ -37,7 +34,7 @@ from .arguments import (
 
 
 if TYPE_CHECKING:
-    from .trainer_overrides import ImageTrainingArguments
+    from .trainer import ImageTrainingArguments
 
 
 # --help: the groups of the flags, in their order.
@@ -82,10 +79,7 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
     "do_train": (True, "this script always trains."),
     "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
-    "enable_jit_checkpoint": (
-        False,
-        "its signal handler stays behind after training. Ctrl-C and SIGTERM save a checkpoint without it.",
-    ),
+    "enable_jit_checkpoint": (False, "its signal handler stays behind. Ctrl-C and SIGTERM save a checkpoint anyway."),
     "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
 }
 
@@ -117,17 +111,9 @@ def parse_arguments(
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
-    Parses a command line, by default that of the process.
-
-    `description` begins --help. `defaults` are those of a script that uses these flags for something else.
-
-    Returns:
-        ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and the Problems found in their
-        values: the reader of the data adds its own and raises them all.
-
-    Raises:
-        InputError: with all mistakes, if there are unknown flags or values of the wrong type, or if no data have to be
-            read to find the rest.
+    Parses a command line: ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and Problems,
+    to which the reader of the data adds its own. Raises InputError with all mistakes if the rest can't be found in the
+    data. `defaults` are those of a script that uses these flags for something else.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
@@ -139,11 +125,9 @@ def parse_arguments(
     source = given.dataset_name or ("digits" if given.train_dir is None else "")
     parser = build_parser(script, description)
     problems = parser.problems
-    try:
+    trainer_values, recipe_message = {}, None
+    with problems.collected():
         trainer_values, recipe_message = _set_defaults(parser, script, argv, source, given, defaults or {})
-    except ValueError as error:
-        problems.add(str(error))
-        trainer_values, recipe_message = {}, None
 
     namespace, rest = parser.parse_known_args(argv)
     trainer_words, unknown = split_words(rest)
@@ -164,10 +148,9 @@ def parse_arguments(
     for arguments in (data_arguments, recipe_arguments, training_flags, *own):
         check_limits(arguments, problems)
     data_arguments.check(problems)
-    training_flags.check(problems)
+    training_flags.check(recipe_arguments, problems)
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
-    _check_flags(training_flags, recipe_arguments, problems)
     values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
     # With mistakes, it goes on only where more may be found: in flags that are checked late, and in the user's images.
     has_late_flags = trainer_words or any(values[name] for name in CHECKED_LATE)
@@ -205,10 +188,7 @@ def build_parser(script: Script = FINETUNE, description: str | None = None) -> P
 def _set_defaults(
     parser: Parser, script: Script, argv: list[str], source: str, given: argparse.Namespace, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
-    """
-    Gives the parser the defaults of this command, so that --help shows them. Returns the defaults of the Trainer's own
-    flags, and a message on the recipe. Raises ValueError for a recipe that this script does not have.
-    """
+    """Gives the parser this command's defaults; returns those of the Trainer's flags, and a message on the recipe."""
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
     if is_saved_architecture:
@@ -230,12 +210,7 @@ def _set_defaults(
 def recipe_defaults(
     argv: list[str], per_device: int, is_saved_architecture: bool
 ) -> tuple[Recipe | None, dict[str, Any], str | None]:
-    """
-    The recipe that the command line names; its fields, adapted to the batch size that this machine can make; and a
-    message for the user. Without a recipe None, {} and None. Raises ValueError if there is no such recipe.
-
-    `per_device` is the default batch size; a saved architecture replaces the recipe's variant.
-    """
+    """The recipe that argv names, its fields for this machine's batch size, and a message; or None, {} and None."""
 
     def count(text: str | None) -> int | None:  # the parser reports other values
         return int(text) if text is not None and text.isdecimal() and int(text) > 0 else None
@@ -262,7 +237,7 @@ def recipe_defaults(
 
 @cache
 def _transformers_class(name: str) -> list[ast.stmt]:
-    """The body of a class of transformers' training_args.py, read from its source, since an import would need torch."""
+    """The body of a class of transformers' training_args.py, from its source: an import would need torch."""
     (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
     tree = ast.parse(Path(folder, "training_args.py").read_text(encoding="utf-8"))
     return next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
@@ -323,25 +298,11 @@ def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
     return len(problems.messages) == count
 
 
-def _check_flags(training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
-    if training.license is not None and (reason := license_problem(training.license)):
-        problems.add(f"--license {training.license}: {reason}")
-    if recipe.loss == "bce" and training.label_smoothing_factor:
-        problems.add(
-            "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put all "
-            "classes there. Keep one of them."
-        )
-    conflicts = {"aug_repeats": recipe.aug_repeats > 1, "max_broken_images": training.max_broken_images > 0}
-    for name, is_given in conflicts.items():
-        if training.images_on_device and is_given:
-            problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")
-
-
 _TITLE = "flags of transformers' TrainingArguments"
 
 
 def _trainer_parser(hidden: set[str]) -> Parser:
-    from .trainer_overrides import ImageTrainingArguments  # here: it imports torch
+    from .trainer import ImageTrainingArguments  # here: it imports torch
 
     names = [field.name for field in fields(ImageTrainingArguments) if field.init and field.name not in hidden]
     return Parser(ImageTrainingArguments, groups={_TITLE: names})
@@ -372,7 +333,7 @@ def _build_training_arguments(
     """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
     from ..augmentation.auto_augment import auto_augment
     from ..hub.commit import check_can_publish
-    from .trainer_overrides import ImageTrainingArguments
+    from .trainer import ImageTrainingArguments
 
     try:
         arguments = fill(ImageTrainingArguments, values)
@@ -383,17 +344,13 @@ def _build_training_arguments(
     for name, (absent, reason) in REFUSED_FLAGS.items():
         if getattr(arguments, name) != absent:
             problems.add(f"--{name}: {reason}")
-    try:
-        if recipe_arguments.auto_augment:
+    if recipe_arguments.auto_augment:
+        with problems.collected():
             auto_augment(recipe_arguments.auto_augment)
-    except ValueError as error:
-        problems.add(str(error))
     if arguments.push_to_hub and arguments.process_index == 0:  # without the Hub; the trainer asks it before it trains
         name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
+        with problems.collected(f"--push_to_hub to {name}: "):
             check_can_publish(name)
-        except InputError as error:
-            problems.add(f"--push_to_hub to {name}: {error}")
     return arguments
 
 
@@ -401,16 +358,11 @@ def _check_configuration(arguments: ModelArguments, problems: Problems) -> None:
     """Adds what the configuration refuses of --variant and its flags."""
     from ..configuration_vit_scratch import ViTScratchConfig
 
-    try:
+    with problems.collected():
         fields = arguments.config_fields()
-    except ValueError as error:
-        problems.add(str(error))
-        return
-    if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
-        try:
-            ViTScratchConfig.from_variant(arguments.variant, **fields)
-        except ValueError as error:
-            problems.add(f"--variant {arguments.variant}: {error}")
+        if arguments.variant and not arguments.model_name_or_path and not arguments.config_name:
+            with problems.collected(f"--variant {arguments.variant}: "):
+                ViTScratchConfig.from_variant(arguments.variant, **fields)
 
 
 def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str | None:

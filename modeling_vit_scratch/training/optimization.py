@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What training minimises and how: losses, class weights, learning rates and decay of parameters, LAMB, and the average of
-the weights.
+Losses, class weights, learning rates and decay of parameters, LAMB, and the average of the weights.
 
-A loss is a sum over images divided by the images of the whole update, so that neither accumulation nor the number of
-processes changes it. Schedules and other optimizers are the stock ones: `--lr_scheduler_type cosine`, and `polynomial`
-with `--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9
-(tested); `--optim sgd --optim_args momentum=0.9` is its optimizer.
+A loss is a sum over images divided by the images of the whole update: neither accumulation nor the number of processes
+changes it. Schedules and other optimizers are the stock ones. `--lr_scheduler_type cosine`, and `polynomial` with
+`--lr_scheduler_kwargs '{"lr_end": 1e-5}'`, are `create_learning_rate_schedule` of the paper's code to 1e-9 (tested);
+`--optim sgd --optim_args momentum=0.9` is its optimizer.
 """
 
 import re
@@ -26,30 +25,21 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
 from ..common.errors import InputError
-from ..data.splits import ImageData
-from ..data.streams import ImageStream
-from .arguments import LOSSES
-from .trainer_overrides import ImageTrainingArguments
 
 
 class ClassificationLoss:
     """
-    For `Trainer(compute_loss_func=)`, in float32.
+    For `Trainer(compute_loss_func=)`, in float32: "softmax", cross-entropy; "sigmoid", binary cross-entropy summed over
+    classes, as in the pretraining of the paper and AugReg (big_vision, utils.py: sigmoid_xent); "bce", its mean, with
+    a target of 1 for every class in a mixed image (Wightman et al., arXiv:2110.00476, and DeiT III).
 
-    Args:
-        kind: "softmax": cross-entropy. "sigmoid": binary cross-entropy summed over classes, as in the pretraining of
-            the paper and AugReg (big_vision, utils.py: sigmoid_xent). "bce": its mean over classes, with a target of 1
-            for every class in a mixed image (Wightman et al., arXiv:2110.00476, and DeiT III).
-        num_labels: K.
-        label_smoothing: the fraction of the probability spread over all classes, for labels that are classes.
-        class_weights: (K,), see `class_weights`. A mixed image has the mean weight of its classes by their fractions.
+    `label_smoothing` is the fraction of the probability spread over all classes, for labels that are classes. With
+    `class_weights` (K,) a mixed image has the mean weight of its classes by their fractions.
     """
 
     def __init__(
         self, kind: str, num_labels: int, label_smoothing: float = 0.0, class_weights: np.ndarray | None = None
     ) -> None:
-        if kind not in LOSSES:
-            raise ValueError(f"The loss {kind!r} is none of {', '.join(LOSSES)}.")
         self.kind, self.num_labels, self.label_smoothing = kind, num_labels, label_smoothing
         weights = np.ones(num_labels) if class_weights is None else class_weights
         self.class_weights = torch.tensor(weights, dtype=torch.float32)
@@ -58,8 +48,8 @@ class ClassificationLoss:
         self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
-        `outputs` has "logits" (B, K); `labels` are classes (B,) or their probabilities (B, K); `num_items_in_batch` is
-        the number of entries of `labels` in all batches of the update, None for this batch alone.
+        From "logits" (B, K) and labels: classes (B,) or their probabilities (B, K). `num_items_in_batch` are the
+        entries of `labels` in all batches of the update, None for this batch alone.
         """
         logits, is_classes = outputs["logits"].float(), not torch.is_floating_point(labels)
         targets = labels.float()
@@ -81,12 +71,9 @@ class ClassificationLoss:
 
 class MultiLabelLoss:
     """
-    Binary cross-entropy of images with any number of labels, for `Trainer(compute_loss_func=)`, in float32.
-
-    Args:
-        kind: "sigmoid" for the sum over labels, anything else for the mean.
-        label_smoothing: the fraction of the probability spread over "has the label" and "does not".
-        positive_weights: (K,), torch's `pos_weight`: see `positive_weights`.
+    Binary cross-entropy of images with any number of labels, for `Trainer(compute_loss_func=)`, in float32: its sum
+    over labels for "sigmoid", else the mean. `label_smoothing` is the fraction of the probability spread over "has the
+    label" and "does not"; `positive_weights` (K,) are torch's `pos_weight`.
     """
 
     def __init__(self, kind: str, label_smoothing: float = 0.0, positive_weights: np.ndarray | None = None) -> None:
@@ -109,9 +96,8 @@ class MultiLabelLoss:
 def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
     """
     The weights (K,) of `--class_weights` for images with several labels (N, K), 0 or 1: torch's `pos_weight`.
-
-    `given` is "balanced", for the ratio of images without and with a label (1 if that is 0 or infinite), or K positive
-    numbers. Other values raise InputError.
+    "balanced" is the ratio of images without and with a label, or 1 if that is 0 or infinite. Raises InputError for
+    other values than that or K positive numbers.
     """
     if given != ["balanced"]:
         return _read_weights(given, labels.shape[1])
@@ -122,14 +108,11 @@ def positive_weights(given: list[str], labels: np.ndarray) -> np.ndarray:
 
 def class_weights(given: list[str], labels: list[int], num_labels: int) -> np.ndarray:
     """
-    The weights of `--class_weights`, with a mean over the training images of 1.
+    The weights (K,) of `--class_weights`, with a mean over the training images of 1. "balanced" is the inverse of a
+    class's frequency, 0 without training images. Raises InputError for other values than that or K positive numbers.
 
-    The sum of weighted losses is divided by the number of images. Over the whole training set that equals
-    `torch.nn.CrossEntropyLoss(weight)`. That one divides a batch by its own weights, so that the weight of an image
-    would depend on its batch.
-
-    `given` is "balanced", for the inverse frequency of a class (0 if it has no training images), or K numbers, of which
-    the ratios count. Other values raise InputError.
+    The sum of weighted losses is divided by the number of images. `torch.nn.CrossEntropyLoss(weight)` divides by the
+    weights in the batch, so that the weight of an image depends on its batch; over the whole training set both agree.
     """
     counts = np.bincount(labels, minlength=num_labels).astype(np.float64)
     if given == ["balanced"]:
@@ -152,26 +135,6 @@ def _read_weights(given: list[str], num_labels: int) -> np.ndarray:
     return weights
 
 
-def build_loss(data: ImageData, arguments: ImageTrainingArguments) -> ClassificationLoss | MultiLabelLoss | None:
-    """The loss of the flags; None for the model's own. Raises InputError if --class_weights don't fit the data."""
-    recipe, smoothing = arguments.recipe_arguments, arguments.label_smoothing_factor
-    if not data.is_multi_label and (recipe.mixup or recipe.cutmix):
-        smoothing = 0.0  # the labels of mixed images are smooth already
-    if recipe.loss == "softmax" and not recipe.class_weights and not (data.is_multi_label and smoothing):
-        return None
-    weights = None
-    if recipe.class_weights:
-        if isinstance(data.train, ImageStream):
-            raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
-        if data.is_multi_label:
-            weights = positive_weights(recipe.class_weights, data.train.labels)
-        else:
-            weights = class_weights(recipe.class_weights, data.train.labels, len(data.label_names))
-    if data.is_multi_label:
-        return MultiLabelLoss(recipe.loss, smoothing, weights)
-    return ClassificationLoss(recipe.loss, len(data.label_names), smoothing, weights)
-
-
 HEADS = ("classifier.", "distillation_classifier.")
 
 
@@ -185,10 +148,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 def layer_number(name: str, num_layers: int) -> int:
-    """
-    The depth of a parameter, as in BEiT (Bao et al., arXiv:2106.08254) and MAE: 0 for embeddings, 1 to L for the
-    encoder's layers, L + 1 for everything after them.
-    """
+    """As in BEiT (Bao et al., arXiv:2106.08254) and MAE: 0 for embeddings, 1 to L for layers, L + 1 after them."""
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
         return int(match[1]) + 1
     if match := re.search(r"(?:^|\.)later_position_embeddings\.(\d+)\.", name):
@@ -204,11 +164,9 @@ def parameter_groups(
     head_learning_rate_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """
-    An optimizer's groups of trainable parameters by learning rate and decay. The Trainer reports the rate of the first
-    group, so those with the full rate come first. `layer_decay` is the rate of a layer relative to the next one.
-
-    Returns:
-        Groups with "params", "weight_decay", "lr", and "layer", e.g. "embeddings", "layer 3", "head".
+    An optimizer's groups of trainable parameters: "params", "weight_decay", "lr" and "layer", e.g. "embeddings",
+    "layer 3", "head". The Trainer reports the rate of the first group, so those with the full rate come first.
+    `layer_decay` is the rate of a layer relative to the next one.
     """
     num_layers, decaying = model.config.num_hidden_layers, set(decay_parameter_names(model))
     labels = {0: "embeddings", num_layers + 2: "head"}
@@ -245,11 +203,9 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 class Lamb(torch.optim.Optimizer):
     """
-    LAMB (You et al., arXiv:1904.00962), the optimizer of DeiT III, as in apex's FusedLAMB and timm's Lamb.
-
-    Clips the gradients of all parameters together to `max_grad_norm`; 0: no clipping. In groups with decay, the decay
-    is added to Adam's step, which is then scaled by the norm of its weight over its own norm. Groups without decay take
-    Adam's step. Other arguments are those of torch's AdamW.
+    LAMB (You et al., arXiv:1904.00962), the optimizer of DeiT III, as in apex's FusedLAMB and timm's Lamb. It clips all
+    gradients together to `max_grad_norm`, if that is not 0, and takes Adam's step. In groups with decay, the decay is
+    added to the step, which is then scaled by the norm of its weight over its own. Other arguments are AdamW's.
     """
 
     def __init__(
@@ -310,19 +266,14 @@ class Lamb(torch.optim.Optimizer):
 
 class WeightAverage(TrainerCallback):
     """
-    An exponential moving average (EMA) of the weights, which is evaluated and becomes the final model (Polyak
-    averaging; the paper, section 4.1, uses 0.9999).
+    An exponential moving average of the weights, which is evaluated and becomes the final model (Polyak averaging; the
+    paper, section 4.1, uses 0.9999): after every step, average = decay * average + (1 - decay) * weights, in float32.
 
-    After every optimizer step, average = decay * average + (1 - decay) * weights, in float32. A checkpoint holds both,
-    so that a run resumes bit for bit. With FSDP2 every process averages its own shards and writes them with
-    torch.distributed.checkpoint, so that any number of processes can resume.
+    `warmup` lowers the decay to at most (1 + n) / (10 + n) at step n, as TensorFlow's ExponentialMovingAverage does.
+    Without it, a run of fewer than 1 / (1 - decay) steps ends close to its initial weights.
 
-    The trainer calls `save` in every process, sets `start_from`, and evaluates inside of `applied_to`.
-
-    Args:
-        decay: above 0 and below 1.
-        warmup: lowers the decay to at most (1 + n) / (10 + n) at step n, as TensorFlow's ExponentialMovingAverage
-            does. Without it, a run of fewer than 1 / (1 - decay) steps ends close to its initial weights.
+    The trainer calls `save` in every process, sets `start_from`, and evaluates inside of `applied_to`. With FSDP2 every
+    process averages its own shards and writes them, so that any number of processes can resume.
     """
 
     FILE, SHARDS = "average.safetensors", "average_fsdp_0"
@@ -381,7 +332,7 @@ class WeightAverage(TrainerCallback):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every process has only a part of the average."""
+        """Whether every process has a part of the average."""
         return any(isinstance(weight, DTensor) for weight in self.average.values())
 
     def _load(self, folder: str) -> None:
@@ -400,14 +351,10 @@ class WeightAverage(TrainerCallback):
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """
-    All parameters, also frozen ones: the average is a whole model. This network has no buffers that change.
-
-    FSDP2 may keep whole weights after an evaluation; resharding makes changes of the shards count.
-    """
+    """All parameters, also frozen ones: the average is a whole model. This network has no buffers that change."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
+            module.reshard()  # after an evaluation it may keep whole weights, and changes of its shards would not count
     return dict(model.named_parameters())
 
 

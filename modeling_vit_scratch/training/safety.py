@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What makes a run safe to stop at any moment: checkpoints and models that are whole or not there, a stop before a
-non-finite step, and a checkpoint at Ctrl-C or SIGTERM.
-"""
+"""A run that is safe to stop: whole checkpoints and models, no step that is not finite, a checkpoint at Ctrl-C."""
 
-import dataclasses
 import json
 import os
 import re
@@ -17,47 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..common import files
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
 from ..common.processes import Processes, StopSignals
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.dataset import ImageClassificationDataset
-from .trainer_overrides import ImageTrainingArguments
 
 
-# The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
-DECIDING_ARGUMENTS = (
-    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
-    "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
-)  # fmt: skip
 # Fields of a configuration that a checkpoint and the model that resumes from it need not share.
 _NOT_COMPARED = {"transformers_version", "dtype", "auto_map", "architectures", "_name_or_path", "use_cache"}
-
-
-def run_settings(
-    arguments: ImageTrainingArguments, train_set: ImageClassificationDataset, objective: str | None
-) -> dict[str, Any]:
-    """The settings of a run, by flag or name. `objective`: in words; None for classification."""
-    values, recipe = arguments.to_dict(), dataclasses.asdict(arguments.recipe_arguments)
-    try:
-        num_images = len(train_set)
-    except TypeError:  # a stream
-        num_images = None
-    return {
-        **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
-        **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "message")},
-        "processes": arguments.world_size,
-        "training images": num_images,
-        "augmentation": train_set.augmentation.description,
-        "device": arguments.device.type,
-        "torch": torch.__version__,
-        **({} if objective is None else {"objective": objective}),
-    }
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -77,10 +42,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
-    """
-    Raises InputError if a checkpoint has another configuration. The Trainer would load any weights of the right shape,
-    also those for other labels.
-    """
+    """Raises InputError if a checkpoint has another configuration: the Trainer would load any weights that fit."""
     ours = json.loads(config.to_json_string())
     theirs = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
     theirs = {"temperature": 1.0, "calibrated": True, **theirs}  # older checkpoints have neither
@@ -93,32 +55,15 @@ def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder of a run
-
-
-# Numbers that an optimizer keeps for each weight, if known.
-_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
 # What torch and safetensors raise instead of an OSError if a file can't be written.
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
 
 class RunFolder:
-    """
-    --output_dir during training.
-
-    Args:
-        arguments, processes: of the run.
-        log: prints a line, once for all processes.
-        checkpoint_size: in bytes, see `checkpoint_size`.
-
-    Attributes:
-        staging: the folder of files that are not complete.
-        is_writing_checkpoint: whether a checkpoint is being written into `staging`.
-    """
+    """--output_dir during training. Files that are not complete are in `staging`. `checkpoint_size` is in bytes."""
 
     def __init__(
-        self, arguments: ImageTrainingArguments, processes: Processes, log: Callable[[str], None], checkpoint_size: int
+        self, arguments: TrainingArguments, processes: Processes, log: Callable[[str], None], checkpoint_size: int
     ) -> None:
         self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
         self.path = Path(arguments.output_dir)
@@ -150,15 +95,7 @@ class RunFolder:
             )
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """
-        The checkpoint to resume from. Logs the damaged ones that it passes over.
-
-        Args:
-            wanted: a checkpoint, True for the latest whole one, None or False for none.
-
-        Raises:
-            InputError: if there is no whole one.
-        """
+        """The wanted checkpoint, or for True the latest whole one (InputError without). Logs later, damaged ones."""
         if not wanted:
             return None
         latest, damaged = files.latest_whole(self.path)
@@ -195,10 +132,7 @@ class RunFolder:
 
     @contextmanager
     def new_checkpoint(self, state: TrainerState, metadata: dict[str, Any]) -> Iterator[Path]:
-        """
-        A folder for all processes to write the checkpoint of this step into. It gets its final name, also in `state`,
-        when it is on the disk whole. `metadata` goes into its manifest.
-        """
+        """A folder for all processes to write a checkpoint into. When whole, it gets its name, also in `state`."""
         name = f"checkpoint-{state.global_step}"
         staged, checkpoint = self.staging / name, self.path / name
         with self._full_disk_explained(name, self.path, state.global_step):
@@ -234,7 +168,10 @@ class RunFolder:
         if self.arguments.should_save:
             latest = str(self.path / f"checkpoint-{state.global_step}")
             keep = {latest, state.best_model_checkpoint or latest}
-            files.rotate(self.path, self.arguments.save_total_limit, keep)
+            limit = self.arguments.save_total_limit or 0
+            others = [checkpoint for checkpoint in files.find_checkpoints(self.path) if str(checkpoint) not in keep]
+            for checkpoint in others[max(0, limit - len(keep)) :] if limit > 0 else ():
+                files.remove(checkpoint)
             shutil.rmtree(self.staging, ignore_errors=True)
 
     @contextmanager
@@ -258,33 +195,20 @@ class RunFolder:
             ) from error
 
 
-def checkpoint_size(model: nn.Module, arguments: ImageTrainingArguments) -> int:
-    """The approximate bytes of a checkpoint: weights, their average, and the optimizer's states."""
-    weights = sum(weight.nbytes for weight in model.state_dict().values())
-    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    states = 0 if arguments.save_only_model else _OPTIMIZER_STATES.get(arguments.optimizer_name, 0)
-    average = 0 if arguments.recipe_arguments.ema_decay is None else weights
-    return weights + states * trained + average
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
 
 
 @dataclass(frozen=True)
 class StepCheck:
     """The numbers of a step, checked when its gradient is complete and the optimizer has not used it yet."""
 
-    step: int  # counted from 1
+    step: int
     max_steps: int
     losses: torch.Tensor  # (N,), of the accumulated batches
     norm: torch.Tensor  # (), of their gradient
-    keys: list[torch.Tensor | None]  # of their images: see `StepGuard`
-    is_scaled: bool  # whether only losses count: see `StepGuard.check`
+    keys: list[torch.Tensor | None]  # of their images
+    is_scaled: bool
     is_non_finite: torch.Tensor  # () bool, on the host; for a GPU it is valid after `copied`
     copied: torch.cuda.Event | None = None
 
@@ -292,14 +216,14 @@ class StepCheck:
 @dataclass
 class StepGuard:
     """
+    Stops a run before a step that is not finite, and after too many unreadable images.
+
     In every step the trainer calls `begin_step`, `add_loss` for each accumulated batch, and `check`. It calls
     `stop_if_bad` before it evaluates, saves or ends. All processes call these in the same order.
-
-    Batches may hold "keys" (B, 3) int64, the seed, epoch and index of each image; and "broken", pairs of the index of
-    an unreadable image and the reason.
     """
 
     folder: RunFolder
+    max_broken_images: int
     image_name: Callable[[int], str]  # from the index of a training image to its file or another name
     broken_images: dict[int, str] = field(default_factory=dict)  # reasons by index of a training image
     last_keys: list[torch.Tensor | None] = field(default_factory=list)  # of the batches of the latest step
@@ -307,25 +231,25 @@ class StepGuard:
     _last_check: StepCheck | None = None
 
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """Notes the images of a step. Raises TrainingStopped if more than --max_broken_images could not be read."""
+        """
+        Notes the images of a step. Batches may have "keys" (B, 3) int64, the seed, epoch and index of each image; and
+        "broken", the index of each unreadable image with the reason. Raises TrainingStopped if these are too many.
+        """
         self.last_keys, self._losses = [batch.get("keys") for batch in batches], []
-        if self.folder.arguments.max_broken_images:
-            self._count_broken([pair for batch in batches for pair in batch.get("broken", ())])
-
-    def _count_broken(self, pairs: list[tuple[int, str]]) -> None:
+        pairs = [pair for batch in batches for pair in batch.get("broken", ())]
         new = {index: reason for index, reason in pairs if index not in self.broken_images}
-        if not self.folder.processes.maximum(len(new)):
+        if not self.max_broken_images or not self.folder.processes.maximum(len(new)):
             return
         for index, reason in (pair for part in self.folder.processes.gather(new) for pair in part.items()):
             if index not in self.broken_images:
                 self.broken_images[index] = reason
                 self.folder.log(f"broken image {len(self.broken_images)}, another one takes its place: {reason}")
-        limit = self.folder.arguments.max_broken_images
-        if len(self.broken_images) > limit:
+        if len(self.broken_images) > self.max_broken_images:
             lines = "".join(f"\n    {reason}" for reason in self.broken_images.values())
             raise TrainingStopped(
-                f"{len(self.broken_images)} training images can't be read, more than --max_broken_images {limit}:"
-                f"{lines}\nRepair or remove them, or raise the limit. {self.folder.resume_advice()}",
+                f"{len(self.broken_images)} training images can't be read, more than --max_broken_images "
+                f"{self.max_broken_images}:{lines}\nRepair or remove them, or raise the limit. "
+                + self.folder.resume_advice(),
                 is_shared=True,
             )
 
@@ -342,19 +266,11 @@ class StepGuard:
         is_scaled: bool = False,
     ) -> None:
         """
-        Checks a step before the optimizer takes it.
+        Checks a step, counted from 1, before the optimizer takes it. Raises TrainingStopped if it is not finite.
 
-        Reading a number waits for the device. So an optimizer that can skip a step does so on the device, and the run
-        stops one step later.
-
-        Args:
-            step, max_steps: its number, counted from 1, and that of the last step.
-            norm: of the gradient.
-            skipping: the optimizer, if it skips steps whose `found_inf` is 1.
-            is_scaled: whether a scaler of float16 skips steps whose gradient overflows: then only losses are checked.
-
-        Raises:
-            TrainingStopped: if this step is not finite; with `skipping`, if the one before was not.
+        Reading a number waits for the device. So an optimizer that skips steps whose `found_inf` is 1 (`skipping`) does
+        so on the device, and the run stops one step later. With `is_scaled` only losses are checked: a scaler of
+        float16 skips steps whose gradient overflows.
         """
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
         losses = torch.stack(self._losses).float()
@@ -377,12 +293,10 @@ class StepGuard:
         check, self._last_check = self._last_check, None
         if check is not None and check.copied is not None:
             check.copied.synchronize()
-        if check is not None and check.is_non_finite:
-            self._stop(check)
-
-    def _stop(self, check: StepCheck) -> None:
-        """Every process names its images. They share the gradient: if it is not finite, all of them stop here."""
+        if check is None or not check.is_non_finite:
+            return
         arguments, losses = self.folder.arguments, check.losses.tolist()
+        # Every process names its images. They share the gradient: if it is not finite, all of them stop here.
         is_everywhere = not (check.is_scaled or check.norm.isfinite())
         process = f"process {arguments.process_index}, " if arguments.world_size > 1 else ""
         lines = [
@@ -408,10 +322,7 @@ class StepGuard:
 
 
 class SaveOnSignal(TrainerCallback):
-    """
-    Ctrl-C or SIGTERM finishes the step, saves a checkpoint from which training resumes exactly, and ends the run.
-    Several processes agree on the step, whichever of them got the signal. The trainer calls `signals.restore`.
-    """
+    """Ctrl-C or SIGTERM, in any process, saves a checkpoint after the step to resume from exactly, and ends the run."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.signals, self._agreed = processes, StopSignals(_announce), 0

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-transformers' Trainer for images, with a step guard, a run folder, a Hub pusher and an average of the weights.
-
-The private methods of the Trainer that it replaces are in trainer_overrides.py.
+transformers' Trainer and its arguments, for images: with a step guard, a run folder, a Hub pusher and an average of the
+weights. The private methods of the Trainer that it replaces are in trainer_overrides.py.
 """
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,82 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
+from ..common.flags import flag
 from ..common.processes import Processes, has_lost_contact
 from ..data.collation import Normalize, mix, process_loader, repeating_loader
 from ..data.streams import StreamBatches
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .arguments import LAMB
+from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
-from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model, checkpoint_size, run_settings
-from .trainer_overrides import ImageTrainingArguments, TrainerOverrides, WorkerProcesses
+from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model
+from .trainer_overrides import TrainerOverrides, WorkerProcesses
+
+
+# The arguments of the Trainer that decide the weights a run ends with, on the same hardware.
+DECIDING_ARGUMENTS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
+    "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
+)  # fmt: skip
+# Numbers that an optimizer keeps for each weight, if known.
+_OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
+
+
+@dataclass
+class ImageTrainingArguments(TrainingFlags, TrainingArguments):
+    """The arguments of transformers' Trainer, with the defaults of image classification."""
+
+    remove_unused_columns: bool = flag(False, "Has nothing to remove here.")
+    logging_nan_inf_filter: bool = flag(False, "Report NaN losses as 0. Here, such a loss stops the run.")
+    ddp_find_unused_parameters: bool | None = flag(
+        False, "Search for unused parameters with several processes: there are none."
+    )
+    do_train: bool = flag(True, "Always.")
+    recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
+
+    def __post_init__(self) -> None:
+        # Without an accelerator the Trainer needs this for a process group on the CPU, and not to pin memory.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.save_strategy == self.eval_strategy != "no"
+        if self.bf16 is None:
+            native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = native and not self.fp16 and not self.use_cpu
+        if self.dataloader_num_workers is None:
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        optimizer = self.optim
+        if optimizer == LAMB:  # transformers accepts the names of its own optimizers only
+            self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()
+        if optimizer == LAMB:
+            self.optim = LAMB
+
+    @property
+    def optimizer_name(self) -> str:
+        """The value of --optim."""
+        return OptimizerNames(self.optim).value if self.optim != LAMB else LAMB
 
 
 class ImageTrainer(TrainerOverrides, Trainer):
     """
     The stock Trainer, distributed training included, but for the methods below.
 
-    Args:
-        model, args, others: as in Trainer.
-        average: of the weights; it is evaluated and becomes the final model.
-        stream_batches: of a training set that is a stream.
-        objective: in words; None for classification.
-        finished_model: from the model and its weights to the model that is saved in the end and pushed. None: the same.
-
-    Attributes:
-        settings: everything that decides the numbers of this run.
-        samples_by_process: images trained on by each process since the start or resumption, padding of last batches
-            included. Known after training.
+    `objective` is in words, None for classification. `finished_model` builds the model that is saved in the end and
+    pushed from the trained one and its weights; None: it is the trained one.
     """
 
     def __init__(
@@ -74,11 +116,11 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.average, self.stream_batches = average, stream_batches
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
-        self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
-        self.step_guard = StepGuard(self.run_folder, lambda index: self.train_dataset.name(index))
-        kind = None if objective is None else f"{type(model).__name__}, {objective}"
-        self.settings = run_settings(args, self.train_dataset, kind)
+        self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
+        self.step_guard = StepGuard(self.run_folder, args.max_broken_images, self.train_dataset.name)
+        self.settings, self._normalize = self._run_settings(), Normalize.from_processor(self.processing_class)
         self.save_on_signal = SaveOnSignal(self.processes)
+        # Images trained on since the start or resumption, padding of last batches included: here; by each process.
         self._samples, self.samples_by_process = 0, []
         for callback in (average, self.save_on_signal, stream_batches):
             if callback is not None:
@@ -89,8 +131,29 @@ class ImageTrainer(TrainerOverrides, Trainer):
         if self.args.process_index == 0:
             tqdm.write(line, file=sys.stderr)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Messages before training
+    def _run_settings(self) -> dict[str, Any]:
+        """Everything that decides the numbers of this run, by flag or name."""
+        values, recipe = self.args.to_dict(), dataclasses.asdict(self.args.recipe_arguments)
+        kind = {} if self.objective is None else {"objective": f"{type(self.model).__name__}, {self.objective}"}
+        return {
+            **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
+            **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "message")},
+            "processes": self.args.world_size,
+            "training images": None if self.stream_batches is not None else len(self.train_dataset),
+            "augmentation": self.train_dataset.augmentation.description,
+            "device": self.args.device.type,
+            "torch": torch.__version__,
+            **kind,
+        }
+
+    def _checkpoint_size(self) -> int:
+        """The approximate bytes of a checkpoint: weights, their average, and the optimizer's states."""
+        weights = sum(weight.nbytes for weight in self.model.state_dict().values())
+        trained = sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        states = 0 if self.args.save_only_model else _OPTIMIZER_STATES.get(self.args.optimizer_name, 0)
+        return weights + states * trained + (0 if self.average is None else weights)
+
+    # --- Messages before training -------------------------------------------------------------------------------------
 
     def describe(self) -> list[str]:
         """The Hub repository, the recipe, the augmentation, decay and learning rates."""
@@ -106,7 +169,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return "FSDP shards over accelerators only: on a CPU every process keeps the whole model (DDP)."
 
     def describe_augmentation(self) -> str:
-        """A line on the augmentation of images and batches, and one on the objective."""
+        """The augmentation of images and batches, and the objective."""
         mixing = self.data_collator.description if self.objective is None else None
         line = f"Augmentation: {'; '.join(filter(None, [self.augmentation_of_images, mixing]))}."
         return line if self.objective is None else f"{line}\nObjective: {self.objective}."
@@ -117,18 +180,13 @@ class ImageTrainer(TrainerOverrides, Trainer):
         repeats, description = self.args.recipe_arguments.aug_repeats, self.train_dataset.augmentation.description
         return description if repeats == 1 else f"each image {repeats} times in a row; {description}"
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Training
+    # --- Training -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
-        As in Trainer. `True` resumes from the latest whole checkpoint. With --push_to_hub, a run that stops pushes its
-        latest checkpoint first.
-
-        Raises:
-            InputError: if there is no such checkpoint, it is of another model, or the disk has no room for one.
-            TrainingStopped: if training can't continue.
-            TrainingInterrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
+        As in Trainer; True resumes from the latest whole checkpoint. Raises InputError if there is none, it is of
+        another model or the disk is full; TrainingStopped if training can't continue; TrainingInterrupted after Ctrl-C
+        or SIGTERM, when the checkpoint is written. With --push_to_hub, a run that stops pushes that checkpoint first.
         """
         self.run_folder.prepare()
         checkpoint = self.run_folder.checkpoint_to_resume(resume_from_checkpoint)
@@ -226,12 +284,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes)
         return batch
 
-    @cached_property
-    def _normalize(self) -> Normalize | None:
-        return Normalize.from_processor(self.processing_class)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The optimizer
+    # --- The optimizer ------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
@@ -261,8 +314,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             settings["params"] = self._parameter_groups()
         return kind, settings
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Evaluation
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, with clear errors; with --ema_decay, of the averaged weights."""
@@ -274,10 +326,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """
-        As in Trainer. With several processes the last batches are padded with earlier images. The Trainer leaves these
-        out of the metrics; here the loss leaves them out, too.
-        """
+        """As in Trainer. The last batches of several processes are padded; the loss leaves out the padding, too."""
         inputs = self.prepare_batch(inputs)
         number, state = len(inputs["pixel_values"]), self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -291,8 +340,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
         return loss, *(recursively_apply(padded, part) for part in predictions)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Loaders
+    # --- Loaders ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, or a loader for streams or repeated augmentation."""
@@ -314,14 +362,10 @@ class ImageTrainer(TrainerOverrides, Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Saving
+    # --- Saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        As in Trainer, but every file is written atomically, and nothing is pushed. Without `output_dir` it writes the
-        finished model.
-        """
+        """As in Trainer, but each file atomically, without a push. Without `output_dir`, writes the finished model."""
         if self.run_folder.is_writing_checkpoint:
             self._write_model(Path(output_dir))
             return
@@ -375,8 +419,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         text = json.dumps(shareable(self.args.to_dict()), indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "training_args.json").write_text(text + "\n", encoding="utf-8")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The Hub
+    # --- The Hub ------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Called by the Trainer before training. Raises InputError if nothing can be pushed."""
@@ -396,10 +439,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             self._write_finished_model(folder, load_file(file))
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
-        """
-        Saves the model and pushes it with its card, record and figures. Returns the URL of the commit in the first
-        process. Raises InputError if the push fails; the model is saved nevertheless.
-        """
+        """Saves the model, pushes it with its card, returns the URL of the commit. Raises InputError if that fails."""
         self._on_push_begin()
         if self.hub_model_id is None:
             self.init_hf_repo()

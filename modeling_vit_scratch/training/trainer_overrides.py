@@ -1,69 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Everything that relies on private parts of transformers, accelerate and torch, with its reason.
-
-A release of theirs may break it: tests/test_trainer_overrides.py fails when what it relies on has changed.
+What relies on private parts of transformers, accelerate and torch, with its reason. A release of theirs may break it:
+then tests/test_trainer_overrides.py fails.
 """
 
 import functools
-import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames
+from transformers import Trainer
 
 from ..data.collation import prepare_workers
-from .arguments import LAMB, RecipeArguments, TrainingFlags
-
-
-@dataclass
-class ImageTrainingArguments(TrainingFlags, TrainingArguments):
-    """The arguments of transformers' Trainer, with the defaults of image classification."""
-
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has nothing to remove here."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Report NaN losses as 0. Here, such a loss stops the run."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for unused parameters with several processes: there are none."}
-    )
-    do_train: bool = field(default=True, metadata={"help": "Always."})
-    recipe_arguments: RecipeArguments = field(init=False, default_factory=RecipeArguments)
-
-    def __post_init__(self) -> None:
-        # Without an accelerator the Trainer needs this for a process group on the CPU, and not to pin memory.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = self.save_strategy == self.eval_strategy != "no"
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and _has_native_bf16()
-        if self.dataloader_num_workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)
-        if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
-        is_lamb = self.optim == LAMB
-        if is_lamb:  # transformers accepts the names of its own optimizers only
-            self.optim = OptimizerNames.ADAMW_TORCH
-        super().__post_init__()
-        if is_lamb:
-            self.optim = LAMB
-
-    @property
-    def optimizer_name(self) -> str:
-        """The value of --optim."""
-        return OptimizerNames(self.optim).value if self.optim != LAMB else LAMB
-
-
-def _has_native_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class TrainerOverrides:
@@ -104,10 +56,7 @@ class TrainerOverrides:
 
 
 def skipping_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
-    """
-    The trainer's optimizer if it skips steps whose `found_inf` is 1. torch's fused optimizers on a GPU do, for the
-    scaler of float16; no public attribute says so.
-    """
+    """The trainer's optimizer if it skips steps whose `found_inf` is 1, as torch's fused ones on a GPU."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # torch's, inside of accelerate's
     is_able = getattr(optimizer, "_step_supports_amp_scaling", False) and trainer.accelerator.scaler is None
     return optimizer if is_able and trainer.args.device.type == "cuda" and not trainer.is_fsdp_enabled else None
@@ -115,8 +64,8 @@ def skipping_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
 
 class WorkerProcesses:
     """
-    The worker processes of data loaders, to end them when training ends. torch ends them when the loader's iterator is
-    garbage collected, so that a failed run would keep them as long as its traceback lives.
+    Ends the worker processes of data loaders with training. torch ends them when the loader's iterator is garbage
+    collected: a failed run would keep them as long as its traceback.
     """
 
     def __init__(self) -> None:
@@ -124,13 +73,10 @@ class WorkerProcesses:
         self._persistent: weakref.WeakSet[DataLoader] = weakref.WeakSet()
 
     def add(self, loader: DataLoader) -> DataLoader:
-        """
-        Remembers the iterators of a loader. The seeds of its workers come from a generator of its own: drawn from the
-        global one, they would make dropout depend on the number of workers.
-        """
+        """Remembers the iterators of a loader."""
         prepare_workers(loader)
         own = getattr(loader, "base_dataloader", loader)  # torch's, inside of accelerate's
-        own.generator = torch.Generator()
+        own.generator = torch.Generator()  # worker seeds from the global one would make dropout depend on their number
         own._get_iterator = functools.partial(self._get_iterator, weakref.ref(own))  # weak: the loader holds it
         self._persistent.add(own)
         return loader
