@@ -84,16 +84,14 @@ class Processes:
 
 def has_lost_contact(error: RuntimeError) -> bool:
     """Whether the error is that another process has ended."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return re.search(r"closed by peer|connection reset|gloo/transport|broken pipe", str(error), re.I) is not None
+    messages = r"closed by peer|connection reset|gloo/transport|broken pipe"
+    return isinstance(error, distributed.DistError) or re.search(messages, str(error), re.I) is not None
 
 
 class StopSignals:
     """
-    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of a `with` block. The first signal calls
-    `on_request` with a description and sets `number`. The second raises (with `at_once` the first), and sets
-    `is_urgent`.
+    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of `with`. The first signal sets `number`
+    and calls `on_request` with a description. The second, or with `at_once` the first, sets `is_urgent` and raises.
 
     A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
     of one process passes no signal on; it ends, and nobody could stop its run. So its end counts as SIGTERM.

@@ -4,8 +4,7 @@ Published runs as rows: `--recipe NAME` puts a row between the defaults of the c
 
 Every number is from the source that the row names, or is ours. "GV" is github.com/google-research/vision_transformer at
 c6de1e5, "BV" github.com/google-research/big_vision at 0127fb6, "MAE" github.com/facebookresearch/mae at efb2a80,
-"SimMIM" github.com/microsoft/SimMIM at d3e29bc. `differs` says how a run here differs from the published one: do not
-expect its result then, but compare with it.
+"SimMIM" github.com/microsoft/SimMIM at d3e29bc. A run that `differs` from the published one may have another result.
 
 For all: the "linear" schedule of the TensorFlow code ends at 1e-5 (GV, vit_jax/utils.py), here `polynomial` with
 `lr_end`. BV's weight decay is relative to the schedule: 1e-4 at a rate of 1e-3 is torch's 0.1. Models of the JAX code

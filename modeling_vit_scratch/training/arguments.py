@@ -37,7 +37,6 @@ VARIANT_NAMES = (
 )  # fmt: skip
 LAMB = "lamb"  # the value of --optim that is this library's own
 LOSSES = ("softmax", "sigmoid", "bce")
-PROBES = ("knn", "fewshot")
 _WHEN = ("no", "steps", "epoch")
 
 
@@ -214,7 +213,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         None,
         "Test the features at every evaluation: 20 nearest neighbours (knn), and least squares on 1, 5, 10 and 25 "
         "images per class (fewshot).",
-        choices=PROBES,
+        choices=("knn", "fewshot"),
         metavar="NAME",
     )
     probe_images: int = flag(2000, "Training and held-out images that --probe uses, at most.", at_least=1)

@@ -70,10 +70,6 @@ GROUPS = {
 }  # fmt: skip
 _EPILOG = """Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
 `--help all` adds the flags of transformers' TrainingArguments, which all work."""
-# Flags whose values only transformers, the network or the Hub's library can check.
-CHECKED_LATE = ("config_overrides", "auto_augment", "push_to_hub")
-
-
 # Flags of TrainingArguments that are refused: name -> the value if it is not given, and the reason.
 REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
@@ -152,8 +148,10 @@ def parse_arguments(
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
     values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
-    # With mistakes, it goes on only where more may be found: in flags that are checked late, and in the user's images.
-    has_late_flags = trainer_words or any(values[name] for name in CHECKED_LATE)
+    # With mistakes, it goes on only where more may be found: in flags that only transformers, the network or the Hub's
+    # library can check, and in the user's images.
+    late_flags = [values[name] for name in ("config_overrides", "auto_augment", "push_to_hub")]
+    has_late_flags = trainer_words or any(late_flags)
     if problems.messages and not has_late_flags and not (is_understood and data_arguments.train_dir):
         raise problems.as_error()
 

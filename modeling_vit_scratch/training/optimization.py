@@ -135,9 +135,6 @@ def _read_weights(given: list[str], num_labels: int) -> np.ndarray:
     return weights
 
 
-HEADS = ("classifier.", "distillation_classifier.")
-
-
 def decay_parameter_names(model: nn.Module) -> list[str]:
     """
     The kernels of dense layers and convolutions, as in the paper's code: no biases, norms, scales, tokens or positions.
@@ -175,7 +172,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_head = name.startswith(HEADS)
+        is_head = name.startswith(("classifier.", "distillation_classifier."))
         number = num_layers + 2 if is_head else layer_number(name, num_layers)
         rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
         if layer_decay == 1.0 and rate == 1.0:

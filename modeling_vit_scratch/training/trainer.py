@@ -346,8 +346,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """As in Trainer, or a loader for streams or repeated augmentation."""
         repeats = self.args.recipe_arguments.aug_repeats
         if self.stream_batches is not None:
-            batching = {"batch_sampler": self.stream_batches}
-            loader = process_loader(self.train_dataset, self.args, self.data_collator, **batching)
+            sampler = self.stream_batches
+            loader = process_loader(self.train_dataset, self.args, self.data_collator, batch_sampler=sampler)
         elif repeats > 1:
             loader = repeating_loader(self.train_dataset, self.args, repeats, self.data_collator)
         else:
