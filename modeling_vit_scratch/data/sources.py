@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Where images come from: folders, files, data sets of the Hub and two built-in ones, read into memory or as a stream.
-No image is decoded.
-"""
+"""Where images come from: folders, files, data sets of the Hub and two built-in ones. No image is decoded."""
 
 import importlib.util
 import itertools
@@ -55,11 +52,8 @@ def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
     """
-    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder.
-
-    Returns:
-        The source, or None if nothing of it can be read. `train` or `validation` may be None, too: the reason is among
-        the problems.
+    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder. What can't be read
+    is None, the source or its `train` or `validation`, and the reason is among the problems.
     """
     if arguments.train_dir is None and arguments.dataset_name == "digits":
         return read_digits()
@@ -90,9 +84,8 @@ def read_digits() -> Source:
 
 def read_elpv(problems: Problems) -> Source | None:
     """
-    The ELPV photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021), 300 x 300 pixels.
-
-    A cell is "defective" where experts put the probability of a defect at one half or more (it is 0, 1/3, 2/3 or 1).
+    The ELPV photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021), 300 x 300 pixels. A
+    cell is "defective" where experts put the probability of a defect (0, 1/3, 2/3 or 1) at one half or more.
     """
     package = importlib.util.find_spec("elpv_dataset")
     if package is None or package.origin is None:
@@ -120,7 +113,7 @@ def _table(images: list[Any], labels: list[int], names: list[str]) -> datasets.D
 def find_columns(
     arguments: DataArguments, features: Mapping[str, Any], split: str, problems: Problems, needs_labels: bool
 ) -> tuple[str, str | None] | None:
-    """The image and the label column; None if one is missing. Without `needs_labels` the label column may be None."""
+    """The image and the label column; None if one is missing. Only without `needs_labels` there may be no labels."""
     image = find_column("image", arguments.image_column_name, features, split, problems)
     needs_labels = needs_labels or arguments.label_column_name is not None
     label_problems = problems if needs_labels else Problems()
@@ -136,7 +129,7 @@ def listed(names: list[str], limit: int = 10) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads files and data sets of the Hub: see `read_source`. What can't be read is None, and among the problems."""
+    """Reads files and data sets of the Hub: see `read_source`."""
 
     arguments: DataArguments
     cache_dir: str | None
@@ -206,7 +199,13 @@ class _Reader:
         try:
             if not streaming:
                 return _read_files(reader, files, self.cache_dir)
-            shards = _stream_files(reader, [str(file) for file in files], self.cache_dir)
+            names = [str(file) for file in files]
+            if reader == "csv":
+                rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
+            else:
+                cache = self.cache_dir
+                rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache, streaming=True)
+            shards = _shards(rows, names)
         except Exception as error:  # a broken file raises whatever its parser raises
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             self.problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
@@ -214,7 +213,7 @@ class _Reader:
         return self._open_stream(shards)
 
     def _find_files(self, flag: str, given: str) -> tuple[str | None, list[Path]]:
-        """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
+        """The files of a path or pattern, and their reader; None if there is none."""
         path = Path(given).expanduser()
         files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
         endings = {file.suffix.lower() for file in files}
@@ -229,7 +228,6 @@ class _Reader:
         return reader, files
 
     def _read_unlabelled(self, flag: str, folder: Path) -> datasets.Dataset | None:
-        """All images at any depth."""
         files = self._images_below(flag, folder)
         if not files:
             self.problems.add(f"{flag} {folder} has no images in it.")
@@ -254,10 +252,7 @@ class _Reader:
         return _table(paths, labels, classes)
 
     def _images_below(self, flag: str, folder: Path) -> list[str]:
-        """
-        The images in a folder at any depth, sorted. Pipes and links to nothing are among them: the check of the images
-        reports them.
-        """
+        """Sorted, at any depth. Pipes and links to nothing are among them: the check of the images reports them."""
         endings, found = image_endings(), set()
         for item in walk(str(folder)):
             if item.error:
@@ -317,10 +312,7 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
 
 
 def _metadata_file(folder: Path) -> Path | None:
-    """
-    The table of a folder of images, as `imagefolder` of `datasets` has it: with a column "file_name", and here with one
-    of labels too, unless the images lie in class folders.
-    """
+    """The table of a folder of images, as `imagefolder` of `datasets` has it; beside class folders, if it has labels."""
     for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
         if not file.is_file():
             continue
@@ -367,14 +359,6 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
 # --- Shards and label names of streams --------------------------------------------------------------------------------
 
 
-def _stream_files(reader: str, files: list[str], cache_dir: str | None) -> list[Shard]:
-    if reader == "csv":
-        rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": files})
-    else:
-        rows = datasets.load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, streaming=True)
-    return _shards(rows, files)
-
-
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
     """Values stay text: "007" is not 7."""
     for file in files:
@@ -382,7 +366,7 @@ def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
-    """One for each file; where `datasets` shards in another way, its own, with unknown counts."""
+    """One for each file; where `datasets` shards in another way, its own, not counted."""
     rows, count = _undecoded(rows), rows.num_shards
     if count != len(files):
         return [Shard(rows.shard(count, index), f"shard {index}") for index in range(count)]

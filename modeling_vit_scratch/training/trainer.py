@@ -30,7 +30,7 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.processes import Processes, has_lost_contact
-from ..data.collation import Normalize, mix, process_loader, repeating_loader
+from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
@@ -220,15 +220,14 @@ class ImageTrainer(TrainerOverrides, Trainer):
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
-        if self._normalize is not None:
-            batch["pixel_values"] = self._normalize(batch["pixel_values"])
+        batch["pixel_values"] = self._normalize(batch["pixel_values"])
         if weights is not None:
             batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes)
         return batch
 
     @cached_property
-    def _normalize(self) -> Normalize | None:
-        return Normalize.from_processor(self.processing_class)
+    def _normalize(self) -> Normalize:
+        return Normalize(self.processing_class)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The optimizer
@@ -296,12 +295,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, or a loader for streams or repeated augmentation."""
-        repeats = self.args.recipe_arguments.aug_repeats
-        if self.stream_batches is not None:
-            batching = {"batch_sampler": self.stream_batches}
-            loader = process_loader(self.train_dataset, self.args, self.data_collator, **batching)
-        elif repeats > 1:
-            loader = repeating_loader(self.train_dataset, self.args, repeats, self.data_collator)
+        if self.stream_batches is not None or self.args.recipe_arguments.aug_repeats > 1:
+            loader = process_loader(self.train_dataset, self.args, self.data_collator, self.stream_batches)
         else:
             loader = super().get_train_dataloader()
         return self.workers.add(loader)
