@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
---images_on_device: all images decoded once, kept as 8-bit pixels in the memory of the device, and augmented there.
+--images_on_device: all images decoded once, kept as 8-bit pixels in the memory of the device, and augmented there, for
+many small images: 100,000 of 64 x 64 are 1.2 GB, and as much once more for those of an epoch. They are augmented at the
+start of an epoch, some thousand at a time: many small operations for every batch would take longer than learning.
 
-For many small images, such as CIFAR's or Tiny ImageNet's, which take longer to augment one by one on the CPU than to
-learn from on a GPU: 100,000 images of 64 x 64 are 1.2 GB, and as much once more for those of an epoch. They are
-augmented at the start of an epoch, some thousand at a time, since launching many small operations for every batch would
-take longer than learning from it.
-
-Operations that only map colours give the same bits here as in `auto_augment`; those that resample differ by rounding:
-see tests/test_training_device_augmentation.py. Nothing here waits for the device. The random numbers are a row for each
-image, so an image depends on (seed, epoch, index) alone.
+Operations that only map colours give the same bits as in `auto_augment`; those that resample differ by rounding.
+Nothing here waits for the device. Random numbers are a row for each image: it depends on (seed, epoch, index) alone.
 """
 
 import math
@@ -26,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..common.errors import InputError
+from ..data.collation import ImageCollator
 from ..data.dataset import Augmentation, ImageClassificationDataset
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .auto_augment import (
@@ -80,7 +77,6 @@ def _affine(images: Tensor, *coefficients: Tensor | float) -> Tensor:
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Around the centre, against the clock."""
     height, width = images.shape[-2:]
     cosine, sine = torch.deg2rad(-degrees).cos(), torch.deg2rad(-degrees).sin()
     c = width / 2 - cosine * (width / 2) - sine * (height / 2)
@@ -121,7 +117,7 @@ def _sharpness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
-    """(B, C, 256), any type with values from 0 to 255."""
+    """The table is (B, C, 256)."""
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -298,7 +294,6 @@ class BatchRandAugment:
         return np.where(draws[:, 3] < self.probability, chosen, 0), strengths
 
     def _fractions(self, draws: np.ndarray) -> list[float]:
-        """Of the greatest magnitude."""
         if isinstance(self.policy, TrivialAugmentWide):
             return (np.floor(draws * 31) / 30).tolist()
         _, unit, most = self.policy.SCALES[self.policy.dialect]
@@ -357,10 +352,7 @@ class BatchChain:
 
 
 class DeviceImages(ImageClassificationDataset):
-    """
-    The images of a data set without augmentation, with their pixels, uint8 (N, C, H, W), on the device: see
-    `decode_images`. `__getitems__` gives a whole batch, as `ImageCollator` does.
-    """
+    """The images of a data set with their `pixels`, uint8 (N, C, H, W), on the device: see `decode_images`."""
 
     def __init__(
         self, images: ImageClassificationDataset, pixels: Tensor, augmentation: BatchChain | None = None, seed: int = 0
@@ -373,7 +365,6 @@ class DeviceImages(ImageClassificationDataset):
         self.pixels, self._augmented, self._augmented_epoch = pixels, pixels, None
 
     def _pixels_of_epoch(self) -> Tensor:
-        """uint8 (N, C, H, W)."""
         epoch = int(self._epoch)
         if self.augmentation is None or self._augmented_epoch == epoch:
             return self._augmented
@@ -393,7 +384,7 @@ class DeviceImages(ImageClassificationDataset):
         return {**example, "key": tuple(batch["keys"][0].tolist())} if "keys" in batch else example
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """`pixel_values` uint8 (B, C, H, W), `labels` (B, ...), and perhaps `keys` (B, 3), these on the host."""
+        """A whole batch, as `ImageCollator` makes it; "keys" are on the host."""
         rows = torch.tensor(indices)
         device_rows = to_device(rows.numpy(), self.pixels)
         batch = {"pixel_values": self._pixels_of_epoch()[device_rows], "labels": self.labels[device_rows]}
@@ -410,10 +401,8 @@ def build_device_images(
     arguments: TrainingArguments,
 ) -> tuple[DeviceImages, DeviceImages]:
     """
-    Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes.
-
-    Raises:
-        InputError: if they don't fit, an image is broken, or the augmentation is not made for batches.
+    Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes. Raises
+    InputError if they don't fit, an image is broken, or the augmentation is not made for batches.
     """
     augmentation, first = BatchChain(augmentation), train[0]["pixel_values"]
     if first.dtype != torch.uint8:
@@ -433,21 +422,16 @@ def build_device_images(
 
 def decode_images(images: ImageClassificationDataset, arguments: TrainingArguments) -> Tensor:
     """uint8 (N, C, H, W) on the device. Raises InputError for a broken image."""
-    loader = DataLoader(images, batch_size=256, num_workers=arguments.dataloader_num_workers, collate_fn=_pixels_of)
+    loader = DataLoader(images, 256, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
     pixels = torch.empty((len(images), *images[0]["pixel_values"].shape), dtype=torch.uint8, device=arguments.device)
     is_quiet = arguments.disable_tqdm or arguments.process_index > 0
     try:
-        for number, part in enumerate(tqdm(loader, desc="decoding", unit=" batches", disable=is_quiet, leave=False)):
-            pixels[256 * number :][: len(part)] = part
+        for number, batch in enumerate(tqdm(loader, desc="decoding", unit=" batches", disable=is_quiet, leave=False)):
+            pixels[256 * number : 256 * (number + 1)] = batch["pixel_values"]
     except ImageDecodeError as error:
         raise InputError(f"{str(error).splitlines()[-1]} (--images_on_device decodes all before it starts.)") from error
     return pixels
 
 
-def _pixels_of(examples: list[dict[str, Any]]) -> Tensor:
-    return torch.stack([example["pixel_values"] for example in examples])
-
-
 def _free_memory(device: torch.device) -> int:
-    """In bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

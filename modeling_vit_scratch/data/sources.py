@@ -190,9 +190,13 @@ class _Reader:
             return None
         if path.is_dir() and self.needs_labels and (metadata := _metadata_file(path)) is not None:
             path, given = metadata, str(metadata)
+        if path.is_dir() and (self.needs_labels or _has_class_folders(path)):
+            return self._read_class_folders(flag, path)
         if path.is_dir():
-            is_of_classes = self.needs_labels or _has_class_folders(path)
-            return self._read_class_folders(flag, path) if is_of_classes else self._read_unlabelled(flag, path)
+            images = self._images_below(flag, path)
+            self.problems.require(bool(images), f"{flag} {path} has no images in it.")
+            features = datasets.Features({"image": datasets.Image()})
+            return datasets.Dataset.from_dict({"image": images}, features=features) if images else None
         reader, files = self._find_files(flag, given)
         if reader is None:
             return None
@@ -226,13 +230,6 @@ class _Reader:
                 f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
             )
         return reader, files
-
-    def _read_unlabelled(self, flag: str, folder: Path) -> datasets.Dataset | None:
-        files = self._images_below(flag, folder)
-        if not files:
-            self.problems.add(f"{flag} {folder} has no images in it.")
-            return None
-        return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
 
     def _read_class_folders(self, flag: str, folder: Path) -> datasets.Dataset | None:
         """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
@@ -312,7 +309,7 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
 
 
 def _metadata_file(folder: Path) -> Path | None:
-    """The table of a folder of images, as `imagefolder` of `datasets` has it; beside class folders, if it has labels."""
+    """The table of a folder of images, as for `datasets`' imagefolder. Beside class folders it must have labels."""
     for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
         if not file.is_file():
             continue

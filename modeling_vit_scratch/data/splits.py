@@ -239,7 +239,7 @@ def read_labels(
 
 
 def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems) -> LabelledSplit:
-    """Reports labels that nothing can be learned from; if none are needed, drops those that no split or probe can use."""
+    """Reports labels that nothing can be learned from; if none are needed, drops what no split or probe can use."""
     counts, number = Counter(train.used()), len(train.indices)
     if not needs_labels:
         is_usable = not train.is_multi_label and len(counts) > 1 and min(counts.values()) > 1
@@ -399,7 +399,7 @@ def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
 
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
-    """Writes held-out images, spread over the split, as INDEX_LABEL.png; returns the first file, None without folder."""
+    """Writes held-out images, spread over the split, as INDEX_LABEL.png, and returns the first file."""
     if folder is None:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
