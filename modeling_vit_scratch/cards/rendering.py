@@ -35,8 +35,8 @@ class Absent(StrictUndefined):
 
 class CardEnvironment(ImmutableSandboxedEnvironment):
     """
-    Jinja's sandbox, since a template may come with somebody else's model. `ModelCard.from_template` can't be used: it
-    makes its own `jinja2.Template`, in which a misspelt name prints nothing and a name from a record may be HTML.
+    Jinja's sandbox, since a template may be somebody else's. In that of `ModelCard.from_template` a misspelt name
+    prints nothing, and a name from a record may be HTML.
     """
 
     def __init__(self) -> None:
@@ -60,15 +60,8 @@ class CardEnvironment(ImmutableSandboxedEnvironment):
 
 def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | None = None) -> str:
     """
-    Fills in a template.
-
-    Args:
-        values: by their names in the template.
-        template: the name of one in this folder, or the name of `text` in messages.
-        text: of a template from elsewhere. It may extend those of this folder.
-
-    Raises:
-        InputError: with the line, if the template has a mistake or prints a value that is not there.
+    Fills in a template of this folder, or the `text` of one that `template` is the name of in messages. Raises
+    InputError, with the line, if it has a mistake or prints a value that is not there.
     """
     environment = CardEnvironment()
     values = {name: Absent(name=name) if value is None else value for name, value in values.items()}
@@ -81,7 +74,6 @@ def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | No
 
 
 def _where(error: Exception, template: str) -> str:
-    """Template and line of an error."""
     if isinstance(error, TemplateSyntaxError):
         file, line = error.filename, error.lineno
     else:
@@ -129,7 +121,7 @@ def score(value: float, metric: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """A metric within a sentence: top-5 accuracy."""
+    """Within a sentence: top-5 accuracy."""
     return METRIC_TITLES.get(metric, metric)
 
 
