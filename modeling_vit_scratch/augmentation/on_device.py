@@ -25,14 +25,7 @@ from ..common.errors import InputError
 from ..data.collation import ImageCollator
 from ..data.dataset import Augmentation, ImageClassificationDataset
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .auto_augment import (
-    GREY,
-    TORCHVISION_TRIVIALAUGMENT,
-    ColorJitter,
-    RandAugment,
-    RandomErasing,
-    TrivialAugmentWide,
-)  # fmt: skip
+from . import auto_augment as policies
 from .photo import Chain, PhotoAugmentation
 
 
@@ -52,7 +45,6 @@ def to_device(values: np.ndarray, like: Tensor) -> Tensor:
     return (values.pin_memory() if like.is_cuda else values).to(like.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Operations: uint8 (B, C, H, W) and the strength of each image, (B,) float32, as in `auto_augment.OPERATIONS`
 
 
@@ -73,7 +65,7 @@ def _affine(images: Tensor, *coefficients: Tensor | float) -> Tensor:
     x, y = (a * columns + b * rows + c).expand(shape), (d * columns + e * rows + f).expand(shape)
     is_inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
     # Pillow cuts off decimals; a little is added, since what should be a whole number may lie just below.
-    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(GREY)).to(torch.uint8)
+    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(policies.GREY)).to(torch.uint8)
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -186,7 +178,6 @@ def operate(images: Tensor, names: tuple[str, ...], chosen: np.ndarray, strength
     return torch.empty_like(images).index_copy_(0, rows, changed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: callables (images, draws) -> images, uint8 (B, C, H, W). `draws` are random numbers from 0 to below 1,
 # (B, num_draws), float32, on the host.
 
@@ -227,7 +218,7 @@ class BatchErasing:
 
     num_draws = 2 * _ATTEMPTS + 3
 
-    def __init__(self, erasing: RandomErasing) -> None:
+    def __init__(self, erasing: policies.RandomErasing) -> None:
         self.probability = erasing.probability
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
@@ -235,7 +226,7 @@ class BatchErasing:
         left, top, right, bottom = (to_device(edge, images)[:, None] for edge in self.boxes((height, width), draws).T)
         columns, rows = (torch.arange(side, device=images.device)[None] for side in (width, height))
         is_erased = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
-        return images.masked_fill(is_erased[:, None], GREY)
+        return images.masked_fill(is_erased[:, None], policies.GREY)
 
     def boxes(self, size: tuple[int, int], draws: np.ndarray) -> np.ndarray:
         """As in `BatchPhoto`, of what is erased; all 0 where nothing is."""
@@ -263,9 +254,9 @@ def _first_inside(
 class BatchRandAugment:
     """`RandAugment`, all dialects but big_vision's, which has Cutout; and `TrivialAugmentWide`."""
 
-    def __init__(self, policy: RandAugment | TrivialAugmentWide) -> None:
-        self.policy, self.scales, num_operations, self.probability = policy, TORCHVISION_TRIVIALAUGMENT, 1, 1.0
-        if isinstance(policy, RandAugment):
+    def __init__(self, policy: policies.RandAugment | policies.TrivialAugmentWide) -> None:
+        self.policy, self.scales, num_operations, self.probability = policy, policies.TORCHVISION_TRIVIALAUGMENT, 1, 1.0
+        if isinstance(policy, policies.RandAugment):
             self.scales, num_operations = policy.SCALES[policy.dialect][0], policy.num_operations
             self.probability = policy.probability
         self.names, self.num_draws = tuple(self.scales), 4 * num_operations
@@ -294,7 +285,7 @@ class BatchRandAugment:
         return np.where(draws[:, 3] < self.probability, chosen, 0), strengths
 
     def _fractions(self, draws: np.ndarray) -> list[float]:
-        if isinstance(self.policy, TrivialAugmentWide):
+        if isinstance(self.policy, policies.TrivialAugmentWide):
             return (np.floor(draws * 31) / 30).tolist()
         _, unit, most = self.policy.SCALES[self.policy.dialect]
         noise = torch.special.ndtri(torch.from_numpy(draws.astype(np.float64)).clamp(1e-9, 1 - 1e-9)).numpy()
@@ -307,7 +298,7 @@ class BatchColorJitter:
 
     num_draws = 6
 
-    def __init__(self, jitter: ColorJitter) -> None:
+    def __init__(self, jitter: policies.ColorJitter) -> None:
         self.strength = jitter.strength
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
@@ -319,10 +310,10 @@ class BatchColorJitter:
 
 _BATCH_KINDS = {
     PhotoAugmentation: BatchPhoto,
-    RandAugment: BatchRandAugment,
-    TrivialAugmentWide: BatchRandAugment,
-    ColorJitter: BatchColorJitter,
-    RandomErasing: BatchErasing,
+    policies.RandAugment: BatchRandAugment,
+    policies.TrivialAugmentWide: BatchRandAugment,
+    policies.ColorJitter: BatchColorJitter,
+    policies.RandomErasing: BatchErasing,
 }
 
 
@@ -346,9 +337,6 @@ class BatchChain:
             images = step(images, draws[:, first : first + step.num_draws])
             first += step.num_draws
         return images
-
-
-# --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 class DeviceImages(ImageClassificationDataset):

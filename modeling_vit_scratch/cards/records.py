@@ -8,7 +8,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -217,12 +217,15 @@ def report_folder(report: Path, folder: Path) -> Path:
     return target
 
 
-def copy_record(source: Path, record: str, target: Path) -> None:
-    """Copies a record and the pictures beside it into another folder."""
-    if target.resolve() != source.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (source / record, *source.glob("*.png")):
-            shutil.copyfile(file, target / file.name)
+def copy_records(folder: Path, reports: Sequence[Path], transfer: Path | None) -> None:
+    """Copies reports and a transfer table, with the pictures beside them, into the folder of the model."""
+    copies = [(report, RECORD, report_folder(report, folder)) for report in reports]
+    copies += [] if transfer is None else [(transfer, TRANSFER_RECORD, folder / TRANSFER)]
+    for source, record, target in copies:
+        if target.resolve() != source.resolve():
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (source / record, *source.glob("*.png")):
+                shutil.copyfile(file, target / file.name)
 
 
 def read_json(file: Path) -> dict[str, Any]:

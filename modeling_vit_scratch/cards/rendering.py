@@ -84,10 +84,6 @@ def _where(error: Exception, template: str) -> str:
     return f"{template if not file or file.startswith('<') else Path(file).name}, line {line}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters
-
-
 def escape(text: Any) -> Markup:
     """Text on one line, without markup of Markdown or HTML."""
     return Markup(re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", re.sub(r"\s+", " ", str(text))))
@@ -120,11 +116,6 @@ def score(value: float, metric: str) -> str:
     return f"{value:.4f}" if metric in NO_PERCENT else percent(value)
 
 
-def metric_name(metric: str) -> str:
-    """Within a sentence: top-5 accuracy."""
-    return METRIC_TITLES.get(metric, metric)
-
-
 def size(value: int | Sequence[int]) -> str:
     """Height and width: 224 x 224."""
     height, width = (value, value) if isinstance(value, int) else value
@@ -154,6 +145,6 @@ def code_block(text: Any, language: str = "text") -> Markup:
 
 
 FILTERS = {
-    "number": number, "percent": percent, "score": score, "metric_name": metric_name, "metric_title": title_of,
-    "size": size, "names": names, "url": url, "code": code, "code_block": code_block,
+    "number": number, "percent": percent, "score": score, "metric_title": title_of, "size": size, "names": names,
+    "metric_name": lambda metric: METRIC_TITLES.get(metric, metric), "url": url, "code": code, "code_block": code_block,
 }  # fmt: skip

@@ -97,33 +97,24 @@ def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None
 
 
 def result_message(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
-    """The last lines that fine-tuning prints: the result, where the model is, and how to use it."""
-    broken = record["training"]["broken_images"]
+    """The last lines that training prints: the result, where the model is, and how to use it or to go on from it."""
+    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
+    title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
-    return f"""
-{_held_out(record)}{replaced}
-The model is in {folder}. To use it:
+    if "pretraining" in record:
+        use = f"""To go on from it:
+
+    accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS"""
+    else:
+        use = f"""To use it:
 
     from transformers import pipeline
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
-    print(classify("{example or "image.png"}"))
-"""
-
-
-def pretraining_message(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
-    """The last lines that pretraining prints: the result, where the model is, and how to fine-tune it."""
+    print(classify("{example or "image.png"}"))"""
     return f"""
-{_held_out(record)}
-The model is in {folder}. To go on from it:
-
-    accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}
+The model is in {folder}. {use}
 """
-
-
-def _held_out(record: dict[str, Any]) -> str:
-    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
-    title = METRIC_TITLES.get(record["metric"], record["metric"])
-    return f"Held-out {title}: {value} on {record['n']:,} images ({record['selection']})."
 
 
 def _dataset_metadata(data: ImageData) -> dict[str, Any]:

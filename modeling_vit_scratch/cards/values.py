@@ -179,16 +179,11 @@ def _confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
     matrix, labels = record["confusion_matrix"].get("rows_true_columns_predicted"), record["confusion_matrix"]["labels"]
     if matrix is None:  # of several labels
         return []
-    counts = np.array(matrix)
+    counts, images = np.array(matrix), [row["n"] for row in record["per_class"]]
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:3]
     return [
-        {
-            "label": labels[row],
-            "prediction": labels[column],
-            "n": matrix[row][column],
-            "of": record["per_class"][row]["n"],
-        }
+        {"label": labels[row], "prediction": labels[column], "n": matrix[row][column], "of": images[row]}
         for row, column in zip(*np.unravel_index(order, counts.shape))
         if counts[row, column]
     ]
@@ -203,8 +198,7 @@ def _calibration(record: dict[str, Any]) -> str | None:
     return "overconfident" if confidence > accuracy else "underconfident"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metadata
+# --- Metadata ---------------------------------------------------------------------------------------------------------
 
 
 def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
@@ -284,8 +278,7 @@ def _emissions(records: ModelRecords) -> dict[str, Any] | None:
     return emissions | ({"geographical_location": found["country"]} if found["country"] else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of scripts/transfer.py
+# --- The table of scripts/transfer.py ---------------------------------------------------------------------------------
 
 
 def find(record: dict[str, Any], data: str, how: str) -> dict[str, dict[str, Any]]:

@@ -15,21 +15,7 @@ from transformers import Trainer
 from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.records import METRIC_TITLES, title_of
-from .records import (
-    CARD,
-    CURVES,
-    EVALUATIONS,
-    RECORD,
-    TRANSFER,
-    TRANSFER_RECORD,
-    CardOptions,
-    ModelRecords,
-    copy_record,
-    gather,
-    read_json,
-    read_records,
-    report_folder,
-)
+from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_records, gather, read_json, read_records
 from .rendering import CARD_TEMPLATE, render
 from .values import template_values
 
@@ -110,10 +96,7 @@ def write_card(
     text = card_text(read_records(folder, options, reports, transfer), template)
     if dry_run:
         return text
-    for report in reports:
-        copy_record(report, RECORD, report_folder(report, folder))
-    if transfer is not None:
-        copy_record(transfer, TRANSFER_RECORD, folder / TRANSFER)
+    copy_records(folder, reports, transfer)
     if template is not None and template.resolve() != (folder / OWN_TEMPLATE).resolve():
         shutil.copyfile(template, folder / OWN_TEMPLATE)
     state = folder / "trainer_state.json"

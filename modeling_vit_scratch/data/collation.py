@@ -85,11 +85,9 @@ def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixin
 
 class MixingCollator(ImageCollator):
     """
-    Batches with Mixup or CutMix, and labels that are probabilities, (B, K). With both alphas, each is as likely.
-
-    The arithmetic is torchvision's (`transforms.v2.MixUp` and `CutMix`): one weight for a batch, drawn from
-    Beta(alpha, alpha). The random numbers depend on the seed, the epoch and the images of the batch alone. Held-out
-    examples, without a "key", are not mixed.
+    Batches with Mixup or CutMix as torchvision's (`transforms.v2`), each as likely if both have an alpha, and labels
+    that are probabilities, (B, K). The random numbers depend on the seed, the epoch and the images of the batch alone.
+    Held-out examples, without a "key", are not mixed.
     """
 
     def __init__(
@@ -216,11 +214,9 @@ def process_loader(
 class RepeatedAugmentation(Sampler[int]):
     """
     Repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509): DeiT's `RASampler` and
-    timm's `RepeatAugSampler`, but DeiT's epoch ends at a multiple of 256 images.
-
-    `count` images are shuffled, each is put `repeats` times in a row, and these are dealt to the processes in turn. An
-    epoch keeps its length, so it sees one in `repeats` images. Gives numbers `index + repetition * count`: each
-    repetition has random numbers of its own.
+    timm's `RepeatAugSampler`, but DeiT's epoch ends at a multiple of 256 images. `count` images are shuffled, put
+    `repeats` times in a row, and dealt to the processes in turn. An epoch keeps its length: it sees one in `repeats`.
+    Gives numbers `index + repetition * count`, so that each repetition has random numbers of its own.
     """
 
     def __init__(self, count: int, repeats: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:

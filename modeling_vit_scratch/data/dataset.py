@@ -2,9 +2,8 @@
 """
 Images as they are stored, with their labels, and the torch data set that makes of them what the network takes.
 
-Training decodes JPEG photos at 1/2, 1/4 or 1/8 of the sides if the random part allows it, and resizes the part with
-torch's 8-bit kernels: in a third of Pillow's time, at most one level away (bicubic, where one side is enlarged and the
-other reduced, can be further). Images of evaluations are decoded in full and resized by Pillow.
+Training decodes JPEG photos at 1/2, 1/4 or 1/8 of the sides, and resizes with torch's 8-bit kernels: at most one level
+away from Pillow, but where bicubic enlarges one side and reduces the other. Evaluations decode in full with Pillow.
 """
 
 import itertools
@@ -151,9 +150,6 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
 
-# --- Data sets --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Examples:
     """Images as stored, and their labels."""
@@ -212,12 +208,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
     have several; with an augmentation or `with_keys` also "key", the (seed, epoch, index) that all random numbers
     depend on. The pixels are uint8, for `collation.Normalize`; a processor of another library normalises by itself.
 
-    Args:
-        num_channels: of the model, for a processor that does not decode images itself.
-        augmentation: makes an image of the model's size.
-        fast_decode: decode at reduced scale. For an augmentation that begins with `PhotoAugmentation`.
-        max_broken_images: how many images that can't be read may be replaced by others. An example that replaces
-            others has "broken": by index, why they can't be read.
+    `fast_decode`, at reduced scale, is for an augmentation that begins with `PhotoAugmentation`. Up to
+    `max_broken_images` that can't be read are replaced by others, whose "broken" has the reasons by index.
     """
 
     def __init__(

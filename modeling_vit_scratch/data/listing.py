@@ -275,9 +275,6 @@ def split_labels(text: str | None, separator: str) -> list[str]:
     return [word.strip() for word in (text or "").split(separator) if word.strip()]
 
 
-# --- Shards -----------------------------------------------------------------------------------------------------------
-
-
 def list_shard(path: str) -> Iterator[Item]:
     """The images in a .tar by where they begin: nothing is unpacked, so no name in it can lead anywhere."""
     endings, is_empty, after = image_endings(), True, "its start"

@@ -21,7 +21,6 @@ from .listing import USUAL_NAMES, find_column, image_endings, is_label_list, rea
 from .streams import ImageStream, Shard
 
 
-# The reader of `datasets` for a kind of file.
 FILE_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Paths in a table are relative to the folder of its file, which is kept in this column.
 FOLDER_COLUMN = "__folder__"
@@ -29,8 +28,6 @@ FOLDER_COLUMN = "__folder__"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # A folder of these is a folder of splits, not of classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-# Records of a stream that are read before training, to find wrong labels early.
-CHECKED_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -283,15 +280,12 @@ class _Reader:
         is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
         stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
         try:
-            for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
+            for _ in itertools.islice(stream.read(0), 32):  # to find wrong labels before training
                 pass
         except (InputError, TrainingStopped) as error:
             self.problems.add(str(error))
             return None
         return stream
-
-
-# --- Files and folders ------------------------------------------------------------------------------------------------
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
@@ -351,9 +345,6 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     return (
         f"{flag} {folder} has no class folders. Put the images of each class into a folder that is named as the class."
     )
-
-
-# --- Shards and label names of streams --------------------------------------------------------------------------------
 
 
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:

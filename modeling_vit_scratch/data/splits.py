@@ -126,15 +126,10 @@ class LabelledSplit:
     """A split as read."""
 
     images: datasets.Dataset
-    label_names: list[str]  # the split's own
+    label_names: list[str]  # the split's own; without any, all images are of class 0
     indices: list[int] | list[list[int]]  # of each image's label, or labels, in these names
     is_ordered: bool  # whether the data define the order of the names
     is_multi_label: bool = False
-
-    @classmethod
-    def without_labels(cls, images: datasets.Dataset) -> "LabelledSplit":
-        """All images are of class 0, which has no name."""
-        return cls(images, [], [0] * len(images), is_ordered=False)
 
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
@@ -162,9 +157,9 @@ def read_split(
         problems.add(f"The {split} split has no images.")
         return None
     images = _read_images(dataset, columns[0], split, problems)
-    if columns[1] is None:
-        return None if images is None else LabelledSplit.without_labels(images)
-    labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
+    labels = [], [0] * len(dataset), False
+    if columns[1] is not None:
+        labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
     return None if images is None or labels is None else LabelledSplit(images, *labels)
 
 
@@ -243,7 +238,7 @@ def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems)
     counts, number = Counter(train.used()), len(train.indices)
     if not needs_labels:
         is_usable = not train.is_multi_label and len(counts) > 1 and min(counts.values()) > 1
-        return train if is_usable else LabelledSplit.without_labels(train.images)
+        return train if is_usable else LabelledSplit(train.images, [], [0] * number, is_ordered=False)
     if train.is_multi_label and len(train.label_names) < 2:
         problems.add(
             f"The {number} training images have lists of labels with {len(train.label_names)} different labels; at "

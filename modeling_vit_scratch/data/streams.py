@@ -69,7 +69,6 @@ class ImageStream:
         return None if None in counts else sum(counts)
 
     def used(self) -> list[int]:
-        """The labels that images may have."""
         return list(range(len(self.label_names)))
 
     def read(self, shard: int, start: int = 0, epoch: int = 0) -> Iterator[Record]:
@@ -143,7 +142,7 @@ class RecordOrder:
         block = first // self.buffer_size
         start, stop = (rank * self.stream.count // self.world_size for rank in (self.rank, self.rank + 1))
         records = self._rows(epoch, start + block * self.buffer_size, stop)
-        return itertools.islice(self._shuffled(records, block, epoch), first % self.buffer_size, None)
+        return itertools.islice(self._shuffled(records, block, epoch, {}), first % self.buffer_size, None)
 
     def endless(self, first: int = 0, blocks: dict[int, tuple[int, int]] | None = None) -> Iterator[Record]:
         """
@@ -186,13 +185,12 @@ class RecordOrder:
             epoch, number = epoch + 1, None
 
     def _shuffled(
-        self, records: Iterator[Record], number: int, epoch: int, blocks: dict[int, tuple[int, int]] | None = None
+        self, records: Iterator[Record], number: int, epoch: int, blocks: dict[int, tuple[int, int]]
     ) -> Iterator[Record]:
         """Shuffles block after block, from the one with this number on; notes in `blocks` where each begins."""
         block = list(itertools.islice(records, self.buffer_size))
         while block:
-            if blocks is not None:
-                blocks[number] = block[0].epoch, block[0].number
+            blocks[number] = block[0].epoch, block[0].number
             order = np.random.default_rng((_STREAM, self.seed, epoch, self.rank, number)).permutation(len(block))
             following: list[Record] = []
             for index in order.tolist():
@@ -239,8 +237,7 @@ class StreamDataset(Dataset):
         return self.stream.name(number)
 
     def __len__(self) -> int:
-        """Raises TypeError, as torch asks for, if the records can't be counted before they are read."""
-        if self.stream.count is None:
+        if self.stream.count is None:  # torch asks for a TypeError
             raise TypeError("The number of records of this stream is not known.")
         return self.stream.count
 
