@@ -203,7 +203,7 @@ class TrivialAugmentWide:
 
 
 class ThreeAugment:
-    """DeiT III (Touvron et al., arXiv:2204.07118, section 3.3, and its augment.py), without its `ColorJitter(0.3)`."""
+    """3-Augment of DeiT III (Touvron et al., arXiv:2204.07118, section 3.3), without its `ColorJitter(0.3)`."""
 
     description = "one of grey, solarised and blurred (3-Augment)"
 
@@ -217,7 +217,7 @@ class ThreeAugment:
 
 
 class ColorJitter:
-    """In random order, as torchvision's `ColorJitter(strength, strength, strength)`."""
+    """Torchvision's `ColorJitter(strength, strength, strength)`: each change in random order."""
 
     def __init__(self, strength: float) -> None:
         if not 0 < strength <= 1:

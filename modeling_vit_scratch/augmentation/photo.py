@@ -49,13 +49,10 @@ class PhotoAugmentation:
             part_width = max(1, round(min(width, height * result_shape)))
             part_height = max(1, round(min(height, width / result_shape)))
         scale = reduction((part_width, part_height), self.size[::-1])
-        columns, part_columns, rows, part_rows = (
-            length // scale for length in (width, part_width, height, part_height)
-        )
-        left, top = (columns - part_columns) // 2, (rows - part_rows) // 2
-        if is_inside:
-            left, top = (int(generator.integers(count + 1)) for count in (columns - part_columns, rows - part_rows))
-        return scale * left, scale * top, scale * (left + part_columns), scale * (top + part_rows)
+        columns, rows = part_width // scale, part_height // scale
+        spare = width // scale - columns, height // scale - rows
+        left, top = (int(generator.integers(count + 1)) if is_inside else count // 2 for count in spare)
+        return scale * left, scale * top, scale * (left + columns), scale * (top + rows)
 
 
 class DigitAugmentation:

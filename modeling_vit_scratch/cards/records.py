@@ -240,7 +240,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _completed(record: dict[str, Any]) -> dict[str, Any]:
-    """With None for each optional value that it lacks."""
+    """The record with None for each optional value that it lacks."""
     parts = {
         key: {**dict.fromkeys(_OPTIONAL[key]), **record[key]} for key in _OPTIONAL if isinstance(record.get(key), dict)
     }

@@ -150,7 +150,6 @@ def _earlier_runs(start: str | None) -> list[dict[str, Any]]:
 
 
 def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
-    """How a run was trained."""
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
     published = None if recipe.recipe is None else find_recipe(recipe.recipe)

@@ -302,7 +302,6 @@ def gain_in_words(row: dict[str, dict[str, Any]]) -> str:
 
 
 def transfer_values(record: dict[str, Any]) -> dict[str, Any]:
-    """What `transfer` is in a template."""
     cells = [{**cell, "words": in_words(cell)} for cell in record["cells"]]
     record, data = {**record, "cells": cells}, names_of(record)
     rows = {name: find(record, name, FINE_TUNED) for name in data}

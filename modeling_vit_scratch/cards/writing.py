@@ -26,7 +26,6 @@ OWN_TEMPLATE = "card_template.md"
 _SIGNATURE = re.compile(r"\n<!-- Written by scripts/card\.py (\{.*\}) ([0-9a-f]{16})\. .* -->\n?\Z")
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart, and more of theirs.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_MARKED_UP_TO = 60  # points of which each is marked
 
 
 def card_text(records: ModelRecords, template: Path | None = None) -> str:
@@ -181,7 +180,7 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for number, (name, points) in enumerate(curves.items()):
-            marker = "." if len(points) <= _MARKED_UP_TO else None
+            marker = "." if len(points) <= 60 else None
             # Of curves that lie on one another, both are seen: later ones are thin and broken.
             style, width = ("-", 1.6) if number == 0 else ("--", 1.0)
             colour = _COLOURS[number % len(_COLOURS)]

@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 
 def image_endings() -> set[str]:
-    """Of the formats that Pillow reads, in lower case and with the dot."""
+    """The endings of the formats that Pillow reads, in lower case and with the dot."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 

@@ -246,7 +246,7 @@ class _Reader:
         return _table(paths, labels, classes)
 
     def _images_below(self, flag: str, folder: Path) -> list[str]:
-        """Sorted, at any depth. Pipes and links to nothing are among them: the check of the images reports them."""
+        """The images at any depth, sorted; also pipes and links to nothing, which the check of the images reports."""
         endings, found = image_endings(), set()
         for item in walk(str(folder)):
             if item.error:
@@ -369,7 +369,7 @@ def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
 
 
 def _parquet_rows(file: str) -> int:
-    """From the end of the file: no image is read."""
+    """The number of rows, from the end of the file: no image is read."""
     with fsspec.open(file, "rb") as opened:
         return pyarrow.parquet.ParquetFile(opened).metadata.num_rows
 

@@ -148,7 +148,7 @@ class LabelledSplit:
 def read_split(
     split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems, needs_labels: bool
 ) -> LabelledSplit | None:
-    """None if the columns or labels can't be read: see the problems."""
+    """A split with its labels; None if its columns can't be read: see the problems."""
     features = {column: feature for column, feature in dataset.features.items() if column != FOLDER_COLUMN}
     columns = find_columns(arguments, features, split, problems, needs_labels)
     if columns is None:
@@ -370,7 +370,6 @@ def check_files(splits: dict[str, Examples], problems: Problems) -> None:
 
 
 def listed_below(reasons: list[str]) -> str:
-    """The first of them, each on a line."""
     rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     return "".join(f"\n       {reason}" for reason in reasons[:10]) + rest
 

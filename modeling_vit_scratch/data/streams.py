@@ -72,7 +72,7 @@ class ImageStream:
         return list(range(len(self.label_names)))
 
     def read(self, shard: int, start: int = 0, epoch: int = 0) -> Iterator[Record]:
-        """From row `start` on. Raises InputError for an unknown label, TrainingStopped if the shard can't be read."""
+        """The records from row `start` on. Raises InputError for a wrong label, TrainingStopped for a broken shard."""
         source, rows = self.shards[shard], iter(self.shards[shard].rows.skip(start))
         for row in itertools.count(start):
             try:
