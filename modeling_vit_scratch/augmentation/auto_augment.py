@@ -19,9 +19,6 @@ GREY = 128
 BILINEAR = Image.Resampling.BILINEAR
 
 
-# --- Operations -------------------------------------------------------------------------------------------------------
-
-
 def _grey(image: Image.Image) -> int | tuple[int, ...]:
     bands = len(image.getbands())
     return GREY if bands == 1 else (GREY,) * bands

@@ -139,10 +139,6 @@ def _posterize(images: Tensor, bits: Tensor) -> Tensor:
     return images & kept.to(torch.uint8)[:, None, None, None]
 
 
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(images < threshold[:, None, None, None], images, 255 - images)
-
-
 def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
     brighter = (images.int() + amount.int()[:, None, None, None]).clamp(max=255)
     return torch.where(images < 128, brighter.to(torch.uint8), images)
@@ -159,7 +155,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "TranslateY": lambda images, pixels: _affine(images, 1.0, 0.0, 0.0, 0.0, 1.0, pixels),
     "Rotate": _rotate,
     "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Solarize": lambda images, threshold: torch.where(images < threshold[:, None, None, None], images, 255 - images),
     "SolarizeAdd": _solarize_add,
     "Color": lambda images, change: _blend(images, _luma(images).float(), change),
     "Contrast": _contrast,

@@ -123,7 +123,6 @@ def size(value: int | Sequence[int]) -> str:
 
 
 def names(values: Sequence[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
     shown = ", ".join(map(str, values[:limit]))
     return shown + (f" and {len(values) - limit:,} more" if len(values) > limit else "")
 

@@ -28,9 +28,6 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 _STREAM = 0x6D6978
 
 
-# --- Collators --------------------------------------------------------------------------------------------------------
-
-
 class ImageCollator:
     """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
 

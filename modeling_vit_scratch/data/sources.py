@@ -156,10 +156,8 @@ class _Reader:
             if train is None:
                 return None
             if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
-                rows, cache = _undecoded(validation), self.cache_dir
-                validation = datasets.Dataset.from_generator(
-                    lambda: iter(rows), features=rows.features, cache_dir=cache
-                )
+                rows = _undecoded(validation)
+                validation = datasets.Dataset.from_generator(lambda: iter(rows), rows.features, self.cache_dir)
         if Path(name).exists():
             return Source(Path(name).resolve().name, train, validation, license=license)
         url = f"https://huggingface.co/datasets/{name}"

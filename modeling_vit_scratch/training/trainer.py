@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.pusher = HubPusher(args, self.log_line, self._on_push_begin, self.copy_model)  # the Trainer prepares it
         super().__init__(model, args, **others)
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
-        self.average, self.stream_batches = average, stream_batches
+        self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, checkpoint_size(model, args))
@@ -220,14 +219,10 @@ class ImageTrainer(TrainerOverrides, Trainer):
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
-        batch["pixel_values"] = self._normalize(batch["pixel_values"])
+        batch["pixel_values"] = self.normalize(batch["pixel_values"])
         if weights is not None:
             batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes)
         return batch
-
-    @cached_property
-    def _normalize(self) -> Normalize:
-        return Normalize(self.processing_class)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The optimizer
