@@ -21,7 +21,7 @@ def main() -> None:
         parsed = parse_arguments(script=PRETRAIN, description=__doc__)
         model_arguments, data_arguments, training_arguments, pretraining, problems = parsed
 
-    from modeling_vit_scratch.cards.run_record import build_record, pretraining_message, write_record
+    from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.pretraining.build import build_pretraining
@@ -46,7 +46,7 @@ def main() -> None:
         write_training_card(trainer, record)
     trainer.save_model()
     if is_first:
-        print(pretraining_message(record, training_arguments.output_dir))
+        print(result_message(record, training_arguments.output_dir))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
 

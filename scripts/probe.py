@@ -42,7 +42,6 @@ def main() -> None:
 
     from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
-    from modeling_vit_scratch.data.collation import Normalize
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
     from modeling_vit_scratch.evaluation.probes import KINDS, extract_features, run_probes, table
@@ -64,7 +63,7 @@ def main() -> None:
                 ImageClassificationDataset(examples, processor, encoder.config.num_channels),
                 training_arguments.per_device_eval_batch_size,
                 training_arguments.dataloader_num_workers,
-                Normalize.from_processor(processor),
+                processor,
             )
             for examples in (data.train, data.validation)
         )

@@ -386,7 +386,7 @@ PROCESSOR = ViTScratchImageProcessor(size={"height": 16, "width": 24})
 )
 def test_held_out_images_are_bit_for_bit_what_the_processor_makes_of_the_files(settings):
     processor = ViTScratchImageProcessor(**{"size": {"height": 16, "width": 24}, **settings})
-    dataset, normalize = ImageClassificationDataset(examples(), processor), Normalize.from_processor(processor)
+    dataset, normalize = ImageClassificationDataset(examples(), processor), Normalize(processor)
     for index in range(6):
         item = dataset[index]
         assert item["labels"] == index % 3
@@ -401,7 +401,7 @@ def test_four_channels_go_the_same_way(tmp_path):
     Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
     column = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]})
     one = Examples(column.cast_column("image", datasets.Image(decode=False)), [0])
-    ours = Normalize.from_processor(processor)(ImageClassificationDataset(one, processor)[0]["pixel_values"][None])
+    ours = Normalize(processor)(ImageClassificationDataset(one, processor)[0]["pixel_values"][None])
     assert torch.equal(ours, processor(tmp_path / "a.png", return_tensors="pt")["pixel_values"])
     turned = ImageClassificationDataset(one, processor, 4, PhotoAugmentation((6, 6), 2))[0]["pixel_values"]
     assert (turned.shape, turned.dtype) == ((4, 6, 6), torch.uint8)
@@ -426,7 +426,8 @@ def test_another_processor_works_too_also_for_grey_images(tmp_path):
     train = ImageClassificationDataset(examples, stock, 3, PhotoAugmentation((16, 24), 2))
     assert train[0]["pixel_values"].shape == (3, 16, 24)
     assert train[0]["pixel_values"].dtype == torch.float32  # its own arithmetic, whatever that is
-    assert Normalize.from_processor(stock) is None
+    pixel_values = train[0]["pixel_values"][None]
+    assert Normalize(stock)(pixel_values) is pixel_values
 
 
 def train_set(seed=0, **settings):

@@ -295,7 +295,7 @@ def test_a_probe_takes_the_pixels_that_training_takes(pets, tmp_path):
     trainer = build(tmp_path / "out", *flags(pets, *run))
     probe = trainer.callback_handler.callbacks[-1]
     assert np.bincount([probe.train[i]["labels"] for i in range(len(probe.train))]).tolist() == [3, 3, 3]
-    found = extract_features(trainer.model, probe.test, normalize=probe.normalize)
+    found = extract_features(trainer.model, probe.test, processor=trainer.processing_class)
     images = [probe.test.examples.decode(i, trainer.processing_class) for i in range(len(probe.test))]
     pixels = trainer.processing_class(images, return_tensors="pt")["pixel_values"]
     wanted = image_features(trainer.model.eval(), pixels)

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The augmentation policies with a name, on PIL images of mode L or RGB that have the model's size: RandAugment in its
-three dialects, TrivialAugment, 3-Augment, colour jitter, random erasing.
-
-An operation at a magnitude does what the code that the dialect is named after does, and is tested against its output.
-Two things are the same for all dialects: pixels from outside the image and erased ones are grey, 128, which is 0 after
-the usual normalisation; and geometric operations are bilinear. All random numbers come from the generator passed in.
+Augmentation policies for PIL images of mode L or RGB that have the model's size. Operations do what the code that a
+dialect is named after does, and are tested against its output; but in all dialects, geometric ones are bilinear, and
+pixels from outside the image and erased ones are grey, 128, which is 0 after the usual normalisation.
 """
 
 import math
@@ -20,9 +17,6 @@ from ..data.dataset import Augmentation
 
 GREY = 128
 BILINEAR = Image.Resampling.BILINEAR
-
-
-# --- Operations -------------------------------------------------------------------------------------------------------
 
 
 def _grey(image: Image.Image) -> int | tuple[int, ...]:
@@ -40,8 +34,7 @@ def _add_to_dark(image: Image.Image, amount: float) -> Image.Image:
 
 
 def _posterized(image: Image.Image, bits: int) -> Image.Image:
-    """Not PIL's, which refuses to keep no bit."""
-    kept = ~(2 ** (8 - bits) - 1) & 255
+    kept = ~(2 ** (8 - bits) - 1) & 255  # PIL's refuses to keep no bit
     return image.point([level & kept for level in range(256)] * len(image.getbands()))
 
 
@@ -134,7 +127,6 @@ BIG_VISION_RANDAUGMENT: dict[str, _Scale] = {
 def _operate(
     image: Image.Image, name: str, scale: _Scale, fraction: float, generator: np.random.Generator
 ) -> Image.Image:
-    """One operation at a fraction of its greatest magnitude."""
     strength_at, is_signed = scale
     strength = strength_at(fraction, image.height if name == "TranslateY" else image.width)
     if is_signed and generator.random() < 0.5:
@@ -151,16 +143,11 @@ def _operate(
 
 class RandAugment:
     """
-    A number of random operations, all at the same magnitude (Cubuk et al., arXiv:1909.13719).
-
-    Args:
-        dialect: "torchvision" (magnitudes 0 to 30), "timm" (0 to 10, its increasing set) or "big_vision" (0 and up).
-        num_operations: drawn with replacement.
-        magnitude: of each operation.
-        magnitude_std: of normal noise on the magnitude: timm's `mstd`.
-        probability: of each drawn operation: timm's `p`.
+    Random operations, drawn with replacement, all at the same magnitude (Cubuk et al., arXiv:1909.13719). Timm's `mstd`
+    is `magnitude_std`, its `p` the `probability` of each operation.
     """
 
+    # By dialect: the operations, the magnitude whose fraction is 1, and the greatest magnitude.
     SCALES = {
         "torchvision": (TORCHVISION_RANDAUGMENT, 30.0, 30.0),
         "timm": (TIMM_RANDAUGMENT, 10.0, 10.0),
@@ -213,10 +200,7 @@ class TrivialAugmentWide:
 
 
 class ThreeAugment:
-    """
-    Grey, solarised (from 128 up) or blurred (a Gaussian of 0.1 to 2 pixels): DeiT III (Touvron et al.,
-    arXiv:2204.07118, section 3.3, and its augment.py). Its colour jitter is `ColorJitter(0.3)`.
-    """
+    """3-Augment of DeiT III (Touvron et al., arXiv:2204.07118, section 3.3), without its `ColorJitter(0.3)`."""
 
     description = "one of grey, solarised and blurred (3-Augment)"
 
@@ -230,10 +214,7 @@ class ThreeAugment:
 
 
 class ColorJitter:
-    """
-    Brightness, contrast and saturation, each changed by up to `strength`, in random order: torchvision's
-    `ColorJitter(strength, strength, strength)`.
-    """
+    """Torchvision's `ColorJitter(strength, strength, strength)`: each change in random order."""
 
     def __init__(self, strength: float) -> None:
         if not 0 < strength <= 1:
@@ -249,10 +230,7 @@ class ColorJitter:
 
 
 class RandomErasing:
-    """
-    With this probability, a random rectangle of 2 to 33 % of the area and of shape 0.3 to 3.3 becomes grey (Zhong et
-    al., arXiv:1708.04896; position and size as in timm and torchvision).
-    """
+    """A rectangle of 2 to 33 % of the area and of shape 0.3 to 3.3 (Zhong et al., arXiv:1708.04896; as in timm)."""
 
     def __init__(self, probability: float) -> None:
         if not 0 < probability <= 1:
@@ -275,12 +253,7 @@ class RandomErasing:
 
 
 def auto_augment(name: str) -> Augmentation:
-    """
-    A policy by its name in torchvision, DeiT III, timm or big_vision.
-
-    Raises:
-        ValueError: for any other name; the message lists them.
-    """
+    """A policy by its name in torchvision, DeiT III, timm or big_vision. Raises ValueError for any other."""
     if name in ("ra", "ta_wide", "3a"):
         return {"ra": RandAugment("torchvision"), "ta_wide": TrivialAugmentWide(), "3a": ThreeAugment()}[name]
     if match := re.fullmatch(r"randaug\((\d+),\s*(\d+)\)", name):

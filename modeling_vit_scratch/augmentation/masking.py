@@ -27,13 +27,7 @@ def corrupted_patches(ratio: float = 0.5, replaced: float = 0.8, swapped: float 
     The paper's B.1.2: half of the patch embeddings are corrupted. Of these 80 % become the mask token, 10 % the
     embedding of another random patch of the image, and 10 % stay as they are.
 
-    Args:
-        ratio: fraction of patches to corrupt.
-        replaced, swapped: probabilities of the mask token and of another embedding.
-
-    Returns:
-        A function that draws `corrupted`, `replaced` (N,) bool, and `source` (N,) int64: the patch whose embedding each
-        patch gets.
+    Draws `corrupted`, `replaced` (N,) bool, and `source` (N,) int64: the patch whose embedding each patch gets.
     """
 
     def draw(rows: int, columns: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -51,15 +45,10 @@ def corrupted_patches(ratio: float = 0.5, replaced: float = 0.8, swapped: float 
 
 def masked_squares(ratio: float, square: int, patch: tuple[int, int]) -> DrawMask:
     """
-    SimMIM (Xie et al., arXiv:2111.09886, and its code): whole squares of pixels are masked, whatever the patch.
+    SimMIM (Xie et al., arXiv:2111.09886, and its code): masks this fraction, rounded up, of squares of pixels.
 
-    Args:
-        ratio: fraction of squares to mask, rounded up.
-        square: side in pixels. Raises ValueError if the patch does not divide it.
-        patch: height and width in pixels.
-
-    Returns:
-        A function that draws `bool_masked_pos` (N,). Where squares don't fill the image, the last ones are cut.
+    Draws `bool_masked_pos` (N,). Where squares don't fill the image, the last ones are cut. Raises ValueError if the
+    patch, (height, width) in pixels, does not divide the square.
     """
     if square % patch[0] or square % patch[1]:
         raise ValueError(
@@ -80,10 +69,8 @@ def masked_squares(ratio: float, square: int, patch: tuple[int, int]) -> DrawMas
 
 def visible_patches(ratio: float) -> DrawMask:
     """
-    MAE (He et al., arXiv:2111.06377): hides this fraction of the patches.
-
-    Returns:
-        A function that draws `visible` (V,) int64, the patches that stay, in ascending order.
+    MAE (He et al., arXiv:2111.06377): hides this fraction of the patches. Draws `visible` (V,) int64, the patches that
+    stay, in ascending order.
     """
 
     def draw(rows: int, columns: int, generator: np.random.Generator) -> dict[str, np.ndarray]:

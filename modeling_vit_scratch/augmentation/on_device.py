@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
---images_on_device: all images decoded once, kept as 8-bit pixels in the memory of the device, and augmented there.
+--images_on_device: all images decoded once, kept as 8-bit pixels in the memory of the device, and augmented there, for
+many small images: 100,000 of 64 x 64 are 1.2 GB, and as much once more for those of an epoch. They are augmented at the
+start of an epoch, some thousand at a time: many small operations for every batch would take longer than learning.
 
-For many small images, such as CIFAR's or Tiny ImageNet's, which take longer to augment one by one on the CPU than to
-learn from on a GPU: 100,000 images of 64 x 64 are 1.2 GB, and as much once more for those of an epoch. They are
-augmented at the start of an epoch, some thousand at a time, since launching many small operations for every batch would
-take longer than learning from it.
-
-Operations that only map colours give the same bits here as in `auto_augment`; those that resample differ by rounding:
-see tests/test_training_device_augmentation.py. Nothing here waits for the device. The random numbers are a row for each
-image, so an image depends on (seed, epoch, index) alone.
+Operations that only map colours give the same bits as in `auto_augment`; those that resample differ by rounding.
+Nothing here waits for the device. Random numbers are a row for each image: it depends on (seed, epoch, index) alone.
 """
 
 import math
@@ -26,16 +22,10 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..common.errors import InputError
+from ..data.collation import ImageCollator
 from ..data.dataset import Augmentation, ImageClassificationDataset
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .auto_augment import (
-    GREY,
-    TORCHVISION_TRIVIALAUGMENT,
-    ColorJitter,
-    RandAugment,
-    RandomErasing,
-    TrivialAugmentWide,
-)  # fmt: skip
+from . import auto_augment as policies
 from .photo import Chain, PhotoAugmentation
 
 
@@ -55,7 +45,6 @@ def to_device(values: np.ndarray, like: Tensor) -> Tensor:
     return (values.pin_memory() if like.is_cuda else values).to(like.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Operations: uint8 (B, C, H, W) and the strength of each image, (B,) float32, as in `auto_augment.OPERATIONS`
 
 
@@ -76,11 +65,10 @@ def _affine(images: Tensor, *coefficients: Tensor | float) -> Tensor:
     x, y = (a * columns + b * rows + c).expand(shape), (d * columns + e * rows + f).expand(shape)
     is_inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
     # Pillow cuts off decimals; a little is added, since what should be a whole number may lie just below.
-    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(GREY)).to(torch.uint8)
+    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(policies.GREY)).to(torch.uint8)
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Around the centre, against the clock."""
     height, width = images.shape[-2:]
     cosine, sine = torch.deg2rad(-degrees).cos(), torch.deg2rad(-degrees).sin()
     c = width / 2 - cosine * (width / 2) - sine * (height / 2)
@@ -121,7 +109,7 @@ def _sharpness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
-    """(B, C, 256), any type with values from 0 to 255."""
+    """The table is (B, C, 256)."""
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -151,10 +139,6 @@ def _posterize(images: Tensor, bits: Tensor) -> Tensor:
     return images & kept.to(torch.uint8)[:, None, None, None]
 
 
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(images < threshold[:, None, None, None], images, 255 - images)
-
-
 def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
     brighter = (images.int() + amount.int()[:, None, None, None]).clamp(max=255)
     return torch.where(images < 128, brighter.to(torch.uint8), images)
@@ -171,7 +155,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "TranslateY": lambda images, pixels: _affine(images, 1.0, 0.0, 0.0, 0.0, 1.0, pixels),
     "Rotate": _rotate,
     "Posterize": _posterize,
-    "Solarize": _solarize,
+    "Solarize": lambda images, threshold: torch.where(images < threshold[:, None, None, None], images, 255 - images),
     "SolarizeAdd": _solarize_add,
     "Color": lambda images, change: _blend(images, _luma(images).float(), change),
     "Contrast": _contrast,
@@ -190,7 +174,6 @@ def operate(images: Tensor, names: tuple[str, ...], chosen: np.ndarray, strength
     return torch.empty_like(images).index_copy_(0, rows, changed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: callables (images, draws) -> images, uint8 (B, C, H, W). `draws` are random numbers from 0 to below 1,
 # (B, num_draws), float32, on the host.
 
@@ -231,7 +214,7 @@ class BatchErasing:
 
     num_draws = 2 * _ATTEMPTS + 3
 
-    def __init__(self, erasing: RandomErasing) -> None:
+    def __init__(self, erasing: policies.RandomErasing) -> None:
         self.probability = erasing.probability
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
@@ -239,7 +222,7 @@ class BatchErasing:
         left, top, right, bottom = (to_device(edge, images)[:, None] for edge in self.boxes((height, width), draws).T)
         columns, rows = (torch.arange(side, device=images.device)[None] for side in (width, height))
         is_erased = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
-        return images.masked_fill(is_erased[:, None], GREY)
+        return images.masked_fill(is_erased[:, None], policies.GREY)
 
     def boxes(self, size: tuple[int, int], draws: np.ndarray) -> np.ndarray:
         """As in `BatchPhoto`, of what is erased; all 0 where nothing is."""
@@ -267,9 +250,9 @@ def _first_inside(
 class BatchRandAugment:
     """`RandAugment`, all dialects but big_vision's, which has Cutout; and `TrivialAugmentWide`."""
 
-    def __init__(self, policy: RandAugment | TrivialAugmentWide) -> None:
-        self.policy, self.scales, num_operations, self.probability = policy, TORCHVISION_TRIVIALAUGMENT, 1, 1.0
-        if isinstance(policy, RandAugment):
+    def __init__(self, policy: policies.RandAugment | policies.TrivialAugmentWide) -> None:
+        self.policy, self.scales, num_operations, self.probability = policy, policies.TORCHVISION_TRIVIALAUGMENT, 1, 1.0
+        if isinstance(policy, policies.RandAugment):
             self.scales, num_operations = policy.SCALES[policy.dialect][0], policy.num_operations
             self.probability = policy.probability
         self.names, self.num_draws = tuple(self.scales), 4 * num_operations
@@ -298,8 +281,7 @@ class BatchRandAugment:
         return np.where(draws[:, 3] < self.probability, chosen, 0), strengths
 
     def _fractions(self, draws: np.ndarray) -> list[float]:
-        """Of the greatest magnitude."""
-        if isinstance(self.policy, TrivialAugmentWide):
+        if isinstance(self.policy, policies.TrivialAugmentWide):
             return (np.floor(draws * 31) / 30).tolist()
         _, unit, most = self.policy.SCALES[self.policy.dialect]
         noise = torch.special.ndtri(torch.from_numpy(draws.astype(np.float64)).clamp(1e-9, 1 - 1e-9)).numpy()
@@ -312,7 +294,7 @@ class BatchColorJitter:
 
     num_draws = 6
 
-    def __init__(self, jitter: ColorJitter) -> None:
+    def __init__(self, jitter: policies.ColorJitter) -> None:
         self.strength = jitter.strength
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
@@ -324,10 +306,10 @@ class BatchColorJitter:
 
 _BATCH_KINDS = {
     PhotoAugmentation: BatchPhoto,
-    RandAugment: BatchRandAugment,
-    TrivialAugmentWide: BatchRandAugment,
-    ColorJitter: BatchColorJitter,
-    RandomErasing: BatchErasing,
+    policies.RandAugment: BatchRandAugment,
+    policies.TrivialAugmentWide: BatchRandAugment,
+    policies.ColorJitter: BatchColorJitter,
+    policies.RandomErasing: BatchErasing,
 }
 
 
@@ -353,14 +335,8 @@ class BatchChain:
         return images
 
 
-# --- Data sets --------------------------------------------------------------------------------------------------------
-
-
 class DeviceImages(ImageClassificationDataset):
-    """
-    The images of a data set without augmentation, with their pixels, uint8 (N, C, H, W), on the device: see
-    `decode_images`. `__getitems__` gives a whole batch, as `ImageCollator` does.
-    """
+    """The images of a data set with their `pixels`, uint8 (N, C, H, W), on the device: see `decode_images`."""
 
     def __init__(
         self, images: ImageClassificationDataset, pixels: Tensor, augmentation: BatchChain | None = None, seed: int = 0
@@ -373,7 +349,6 @@ class DeviceImages(ImageClassificationDataset):
         self.pixels, self._augmented, self._augmented_epoch = pixels, pixels, None
 
     def _pixels_of_epoch(self) -> Tensor:
-        """uint8 (N, C, H, W)."""
         epoch = int(self._epoch)
         if self.augmentation is None or self._augmented_epoch == epoch:
             return self._augmented
@@ -393,7 +368,7 @@ class DeviceImages(ImageClassificationDataset):
         return {**example, "key": tuple(batch["keys"][0].tolist())} if "keys" in batch else example
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """`pixel_values` uint8 (B, C, H, W), `labels` (B, ...), and perhaps `keys` (B, 3), these on the host."""
+        """A whole batch, as `ImageCollator` makes it; "keys" are on the host."""
         rows = torch.tensor(indices)
         device_rows = to_device(rows.numpy(), self.pixels)
         batch = {"pixel_values": self._pixels_of_epoch()[device_rows], "labels": self.labels[device_rows]}
@@ -410,10 +385,8 @@ def build_device_images(
     arguments: TrainingArguments,
 ) -> tuple[DeviceImages, DeviceImages]:
     """
-    Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes.
-
-    Raises:
-        InputError: if they don't fit, an image is broken, or the augmentation is not made for batches.
+    Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes. Raises
+    InputError if they don't fit, an image is broken, or the augmentation is not made for batches.
     """
     augmentation, first = BatchChain(augmentation), train[0]["pixel_values"]
     if first.dtype != torch.uint8:
@@ -433,21 +406,16 @@ def build_device_images(
 
 def decode_images(images: ImageClassificationDataset, arguments: TrainingArguments) -> Tensor:
     """uint8 (N, C, H, W) on the device. Raises InputError for a broken image."""
-    loader = DataLoader(images, batch_size=256, num_workers=arguments.dataloader_num_workers, collate_fn=_pixels_of)
+    loader = DataLoader(images, 256, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
     pixels = torch.empty((len(images), *images[0]["pixel_values"].shape), dtype=torch.uint8, device=arguments.device)
     is_quiet = arguments.disable_tqdm or arguments.process_index > 0
     try:
-        for number, part in enumerate(tqdm(loader, desc="decoding", unit=" batches", disable=is_quiet, leave=False)):
-            pixels[256 * number :][: len(part)] = part
+        for number, batch in enumerate(tqdm(loader, desc="decoding", unit=" batches", disable=is_quiet, leave=False)):
+            pixels[256 * number : 256 * (number + 1)] = batch["pixel_values"]
     except ImageDecodeError as error:
         raise InputError(f"{str(error).splitlines()[-1]} (--images_on_device decodes all before it starts.)") from error
     return pixels
 
 
-def _pixels_of(examples: list[dict[str, Any]]) -> Tensor:
-    return torch.stack([example["pixel_values"] for example in examples])
-
-
 def _free_memory(device: torch.device) -> int:
-    """In bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Random changes of training images: PIL image in, PIL image of the model's size out, one resampling in between.
-
-All random numbers come from the generator that is passed in, so they depend on (seed, epoch, index) alone: a resumed
-run sees what the uninterrupted one would have seen, with any number of worker processes.
+Random changes of training images: PIL image in, PIL image of the model's size out, one resampling in between. All
+random numbers come from the generator that is passed in, so they depend on (seed, epoch, index) alone.
 """
 
 import math
@@ -20,12 +18,8 @@ from .auto_augment import ColorJitter, RandomErasing, auto_augment
 
 class PhotoAugmentation:
     """
-    A random part of the image, resized, and mirrored half of the time (Szegedy et al., arXiv:1409.4842, section 6).
-
-    Args:
-        size: (height, width) of the result in pixels.
-        resample: the PIL filter of the image processor.
-        smallest_area: minimum area of the part, as a fraction. The usual 0.08 is for a million images.
+    A random part of the image, resized to (height, width), and mirrored half of the time (Szegedy et al.,
+    arXiv:1409.4842, section 6). `smallest_area` is a fraction; the usual 0.08 is for a million images.
     """
 
     def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA) -> None:
@@ -33,7 +27,6 @@ class PhotoAugmentation:
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
     def __call__(self, image: Image.Image | Photo, generator: np.random.Generator) -> Image.Image | PhotoPart:
-        """A PIL image of a PIL image; of a `Photo` the same part, not decoded yet."""
         size = self.size[::-1]
         box = self._random_box(image.width, image.height, generator)
         is_mirrored = generator.random() < 0.5
@@ -43,10 +36,7 @@ class PhotoAugmentation:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
     def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-        """
-        Left, top, right, bottom of a random part, as in torchvision's `RandomResizedCrop`; but the edges of a part that
-        a JPEG decoder can reduce are multiples of its scale.
-        """
+        """Left, top, right, bottom as in torchvision's `RandomResizedCrop`, but multiples of a JPEG decoder's scale."""
         result_shape = self.size[1] / self.size[0]
         for _ in range(10):
             area = width * height * generator.uniform(self.smallest_area, 1.0)
@@ -59,23 +49,16 @@ class PhotoAugmentation:
             part_width = max(1, round(min(width, height * result_shape)))
             part_height = max(1, round(min(height, width / result_shape)))
         scale = reduction((part_width, part_height), self.size[::-1])
-        columns, part_columns, rows, part_rows = (
-            length // scale for length in (width, part_width, height, part_height)
-        )
-        left, top = (columns - part_columns) // 2, (rows - part_rows) // 2
-        if is_inside:
-            left, top = (int(generator.integers(count + 1)) for count in (columns - part_columns, rows - part_rows))
-        return scale * left, scale * top, scale * (left + part_columns), scale * (top + part_rows)
+        columns, rows = part_width // scale, part_height // scale
+        spare = width // scale - columns, height // scale - rows
+        left, top = (int(generator.integers(count + 1)) if is_inside else count // 2 for count in spare)
+        return scale * left, scale * top, scale * (left + columns), scale * (top + rows)
 
 
 class DigitAugmentation:
     """
-    A small rotation, zoom and shift in one bilinear resampling. Never mirrored, since digits have a direction.
-
-    Args:
-        size: (height, width) of the result in pixels.
-        rotation: maximum, in degrees to either side.
-        zoom, shift: maximum, as fractions of the image.
+    A small rotation, zoom and shift in one bilinear resampling to (height, width). Never mirrored, since digits have a
+    direction. Maxima: `rotation` in degrees to either side, `zoom` and `shift` as fractions of the image.
     """
 
     def __init__(self, size: tuple[int, int], rotation: float = 10.0, zoom: float = 0.1, shift: float = 0.09) -> None:
@@ -114,11 +97,8 @@ def build_augmentation(
     kind: str, size: tuple[int, int], resample: int, num_channels: int, arguments: TrainingArguments
 ) -> Augmentation:
     """
-    The augmentation of the flags, in the order of timm and torchvision, for a "photo" or "digit".
-
-    Args:
-        size: (height, width) of the result in pixels.
-        num_channels: of the images. Raises InputError for policies on images that are neither grey nor in colour.
+    The augmentation of the flags, in the order of timm and torchvision, for a "photo" or "digit" of (height, width).
+    Raises InputError for policies on images that are neither grey nor in colour.
     """
     recipe = arguments.recipe_arguments
     photo = PhotoAugmentation(size, resample, arguments.smallest_area)

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The records that a card is written from, read and checked: results.json of the training and of evaluations (in
-evaluation/ or below), transfer/transfer.json, codecarbon's emissions.csv, and what a person adds. Without a record
-there is no number.
+The records that a card is written from, read and checked: of the training, evaluations, a transfer table, emissions,
+and what a person adds. Without a record there is no number.
 """
 
 import csv
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CardOptions:
-    """
-    What a person may add to the records. The card keeps it for the next one.
-
-    Attributes:
-        license: the Hub's name of the model's licence. Default: that of the data.
-        license_name, license_link: of a license that is "other".
-        base_model: the Hub id of the model that the training started from.
-        hub_model_id: where the model is published.
-    """
+    """What a person may add to the records, as for scripts/card.py. The card keeps it for the next one."""
 
     license: str | None = None
     license_name: str | None = None
@@ -74,15 +65,13 @@ class CardOptions:
 
     def check(self) -> None:
         """Raises InputError for a value that the Hub doesn't take."""
-        problem = self.license and license_problem(self.license, self.license_name, self.license_link)
-        if problem:
+        if self.license and (problem := license_problem(self.license, self.license_name, self.license_link)):
             raise InputError(f"--license {self.license}: {problem}")
         for key in ("base_model", "hub_model_id"):
             if (value := getattr(self, key)) is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
                 raise InputError(f"--{key} {value}: give USER/NAME, as the Hub has it.")
 
     def given(self) -> dict[str, Any]:
-        """The options that are not None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def over(self, earlier: dict[str, Any]) -> "CardOptions":
@@ -93,33 +82,18 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class ModelRecords:
-    """
-    All that a card is written from.
-
-    Attributes:
-        folder: of the model.
-        config: of the model.
-        processor: of the model; None if there is none.
-        training: the record of the training; None for a model from elsewhere.
-        evaluations: reports in the order of their folders. Each is its results.json with `folder` (relative to the
-            model's), `title` and `figures` (the pictures in its folder).
-        transfer: the record of a transfer table; None without.
-        emissions: what codecarbon reports of the training: `grams` of CO2 equivalent, `kwh`, the `country` whose
-            electricity it assumes, and its `version`; None without its emissions.csv.
-        figures: pictures of the model and of the transfer table, as paths within the folder.
-        sheet_credit: whose photos figures/sheet.png shows, as Markdown; None if nobody said.
-        options: what a person has added.
-    """
+    """All that a card is written from. What has no record is None."""
 
     folder: Path
     config: ViTScratchConfig
     processor: BaseImageProcessor | None
     training: dict[str, Any] | None
+    # Each report with `folder` (relative to the model's), `title`, and `figures` (names of the pictures in its folder).
     evaluations: list[dict[str, Any]]
     transfer: dict[str, Any] | None
-    emissions: dict[str, Any] | None
-    figures: frozenset[str]
-    sheet_credit: str | None
+    emissions: dict[str, Any] | None  # `grams` of CO2 equivalent, `kwh`, `country` and codecarbon's `version`
+    figures: frozenset[str]  # of the model and of the transfer table, as paths within the folder
+    sheet_credit: str | None  # whose photos figures/sheet.png shows, as Markdown
     options: CardOptions
 
 
@@ -127,11 +101,8 @@ def read_records(
     folder: Path, options: CardOptions, reports: Iterable[Path] = (), transfer: Path | None = None
 ) -> ModelRecords:
     """
-    Reads everything in the folder of a finished model, and folders of reports and of a transfer table that lie
-    elsewhere, and checks it as `gather` does.
-
-    Raises:
-        InputError: also if the folder has no configuration, or if a file can't be read.
+    Reads the folder of a finished model, and folders of reports and of a transfer table that lie elsewhere. Raises
+    InputError if a file is missing or can't be read, and as `gather`.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json: it is no finished model. Train or convert one into it.")
@@ -165,12 +136,7 @@ def gather(
     options: CardOptions,
     transfer: Path | None = None,
 ) -> ModelRecords:
-    """
-    The records, if they are complete and about this model.
-
-    Raises:
-        InputError: with everything that is missing: then there is no card, rather than one with gaps.
-    """
+    """The records, if they are complete and about this model; else InputError with everything that is missing."""
     if training is None and not evaluations:
         raise InputError(
             f"No card without a record: {folder} has neither {RECORD} of a training nor an evaluation. Run "
@@ -223,10 +189,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, Any] | None:
-    """
-    What codecarbon reports of the training (`--report_to codecarbon`): its file has a row for every run in this folder.
-    The last one counts if it took as long as the training; otherwise it is of an earlier run.
-    """
+    """The last row of codecarbon's file, unless it took another time than the training: then it is of another run."""
     if training is None or not file.is_file():
         return None
     try:
@@ -242,12 +205,7 @@ def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, An
 
 
 def report_folder(report: Path, folder: Path) -> Path:
-    """
-    Where a report belongs in the folder of the model: evaluation/ and its name.
-
-    Raises:
-        InputError: if it is no report, or if there is another one of that name.
-    """
+    """Where a report belongs in the folder of the model. Raises InputError if it is none, or another is there."""
     if not (report / RECORD).is_file():
         raise InputError(f"{report} has no {RECORD}: give the --output_dir of scripts/evaluate.py.")
     inside = (folder / EVALUATIONS).resolve()
@@ -259,12 +217,15 @@ def report_folder(report: Path, folder: Path) -> Path:
     return target
 
 
-def copy_record(source: Path, record: str, target: Path) -> None:
-    """Copies a record and the pictures beside it into another folder."""
-    if target.resolve() != source.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (source / record, *source.glob("*.png")):
-            shutil.copyfile(file, target / file.name)
+def copy_records(folder: Path, reports: Sequence[Path], transfer: Path | None) -> None:
+    """Copies reports and a transfer table, with the pictures beside them, into the folder of the model."""
+    copies = [(report, RECORD, report_folder(report, folder)) for report in reports]
+    copies += [] if transfer is None else [(transfer, TRANSFER_RECORD, folder / TRANSFER)]
+    for source, record, target in copies:
+        if target.resolve() != source.resolve():
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (source / record, *source.glob("*.png")):
+                shutil.copyfile(file, target / file.name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -321,7 +282,7 @@ def _check_evaluation(
 
 
 def _is_of_other_weights(theirs: dict[str, str] | None, folder: Path) -> bool:
-    """Whether the digests of a record differ from those of the folder; False if one of them is not known."""
+    """Whether the digests differ from those of the folder; False if either is not known."""
     return bool(theirs) and digests(folder) not in ({}, theirs)
 
 

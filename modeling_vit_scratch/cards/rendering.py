@@ -35,8 +35,8 @@ class Absent(StrictUndefined):
 
 class CardEnvironment(ImmutableSandboxedEnvironment):
     """
-    Jinja's sandbox, since a template may come with somebody else's model. `ModelCard.from_template` can't be used: it
-    makes its own `jinja2.Template`, in which a misspelt name prints nothing and a name from a record may be HTML.
+    Jinja's sandbox, since a template may be somebody else's. In that of `ModelCard.from_template` a misspelt name
+    prints nothing, and a name from a record may be HTML.
     """
 
     def __init__(self) -> None:
@@ -60,15 +60,8 @@ class CardEnvironment(ImmutableSandboxedEnvironment):
 
 def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | None = None) -> str:
     """
-    Fills in a template.
-
-    Args:
-        values: by their names in the template.
-        template: the name of one in this folder, or the name of `text` in messages.
-        text: of a template from elsewhere. It may extend those of this folder.
-
-    Raises:
-        InputError: with the line, if the template has a mistake or prints a value that is not there.
+    Fills in a template of this folder, or the `text` of one that `template` is the name of in messages. Raises
+    InputError, with the line, if it has a mistake or prints a value that is not there.
     """
     environment = CardEnvironment()
     values = {name: Absent(name=name) if value is None else value for name, value in values.items()}
@@ -81,7 +74,6 @@ def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | No
 
 
 def _where(error: Exception, template: str) -> str:
-    """Template and line of an error."""
     if isinstance(error, TemplateSyntaxError):
         file, line = error.filename, error.lineno
     else:
@@ -90,10 +82,6 @@ def _where(error: Exception, template: str) -> str:
             return template
         file, line = frames[-1].filename, frames[-1].lineno
     return f"{template if not file or file.startswith('<') else Path(file).name}, line {line}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters
 
 
 def escape(text: Any) -> Markup:
@@ -128,11 +116,6 @@ def score(value: float, metric: str) -> str:
     return f"{value:.4f}" if metric in NO_PERCENT else percent(value)
 
 
-def metric_name(metric: str) -> str:
-    """A metric within a sentence: top-5 accuracy."""
-    return METRIC_TITLES.get(metric, metric)
-
-
 def size(value: int | Sequence[int]) -> str:
     """Height and width: 224 x 224."""
     height, width = (value, value) if isinstance(value, int) else value
@@ -140,7 +123,6 @@ def size(value: int | Sequence[int]) -> str:
 
 
 def names(values: Sequence[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
     shown = ", ".join(map(str, values[:limit]))
     return shown + (f" and {len(values) - limit:,} more" if len(values) > limit else "")
 
@@ -162,6 +144,6 @@ def code_block(text: Any, language: str = "text") -> Markup:
 
 
 FILTERS = {
-    "number": number, "percent": percent, "score": score, "metric_name": metric_name, "metric_title": title_of,
-    "size": size, "names": names, "url": url, "code": code, "code_block": code_block,
+    "number": number, "percent": percent, "score": score, "metric_title": title_of, "size": size, "names": names,
+    "metric_name": lambda metric: METRIC_TITLES.get(metric, metric), "url": url, "code": code, "code_block": code_block,
 }  # fmt: skip

@@ -27,23 +27,11 @@ def build_record(
     pretraining: PretrainingArguments | None = None,
 ) -> dict[str, Any]:
     """
-    The record of a run, without secrets and paths of this machine.
+    The record of a run, without secrets and paths of this machine. `scores` are those of `Trainer.evaluate`,
+    `wall_time` is that of training with its evaluations, in seconds, or of the part after `resumed_from`.
 
-    Args:
-        trainer: after training.
-        data: the images that it was trained and evaluated on.
-        model_arguments: what it started from.
-        scores: of the held-out images, from `Trainer.evaluate`.
-        wall_time: of training with its evaluations, in seconds.
-        pretraining: the objective of pretraining; None for fine-tuning.
-
-    Returns:
-        `metric`, `value` and `n` (the number of images) of the main result, all `metrics`, how the weights were chosen
-        (`selection`), `seed`, `command`, `git_commit`, `versions`, `hardware`, `wall_time_seconds` (of the part after
-        `resumed_from`, if there is one), and metadata of `dataset`, `model` and `training`. Of pretraining also the
-        flags of its objective (`pretraining`) and the probes of the last step (among the `metrics`). Without labels,
-        the main result is the loss on held-out images with the masks of the first epoch, and the parameters are the
-        encoder's.
+    Without labels, the main result is the loss on held-out images with the masks of the first epoch, and the parameters
+    are the encoder's. The probes of the last step of pretraining are among the `metrics`.
     """
     if pretraining is None or pretraining.is_supervised:
         # Without the loss: with label smoothing or mixing it is no number to compare.
@@ -104,38 +92,28 @@ def build_probe_record(
 
 
 def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Writes results.json into the folder."""
     write_text(Path(folder, "results.json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def result_message(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
-    """The last lines that fine-tuning prints: the result, where the model is, and how to use it."""
-    broken = record["training"]["broken_images"]
+    """The last lines that training prints: the result, where the model is, and how to use it or to go on from it."""
+    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
+    title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
-    return f"""
-{_held_out(record)}{replaced}
-The model is in {folder}. To use it:
+    if "pretraining" in record:
+        use = f"""To go on from it:
+
+    accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS"""
+    else:
+        use = f"""To use it:
 
     from transformers import pipeline
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
-    print(classify("{example or "image.png"}"))
-"""
-
-
-def pretraining_message(record: dict[str, Any], folder: str | os.PathLike[str]) -> str:
-    """The last lines that pretraining prints: the result, where the model is, and how to fine-tune it."""
+    print(classify("{example or "image.png"}"))"""
     return f"""
-{_held_out(record)}
-The model is in {folder}. To go on from it:
-
-    accelerate launch scripts/finetune.py --model_name_or_path {folder} --train_dir PHOTOS
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}
+The model is in {folder}. {use}
 """
-
-
-def _held_out(record: dict[str, Any]) -> str:
-    value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
-    title = METRIC_TITLES.get(record["metric"], record["metric"])
-    return f"Held-out {title}: {value} on {record['n']:,} images ({record['selection']})."
 
 
 def _dataset_metadata(data: ImageData) -> dict[str, Any]:
@@ -160,7 +138,7 @@ def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[s
 
 
 def _earlier_runs(start: str | None) -> list[dict[str, Any]]:
-    """The runs that led to the model in a folder, the first one first, as far as its record says."""
+    """The runs that led to the model in a folder, the first one first."""
     try:
         record = json.loads(Path(start or "", "results.json").read_text(encoding="utf-8"))
         names = ("metric", "value", "n", "seed", "training", "command", "versions", "hardware", "wall_time_seconds")
@@ -171,7 +149,6 @@ def _earlier_runs(start: str | None) -> list[dict[str, Any]]:
 
 
 def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
-    """How a run was trained: length, batches, optimizer, schedule, loss, augmentation, recipe, precision."""
     arguments: ImageTrainingArguments = trainer.args
     recipe = arguments.recipe_arguments
     published = None if recipe.recipe is None else find_recipe(recipe.recipe)

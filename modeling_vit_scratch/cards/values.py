@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The names that a template may use: the records, what follows from their numbers, and the metadata by which the Hub sorts
-and filters models (hf.co/docs/hub/model-cards).
-"""
+"""The names that a template may use, and the metadata by which the Hub sorts models (hf.co/docs/hub/model-cards)."""
 
 import math
 import re
@@ -51,8 +48,8 @@ SHOWN_PROBES = {"fewshot_5": "5 images a class", "fewshot_10": "10 images a clas
 
 def template_values(records: ModelRecords) -> dict[str, Any]:
     """
-    Every name that a template may use, as scripts/card.py --help lists them. Plain values without methods that do
-    anything, since a template may be somebody else's; None is what no record says.
+    Every name that a template may use, as scripts/card.py --help lists them: plain values without methods that do
+    anything, since a template may be somebody else's.
     """
     options, training, config, folder = records.options, records.training, records.config, records.folder
     main_record = training or records.evaluations[0]
@@ -89,17 +86,12 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         "base_model": options.base_model or (training and training["model"]["base_model"]),
         "version": main_record["versions"].get("modeling_vit_scratch", __version__),
     }
-    values["best_evaluation"] = next((one for one in values["evaluations"] if _is_unseen(one)), None)
+    unseen = (one for one in values["evaluations"] if not one["dataset"]["seen_in_training"])
+    values["best_evaluation"] = next(unseen, None)
     return values | {"card_data": Markup(_metadata(records, values).to_yaml())}
 
 
-def _is_unseen(record: dict[str, Any]) -> bool:
-    """Whether an evaluation is not known to be on images that the model was trained on."""
-    return not record["dataset"]["seen_in_training"]
-
-
 def _settings(training: dict[str, Any], usual: dict[str, Any], hidden: set[str] = _HIDDEN) -> list[tuple[str, Any]]:
-    """The settings of a training that are not as usual."""
     return [
         (key.replace("_", " "), value)
         for key, value in training.items()
@@ -118,7 +110,6 @@ def _processor(records: ModelRecords) -> dict[str, Any] | None:
 
 
 def _training(record: dict[str, Any]) -> dict[str, Any]:
-    """results.json of the training, and what follows from it."""
     earlier, following = [], record["training"]
     for run in reversed(record.get("earlier") or []):
         earlier.append({**run, "settings": _settings(run["training"], following)})
@@ -147,7 +138,6 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    """A report, and what follows from it."""
     is_multi_label = record["threshold"] is not None
     key, title = ("average_precision", "average precision") if is_multi_label else ("f1", "F1")
     classes = [row for row in record["per_class"] if row["n"]]
@@ -189,16 +179,11 @@ def _confusions(record: dict[str, Any]) -> list[dict[str, Any]]:
     matrix, labels = record["confusion_matrix"].get("rows_true_columns_predicted"), record["confusion_matrix"]["labels"]
     if matrix is None:  # of several labels
         return []
-    counts = np.array(matrix)
+    counts, images = np.array(matrix), [row["n"] for row in record["per_class"]]
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:3]
     return [
-        {
-            "label": labels[row],
-            "prediction": labels[column],
-            "n": matrix[row][column],
-            "of": record["per_class"][row]["n"],
-        }
+        {"label": labels[row], "prediction": labels[column], "n": matrix[row][column], "of": images[row]}
         for row, column in zip(*np.unravel_index(order, counts.shape))
         if counts[row, column]
     ]
@@ -213,12 +198,10 @@ def _calibration(record: dict[str, Any]) -> str | None:
     return "overconfident" if confidence > accuracy else "underconfident"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metadata
+# --- Metadata ---------------------------------------------------------------------------------------------------------
 
 
 def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
-    """Everything that the records say; the rest is left out."""
     training, license, results = records.training, values["license"], _hub_results(records)
     sources = [training["dataset"]] if training else [one["dataset"] for one in records.evaluations]
     metrics = {result.metric_type for result in results} & _HUB_TAGS
@@ -240,7 +223,7 @@ def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
 
 def _hub_results(records: ModelRecords) -> list[EvalResult]:
     """Results on images that it was not trained on: of evaluations, and of the training if none is on the same."""
-    shown = [one for one in records.evaluations if _is_unseen(one)]
+    shown = [one for one in records.evaluations if not one["dataset"]["seen_in_training"]]
     found = [(record, record["dataset"]["images"], one) for record in shown for one in record["results"]]
     if (training := records.training) is not None:
         images = (training["dataset"]["name"], training["n"])
@@ -283,7 +266,7 @@ def _hub_result(record: dict[str, Any], images: str, result: dict[str, Any]) -> 
 def _emissions(records: ModelRecords) -> dict[str, Any] | None:
     """What codecarbon reports, as hf.co/docs/hub/model-cards-co2 has it."""
     training, found = records.training, records.emissions
-    if training is None or found is None:
+    if found is None:
         return None
     from_scratch = training["model"]["started_from"] == "scratch" or training["pretraining"]
     emissions = {
@@ -295,17 +278,15 @@ def _emissions(records: ModelRecords) -> dict[str, Any] | None:
     return emissions | ({"geographical_location": found["country"]} if found["country"] else {})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of scripts/transfer.py
+# --- The table of scripts/transfer.py ---------------------------------------------------------------------------------
 
 
 def find(record: dict[str, Any], data: str, how: str) -> dict[str, dict[str, Any]]:
-    """The cells of transfer.json for a data set, fine-tuned or by a probe: {PRETRAINED: cell, SCRATCH: cell}."""
+    """{PRETRAINED: cell, SCRATCH: cell} of transfer.json for a data set, fine-tuned or by a probe."""
     return {cell["start"]: cell for cell in record["cells"] if (cell["data"], cell["how"]) == (data, how)}
 
 
 def names_of(record: dict[str, Any]) -> list[str]:
-    """The data sets, as on the command line."""
     return list(dict.fromkeys(cell["data"] for cell in record["cells"]))
 
 
@@ -321,7 +302,6 @@ def gain_in_words(row: dict[str, dict[str, Any]]) -> str:
 
 
 def transfer_values(record: dict[str, Any]) -> dict[str, Any]:
-    """What `transfer` is in a template."""
     cells = [{**cell, "words": in_words(cell)} for cell in record["cells"]]
     record, data = {**record, "cells": cells}, names_of(record)
     rows = {name: find(record, name, FINE_TUNED) for name in data}

@@ -15,21 +15,7 @@ from transformers import Trainer
 from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.records import METRIC_TITLES, title_of
-from .records import (
-    CARD,
-    CURVES,
-    EVALUATIONS,
-    RECORD,
-    TRANSFER,
-    TRANSFER_RECORD,
-    CardOptions,
-    ModelRecords,
-    copy_record,
-    gather,
-    read_json,
-    read_records,
-    report_folder,
-)
+from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_records, gather, read_json, read_records
 from .rendering import CARD_TEMPLATE, render
 from .values import template_values
 
@@ -40,15 +26,12 @@ OWN_TEMPLATE = "card_template.md"
 _SIGNATURE = re.compile(r"\n<!-- Written by scripts/card\.py (\{.*\}) ([0-9a-f]{16})\. .* -->\n?\Z")
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart, and more of theirs.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_MARKED_UP_TO = 60  # points of which each is marked
 
 
 def card_text(records: ModelRecords, template: Path | None = None) -> str:
     """
-    README.md: metadata, text, and the signature. Without a `template`, it is that of the model's folder or the default.
-
-    Raises:
-        InputError: if the template can't be read or has a mistake, or if the Hub would not take its metadata.
+    README.md, by the `template`, that of the model's folder, or the default. Raises InputError if it can't be read or
+    has a mistake, or if the Hub would not take its metadata.
     """
     template = template or records.folder / OWN_TEMPLATE
     try:
@@ -65,7 +48,6 @@ def card_text(records: ModelRecords, template: Path | None = None) -> str:
 
 
 def template_text() -> str:
-    """The default template."""
     return (Path(__file__).parent / CARD_TEMPLATE).read_text(encoding="utf-8")
 
 
@@ -95,19 +77,10 @@ def write_card(
     template: Path | None = None,
 ) -> str:
     """
-    Writes README.md and the learning curves from everything in the folder of a finished model, and returns the text.
-
-    Args:
-        folder: of the model.
-        options: what a person adds; where they are None, those of the earlier card stay.
-        reports, transfer, template: folders of reports and of a transfer table, and a template, that lie elsewhere.
-            They are copied into the folder of the model, so that later cards have them.
-        overwrite: also over a card that a person has written or changed.
-        dry_run: write nothing.
-
-    Raises:
-        InputError: if a record is missing or of another model, if the template has a mistake, or if the card was
-            changed by hand.
+    Writes README.md and the learning curves into the folder of a finished model, and returns the text. Where `options`
+    are None, those of the earlier card stay. Reports, a transfer table and a template that lie elsewhere are copied
+    into the folder, so that later cards have them. Raises InputError if a record is missing or of another model, if the
+    template has a mistake, or, without `overwrite`, if the card was changed by hand.
     """
     earlier = stored_options(folder)
     if earlier is None and not overwrite and not dry_run:
@@ -122,10 +95,7 @@ def write_card(
     text = card_text(read_records(folder, options, reports, transfer), template)
     if dry_run:
         return text
-    for report in reports:
-        copy_record(report, RECORD, report_folder(report, folder))
-    if transfer is not None:
-        copy_record(transfer, TRANSFER_RECORD, folder / TRANSFER)
+    copy_records(folder, reports, transfer)
     if template is not None and template.resolve() != (folder / OWN_TEMPLATE).resolve():
         shutil.copyfile(template, folder / OWN_TEMPLATE)
     state = folder / "trainer_state.json"
@@ -138,8 +108,8 @@ def write_card(
 
 def refresh_card(model: str, report: str) -> str | None:
     """
-    Writes the card of a `model` of the command line again, after an evaluation into the folder `report`. Returns a
-    message for the user; None if the report lies elsewhere, or if there is no card.
+    Writes a card again, after an evaluation into the folder `report`. Returns a message for the user; None if the
+    report lies elsewhere, or if there is no card.
     """
     folder = Path(model)
     if not (folder / CARD).is_file() or not Path(report).resolve().is_relative_to((folder / EVALUATIONS).resolve()):
@@ -152,10 +122,7 @@ def refresh_card(model: str, report: str) -> str | None:
 
 
 def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
-    """
-    Writes the card from a trainer and its record, before the model is saved. An error is only a warning: it is no
-    reason to lose the model.
-    """
+    """Writes the card before the model is saved. An error is only a warning: it is no reason to lose the model."""
     folder = Path(trainer.args.output_dir)
     earlier = stored_options(folder)
     if earlier is None:
@@ -172,10 +139,7 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
 
 
 def card_to_publish(folder: Path, options: CardOptions) -> str | None:
-    """
-    The card with the repository and the licence that the model is published with, from `options`. None if there is no
-    card, if it was written or changed by hand, or if its records are not there.
-    """
+    """The card with these options; None if there is none, if it was changed by hand, or if records are missing."""
     earlier = stored_options(folder) if (folder / CARD).is_file() else None
     if earlier is None:
         return None
@@ -187,12 +151,8 @@ def card_to_publish(folder: Path, options: CardOptions) -> str | None:
 
 def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
     """
-    Draws the losses and, beside them, the scores on held-out images, where a curve has at least two points. Without
-    matplotlib it draws nothing.
-
-    Args:
-        history: `log_history` of the Trainer's state.
-        file: .png to write; its folder is made.
+    Draws the losses and the scores on held-out images, where a curve has two points or more, from the `log_history` of
+    the Trainer's state. Without matplotlib it draws nothing.
     """
     try:
         from matplotlib.figure import Figure
@@ -220,7 +180,7 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for number, (name, points) in enumerate(curves.items()):
-            marker = "." if len(points) <= _MARKED_UP_TO else None
+            marker = "." if len(points) <= 60 else None
             # Of curves that lie on one another, both are seen: later ones are thin and broken.
             style, width = ("-", 1.6) if number == 0 else ("--", 1.0)
             colour = _COLOURS[number % len(_COLOURS)]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-From examples to batches: loaders and their worker processes, collators with Mixup and CutMix, and what follows on the
-device, normalisation and mixing.
-"""
+"""From examples to batches: loaders, collators with Mixup and CutMix, and normalising and mixing on the device."""
 
 import functools
 import math
@@ -31,9 +28,6 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 _STREAM = 0x6D6978
 
 
-# --- Collators --------------------------------------------------------------------------------------------------------
-
-
 class ImageCollator:
     """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
 
@@ -41,9 +35,8 @@ class ImageCollator:
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
-        Examples of `ImageClassificationDataset` to "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3),
-        int64: their seeds, epochs and indices. If there are any, "broken": pairs of the index of an image that can't be
-        read, and the reason. A batch, from a data set that makes batches itself, stays as it is.
+        To "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: seed, epoch and index. "broken",
+        where images can't be read, has pairs of index and reason. A batch stays as it is.
         """
         if isinstance(examples, dict):
             return examples
@@ -57,14 +50,11 @@ class ImageCollator:
 
 @dataclass(frozen=True)
 class Mixing:
-    """
-    What is done to every image of a batch: inside the box (left, top, right, bottom in pixels) it keeps its `weight`,
-    and the rest is of the image before it: see `mix`. On the whole, an image and its label keep the share `kept`.
-    """
+    """How each image of a batch is mixed with the one before it: see `mix`."""
 
-    weight: float
-    box: tuple[int, int, int, int]
-    kept: float
+    weight: float  # that an image keeps inside the box
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
+    kept: float  # the share of the image, and of its label
 
     def mix_labels(self, targets: Tensor) -> Tensor:
         """Probabilities (B, K), each row mixed with the one before it."""
@@ -79,8 +69,8 @@ def mixup(size: tuple[int, int], weight: float) -> Mixing:
 
 def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixing:
     """
-    A rectangle of about (1 - weight) of the area, around (column, row), comes from the other image (Yun et al.,
-    arXiv:1905.04899). The border cuts it; the labels are mixed by the area that is left of it.
+    A rectangle of about (1 - weight) of the area, around (column, row) and cut by the border, comes from the other
+    image (Yun et al., arXiv:1905.04899). The labels are mixed by its area.
     """
     height, width = size
     half = 0.5 * math.sqrt(1.0 - weight)
@@ -92,17 +82,9 @@ def cutmix(size: tuple[int, int], weight: float, column: int, row: int) -> Mixin
 
 class MixingCollator(ImageCollator):
     """
-    Batches with Mixup, CutMix, or one of them by chance, and labels that are probabilities, (B, K), rows of sum 1.
-
-    The arithmetic is torchvision's (`transforms.v2.MixUp` and `CutMix`): one weight for a batch, drawn from
-    Beta(alpha, alpha), and each image with the one before it. The random numbers depend on the seed, the epoch and the
-    images of the batch alone. Examples without a "key", those of the evaluation, are batched as they are.
-
-    Args:
-        num_labels: K.
-        mixup_alpha, cutmix_alpha: 0 for none. Both: each is as likely.
-        label_smoothing: this share of the probability is spread over all labels. The Trainer's own can't smooth
-            probabilities.
+    Batches with Mixup or CutMix as torchvision's (`transforms.v2`), each as likely if both have an alpha, and labels
+    that are probabilities, (B, K). The random numbers depend on the seed, the epoch and the images of the batch alone.
+    Held-out examples, without a "key", are not mixed.
     """
 
     def __init__(
@@ -119,10 +101,7 @@ class MixingCollator(ImageCollator):
         self.description = " or ".join(parts)
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
-        """
-        As in `ImageCollator`; with keys, "labels" are (B, K), and `mix` takes "mixing_weights" (B,), float32, and
-        "mixing_boxes" (B, 4), int64. Their rows are equal, so that whoever slices the batch slices them too.
-        """
+        """With "mixing_weights" (B,), float32, and "mixing_boxes" (B, 4), int64: equal rows, to be sliced as images."""
         batch = super().__call__(examples)
         if "keys" not in batch:
             return batch
@@ -156,31 +135,22 @@ class MixingCollator(ImageCollator):
 
 class Normalize:
     """
-    uint8 (B, C, H, W) to float32, value * scale + offset for each channel: bit for bit what the image processor gives,
-    whatever the precision of the network.
-
-    Args:
-        scale, offset: (C,), or (1,) for any number of channels.
+    uint8 (B, C, H, W) to float32 on the same device, bit for bit as this library's image processor does it, whatever
+    the precision of the network. Processors of other libraries normalise by themselves: their output stays as it is.
     """
 
-    def __init__(self, scale: np.ndarray, offset: np.ndarray) -> None:
-        self.scale, self.offset = (
-            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (scale, offset)
-        )
-
-    @classmethod
-    def from_processor(cls, processor: BaseImageProcessor | None) -> "Normalize | None":
-        """With the settings of this library's processor; None for any other, which has to normalise itself."""
-        if not isinstance(processor, ViTScratchImageProcessor):
-            return None
-        factor = processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-        mean, std = np.broadcast_arrays(np.atleast_1d(np.float64(mean)), np.atleast_1d(np.float64(std)))
-        return cls(factor / std, -mean / std)
+    def __init__(self, processor: BaseImageProcessor | None) -> None:
+        self.is_needed = isinstance(processor, ViTScratchImageProcessor)
+        if self.is_needed:
+            factor = processor.rescale_factor if processor.do_rescale else 1.0
+            mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+            mean, std = np.broadcast_arrays(np.atleast_1d(np.float64(mean)), np.atleast_1d(np.float64(std)))
+            self.scale, self.offset = (
+                torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (factor / std, -mean / std)
+            )
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) to float32 on the same device; other types are normalised already and stay as they are."""
-        if pixel_values.dtype != torch.uint8:
+        if not self.is_needed or pixel_values.dtype != torch.uint8:
             return pixel_values
         self.scale, self.offset = self.scale.to(pixel_values.device), self.offset.to(pixel_values.device)
         # Rounded twice, as in the processor: a fused multiply-add would give other last bits.
@@ -189,13 +159,8 @@ class Normalize:
 
 def mix(pixel_values: Tensor, weights: Tensor, boxes: Tensor) -> Tensor:
     """
-    Mixes each image with the one before it in the batch: inside its box it keeps its weight of itself, outside all.
-    The box of `mixup` is the whole image, the weight of `cutmix` 0. Does not wait for the device.
-
-    Args:
-        pixel_values: normalised, (B, C, H, W).
-        weights: (B,), 0 to 1.
-        boxes: (B, 4), left, top, right and bottom in pixels.
+    Mixes each image (B, C, H, W) with the one before it: inside its box (B, 4) it keeps its weight (B,) of itself,
+    outside all. The box of `mixup` is the whole image, the weight of `cutmix` 0. Does not wait for the device.
     """
     height, width = pixel_values.shape[-2:]
     rows, columns = (torch.arange(length, device=pixel_values.device) for length in (height, width))
@@ -217,12 +182,16 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
 
 
 def process_loader(
-    dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], **batching: Any
+    dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], batches: Sampler[list] | None
 ) -> DataLoader:
-    """
-    The loader of one process, from a sampler that knows of the other processes. `batching`: the arguments of torch's
-    DataLoader that say which examples make a batch; the others are those of the flags.
-    """
+    """The loader of one process: of the `batches` of a stream or, without, with each image --aug_repeats times."""
+    batching: dict[str, Any] = {"batch_sampler": batches}
+    if batches is None:
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        repeats = arguments.recipe_arguments.aug_repeats
+        sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
+        batching = {"sampler": sampler, "batch_size": arguments.train_batch_size}
+        batching["drop_last"] = arguments.dataloader_drop_last
     loader = DataLoader(
         dataset,
         collate_fn=collator,
@@ -241,18 +210,10 @@ def process_loader(
 
 class RepeatedAugmentation(Sampler[int]):
     """
-    The images of one process in an epoch with repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
-    arXiv:1902.05509): DeiT's `RASampler` and timm's `RepeatAugSampler`.
-
-    The images are shuffled, each is put `repeats` times in a row, and these are dealt to the processes in turn, so
-    different processes get different versions of an image. An epoch keeps its length: it sees only one in `repeats` of
-    the images. (DeiT's own is up to 255 images shorter: it ends at a multiple of 256.)
-
+    Repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509): DeiT's `RASampler` and
+    timm's `RepeatAugSampler`, but DeiT's epoch ends at a multiple of 256 images. `count` images are shuffled, put
+    `repeats` times in a row, and dealt to the processes in turn. An epoch keeps its length: it sees one in `repeats`.
     Gives numbers `index + repetition * count`, so that each repetition has random numbers of its own.
-
-    Args:
-        count: number of images.
-        seed: of the shuffling, together with the epoch.
     """
 
     def __init__(self, count: int, repeats: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -260,7 +221,6 @@ class RepeatedAugmentation(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Changes the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -272,16 +232,6 @@ class RepeatedAugmentation(Sampler[int]):
         positions %= self.count * self.repeats  # fewer images than processes: from the start again
         numbers = order[positions // self.repeats] + positions % self.repeats * self.count
         return iter(numbers.tolist())
-
-
-def repeating_loader(
-    dataset: Dataset, arguments: TrainingArguments, repeats: int, collator: Callable[..., Any]
-) -> DataLoader:
-    """The loader of this process, with each image `repeats` times: --aug_repeats."""
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
-    batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
-    return process_loader(dataset, arguments, collator, sampler=sampler, **batching)
 
 
 def prepare_workers(loader: DataLoader) -> None:

@@ -2,10 +2,8 @@
 """
 Images as they are stored, with their labels, and the torch data set that makes of them what the network takes.
 
-Training decodes JPEG photos at the scale that the random part needs: libjpeg gives 1/2, 1/4 or 1/8 of the sides by
-computing fewer cosines. The part is resized by torch's 8-bit kernels, at most one level away from Pillow in a third of
-the time. (Bicubic, where one side is enlarged and the other reduced, can be further: the passes are in another order.)
-Images of evaluations are decoded in full and resized by Pillow, unless the processor is set otherwise.
+Training decodes JPEG photos at 1/2, 1/4 or 1/8 of the sides, and resizes with torch's 8-bit kernels: at most one level
+away from Pillow, but where bicubic enlarges one side and reduces the other. Evaluations decode in full with Pillow.
 """
 
 import itertools
@@ -52,11 +50,11 @@ class StoredImage:
     name: str
 
     def decode(self, decoder: ViTScratchImageProcessor) -> Image.Image:
-        """The image, upright, with the decoder's channels. Raises ImageDecodeError."""
+        """The image, upright. Raises ImageDecodeError."""
         return decoder.decode(self._content(), name=self.name)
 
     def fit(self, processor: ViTScratchImageProcessor, **settings: Any) -> torch.Tensor:
-        """uint8 (C, H, W), as the processor decodes, resizes and crops it: see its `fit`. Raises what that raises."""
+        """uint8 (C, H, W), decoded, resized and cropped: see the processor's `fit`."""
         return torch.from_numpy(np.stack(processor.fit(self._content(), name=self.name, **settings)))
 
     def open(self, decoder: ViTScratchImageProcessor) -> "Photo":
@@ -71,11 +69,8 @@ class StoredImage:
 
 class Photo:
     """
-    An image file, by path or bytes, of which a part is wanted. A JPEG is decoded when part and size are known, any
-    other at once. Raises ImageDecodeError if the file is missing, damaged or no image.
-
-    Attributes:
-        width, height: in pixels, of the whole image, upright.
+    An image file of which a part is wanted. A JPEG is decoded when part and size are known, any other at once. `width`
+    and `height` are those of the whole image, upright. Raises ImageDecodeError.
     """
 
     def __init__(self, content: str | bytes, decoder: ViTScratchImageProcessor, name: str) -> None:
@@ -88,10 +83,7 @@ class Photo:
         self.width, self.height = self.image.size[::-1] if self._orientation in _IS_TURNED else self.image.size
 
     def decode(self, size: tuple[int, int], box: Box) -> tuple[Image.Image, Box]:
-        """
-        The image, upright, at the scale that makes (width, height) of the box, and where the box is in it. At scale 1
-        it is bit for bit the whole image. A JPEG file can be decoded once. Raises ImageDecodeError.
-        """
+        """The image, upright, at the scale for a (width, height) of the box, and the box in it. For a JPEG, once."""
         if self.is_decoded:
             return self.image, box
         left, top, right, bottom = box
@@ -125,7 +117,7 @@ class PhotoPart:
     is_mirrored: bool = False
 
     def pixels(self) -> torch.Tensor:
-        """uint8 (C, H, W). Once. Raises ImageDecodeError for a broken file."""
+        """uint8 (C, H, W). Once. Raises ImageDecodeError."""
         image, box = self.photo.decode(self.size, self.box)
         box = tuple(round(edge) for edge in box)
         if self.resample in TORCH_FILTERS:
@@ -141,9 +133,7 @@ class PhotoPart:
 
 
 def _interleaved(image: Image.Image, box: tuple[int, int, int, int]) -> torch.Tensor:
-    """
-    A part of an image, uint8 (1, H, W, C). For RGB C is 4, and the last channel is padding: a view of Pillow's memory.
-    """
+    """uint8 (1, H, W, C). For RGB a view of Pillow's memory, whose fourth channel is padding."""
     left, top, right, bottom = box
     if image.mode == "RGB":
         try:
@@ -160,21 +150,12 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
 
-# --- Data sets --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Examples:
-    """
-    Images as stored, and their labels.
+    """Images as stored, and their labels."""
 
-    Attributes:
-        images: one column, "image", of undecoded `datasets.Image`.
-        labels: indices into the label names; or where an image may have several, (N, K) uint8, 0 and 1.
-    """
-
-    images: datasets.Dataset
-    labels: list[int] | np.ndarray
+    images: datasets.Dataset  # one column, "image", of undecoded `datasets.Image`
+    labels: list[int] | np.ndarray  # class indices; or where an image may have several, (N, K) uint8, 0 and 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -192,11 +173,9 @@ class Examples:
         return self.labels[self.index(number)]
 
     def another(self, generator: np.random.Generator) -> int:
-        """The index of any image."""
         return int(generator.integers(len(self)))
 
     def name(self, index: int) -> str:
-        """The image's file, or its number where it has none."""
         return self.stored([index])[0].name
 
     def stored(self, indices: list[int]) -> list[StoredImage]:
@@ -211,7 +190,7 @@ class Examples:
         ]
 
     def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
-        """The image, upright, with the decoder's channels. Raises ImageDecodeError with the name of a broken file."""
+        """The image, upright. Raises ImageDecodeError."""
         return self.stored([index])[0].decode(decoder)
 
 
@@ -226,21 +205,11 @@ def multi_hot(lists: list[list[int]], num_labels: int) -> np.ndarray:
 class ImageClassificationDataset(torch.utils.data.Dataset):
     """
     Map-style dataset: `{"pixel_values": (C, H, W), "labels": int}`, or "labels" of 0. and 1., (K,), where an image may
-    have several; and for training "key", the (seed, epoch, index) that all random numbers depend on.
+    have several; with an augmentation or `with_keys` also "key", the (seed, epoch, index) that all random numbers
+    depend on. The pixels are uint8, for `collation.Normalize`; a processor of another library normalises by itself.
 
-    The pixels are uint8, of the size that the model takes; `collation.Normalize` normalises them on the device. A
-    processor of another library returns what it makes, normalised.
-
-    Args:
-        examples: images and labels.
-        processor: the model's image processor: training and serving see the same pixels.
-        num_channels: of the model, for a processor that does not decode images itself.
-        augmentation: a random change of the image, which has the model's size afterwards.
-        seed: of the augmentation.
-        with_keys: whether examples have a "key" without an augmentation too.
-        fast_decode: decode at reduced scale. For an augmentation that begins with `PhotoAugmentation`.
-        max_broken_images: how many images that can't be read may be replaced by others. The Trainer counts them; an
-            example that replaces others has "broken": by index, why they can't be read.
+    `fast_decode`, at reduced scale, is for an augmentation that begins with `PhotoAugmentation`. Up to
+    `max_broken_images` that can't be read are replaced by others, whose "broken" has the reasons by index.
     """
 
     def __init__(
@@ -263,11 +232,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """
-        Changes the random numbers. Called at the start of every epoch, also of one that is resumed in its middle.
-
-        Held-out images, which are not augmented, stay in epoch 0, and so do their masks in pretraining.
-        """
+        """Changes the random numbers. Held-out images and their masks in pretraining stay in epoch 0."""
         if self.augmentation is not None:
             self._epoch.fill_(epoch)
 
@@ -278,11 +243,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """
-        The examples of a batch: torch's loader prefers this. A few at a time, and first what is little work for all of
-        them: decoding a photo drives all else from the caches.
-        """
+        """The examples of a batch: torch's loader prefers this."""
         examples = []
+        # A few at a time, and first what is little work: decoding a photo drives all else from the caches.
         for first in range(0, len(indices), _ROWS_AT_ONCE):
             group = indices[first : first + _ROWS_AT_ONCE]
             begun = [self._begin(index, stored) for index, stored in zip(group, self.examples.stored(group))]
@@ -290,14 +253,10 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return examples
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
         return self.examples.name(index)
 
     def _begin(self, index: int, stored: StoredImage) -> Callable[[], torch.Tensor]:
-        """
-        What is left to do for the pixels (C, H, W); it may raise ImageDecodeError. With `fast_decode`, all that comes
-        before the decoding of a JPEG photo is done here.
-        """
+        """Does what comes before decoding; the function returned decodes, and may raise ImageDecodeError."""
         if self.augmentation is None:
             return partial(self._fit, stored)
         generator = np.random.default_rng((self.seed, int(self._epoch), index))
@@ -313,10 +272,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return partial(self._to_pixels, part)
 
     def _example(self, index: int, pixels: Callable[[], torch.Tensor]) -> dict[str, Any]:
-        """
-        The image, or within the limit of broken ones another in its place: always the same in an epoch, after a
-        resumption too.
-        """
+        """The image, or in place of a broken one another: always the same in an epoch, after a resumption too."""
         broken: dict[int, str] = {}
         wanted, others = index, None
         for attempt in itertools.count(1):
@@ -343,13 +299,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return {**example, "broken": broken} if broken else example
 
     def _fit(self, stored: StoredImage) -> torch.Tensor:
-        """The image as the processor decodes, resizes and crops it."""
         if not self.is_ours:
             return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
         return stored.fit(self.processor)
 
     def _to_pixels(self, image: Image.Image | PhotoPart) -> torch.Tensor:
-        """An image that has the model's size."""
         if self.is_ours:
             return image.pixels() if isinstance(image, PhotoPart) else to_pixels(image)
         image = image.to_image() if isinstance(image, PhotoPart) else image

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The files that a path stands for, in an order that never changes, and the columns of tables: what training, evaluation,
-prediction and figures have in common.
-
-Nothing is decoded, and no more is held than the names in one folder: a million images are listed in constant memory.
+The files that a path stands for, in an order that never changes, and the columns of tables. Nothing is decoded, and no
+more is held than the names in one folder: a million images are listed in constant memory.
 """
 
 import csv
@@ -76,8 +74,8 @@ def list_folder(folder: str) -> Iterator[Item]:
 
 def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
     """
-    All files in a folder at any depth, in the order of their names, folder by folder; hidden ones are left out. Links
-    are followed, but not in circles. A folder that can't be read is an item with an error.
+    The files in a folder at any depth, sorted folder by folder, without hidden ones. Links are followed, but not in
+    circles. A folder that can't be read is an item with an error.
     """
     try:
         identity, names = _scan(folder)
@@ -93,7 +91,7 @@ def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]
 
 
 def _scan(folder: str) -> tuple[tuple[int, int], list[tuple[str, bool]]]:
-    """What identifies a folder; and what is in it and not hidden, sorted, with whether it is a folder itself."""
+    """What identifies a folder, and what is in it and not hidden: sorted names, and whether each is a folder."""
 
     def is_folder(entry: os.DirEntry[str]) -> bool:
         try:
@@ -149,7 +147,6 @@ def list_lines(file: IO[str], folder: str) -> Iterator[Item]:
 
 
 def list_text_file(path: str) -> Iterator[Item]:
-    """As `list_lines`, relative to the folder of the file."""
     with _opened(path) as file:
         yield from list_lines(file, os.path.dirname(path))
 
@@ -175,7 +172,7 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """
-    The rows of a CSV or JSON lines file. Values of a CSV file stay text. Raises InputError if the file can't be opened,
+    The rows of a CSV file, whose values stay text, or of a JSON lines file. Raises InputError if it can't be opened,
     ValueError or csv.Error if it is damaged.
     """
     with _opened(path) as file:
@@ -191,9 +188,8 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
 
 def read_csv(path: str) -> dict[str, list[Any]]:
     """
-    The columns of a CSV file: text, None where there is nothing; a column of whole numbers that are all written in the
-    usual way, see `is_whole_number`, is numbers. Raises what `read_rows` raises, and ValueError for a row that is too
-    long.
+    The columns of a CSV file: text, or whole numbers if all are; None where there is nothing. Raises what `read_rows`
+    raises, and ValueError for a row that is too long.
     """
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(read_rows(path), start=1):
@@ -208,7 +204,7 @@ def read_csv(path: str) -> dict[str, list[Any]]:
 
 
 def is_whole_number(text: str) -> bool:
-    """Whether a text is a whole number in the usual way of writing: 7, and not 007 or +7."""
+    """Whether it is a whole number in the usual way of writing: 7, and not 007 or +7."""
     digits = text.removeprefix("-")
     return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(text)) == text
 
@@ -231,14 +227,15 @@ def find_column(
     kind: str, named: str | None, features: Mapping[str, Any], split: str, problems: Problems
 ) -> str | None:
     """
-    The "image" or "label" column: the one that the user named; else the only one of the right type; else the only one
-    with a usual name. `features` are the types of all columns, None where they are not known.
+    The "image" or "label" column: the one that the user named, the only one of the right type, or the only one with a
+    usual name. A type in `features` is None where it is not known.
     """
     flag, listing = f"--{kind}_column_name", ", ".join(map(repr, features))
+    if named in features:
+        return named
     if named is not None:
-        if named not in features:
-            problems.add(f"{flag} {named}: the {split} split has no such column. Its columns: {listing}.")
-        return named if named in features else None
+        problems.add(f"{flag} {named}: the {split} split has no such column. Its columns: {listing}.")
+        return None
     is_right = is_class_label if kind == "label" else lambda feature: isinstance(feature, datasets.Image)
     candidates = [column for column, feature in features.items() if is_right(feature)]
     candidates = candidates or [column for column in features if column.lower() in USUAL_NAMES[kind]]
@@ -251,7 +248,7 @@ def find_column(
 
 
 def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) -> str:
-    """The column that holds the images: see `find_column`. Raises InputError if that is not clear."""
+    """See `find_column`. Raises InputError if no column, or more than one, could hold the images."""
     problems = Problems()
     column = find_column("image", named, features, table, problems)
     if column is None:
@@ -260,12 +257,12 @@ def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) 
 
 
 def is_class_label(feature: Any) -> bool:
-    """Whether a column of this type holds a `ClassLabel`, or a list of them, for each image."""
+    """Whether a column of this type holds a `ClassLabel`, or a list of them."""
     return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
 
 
 def is_label_list(feature: Any) -> bool:
-    """Whether a column of this type holds a list of names or whole numbers for each image."""
+    """Whether a column of this type holds lists of names or whole numbers."""
     if not isinstance(feature, datasets.List | datasets.LargeList):
         return False
     inner = feature.feature
@@ -276,9 +273,6 @@ def is_label_list(feature: Any) -> bool:
 def split_labels(text: str | None, separator: str) -> list[str]:
     """The labels in a text, "cat|dog"; none in an empty one."""
     return [word.strip() for word in (text or "").split(separator) if word.strip()]
-
-
-# --- Shards -----------------------------------------------------------------------------------------------------------
 
 
 def list_shard(path: str) -> Iterator[Item]:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Where images come from: folders, files, data sets of the Hub and two built-in ones, read into memory or as a stream.
-No image is decoded.
-"""
+"""Where images come from: folders, files, data sets of the Hub and two built-in ones. No image is decoded."""
 
 import importlib.util
 import itertools
@@ -24,7 +21,6 @@ from .listing import USUAL_NAMES, find_column, image_endings, is_label_list, rea
 from .streams import ImageStream, Shard
 
 
-# The reader of `datasets` for a kind of file.
 FILE_READERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".tar": "webdataset"}
 # Paths in a table are relative to the folder of its file, which is kept in this column.
 FOLDER_COLUMN = "__folder__"
@@ -32,8 +28,6 @@ FOLDER_COLUMN = "__folder__"
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 # A folder of these is a folder of splits, not of classes.
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-# Records of a stream that are read before training, to find wrong labels early.
-CHECKED_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -55,11 +49,8 @@ def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
     """
-    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder.
-
-    Returns:
-        The source, or None if nothing of it can be read. `train` or `validation` may be None, too: the reason is among
-        the problems.
+    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder. What can't be read
+    is None, the source or its `train` or `validation`, and the reason is among the problems.
     """
     if arguments.train_dir is None and arguments.dataset_name == "digits":
         return read_digits()
@@ -90,9 +81,8 @@ def read_digits() -> Source:
 
 def read_elpv(problems: Problems) -> Source | None:
     """
-    The ELPV photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021), 300 x 300 pixels.
-
-    A cell is "defective" where experts put the probability of a defect at one half or more (it is 0, 1/3, 2/3 or 1).
+    The ELPV photographs of solar cells (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021), 300 x 300 pixels. A
+    cell is "defective" where experts put the probability of a defect (0, 1/3, 2/3 or 1) at one half or more.
     """
     package = importlib.util.find_spec("elpv_dataset")
     if package is None or package.origin is None:
@@ -120,7 +110,7 @@ def _table(images: list[Any], labels: list[int], names: list[str]) -> datasets.D
 def find_columns(
     arguments: DataArguments, features: Mapping[str, Any], split: str, problems: Problems, needs_labels: bool
 ) -> tuple[str, str | None] | None:
-    """The image and the label column; None if one is missing. Without `needs_labels` the label column may be None."""
+    """The image and the label column; None if one is missing. Only without `needs_labels` there may be no labels."""
     image = find_column("image", arguments.image_column_name, features, split, problems)
     needs_labels = needs_labels or arguments.label_column_name is not None
     label_problems = problems if needs_labels else Problems()
@@ -136,7 +126,7 @@ def listed(names: list[str], limit: int = 10) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads files and data sets of the Hub: see `read_source`. What can't be read is None, and among the problems."""
+    """Reads files and data sets of the Hub: see `read_source`."""
 
     arguments: DataArguments
     cache_dir: str | None
@@ -166,10 +156,8 @@ class _Reader:
             if train is None:
                 return None
             if validation is not None:  # a copy in the cache: loading the split by its name would fetch the others, too
-                rows, cache = _undecoded(validation), self.cache_dir
-                validation = datasets.Dataset.from_generator(
-                    lambda: iter(rows), features=rows.features, cache_dir=cache
-                )
+                rows = _undecoded(validation)
+                validation = datasets.Dataset.from_generator(lambda: iter(rows), rows.features, self.cache_dir)
         if Path(name).exists():
             return Source(Path(name).resolve().name, train, validation, license=license)
         url = f"https://huggingface.co/datasets/{name}"
@@ -197,16 +185,26 @@ class _Reader:
             return None
         if path.is_dir() and self.needs_labels and (metadata := _metadata_file(path)) is not None:
             path, given = metadata, str(metadata)
+        if path.is_dir() and (self.needs_labels or _has_class_folders(path)):
+            return self._read_class_folders(flag, path)
         if path.is_dir():
-            is_of_classes = self.needs_labels or _has_class_folders(path)
-            return self._read_class_folders(flag, path) if is_of_classes else self._read_unlabelled(flag, path)
+            images = self._images_below(flag, path)
+            self.problems.require(bool(images), f"{flag} {path} has no images in it.")
+            features = datasets.Features({"image": datasets.Image()})
+            return datasets.Dataset.from_dict({"image": images}, features=features) if images else None
         reader, files = self._find_files(flag, given)
         if reader is None:
             return None
         try:
             if not streaming:
                 return _read_files(reader, files, self.cache_dir)
-            shards = _stream_files(reader, [str(file) for file in files], self.cache_dir)
+            names = [str(file) for file in files]
+            if reader == "csv":
+                rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
+            else:
+                cache = self.cache_dir
+                rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache, streaming=True)
+            shards = _shards(rows, names)
         except Exception as error:  # a broken file raises whatever its parser raises
             cause = str(error.__cause__ or error).strip().splitlines()[0]
             self.problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
@@ -214,7 +212,7 @@ class _Reader:
         return self._open_stream(shards)
 
     def _find_files(self, flag: str, given: str) -> tuple[str | None, list[Path]]:
-        """The reader of `datasets` for a file or the files of a pattern, and these files; None if there is none."""
+        """The files of a path or pattern, and their reader; None if there is none."""
         path = Path(given).expanduser()
         files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
         endings = {file.suffix.lower() for file in files}
@@ -227,14 +225,6 @@ class _Reader:
                 f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
             )
         return reader, files
-
-    def _read_unlabelled(self, flag: str, folder: Path) -> datasets.Dataset | None:
-        """All images at any depth."""
-        files = self._images_below(flag, folder)
-        if not files:
-            self.problems.add(f"{flag} {folder} has no images in it.")
-            return None
-        return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
 
     def _read_class_folders(self, flag: str, folder: Path) -> datasets.Dataset | None:
         """One folder for each class, images at any depth below. Classes are in the order of their sorted names."""
@@ -254,10 +244,7 @@ class _Reader:
         return _table(paths, labels, classes)
 
     def _images_below(self, flag: str, folder: Path) -> list[str]:
-        """
-        The images in a folder at any depth, sorted. Pipes and links to nothing are among them: the check of the images
-        reports them.
-        """
+        """The images at any depth, sorted; also pipes and links to nothing, which the check of the images reports."""
         endings, found = image_endings(), set()
         for item in walk(str(folder)):
             if item.error:
@@ -291,15 +278,12 @@ class _Reader:
         is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
         stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
         try:
-            for _ in itertools.islice(stream.read(0), CHECKED_RECORDS):
+            for _ in itertools.islice(stream.read(0), 32):  # to find wrong labels before training
                 pass
         except (InputError, TrainingStopped) as error:
             self.problems.add(str(error))
             return None
         return stream
-
-
-# --- Files and folders ------------------------------------------------------------------------------------------------
 
 
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
@@ -317,10 +301,7 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
 
 
 def _metadata_file(folder: Path) -> Path | None:
-    """
-    The table of a folder of images, as `imagefolder` of `datasets` has it: with a column "file_name", and here with one
-    of labels too, unless the images lie in class folders.
-    """
+    """The table of a folder of images, as for `datasets`' imagefolder. Beside class folders it must have labels."""
     for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
         if not file.is_file():
             continue
@@ -364,17 +345,6 @@ def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     )
 
 
-# --- Shards and label names of streams --------------------------------------------------------------------------------
-
-
-def _stream_files(reader: str, files: list[str], cache_dir: str | None) -> list[Shard]:
-    if reader == "csv":
-        rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": files})
-    else:
-        rows = datasets.load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, streaming=True)
-    return _shards(rows, files)
-
-
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
     """Values stay text: "007" is not 7."""
     for file in files:
@@ -382,7 +352,7 @@ def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
-    """One for each file; where `datasets` shards in another way, its own, with unknown counts."""
+    """One for each file; where `datasets` shards in another way, its own, not counted."""
     rows, count = _undecoded(rows), rows.num_shards
     if count != len(files):
         return [Shard(rows.shard(count, index), f"shard {index}") for index in range(count)]
@@ -397,7 +367,7 @@ def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
 
 
 def _parquet_rows(file: str) -> int:
-    """From the end of the file: no image is read."""
+    """The number of rows, from the end of the file: no image is read."""
     with fsspec.open(file, "rb") as opened:
         return pyarrow.parquet.ParquetFile(opened).metadata.num_rows
 

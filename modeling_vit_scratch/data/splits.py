@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From a source to training and held-out examples: columns, labels, the split, and a check of every file.
-
-All mistakes in the data are found before training starts, and reported in one message.
+From a source to training and held-out examples: columns, labels, the split, and a check of every file. All mistakes in
+the data are found before training starts, and reported in one message.
 """
 
 import itertools
@@ -31,26 +30,22 @@ from .streams import ImageStream
 
 @dataclass(frozen=True)
 class ImageData:
-    """
-    The data of a training. `label_names` are in the order of the class indices, [] if there are none; `split` describes
-    the held-out images; `is_multi_label` means any number of labels for each image.
-    """
+    """The data of a training."""
 
     source: Source
-    label_names: list[str]
+    label_names: list[str]  # in the order of the class indices; [] if there are none
     train: Examples | ImageStream
     validation: Examples
-    split: str
+    split: str  # which images are held out
     shuffle_buffer_size: int = 1
-    is_multi_label: bool = False
+    is_multi_label: bool = False  # any number of labels for each image
 
     @property
     def num_train(self) -> int | None:
-        """The number of training images; None where a stream does not know it."""
+        """Training images; None where a stream does not know their number."""
         return self.train.count if isinstance(self.train, ImageStream) else len(self.train)
 
     def describe(self) -> str:
-        """One line for people."""
         kind = "labels, any number of them for an image" if self.is_multi_label else "labels"
         labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}" if self.label_names else "no labels"
         number = "streamed" if self.num_train is None else f"{self.num_train:,}"
@@ -61,7 +56,7 @@ class ImageData:
 
 
 def check_for_probes(data: ImageData) -> None:
-    """Raises InputError unless each image has one label, which is what probes judge features by."""
+    """Raises InputError unless each image has one label."""
     if len(data.label_names) < 2 or data.is_multi_label:
         has = "any number of them" if data.is_multi_label else "none"
         raise InputError(f"Probes judge features by one label for each image, and these images have {has}.")
@@ -76,18 +71,9 @@ def read_data(
     needs_labels: bool = True,
 ) -> ImageData:
     """
-    Reads, splits and checks the data.
-
-    Args:
-        arguments: the command line's.
-        seed: of the held-out split and of `--max_train_samples`.
-        problems: the mistakes found so far.
-        cache_dir: of downloads.
-        verify: whether to decode every image: one process of several is enough.
-        needs_labels: if not, images without labels will do; all are then of class 0, which has no name.
-
-    Raises:
-        InputError: with `problems` and everything that is wrong with the data.
+    Reads, splits and checks the data. `seed` is that of the held-out split and of `--max_train_samples`; `verify`
+    decodes every image, for which one process of several is enough. Without `needs_labels`, images without labels are
+    of class 0, which has no name. Raises InputError with `problems` and everything that is wrong with the data.
     """
     source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
@@ -137,21 +123,13 @@ def read_data(
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """
-    A split as read: the index of each image's label in the split's own names, or a list of them. `is_ordered`: the data
-    define the order of the names.
-    """
+    """A split as read."""
 
     images: datasets.Dataset
-    label_names: list[str]
-    indices: list[int] | list[list[int]]
-    is_ordered: bool
+    label_names: list[str]  # the split's own; without any, all images are of class 0
+    indices: list[int] | list[list[int]]  # of each image's label, or labels, in these names
+    is_ordered: bool  # whether the data define the order of the names
     is_multi_label: bool = False
-
-    @classmethod
-    def without_labels(cls, images: datasets.Dataset) -> "LabelledSplit":
-        """All images are of class 0, which has no name."""
-        return cls(images, [], [0] * len(images), is_ordered=False)
 
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
@@ -159,17 +137,18 @@ class LabelledSplit:
 
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
-        indices = self.indices
+        if new_index is None:
+            new_index, num_labels = {index: index for index in self.used()}, len(self.label_names)
         if self.is_multi_label:
-            rows = indices if new_index is None else [[new_index[index] for index in row] for row in indices]
-            return Examples(self.images, multi_hot(rows, len(self.label_names) if num_labels is None else num_labels))
-        return Examples(self.images, indices if new_index is None else [new_index[index] for index in indices])
+            rows = [[new_index[index] for index in row] for row in self.indices]
+            return Examples(self.images, multi_hot(rows, num_labels))
+        return Examples(self.images, [new_index[index] for index in self.indices])
 
 
 def read_split(
     split: str, dataset: datasets.Dataset, arguments: DataArguments, problems: Problems, needs_labels: bool
 ) -> LabelledSplit | None:
-    """Finds the columns and reads the labels; no image is decoded. None if that fails: see the problems."""
+    """A split with its labels; None if its columns can't be read: see the problems."""
     features = {column: feature for column, feature in dataset.features.items() if column != FOLDER_COLUMN}
     columns = find_columns(arguments, features, split, problems, needs_labels)
     if columns is None:
@@ -178,14 +157,14 @@ def read_split(
         problems.add(f"The {split} split has no images.")
         return None
     images = _read_images(dataset, columns[0], split, problems)
-    if columns[1] is None:
-        return None if images is None else LabelledSplit.without_labels(images)
-    labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
+    labels = [], [0] * len(dataset), False
+    if columns[1] is not None:
+        labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
     return None if images is None or labels is None else LabelledSplit(images, *labels)
 
 
 def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
-    """One column "image" of undecoded images. Paths in a table are made relative to the working directory."""
+    """One column, "image". Paths in a table are made relative to the working directory."""
     images, feature = dataset.select_columns([column]), dataset.features[column]
     if isinstance(feature, datasets.Value) and "string" in feature.dtype:
         folders = dataset[FOLDER_COLUMN] if FOLDER_COLUMN in dataset.column_names else [""] * len(dataset)
@@ -206,10 +185,8 @@ def read_labels(
     dataset: datasets.Dataset, column: str, separator: str | None, split: str, problems: Problems
 ) -> tuple[list[str], list[int] | list[list[int]], bool, bool] | None:
     """
-    Reads a column of names, whole numbers or class labels, of lists of these, or, with a `separator`, of text.
-
-    Returns:
-        The fields of `LabelledSplit` after `images`. None if that can't be read: the reasons are among the problems.
+    The fields of `LabelledSplit` after `images`, from a column of names, whole numbers or class labels, of lists of
+    these, or, with a `separator`, of text. None if that can't be read: see the problems.
     """
     feature, rows = dataset.features[column], list(dataset[column])
     is_multi_label = separator is not None or is_label_list(feature)
@@ -257,14 +234,11 @@ def read_labels(
 
 
 def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems) -> LabelledSplit:
-    """
-    Reports labels that nothing can be learned from. If none are needed, drops labels that neither a split nor a probe
-    can use.
-    """
+    """Reports labels that nothing can be learned from; if none are needed, drops what no split or probe can use."""
     counts, number = Counter(train.used()), len(train.indices)
     if not needs_labels:
         is_usable = not train.is_multi_label and len(counts) > 1 and min(counts.values()) > 1
-        return train if is_usable else LabelledSplit.without_labels(train.images)
+        return train if is_usable else LabelledSplit(train.images, [], [0] * number, is_ordered=False)
     if train.is_multi_label and len(train.label_names) < 2:
         problems.add(
             f"The {number} training images have lists of labels with {len(train.label_names)} different labels; at "
@@ -279,7 +253,7 @@ def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems)
 
 
 def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledSplit, problems: Problems) -> Examples:
-    """The validation images, with class indices in the order of the training split's names."""
+    """The validation images, with the class indices of the training split."""
     if isinstance(train, ImageStream) and not validation.is_ordered:  # whose labels may be numbers
         numbered = {str(number): name for number, name in enumerate(train.label_names)}
         names = [name if name in train.label_names else numbered.get(name, name) for name in validation.label_names]
@@ -311,8 +285,8 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
 
 def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
     """
-    Holds out the same fraction of every class at random; with several labels per image, as nearly as possible. If that
-    can't be done, nothing is held out, and the reason is among the problems.
+    Holds out a fraction of every class at random; with several labels per image, as nearly as possible. If that can't
+    be done, nothing is held out, and the reason is among the problems.
     """
     examples, counts = train.examples(), Counter(train.used())
     if not 0.0 < fraction < 1.0 or (train.label_names and len(counts) < 2 and not train.is_multi_label):
@@ -347,17 +321,9 @@ def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problem
 
 def stratify(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """
-    Splits images at random into two parts, the second with this fraction of the images and, as nearly as possible, of
-    those of every label: iterative stratification (Sechidis et al. 2011, algorithm 1). The rarest label is distributed
-    first, image by image, each to the part that lacks most of it.
-
-    Args:
-        labels: (N, K), 0 and 1.
-        fraction: 0 to 1.
-        seed: of the order of the images, and of ties.
-
-    Returns:
-        The indices of both parts, sorted.
+    Splits images with labels (N, K), 0 and 1, at random into two parts, and returns the sorted indices of both. The
+    second has this fraction of the images and, as nearly as possible, of those of every label: iterative stratification
+    (Sechidis et al. 2011, algorithm 1), which distributes the rarest label first, image by image.
     """
     generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
     left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
@@ -404,13 +370,12 @@ def check_files(splits: dict[str, Examples], problems: Problems) -> None:
 
 
 def listed_below(reasons: list[str]) -> str:
-    """The first of them, each on a line, and how many more there are."""
     rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     return "".join(f"\n       {reason}" for reason in reasons[:10]) + rest
 
 
 def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
-    """Decodes every image, in threads, and returns why some can't be read, by split and index."""
+    """Why images can't be read, by split and index: decodes all, in threads."""
     decoder = ViTScratchImageProcessor()
     keys = [(split, index) for split, examples in splits.items() for index in range(len(examples))]
 
@@ -428,10 +393,7 @@ def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
 
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
-    """
-    Writes held-out images, spread over the whole split, as INDEX_LABEL.png. Returns the first file; None without a
-    folder.
-    """
+    """Writes held-out images, spread over the split, as INDEX_LABEL.png, and returns the first file."""
     if folder is None:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Images that are read while training goes on: --streaming, for data that is larger than the disk.
-
-A stream is a list of shards (files) and an order of their records, which depends on the seed and the epoch. The main
-process reads records, worker processes decode them. Neither the number of workers nor a resumption changes order or
-pixels.
+Images that are read while training goes on: --streaming, for data that is larger than the disk. The main process reads
+records, worker processes decode them. Neither the number of workers nor a resumption changes order or pixels.
 """
 
 import copy
@@ -72,14 +69,10 @@ class ImageStream:
         return None if None in counts else sum(counts)
 
     def used(self) -> list[int]:
-        """The labels that images may have."""
         return list(range(len(self.label_names)))
 
     def read(self, shard: int, start: int = 0, epoch: int = 0) -> Iterator[Record]:
-        """
-        The records of a shard from row `start` on. Raises InputError for a label without a name, TrainingStopped if the
-        shard can't be read.
-        """
+        """The records from row `start` on. Raises InputError for a wrong label, TrainingStopped for a broken shard."""
         source, rows = self.shards[shard], iter(self.shards[shard].rows.skip(start))
         for row in itertools.count(start):
             try:
@@ -104,7 +97,6 @@ class ImageStream:
             yield Record(epoch, number, StoredImage(content, name), label)
 
     def name(self, number: int) -> str:
-        """What the record with this number is called in messages."""
         shard, row = divmod(number, ROWS_PER_SHARD)
         return f"{self.shards[shard].name}, row {row}"
 
@@ -133,15 +125,12 @@ class ImageStream:
 
 class RecordOrder:
     """
-    The records that a process trains on, in their order.
+    The records that a process trains on, in their order: that of the shards, new in each epoch, then shuffled in blocks
+    of `buffer_size`. While a block is given out the next is read, so memory holds about one.
 
-    In each epoch the shards come in a new order. If their rows are counted (Parquet), each process has an equal part of
-    all rows in that order, at most one record longer than another. If not, each process has every world_size-th shard
-    if that divides their number, or else every world_size-th row of all, and repeats without end; an epoch is then one
-    round of a process.
-
-    Then the records are shuffled in blocks of `buffer_size`. While a block is given out the next is read, so memory
-    holds about one.
+    If rows are counted (Parquet), each process has an equal part of all, at most one record longer than another. If
+    not, it has every world_size-th shard if that divides their number, or else every world_size-th row, and repeats
+    without end; an epoch is then one round of a process.
     """
 
     def __init__(self, stream: ImageStream, seed: int, buffer_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -153,13 +142,12 @@ class RecordOrder:
         block = first // self.buffer_size
         start, stop = (rank * self.stream.count // self.world_size for rank in (self.rank, self.rank + 1))
         records = self._rows(epoch, start + block * self.buffer_size, stop)
-        return itertools.islice(self._shuffled(records, block, epoch), first % self.buffer_size, None)
+        return itertools.islice(self._shuffled(records, block, epoch, {}), first % self.buffer_size, None)
 
     def endless(self, first: int = 0, blocks: dict[int, tuple[int, int]] | None = None) -> Iterator[Record]:
         """
-        The records from the `first` on, round after round, if the rows are not counted. `blocks` has the epoch and the
-        number of the first record of each block read so far: reading begins at the last of them before `first`, and
-        adds to it; without it, at the start.
+        The records from the `first` on, round after round, if the rows are not counted. `blocks` gets the epoch and the
+        number of the first record of each block. Reading begins at the last block that is there before `first`.
         """
         blocks = {} if blocks is None else blocks
         block = max((number for number in blocks if number * self.buffer_size <= first), default=0)
@@ -170,7 +158,6 @@ class RecordOrder:
         return np.random.default_rng((_STREAM, self.seed, epoch)).permutation(len(self.stream.shards)).tolist()
 
     def _rows(self, epoch: int, start: int, stop: int) -> Iterator[Record]:
-        """A range of an epoch's rows."""
         before = 0
         for shard in self._shards(epoch):
             count = self.stream.shards[shard].count
@@ -198,13 +185,12 @@ class RecordOrder:
             epoch, number = epoch + 1, None
 
     def _shuffled(
-        self, records: Iterator[Record], number: int, epoch: int, blocks: dict[int, tuple[int, int]] | None = None
+        self, records: Iterator[Record], number: int, epoch: int, blocks: dict[int, tuple[int, int]]
     ) -> Iterator[Record]:
         """Shuffles block after block, from the one with this number on; notes in `blocks` where each begins."""
         block = list(itertools.islice(records, self.buffer_size))
         while block:
-            if blocks is not None:
-                blocks[number] = block[0].epoch, block[0].number
+            blocks[number] = block[0].epoch, block[0].number
             order = np.random.default_rng((_STREAM, self.seed, epoch, self.rank, number)).permutation(len(block))
             following: list[Record] = []
             for index in order.tolist():
@@ -216,7 +202,7 @@ class RecordOrder:
 
 @dataclass(frozen=True)
 class RecordExamples:
-    """The records of a batch, by their numbers: as `Examples`, whose indices are numbers here."""
+    """The records of a batch, by their numbers: in place of `Examples`."""
 
     records: dict[int, Record]
 
@@ -227,7 +213,7 @@ class RecordExamples:
         return self.records[number].label
 
     def another(self, generator: np.random.Generator) -> int:
-        """The number of any record of the batch; others are not in memory."""
+        """Any record of the batch; others are not in memory."""
         return int(generator.choice(list(self.records)))
 
     def stored(self, numbers: list[int]) -> list[StoredImage]:
@@ -235,13 +221,7 @@ class RecordExamples:
 
 
 class StreamDataset(Dataset):
-    """
-    As `ImageClassificationDataset`, but its indices are the records that `StreamBatches` gives.
-
-    Args:
-        images: decodes and augments; its own examples are not read.
-        buffer_size: number of records in a block that is shuffled.
-    """
+    """As `images`, which decode and augment, but its indices are the records that `StreamBatches` gives."""
 
     def __init__(self, stream: ImageStream, images: ImageClassificationDataset, buffer_size: int) -> None:
         self.stream, self.images, self.buffer_size, self.epoch = stream, images, buffer_size, 0
@@ -251,21 +231,17 @@ class StreamDataset(Dataset):
         return self.images.augmentation
 
     def set_epoch(self, epoch: int) -> None:
-        """Changes the order and the random numbers."""
         self.epoch = epoch
 
     def name(self, number: int) -> str:
-        """What to call an image in a message."""
         return self.stream.name(number)
 
     def __len__(self) -> int:
-        """Raises TypeError, as torch asks for, if the records can't be counted before they are read."""
-        if self.stream.count is None:
+        if self.stream.count is None:  # torch asks for a TypeError
             raise TypeError("The number of records of this stream is not known.")
         return self.stream.count
 
     def __getitems__(self, records: list[Record]) -> list[dict[str, Any]]:
-        """Examples of records. Their keys are (seed, epoch, number of the record)."""
         examples = []
         for epoch, group in itertools.groupby(records, key=lambda record: record.epoch):
             batch = {record.number: record for record in group}
@@ -278,13 +254,10 @@ class StreamDataset(Dataset):
 class StreamBatches(TrainerCallback):
     """
     The batches of this process, as lists of records: torch's batch sampler. A callback of the Trainer, to resume where
-    a checkpoint left the stream without reading again what came before.
+    a checkpoint, `start_from`, left the stream without reading again what came before.
 
-    If the records are counted, every process takes the same number of steps in an epoch, that of the smallest part. The
-    last batch may be smaller; one record of a larger part may be left out. If not, there is no end and no epoch.
-
-    Attributes:
-        start_from: the checkpoint; the trainer sets it.
+    If the records are counted, every process takes as many steps in an epoch as the smallest part has; one record of a
+    larger part may be left out. If not, there is no end and no epoch.
     """
 
     def __init__(self, dataset: StreamDataset, order: RecordOrder, batch_size: int, drop_last: bool = False) -> None:
@@ -294,7 +267,6 @@ class StreamBatches(TrainerCallback):
 
     @classmethod
     def from_arguments(cls, dataset: StreamDataset, arguments: TrainingArguments) -> "StreamBatches":
-        """Those of this process."""
         rank, world_size = arguments.process_index, arguments.world_size
         order = RecordOrder(dataset.stream, arguments.seed, dataset.buffer_size, rank, world_size)
         return cls(dataset, order, arguments.train_batch_size, arguments.dataloader_drop_last)
@@ -304,7 +276,7 @@ class StreamBatches(TrainerCallback):
         return self.order.stream.count is None
 
     def skip(self, epoch: int, batches: int) -> None:
-        """Does not read the first batches of this epoch. They are empty, and accelerate skips them."""
+        """Leaves the first batches of this epoch empty: accelerate skips them."""
         self.skipped = epoch, batches
 
     def __len__(self) -> int:
@@ -337,7 +309,7 @@ class StreamBatches(TrainerCallback):
         self.skip(epoch, steps * args.gradient_accumulation_steps)
 
     def save(self, folder: Path, batches: int) -> None:
-        """Writes into a checkpoint where an endless stream was after so many batches."""
+        """Writes where an endless stream was after so many batches."""
         if not self.is_endless:
             return
         block = max(block for block in self.blocks if block * self.order.buffer_size <= batches * self.batch_size)

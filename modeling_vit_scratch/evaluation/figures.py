@@ -192,15 +192,14 @@ def _examples(
     groups = [(kind, chosen) for kind, chosen in (("right", rows[:num_right]), ("wrong", rows[num_right:])) if chosen]
     columns = max(len(chosen) for _, chosen in groups)
     dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
-    normalize = Normalize.from_processor(processor)
+    normalize = Normalize(processor)
     figure = Figure(figsize=(1.5 * max(columns, 2) + 0.4, 3.7 * len(groups)), layout="constrained")
     grid = figure.subplots(2 * len(groups), columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()
     for (kind, chosen), pair in zip(groups, grid.reshape(len(groups), 2, columns)):
         for (plain, looks), row in zip(pair.T, chosen):
-            pixel_values = dataset[int(report.rows[row])]["pixel_values"][None]  # (1, C, H, W)
-            pixel_values = pixel_values if normalize is None else normalize(pixel_values)
+            pixel_values = normalize(dataset[int(report.rows[row])]["pixel_values"][None])  # (1, C, H, W)
             photo = as_pixels(pixel_values, processor)[0]
             plain.imshow(photo, interpolation="nearest")
             looks.imshow(lit(photo, rollout_maps(model, pixel_values)[0]), interpolation="nearest")

@@ -103,7 +103,7 @@ def predict(
     dataset = ViewsDataset(examples, processor, config.num_channels, crops, input_size(processor, config))
     batch_size = min(arguments.per_device_eval_batch_size, -(-count // accelerator.num_processes))
     loader = DataLoader(dataset, batch_size, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
-    loader, normalize = accelerator.prepare_data_loader(loader), Normalize.from_processor(processor)
+    loader, normalize = accelerator.prepare_data_loader(loader), Normalize(processor)
     model, was_calibrated = model.to(accelerator.device).eval(), config.calibrated
     logits = np.full((count, crops, config.num_labels), np.nan, dtype=np.float32)
     seen, start = np.zeros(count, dtype=bool), None
@@ -113,8 +113,7 @@ def predict(
         with torch.inference_mode(), bar:
             for batch in loader:
                 views = batch["pixel_values"]  # (B, V, C, H, W)
-                pixel_values = views.flatten(0, 1) if normalize is None else normalize(views.flatten(0, 1))
-                found = model(pixel_values).logits.unflatten(0, views.shape[:2])  # (B, V, K)
+                found = model(normalize(views.flatten(0, 1))).logits.unflatten(0, views.shape[:2])  # (B, V, K)
                 indices, found = accelerator.gather((batch["keys"][:, 2].contiguous(), found))
                 # Processes get equally many images: some come twice, and are written to the same row.
                 rows = indices.cpu().numpy()

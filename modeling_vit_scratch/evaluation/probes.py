@@ -7,7 +7,7 @@ are what the model's classifier sees, in evaluation mode and without augmentatio
 tune and take seconds, so that `Probe` can log them during training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..acceleration.speed_up import only_pooled_output
 from ..data.collation import ImageCollator, Normalize
@@ -70,7 +71,7 @@ def extract_features(
     dataset: Dataset,
     batch_size: int = 128,
     num_workers: int = 0,
-    normalize: Callable[[Tensor], Tensor] | None = None,
+    processor: BaseImageProcessor | None = None,
 ) -> Features:
     """
     Features of all images of a dataset, in its order. Several processes share the work, and each gets all features. The
@@ -80,7 +81,7 @@ def extract_features(
         model: on its device; see `image_features`.
         dataset: map-style, of {"pixel_values": (C, H, W), "labels": int}; other entries are ignored.
         batch_size, num_workers: per process.
-        normalize: applied to pixel values on the device.
+        processor: of the model; without one, pixel values have to be normalised.
 
     Raises:
         ValueError: for an empty dataset, or features that are not finite.
@@ -95,12 +96,12 @@ def extract_features(
         generator=torch.Generator(),  # of its own: the loader draws a seed for its workers
     )  # fmt: skip
     device, values, labels = next(model.parameters()).device, [], []
+    to_float = Normalize(processor)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in loader:
-            pixel_values = batch["pixel_values"].to(device)
-            pixel_values = pixel_values if normalize is None else normalize(pixel_values)
+            pixel_values = to_float(batch["pixel_values"].to(device))
             values.append(image_features(model, pixel_values).float())
             labels.append(batch["labels"].to(device))
     finally:
@@ -281,7 +282,6 @@ class Probe(TrainerCallback):
     ) -> None:
         self.trainer, self.kinds, self.train, self.test = trainer, kinds, train, test
         self.num_classes, self.every = num_classes, every
-        self.normalize = Normalize.from_processor(trainer.processing_class)
         self.is_training, self.last_step = False, -1
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -307,13 +307,9 @@ class Probe(TrainerCallback):
 
     def accuracies(self) -> dict[str, float]:
         """The current accuracies, by name."""
-        model, args = self.trainer.model, self.trainer.args
-        train, test = (
-            extract_features(
-                model, dataset, args.per_device_eval_batch_size, args.dataloader_num_workers, self.normalize
-            )
-            for dataset in (self.train, self.test)
-        )
+        args = self.trainer.args
+        loading = args.per_device_eval_batch_size, args.dataloader_num_workers, self.trainer.processing_class
+        train, test = (extract_features(self.trainer.model, images, *loading) for images in (self.train, self.test))
         found = run_probes(train, test, self.num_classes, self.kinds)
         return {f"{name}_accuracy": result["accuracy"] for name, result in found.items()}
 

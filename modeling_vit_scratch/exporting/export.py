@@ -224,10 +224,10 @@ def count_right(
     names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
     data = read_evaluation_data(arguments, names, is_multi_label=False)
     dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
-    normalize, right = Normalize.from_processor(processor), dict.fromkeys(runs, 0)
+    normalize, right = Normalize(processor), dict.fromkeys(runs, 0)
     loader = DataLoader(dataset, arguments.per_device_eval_batch_size, collate_fn=ImageCollator())
     for batch in tqdm(loader, desc="counting right labels", unit=" batches", leave=False):
-        pixel_values = batch["pixel_values"] if normalize is None else normalize(batch["pixel_values"])
+        pixel_values = normalize(batch["pixel_values"])
         for name, run in runs.items():
             with torch.inference_mode():
                 best = torch.as_tensor(run(pixel_values=pixel_values).logits).argmax(-1)

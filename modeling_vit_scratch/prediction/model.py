@@ -54,7 +54,7 @@ class Predictor:
         self.model, self.processor = speed_up(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
-        self._normalize, self._pooled = Normalize.from_processor(processor), threading.local()
+        self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
             model.classifier.register_forward_pre_hook(self._keep)

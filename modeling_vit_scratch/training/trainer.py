@@ -32,7 +32,7 @@ from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lo
 from ..common.files import STATE, read_manifest
 from ..common.flags import flag
 from ..common.processes import Processes, has_lost_contact
-from ..data.collation import Normalize, mix, process_loader, repeating_loader
+from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
@@ -113,12 +113,12 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.pusher = HubPusher(args, self.log_line, self._on_push_begin, self.copy_model)  # the Trainer prepares it
         super().__init__(model, args, **others)
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
-        self.average, self.stream_batches = average, stream_batches
+        self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
         self.objective, self.finished_model = objective, finished_model
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
         self.step_guard = StepGuard(self.run_folder, args.max_broken_images, self.train_dataset.name)
-        self.settings, self._normalize = self._run_settings(), Normalize.from_processor(self.processing_class)
+        self.settings = self._run_settings()
         self.save_on_signal = SaveOnSignal(self.processes)
         # Images trained on since the start or resumption, padding of last batches included: here; by each process.
         self._samples, self.samples_by_process = 0, []
@@ -278,8 +278,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
-        if self._normalize is not None:
-            batch["pixel_values"] = self._normalize(batch["pixel_values"])
+        batch["pixel_values"] = self.normalize(batch["pixel_values"])
         if weights is not None:
             batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes)
         return batch
@@ -344,12 +343,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, or a loader for streams or repeated augmentation."""
-        repeats = self.args.recipe_arguments.aug_repeats
-        if self.stream_batches is not None:
-            sampler = self.stream_batches
-            loader = process_loader(self.train_dataset, self.args, self.data_collator, batch_sampler=sampler)
-        elif repeats > 1:
-            loader = repeating_loader(self.train_dataset, self.args, repeats, self.data_collator)
+        if self.stream_batches is not None or self.args.recipe_arguments.aug_repeats > 1:
+            loader = process_loader(self.train_dataset, self.args, self.data_collator, self.stream_batches)
         else:
             loader = super().get_train_dataloader()
         return self.workers.add(loader)

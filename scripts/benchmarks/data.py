@@ -86,7 +86,7 @@ class DataBenchmark:
         train_set = ImageClassificationDataset(
             examples, processor, augmentation=self._augmentation, fast_decode=fast_decode
         )
-        collate, normalize = ImageCollator(), Normalize.from_processor(processor)
+        collate, normalize = ImageCollator(), Normalize(processor)
         return lambda: normalize(collate(train_set.__getitems__(list(range(len(train_set)))))["pixel_values"])
 
 
