@@ -340,7 +340,7 @@ def _with_rows(
     """Adds what is in the rows of tables, or why they can't be read."""
 
     def content(item: Item) -> bytes | str | ValueError | None:
-        if item.start is None or item.size is not None or item.fault is not None:
+        if item.start is None or item.size is not None or item.error is not None:
             return None
         try:
             return inputs.read(item)
