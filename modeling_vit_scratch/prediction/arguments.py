@@ -64,12 +64,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> PredictionArguments:
-    """
-    Parses a command line (default: of this process); `description` begins --help.
-
-    Raises:
-        InputError: with everything that is wrong with it.
-    """
+    """Raises InputError with everything that is wrong with a command line (default: of this process)."""
     parser = Parser(
         PredictionArguments,
         groups=GROUPS,

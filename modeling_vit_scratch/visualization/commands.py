@@ -5,7 +5,6 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +76,12 @@ class Picture:
     title: str | None = None
     caption: str = ""
 
-    def draw(self, figure: Any, width: float) -> None:
-        """Draws into a figure or a subfigure that is `width` inches wide."""
+    def draw(self, figure: Any, width: float) -> None:  # in inches
         self.paint(figure)
         if self.title is not None:
             figures.describe(figure, width, self.title, self.caption)
 
     def save(self, file: Path) -> None:
-        """Raises InputError as `figures.save_figure`."""
         figures.save_figure(lambda figure: self.draw(figure, self.size[0]), self.size, file)
 
 
@@ -168,8 +165,9 @@ def distance(subject: Subject) -> Picture:
             s=float(np.clip(260 / layers, 12, 36)), linewidths=0.4, edgecolors="white", zorder=3,
         )  # fmt: skip
         axes.plot(depth, mean.mean(axis=1), color="0.3", linewidth=1.2, label="mean of the heads", zorder=2)
-        dashed = {"linestyle": (0, (4, 3)), "label": "if attention were uniform"}
-        axes.axhline(uniform, color="0.3", linewidth=1, zorder=1, **dashed)
+        axes.axhline(
+            uniform, color="0.3", linewidth=1, linestyle=(0, (4, 3)), label="if attention were uniform", zorder=1
+        )
         axes.set(xlabel="network depth (layer)", ylabel="mean attention distance (pixels)")
         axes.set_ylim(0, 1.12 * max(mean.max(), uniform))
         axes.set_xticks(depth[:: 1 + (layers - 1) // 16])
@@ -248,7 +246,7 @@ def _picture_of_photos(
 
 
 def heads(subject: Subject) -> Picture:
-    """Every head of every layer for one photo: the photo, and maps of heads (columns) and layers (rows)."""
+    """A photo, and maps of its heads (columns) and layers (rows)."""
     pixel_values = next(subject.read(1))
     maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
@@ -279,13 +277,12 @@ def heads(subject: Subject) -> Picture:
 
 def sheet(subject: Subject) -> Picture:
     """All figures of a model on one page; where it has no such figure, the reason."""
-    makers = {"filters": filters, "positions": positions, "distance": distance}
-    makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
     subject.read(1)  # raises at once if there is no photo
     pictures: dict[str, Picture | str] = {}
-    for name, make in {**makers, "heads": heads}.items():
+    for name in ("filters", "positions", "distance", "rollout", "gradcam", "heads"):
+        options = {"limit": MAX_PHOTOS_IN_SHEET} if name in ("rollout", "gradcam") else {}
         try:
-            pictures[name] = make(subject)
+            pictures[name] = FIGURES[name](subject, **options)
         except InputError as error:
             if name not in ("positions", "gradcam") or (name == "gradcam" and subject.label is not None):
                 raise
@@ -304,8 +301,10 @@ def sheet(subject: Subject) -> Picture:
             axes.text(0.5, 0.5, textwrap.fill(picture, int(width * 10)), ha="center", va="center", color="0.35")
             part.suptitle(TITLES[name], weight="bold")
 
-    found = {name: picture.arrays for name, picture in pictures.items() if isinstance(picture, Picture)}
-    arrays = {f"{name}_{key}": array for name, parts in found.items() for key, array in parts.items()}
+    arrays = {}
+    for name, picture in pictures.items():
+        if isinstance(picture, Picture):
+            arrays |= {f"{name}_{key}": array for key, array in picture.arrays.items()}
     return Picture(arrays, (17.0, 11.5), paint)
 
 
@@ -344,16 +343,8 @@ def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray
 
 def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
     """
-    Training images as the run sees them, with the random numbers of the run.
-
-    Args:
-        trainer: of the run.
-        rows: images, evenly spaced in the training set.
-        epochs: the first ones.
-
-    Returns:
-        (rows, 1 + epochs, H, W, 3), uint8: each image without augmentation, then as in each epoch; mixed, if the run
-        mixes, with the image of the row above.
+    Training images as the run sees them, with its random numbers: (rows, 1 + epochs, H, W, 3), uint8, without
+    augmentation, then as in each epoch; mixed, if the run mixes, with the image of the row above.
     """
     train_set, collate = trainer.train_dataset, trainer.data_collator
     if isinstance(train_set, StreamDataset):
@@ -382,7 +373,7 @@ def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
         for row, column in np.ndindex(rows, columns):
             axes[row, column].imshow(grid[row, column])
             axes[row, column].set_axis_off()
-        for column in range(columns):
-            axes[0, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
+            if row == 0:
+                axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
 
     figures.save_figure(draw, (1.5 * columns, 1.5 * rows + 0.6), file)
