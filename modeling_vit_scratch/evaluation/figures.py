@@ -4,7 +4,6 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
@@ -111,7 +110,8 @@ def _reliability(report: Report) -> Figure:
     if of_labels:  # mostly labels that an image has not
         lower.set_yscale("symlog", linthresh=10)
         lower.set_ylabel("images x labels")
-    _hide_frame(upper, lower)
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -147,7 +147,7 @@ def _curves(report: Report) -> Figure:
         loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
         title=f"average precision; points:\nanswers from {threshold:g} on",
     )  # fmt: skip
-    _hide_frame(axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -169,13 +169,8 @@ def _per_class(report: Report) -> Figure:
     more = f"\nthe {len(shown)} {kind} with the lowest {title}" if len(table) > len(shown) else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _hide_frame(axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _hide_frame(*all_axes: Axes) -> None:
-    for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _examples(

@@ -38,10 +38,6 @@ L2_GRID = tuple(10.0**power for power in range(-2, 6))
 HELD_OUT = 0.2  # of the training images, to choose from L2_GRID
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-
-
 class Features(NamedTuple):
     """Features (N, D), float32, and labels (N,), int64, of N images."""
 
@@ -116,14 +112,10 @@ def balanced_subset(labels: list[int], maximum: int, seed: int = 0) -> list[int]
     return sorted(np.argsort(rank, kind="stable")[:maximum].tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few-shot least squares: the paper, section 4.1
-
-
 def least_squares(train: Features, test: np.ndarray, num_classes: int, l2: float = FEW_SHOT_L2) -> np.ndarray:
     """
-    The scores (N, K) of test features (N, D), by regularised least squares in float64, as in big_vision
-    (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
+    The scores (N, K) of test features (N, D), by regularised least squares in float64 (the paper, section 4.1), as in
+    big_vision (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
     """
     values = train.values.astype(np.float64)
     mean, std = values.mean(axis=0), values.std(axis=0) + 1e-5
@@ -159,10 +151,6 @@ def few_shot_accuracies(
     return {shots: [accuracy(shots, seed) for seed in seeds] for shots in SHOTS if shots <= largest}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Nearest neighbours
-
-
 def knn_accuracy(
     train: Features, test: Features, neighbors: int = NEIGHBORS, temperature: float = TEMPERATURE
 ) -> float:
@@ -177,10 +165,6 @@ def knn_accuracy(
     neighbors = min(neighbors, len(train.labels))
     classifier = KNeighborsClassifier(neighbors, weights=vote, algorithm="brute")
     return float(classifier.fit(normalize(train.values), train.labels).score(normalize(test.values), test.labels))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Linear classifier
 
 
 class LinearProbe(NamedTuple):
@@ -242,10 +226,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             more = f"  {len(draws)} draws, sd {100 * np.std(draws, ddof=1):.2f}"
         lines.append(f"{name:<12}{100 * result['accuracy']:>8.2f} %{more}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# During training
 
 
 class Probe(TrainerCallback):

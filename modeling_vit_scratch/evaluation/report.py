@@ -149,10 +149,6 @@ def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[
     return chosen[0], chosen[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-
-
 def calibration_split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two random halves of `count` images, sorted indices: to fit a temperature to, and to report on."""
     if count < 4:
@@ -194,10 +190,6 @@ def store_temperature(folder: str | os.PathLike[str], temperature: float) -> Non
     # transformers copies the code of an object, not of a class: the smallest model will do.
     smallest = ViTScratchForImageClassification(type(config).from_variant("test/4", num_labels=2))
     custom_object_save(smallest, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and message
 
 
 def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:

@@ -55,14 +55,11 @@ def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
     return mixing if before is None else mixing @ before
 
 
-def cosine_similarity(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64; 0 for a vector of zeros."""
-    vectors = torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)
-    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
-
-
 def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.ndarray | None:
-    """`cosine_similarity` of the position embeddings of patches; None for a model that has none."""
+    """
+    Cosine similarity of the position embeddings of patches, (rows, columns, rows, columns), float64, 0 for one of
+    zeros; None for a model that has none.
+    """
     found = torch.empty(0)
     for name, module in model.named_modules():
         if hasattr(module, "patch_positions"):  # this project's: kinds of embeddings, on any grid
@@ -71,5 +68,7 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.nda
         if name.endswith("embeddings") and isinstance(getattr(module, "position_embeddings", None), torch.nn.Parameter):
             found = module.position_embeddings[0, -grid[0] * grid[1] :]
             break
-    is_of_patches = found.ndim == 2 and len(found) == grid[0] * grid[1]
-    return cosine_similarity(found.detach(), grid).numpy() if is_of_patches else None
+    if found.ndim != 2 or len(found) != grid[0] * grid[1]:
+        return None
+    vectors = torch.nn.functional.normalize(found.detach().double().cpu(), dim=-1)
+    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid).numpy()

@@ -45,7 +45,9 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
         metavar="FILE",
     )
     top_k: int = flag(
-        1, "Labels per image, best first: columns label, score, label_2, score_2, ... 0: none, with --embeddings."
+        1,
+        "Labels per image, best first: columns label, score, label_2, score_2, ... 0: none, with --embeddings.",
+        at_least=0,
     )
     embeddings: bool = flag(False, "Also write the encoder's pooled output, which the classifier sees.")
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
@@ -54,6 +56,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, BrokenImageF
         None,
         "Exit with status 1 if more than N images are broken; the others are predicted. Default: no limit; 0 for a "
         "table.",
+        at_least=0,
     )
     overwrite: bool = flag(
         False, "Replace OUTPUT if it exists, and discard an unfinished run with other settings or inputs."

@@ -220,10 +220,6 @@ def _write_items(file: Path, items: Iterable[Item]) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
 class Writer:
     """Collects consecutive batches, and writes them as a part of the job; `waiting` are not on the disk yet."""
 
@@ -266,10 +262,6 @@ def part_rows(
 def printable(text: str) -> str:
     """A name with bytes that are not UTF-8, written as in Python: caf\\xe9.jpg."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
 
 
 def output_columns(top_k: int, has_embeddings: bool, width: int) -> pyarrow.Schema:

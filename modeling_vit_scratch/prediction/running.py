@@ -146,10 +146,6 @@ def result_message(job: Job, predicted: int, broken: int) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without a file
-
-
 def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArguments) -> int:
     """Prints a row for each label of each image; broken images go to the standard error. Returns their number."""
     items, size, broken = inputs.items(), arguments.per_device_eval_batch_size, 0

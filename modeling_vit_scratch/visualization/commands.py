@@ -19,20 +19,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from . import figures
-from .arrays import (
-    as_pixels,
-    attention_distances,
-    batches,
-    grad_cam,
-    head_maps,
-    patch_distances,
-    patch_filters,
-    patch_grid,
-    position_similarity,
-    read_photo,
-    rollout_maps,
-)
+from . import arrays, figures
 from .descriptions import LIMITS
 from .figures import TITLES
 
@@ -59,11 +46,11 @@ class Subject:
         """`pixel_values` (1, C, H, W) of each of the first photos."""
         if not self.photos:
             raise InputError("This figure is of photos: give images or folders of images after the model.")
-        return (read_photo(file, self.model, self.processor) for file in self.photos[:limit])
+        return (arrays.read_photo(file, self.model, self.processor) for file in self.photos[:limit])
 
     def as_photo(self, pixel_values: Tensor) -> np.ndarray:
         """(1, C, H, W) to (H, W, 3), uint8."""
-        return as_pixels(pixel_values, self.processor)[0]
+        return arrays.as_pixels(pixel_values, self.processor)[0]
 
 
 @dataclass(frozen=True)
@@ -87,7 +74,7 @@ class Picture:
 
 def filters(subject: Subject) -> Picture:
     """Figure 7, left, of the paper: components in rows of seven."""
-    found = patch_filters(subject.model)
+    found = arrays.patch_filters(subject.model)
     count, height, width, channels = found.components.shape
     rows = -(-count // 7)
     caption = (
@@ -105,14 +92,14 @@ def filters(subject: Subject) -> Picture:
         axes.imshow(np.nan_to_num(figures.tiles(padded.reshape(rows, 7, height, width, 3)), nan=1.0))
         axes.set_axis_off()
 
-    arrays = {"components": found.components, "explained": found.explained}
+    drawn = {"components": found.components, "explained": found.explained}
     size = (6.0, 6.0 * rows / 7 * height / width + 0.9)
-    return Picture(arrays, size, paint, TITLES["filters"], caption)
+    return Picture(drawn, size, paint, TITLES["filters"], caption)
 
 
 def positions(subject: Subject) -> Picture:
     """Figure 7, centre, and D.4 of the paper: a map for each patch, at the patch's position."""
-    similarity = position_similarity(subject.model)
+    similarity = arrays.position_similarity(subject.model)
     rows, columns, *tile = similarity.shape
     shown = [np.linspace(0, n - 1, min(n, figures.MAX_TILES)).round().astype(int) for n in (rows, columns)]
     high, wide = map(len, shown)
@@ -142,9 +129,9 @@ def distance(subject: Subject) -> Picture:
     found, uniforms, sizes = [], [], set()
     photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
-        for batch in batches(photos, subject.batch_size):
-            found.append(attention_distances(subject.model, batch))
-            distances = patch_distances(patch_grid(subject.model, batch), subject.config.patch_hw)
+        for batch in arrays.batches(photos, subject.batch_size):
+            found.append(arrays.attention_distances(subject.model, batch))
+            distances = arrays.patch_distances(arrays.patch_grid(subject.model, batch), subject.config.patch_hw)
             uniforms += [distances.mean()] * len(batch)
             sizes.add(tuple(batch.shape[2:]))
             progress.update(len(batch))
@@ -165,23 +152,22 @@ def distance(subject: Subject) -> Picture:
             s=float(np.clip(260 / layers, 12, 36)), linewidths=0.4, edgecolors="white", zorder=3,
         )  # fmt: skip
         axes.plot(depth, mean.mean(axis=1), color="0.3", linewidth=1.2, label="mean of the heads", zorder=2)
-        axes.axhline(
-            uniform, color="0.3", linewidth=1, linestyle=(0, (4, 3)), label="if attention were uniform", zorder=1
-        )
+        dashed = {"linestyle": (0, (4, 3)), "label": "if attention were uniform"}
+        axes.axhline(uniform, color="0.3", linewidth=1, zorder=1, **dashed)
         axes.set(xlabel="network depth (layer)", ylabel="mean attention distance (pixels)")
         axes.set_ylim(0, 1.12 * max(mean.max(), uniform))
         axes.set_xticks(depth[:: 1 + (layers - 1) // 16])
         axes.grid(color="0.92", zorder=0)
         axes.legend(frameon=False, loc="lower right", fontsize=8)
 
-    arrays = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
-    return Picture(arrays, (6.0, 4.4), paint, TITLES["distance"], caption)
+    drawn = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
+    return Picture(drawn, (6.0, 4.4), paint, TITLES["distance"], caption)
 
 
 def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
     """Figures 6 and 14, and D.8 of the paper."""
     pixel_values = list(subject.read(limit))
-    maps = [rollout_maps(subject.model, one)[0] for one in pixel_values]
+    maps = [arrays.rollout_maps(subject.model, one)[0] for one in pixel_values]
     represents = "the class token" if subject.config.pooling == "cls" else "the mean of the patches"
     caption = (
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
@@ -196,7 +182,7 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
     index = _class_index(subject.model, subject.label)
     photos, maps, labels = [], [], []
     for pixel_values in subject.read(limit):
-        found, (label,), (logits,) = grad_cam(subject.model, pixel_values, None if index is None else [index])
+        found, (label,), (logits,) = arrays.grad_cam(subject.model, pixel_values, None if index is None else [index])
         photos.append(subject.as_photo(pixel_values))
         maps.append(found[0])
         labels.append(_label_text(subject.model, int(label), logits))
@@ -241,14 +227,14 @@ def _picture_of_photos(
             axes.set_title(column, fontsize=8)
 
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
-    arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}  # photos may differ in size
-    return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), paint, TITLES[name], caption)
+    drawn = {f"{name}_{index}": array for index, array in enumerate(maps)}  # photos may differ in size
+    return Picture(drawn, (7.0, max(sum(heights) + 1.0, 2.2)), paint, TITLES[name], caption)
 
 
 def heads(subject: Subject) -> Picture:
     """A photo, and maps of its heads (columns) and layers (rows)."""
     pixel_values = next(subject.read(1))
-    maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
+    maps, photo = arrays.head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
     looks = "the class token" if subject.config.pooling == "cls" else "all patches, on average,"
     caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
@@ -301,11 +287,11 @@ def sheet(subject: Subject) -> Picture:
             axes.text(0.5, 0.5, textwrap.fill(picture, int(width * 10)), ha="center", va="center", color="0.35")
             part.suptitle(TITLES[name], weight="bold")
 
-    arrays = {}
+    drawn = {}
     for name, picture in pictures.items():
         if isinstance(picture, Picture):
-            arrays |= {f"{name}_{key}": array for key, array in picture.arrays.items()}
-    return Picture(arrays, (17.0, 11.5), paint)
+            drawn |= {f"{name}_{key}": array for key, array in picture.arrays.items()}
+    return Picture(drawn, (17.0, 11.5), paint)
 
 
 FIGURES: dict[str, Callable[..., Picture]] = {
@@ -337,10 +323,6 @@ def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray
     return f"{name} {score:.0%}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training images
-
-
 def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
     """
     Training images as the run sees them, with its random numbers: (rows, 1 + epochs, H, W, 3), uint8, without
@@ -360,7 +342,7 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
     train_set.set_epoch(0)
     # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
     columns = [trainer.prepare_batch(batch)["pixel_values"].cpu() for batch in batches]
-    return np.stack([as_pixels(column, train_set.processor) for column in columns], axis=1)
+    return np.stack([arrays.as_pixels(column, train_set.processor) for column in columns], axis=1)
 
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
