@@ -81,10 +81,6 @@ def brier_scores(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((values - labels) ** 2).mean(axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-
-
 @dataclass(frozen=True)
 class Reliability:
     """Confidences in bins, and how often they were right: (bins,), means over the bin, NaN where it is empty."""
@@ -296,10 +292,6 @@ def _average_precision(
 
 def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of classes and labels
 
 
 def per_class(values: np.ndarray, labels: np.ndarray, names: list[str], threshold: float = 0.5) -> list[dict[str, Any]]:

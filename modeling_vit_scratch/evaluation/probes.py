@@ -207,8 +207,7 @@ def run_probes(
     if "knn" in kinds:
         found["knn"] = {"accuracy": knn_accuracy(train, test)}
     if "fewshot" in kinds:
-        few_shot = few_shot_accuracies(train, test, num_classes, first_seed=FEW_SHOT_SEEDS * seed)
-        for shots, accuracies in few_shot.items():
+        for shots, accuracies in few_shot_accuracies(train, test, num_classes, FEW_SHOT_SEEDS * seed).items():
             found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
     if "linear" in kinds:
         linear = linear_probe(train, test, seed=seed)

@@ -53,10 +53,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ROWS_AT_A_TIME = 64  # of a Parquet file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Listing
-
-
 class Inputs:
     """The images of the INPUTs; tables among them are read row by row."""
 

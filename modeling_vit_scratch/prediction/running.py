@@ -92,7 +92,17 @@ def run_job(
                 bar.update(job.count - bar.n if is_alone else 0)
         except RuntimeError as error:
             writer.flush()
-            raise _explain(error, arguments) from error
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise TrainingStopped(
+                    "The memory of the device is full. Take a lower --per_device_eval_batch_size "
+                    f"({arguments.per_device_eval_batch_size} now), and --overwrite."
+                ) from error
+            if lost := lost_worker(error):
+                raise TrainingStopped(
+                    f"{lost} Go on with the same command and a lower --dataloader_num_workers "
+                    f"({arguments.dataloader_num_workers} now)."
+                ) from error
+            raise
         writer.flush()
     # With several processes the others may have stopped before their end.
     if stop.poll() and not (is_alone and not job.missing()):
@@ -101,20 +111,6 @@ def run_job(
             "To go on, run the same command again.",
             stop.number,
         )
-
-
-def _explain(error: RuntimeError, arguments: PredictionArguments) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return TrainingStopped(
-            "The memory of the device is full. Take a lower --per_device_eval_batch_size "
-            f"({arguments.per_device_eval_batch_size} now), and --overwrite."
-        )
-    if lost := lost_worker(error):
-        return TrainingStopped(
-            f"{lost} Go on with the same command and a lower --dataloader_num_workers "
-            f"({arguments.dataloader_num_workers} now)."
-        )
-    return error
 
 
 def wait_for_all(processes: Processes) -> None:

@@ -30,10 +30,6 @@ from ..page import pictures
 NUM_COMPONENTS = 28
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model and the photos
-
-
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module has its own mode again."""
@@ -227,7 +223,7 @@ def rollout_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
+# Filters, positions and Grad-CAM
 
 
 @dataclass(frozen=True)
@@ -278,10 +274,6 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
             "Models with learned_1d, learned_2d or sincos_2d have them."
         )
     return any_model.position_similarity(base.embeddings, grid or base.config.grid_hw)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grad-CAM
 
 
 def grad_cam(

@@ -19,6 +19,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
+from ..page.pictures import MAX_TILES
 from . import arrays, figures
 from .descriptions import LIMITS
 from .figures import TITLES
@@ -101,7 +102,7 @@ def positions(subject: Subject) -> Picture:
     """Figure 7, centre, and D.4 of the paper: a map for each patch, at the patch's position."""
     similarity = arrays.position_similarity(subject.model)
     rows, columns, *tile = similarity.shape
-    shown = [np.linspace(0, n - 1, min(n, figures.MAX_TILES)).round().astype(int) for n in (rows, columns)]
+    shown = [np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in (rows, columns)]
     high, wide = map(len, shown)
     part = "" if (high, wide) == (rows, columns) else f", {high} × {wide} of them shown"
     caption = (

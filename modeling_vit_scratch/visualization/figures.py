@@ -30,8 +30,6 @@ TITLES = {
     "heads": "Attention of every head",
     "gradcam": "Grad-CAM",
 }
-# A larger grid is sampled evenly.
-MAX_TILES = 14
 
 
 def check_drawing(file: Path) -> None:
