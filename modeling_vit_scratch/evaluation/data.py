@@ -217,8 +217,8 @@ def _read_label_map(file: str, label_names: list[str], problems: Problems) -> di
 
 def _read_pairs(path: Path) -> list[tuple[Any, Any]]:
     """
-    Labels of data and model: the columns of a .csv; in text lines between the first tab or space, as in ImageNet's
-    LOC_synset_mapping.txt; keys and values of a JSON object, or those of keras's imagenet_class_index.json.
+    Labels of data and model: the columns of a .csv; text lines, split at the first tab or space, as in ImageNet's
+    LOC_synset_mapping.txt; a JSON object, or keras's imagenet_class_index.json.
     """
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":

@@ -59,7 +59,10 @@ MULTI_LABEL_DEFINITIONS = {
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0, is_multi_label: bool = False) -> np.ndarray:
-    """Logits (N, K), or (N, V, K) of V views, to probabilities (N, K): softmax or sigmoid, then the mean over views."""
+    """
+    Logits (N, K), or (N, V, K) of V views of each image, to probabilities (N, K): softmax or sigmoid of the logits
+    over the temperature, then the mean over the views.
+    """
     logits = np.asarray(logits, dtype=np.float64) / temperature
     values = expit(logits) if is_multi_label else np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))
     return values if values.ndim == 2 else values.mean(axis=1)
