@@ -318,9 +318,9 @@ def test_pixels_are_the_processor_s_or_of_a_photo_decoded_small(here):
     arguments = parse_arguments(["model", *files])
     items = [(item, None) for item in Inputs(arguments).items()]
     exact = processor(files, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"]
-    full = reading.ItemDataset(processor, fast_decode=False).__getitems__((0, items)).pixels
+    full = reading.ItemDataset(processor, fast_decode=False)[0, items].pixels
     np.testing.assert_array_equal(full.numpy(), exact)
-    fast = reading.ItemDataset(processor, fast_decode=True).__getitems__((0, items)).pixels
+    fast = reading.ItemDataset(processor, fast_decode=True)[0, items].pixels
     difference = np.abs(fast.numpy() - exact)
     assert 0 < difference.mean() < 3  # --help: about one level on photos; these are noise
 

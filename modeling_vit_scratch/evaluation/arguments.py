@@ -86,12 +86,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> EvaluationArguments:
-    """
-    Parses a command line (default: of this process); `description` begins --help.
-
-    Raises:
-        InputError: with everything that is wrong with it.
-    """
+    """Raises InputError with everything that is wrong with a command line (default: of this process)."""
     parser = Parser(
         EvaluationArguments,
         groups=GROUPS,
@@ -125,16 +120,13 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
     if arguments.calibrate and arguments.crops != 1:
         problems.add("--calibrate is for the image as pipelines see it. Leave out --crops.")
-    folder = _output_dir(arguments)
-    arguments.output_dir = str(folder)
-    if Path(folder, "results.json").exists():
-        problems.add(f"--output_dir {folder} already has a report in it. Choose another, or remove the folder.")
-
-
-def _output_dir(arguments: EvaluationArguments) -> Path:
-    if arguments.output_dir:
-        return Path(arguments.output_dir)
-    model, path = Path(arguments.model), Path(arguments.dataset)
-    is_general = "*" in path.name or path.stem == "metadata"
-    data = (path.absolute().parent.name if is_general else path.stem or path.name) or "data"
-    return model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
+    if not arguments.output_dir:
+        model, path = Path(arguments.model), Path(arguments.dataset)
+        is_general = "*" in path.name or path.stem == "metadata"
+        data = (path.absolute().parent.name if is_general else path.stem) or "data"
+        folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
+        arguments.output_dir = str(folder)
+    if Path(arguments.output_dir, "results.json").exists():
+        problems.add(
+            f"--output_dir {arguments.output_dir} already has a report in it. Choose another, or remove the folder."
+        )

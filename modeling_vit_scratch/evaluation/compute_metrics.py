@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import evaluate
@@ -17,27 +18,26 @@ TOP_K = 5
 
 class ImageClassificationMetric(evaluate.Metric):
     """
-    Accuracy, top-5 accuracy (with more than five classes) and macro F1.
-
-    `compute(predictions=, references=)` takes the classes of the highest logits, best first, (N, k), and the true
-    classes (N,).
+    Accuracy, top-5 accuracy (with more than five classes) and macro F1, of the classes of the highest logits, best
+    first, (N, k), and true classes (N,). For images with any number of labels `multi_label_scores` with the threshold
+    0.5, of logits (N, K) and labels of 0 and 1, (N, K).
     """
 
-    def __init__(self, num_labels: int) -> None:
-        self.num_labels = num_labels
+    def __init__(self, num_labels: int, is_multi_label: bool = False) -> None:
+        self.num_labels, self.is_multi_label = num_labels, is_multi_label
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy, top-5 accuracy and macro F1 of ranked predictions.",
-            citation="",
-            features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
+        predictions, references = datasets.List(datasets.Value("int64")), datasets.Value("int64")
+        if self.is_multi_label:
+            predictions = references = datasets.List(datasets.Value("float32"))
+        features = datasets.Features({"predictions": predictions, "references": references})
+        return evaluate.MetricInfo(description="Metrics of image classification.", citation="", features=features)
 
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        ranked, labels = np.asarray(predictions), np.asarray(references)  # (N, k), (N,)
+    def _compute(self, predictions: list[list[float]], references: list[Any]) -> dict[str, float]:
+        ranked, labels = np.asarray(predictions), np.asarray(references)
+        if self.is_multi_label:
+            return multi_label_scores(ranked, labels > 0.5, ranked >= 0)
         scores = {"accuracy": float(accuracy_score(labels, ranked[:, 0]))}
         if self.num_labels > TOP_K:
             scores["top5_accuracy"] = float((ranked[:, :TOP_K] == labels[:, None]).any(axis=1).mean())
@@ -46,37 +46,11 @@ class ImageClassificationMetric(evaluate.Metric):
         return scores
 
 
-class MultiLabelMetric(evaluate.Metric):
-    """
-    `multi_label_scores` with the threshold 0.5, for images with any number of labels.
-
-    `compute(predictions=, references=)` takes logits (N, K), and labels of 0 and 1, (N, K).
-    """
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        values = datasets.List(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description="Mean average precision, micro, macro and samples F1 and exact match.",
-            citation="",
-            features=datasets.Features({"predictions": values, "references": values}),
-        )
-
-    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
-        logits, labels = np.asarray(predictions), np.asarray(references) > 0.5
-        return multi_label_scores(logits, labels, logits >= 0)
-
-
 def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """
-    Mean average precision, micro, macro and samples F1 and exact match. Average precision is over the labels that some
-    image has, F1 over the labels (macro) or images (samples) with a label or an answer; 0 where there is none.
-
-    Args:
-        values: logits or probabilities (N, K).
-        labels, answers: 0 and 1, (N, K).
+    Mean average precision, micro, macro and samples F1 and exact match, of logits or probabilities (N, K), and labels
+    and answers of 0 and 1, (N, K). Average precision is over the labels that some image has, F1 over the labels (macro)
+    or images (samples) with a label or an answer; 0 where there is none.
     """
     present = labels.any(axis=0)
     scores = {"mean_average_precision": 0.0}
@@ -97,11 +71,8 @@ def rank_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def build_compute_metrics(num_labels: int, is_multi_label: bool = False) -> Callable[..., dict[str, float]]:
-    """
-    For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`: the metrics, and the number of `images`.
-    Predictions are those of `rank_labels`, or logits if images have several labels.
-    """
-    metric, images = MultiLabelMetric() if is_multi_label else ImageClassificationMetric(num_labels), 0
+    """For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`: metrics and the number of `images`."""
+    metric, images = ImageClassificationMetric(num_labels, is_multi_label), 0
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         nonlocal images

@@ -4,7 +4,7 @@
 import csv
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,13 @@ from .arguments import EvaluationArguments
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """
-    Labelled images; the labels are indices into the model's.
-
-    Attributes:
-        description: which images of the data set these are.
-        seen_in_training: whether the model was trained on them; None if that is not known.
-        broken: file names of images that can't be read, by index.
-    """
+    """Labelled images; the labels are indices into the model's."""
 
     source: Source
     examples: Examples
-    description: str
-    seen_in_training: bool | None = None
-    broken: dict[int, str] = field(default_factory=dict)
+    description: str  # which images of the data set these are
+    seen_in_training: bool | None  # whether the model was trained on them; None if that is not known
+    broken: dict[int, str]  # file names of images that can't be read, by index
 
     def without_broken(self) -> "EvaluationData":
         """The images that can be read; all processes use what the first has found."""
@@ -48,16 +41,8 @@ def read_evaluation_data(
     arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool = True
 ) -> EvaluationData:
     """
-    Reads, chooses and checks the images.
-
-    Args:
-        arguments: of the command line.
-        label_names: of the model, in the order of its logits.
-        is_multi_label: whether the model gives an image any number of labels.
-        verify: whether to decode every image: one process of several is enough.
-
-    Raises:
-        InputError: with everything that is wrong with the data.
+    Reads, chooses and checks the images for a model with these labels. `verify`: whether to decode every image, for
+    which one process of several is enough. Raises InputError with everything that is wrong with the data.
     """
     try:
         return _read(arguments, label_names, is_multi_label, verify)
@@ -66,7 +51,7 @@ def read_evaluation_data(
 
 
 def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool) -> EvaluationData:
-    problems, record, options = Problems(), _training_record(arguments.model), fill(DataArguments, vars(arguments))
+    problems, options = Problems(), fill(DataArguments, vars(arguments))
     path = Path(arguments.dataset).expanduser()
     is_local = path.exists() or "*" in arguments.dataset or path.is_absolute()
     if is_local and arguments.dataset not in BUILT_IN:
@@ -81,12 +66,17 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
             f"--examples {arguments.examples} puts images of {source.name} into a figure that cards show, and their "
             "licence is unknown. Say whose they are: --examples_credit 'photos by Jane Doe, CC BY 4.0'."
         )
-    split, description, seen = _choose_images(arguments, options, source, record.get("dataset", {}), problems)
+    split, description, seen = _choose_images(arguments, options, source, problems)
     if split is None or problems.messages:
         raise problems.as_error()
     if is_multi_label and not split.is_multi_label:
         split = replace(split, indices=[[index] for index in split.indices], is_multi_label=True)
-    label_indices = _match_labels(split, label_names, is_multi_label, arguments, problems)
+    if split.is_multi_label and not is_multi_label:
+        raise InputError(
+            "The data have a list of labels for each image, and MODEL gives each image one. Evaluate it on images with "
+            "one label, or fine-tune it on such lists."
+        )
+    label_indices = _match_labels(split, label_names, arguments, problems)
     if problems.messages:
         raise problems.as_error()
     examples = split.examples(label_indices, len(label_names))
@@ -103,11 +93,11 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
     return EvaluationData(source, examples, description, seen, broken)
 
 
-def _training_record(model: str) -> dict[str, Any]:
-    """The results.json that training left in the model's folder; empty if there is none."""
+def _trained_on(model: str) -> dict[str, Any]:
+    """The entry "dataset" of the results.json that training left in the model's folder; empty if there is none."""
     file = Path(model, "results.json")
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")).get("dataset", {}) if file.is_file() else {}
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}. Repair it, or remove it.") from error
 
@@ -128,17 +118,11 @@ def _read_source(arguments: EvaluationArguments, options: DataArguments, problem
 
 
 def _choose_images(
-    arguments: EvaluationArguments,
-    options: DataArguments,
-    source: Source,
-    trained_on: dict[str, Any],
-    problems: Problems,
+    arguments: EvaluationArguments, options: DataArguments, source: Source, problems: Problems
 ) -> tuple[LabelledSplit | None, str, bool | None]:
-    """
-    The images, their description, and whether the model was trained on them (None: not known). `trained_on`: "dataset"
-    of the training record, or empty.
-    """
-    choice, is_same = arguments.split, trained_on.get("name") == source.name
+    """The images, their description, and whether the model was trained on them (None: not known)."""
+    choice, trained_on = arguments.split, _trained_on(arguments.model)
+    is_same = trained_on.get("name") == source.name
     if source.validation is not None and choice in ("auto", "validation"):
         description = "the validation split of the data"
         split = read_split("validation", source.validation, options, problems, True)
@@ -185,19 +169,9 @@ def _choose_images(
 
 
 def _match_labels(
-    split: LabelledSplit,
-    label_names: list[str],
-    is_multi_label: bool,
-    arguments: EvaluationArguments,
-    problems: Problems,
+    split: LabelledSplit, label_names: list[str], arguments: EvaluationArguments, problems: Problems
 ) -> dict[int, int]:
     """From the indices of the data's labels to those of the model's."""
-    if split.is_multi_label and not is_multi_label:
-        problems.add(
-            "The data have a list of labels for each image, and MODEL gives each image one. Evaluate it on images with "
-            "one label, or fine-tune it on such lists."
-        )
-        return {}
     if arguments.match_labels == "index":
         if len(split.label_names) != len(label_names):
             problems.add(
@@ -205,7 +179,7 @@ def _match_labels(
                 f"{len(split.label_names)}, the model {len(label_names)}. Give --label_map."
             )
         return {index: index for index in range(len(label_names))}
-    renamed = read_label_map(arguments.label_map, label_names, problems) if arguments.label_map else {}
+    renamed = _read_label_map(arguments.label_map, label_names, problems) if arguments.label_map else {}
     names = [renamed.get(name, name) for name in split.label_names]
     known = {name: index for index, name in enumerate(label_names)}
     unknown = [names[index] for index in sorted(set(split.used())) if names[index] not in known]
@@ -218,18 +192,8 @@ def _match_labels(
     return {index: known.get(name, -1) for index, name in enumerate(names)}
 
 
-def read_label_map(file: str, label_names: list[str], problems: Problems) -> dict[str, str]:
-    """
-    --label_map: from labels of the data to the model's, e.g. n01440764 to "tench, Tinca tinca".
-
-    Args:
-        file: text lines, each a label of the data and one of the model with a tab between them or, without one, the
-            first space (as in ImageNet's LOC_synset_mapping.txt); a .csv with these two columns; or JSON, an object
-            from labels of the data to the model's, or keras's imagenet_class_index.json. A label of the model may be
-            its name or its index.
-        label_names: of the model, in the order of its logits.
-        problems: mistakes are added here.
-    """
+def _read_label_map(file: str, label_names: list[str], problems: Problems) -> dict[str, str]:
+    """From labels of the data to the model's, e.g. n01440764 to "tench, Tinca tinca"; the file may number these."""
     path = Path(file)
     if not path.is_file():
         problems.add(f"--label_map {file} is not a file.")
@@ -252,6 +216,10 @@ def read_label_map(file: str, label_names: list[str], problems: Problems) -> dic
 
 
 def _read_pairs(path: Path) -> list[tuple[Any, Any]]:
+    """
+    Labels of data and model: the columns of a .csv; text lines, split at the first tab or space, as in ImageNet's
+    LOC_synset_mapping.txt; a JSON object, or keras's imagenet_class_index.json.
+    """
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         table = json.loads(text)

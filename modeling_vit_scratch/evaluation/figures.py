@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The figures of a report: confusion matrix or precision-recall curves, reliability diagram, scores of each class, and
-examples of right and wrong images.
-"""
+"""The figures of a report: confusion matrix or precision-recall curves, reliability diagram, classes, and examples."""
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
@@ -83,8 +79,7 @@ def _confusion(report: Report) -> Figure:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("share of the true class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     return figure
 
 
@@ -115,7 +110,8 @@ def _reliability(report: Report) -> Figure:
     if of_labels:  # mostly labels that an image has not
         lower.set_yscale("symlog", linthresh=10)
         lower.set_ylabel("images x labels")
-    _hide_frame(upper, lower)
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -151,7 +147,7 @@ def _curves(report: Report) -> Figure:
         loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
         title=f"average precision; points:\nanswers from {threshold:g} on",
     )  # fmt: skip
-    _hide_frame(axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -167,20 +163,14 @@ def _per_class(report: Report) -> Figure:
     axes.barh(rows, [row[key] for row in shown], color="#56B4E9", label=title)
     axes.plot([row["precision"] for row in shown], rows, "D", color=_BLUE, markersize=5, label="precision")
     axes.plot([row["recall"] for row in shown], rows, "o", color=_ORANGE, markersize=5, label="recall")
-    axes.set_yticks(rows, [f"{_shorten(row['label'])} ({row['n']})" for row in shown])
-    axes.tick_params(axis="y", labelsize=8)
+    axes.set_yticks(rows, [f"{_shorten(row['label'])} ({row['n']})" for row in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set(xlim=(0, 1.02), xlabel="score" if threshold is None else f"score (threshold {threshold:g})")
     more = f"\nthe {len(shown)} {kind} with the lowest {title}" if len(table) > len(shown) else ""
     axes.set_title(f"{_title(report)}{more}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _hide_frame(axes)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _hide_frame(*all_axes: Axes) -> None:
-    for axes in all_axes:
-        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _examples(
@@ -204,8 +194,7 @@ def _examples(
             plain.imshow(photo, interpolation="nearest")
             looks.imshow(lit(photo, rollout_maps(model, pixel_values)[0]), interpolation="nearest")
             label, prediction = _label_and_prediction(report, row)
-            text = prediction if kind == "right" else f"{label},\ntaken for {prediction}"
-            plain.set_title(text, fontsize=7.5)
+            plain.set_title(prediction if kind == "right" else f"{label},\ntaken for {prediction}", fontsize=7.5)
     figure.suptitle(f"{report.record['model']['name']} on {report.record['dataset']['name']}", fontsize=9)
     return figure
 
@@ -215,10 +204,7 @@ def _label_and_prediction(report: Report, row: int) -> tuple[str, str]:
     values, labels = report.probabilities[row], report.labels[row]
     if threshold is None:
         best = int(values.argmax())
-        label, prediction = (_shorten(names[index], _NAME_LENGTH) for index in (labels, best))
-        return label, f"{prediction}, {100 * values[best]:.0f} %"
-    label, prediction = (
-        _shorten(", ".join(names[k] for k in np.flatnonzero(some)) or "none", _NAME_LENGTH)
-        for some in (labels, values >= threshold)
-    )
-    return label, prediction
+        prediction = f"{_shorten(names[best], _NAME_LENGTH)}, {100 * values[best]:.0f} %"
+        return _shorten(names[labels], _NAME_LENGTH), prediction
+    label, prediction = (", ".join(names[k] for k in np.flatnonzero(row)) for row in (labels, values >= threshold))
+    return _shorten(label or "none", _NAME_LENGTH), _shorten(prediction or "none", _NAME_LENGTH)

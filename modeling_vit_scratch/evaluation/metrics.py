@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From probabilities to metrics, in float64, each with a 95 % interval.
-
-N images, K labels. A model gives each image one label (softmax) or any number of labels (sigmoid). `labels` are classes
-(N,), or 0 and 1 (N, K), where an image gets the labels whose probability reaches the threshold.
+From probabilities (N, K), of N images and K labels, to metrics in float64, each with a 95 % interval. `labels` are
+classes (N,), or 0 and 1 (N, K), where an image gets every label whose probability reaches the threshold.
 """
 
 import warnings
@@ -80,27 +78,15 @@ def negative_log_likelihoods(values: np.ndarray, labels: np.ndarray) -> np.ndarr
 
 
 def brier_scores(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """
-    Brier score of each image (Brier 1950), (N,): the sum over the classes of (p - y)^2, from 0 to 2; with labels (N, K)
-    the mean over the labels, from 0 to 1.
-    """
+    """Brier score of each image, (N,): the sum over classes of (p - y)^2, 0 to 2; for (N, K) the mean, 0 to 1."""
     if labels.ndim == 1:
         return (values**2).sum(axis=1) - 2 * values[np.arange(len(labels)), labels] + 1.0
     return ((values - labels) ** 2).mean(axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-
-
 @dataclass(frozen=True)
 class Reliability:
-    """
-    A reliability diagram: confidences in bins, and how often they were right.
-
-    Attributes:
-        counts, confidence, accuracy: (bins,); means over the bin, NaN where it is empty.
-    """
+    """Confidences in bins, and how often they were right: (bins,), means over the bin, NaN where it is empty."""
 
     counts: np.ndarray
     confidence: np.ndarray
@@ -118,8 +104,8 @@ def reliability(
     confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS, equal_mass: bool = False
 ) -> Reliability:
     """
-    The reliability diagram of confidences (N,), from 0 to 1, that were `correct` (N,) or not. Its bins have equal width
-    (Guo et al., arXiv:1706.04599) or, with `equal_mass`, equal numbers of images (Nixon et al., arXiv:1904.01685).
+    The diagram of confidences (N,), 0 to 1, that were `correct` (N,) or not, in bins of equal width (Guo et al.,
+    arXiv:1706.04599) or, with `equal_mass`, of equal numbers of images (Nixon et al., arXiv:1904.01685).
     """
     if equal_mass:
         # By rank, so that equal confidences do not empty a bin.
@@ -144,10 +130,7 @@ def answers(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> n
 
 
 def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Confidences and whether they are right: the probability of the likeliest class, (N,); with labels (N, K) the
-    probability of every label, (N * K,).
-    """
+    """The probability of the likeliest class, (N,), or of every label, (N * K,), and whether it is right."""
     if labels.ndim == 1:
         return values.max(axis=1), values.argmax(axis=1) == labels
     return values.ravel(), labels.ravel()
@@ -165,15 +148,9 @@ def score(
     values: np.ndarray, labels: np.ndarray, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
     """
-    The metrics as entries of results.json, each with its definition and a 95 % percentile bootstrap interval. That of
-    an accuracy of 1 is [1, 1], which says nothing; shares of images have Wilson's interval too.
-
-    Args:
-        values: probabilities (N, K).
-        labels: classes (N,), or 0 and 1 (N, K).
-        threshold: minimum probability of a label, for labels (N, K).
-        resamples: bootstrap resamples of the images; 0 for no intervals.
-        seed: of the resamples.
+    The metrics of probabilities (N, K) as entries of results.json, each with its definition and a 95 % percentile
+    bootstrap interval over images (0 resamples: none). That of an accuracy of 1 is [1, 1], which says nothing; shares
+    of images have Wilson's interval too.
     """
     if labels.ndim == 1:
         definitions, measures, known = DEFINITIONS, _measure_classes(values, labels), {}
@@ -183,9 +160,8 @@ def score(
     results, n = [], len(labels)
     for metric in (metric for metric in definitions if metric in measures):
         measure = measures[metric]
-        is_mean = isinstance(measure, np.ndarray)
-        data, statistic = (measure, np.mean) if is_mean else (np.arange(n), measure)
-        interval = _bootstrap(data, statistic, resamples, seed, vectorized=is_mean)
+        data, statistic = (measure, np.mean) if isinstance(measure, np.ndarray) else (np.arange(n), measure)
+        interval = _bootstrap(data, statistic, resamples, seed) if resamples and n > 1 else None
         result = {"metric": metric, "value": float(statistic(data)), "n": n, "interval": interval}
         if metric in _SHARES:
             bounds = binomtest(int(data.sum()), n).proportion_ci(method="wilson")
@@ -200,21 +176,23 @@ def value_of(results: list[dict[str, Any]], metric: str) -> float:
 
 
 def _measure_classes(values: np.ndarray, labels: np.ndarray) -> dict[str, Measure]:
-    confidence, correct = confidences(values, labels)
-    best = values.argmax(axis=1)
+    (confidence, correct), best, num_labels = confidences(values, labels), values.argmax(axis=1), values.shape[1]
 
-    def expected_error(rows: np.ndarray, equal_mass: bool) -> float:
-        return reliability(confidence[rows], correct[rows], equal_mass=equal_mass).expected_error
+    def macro_f1(rows: np.ndarray) -> float:
+        """Over the classes that occur in either: scikit-learn's default, which is too slow for a thousand resamples."""
+        found = np.bincount(labels[rows][correct[rows]], minlength=num_labels)
+        total = np.bincount(labels[rows], minlength=num_labels) + np.bincount(best[rows], minlength=num_labels)
+        return float((2 * found[total > 0] / total[total > 0]).mean())
 
     measures: dict[str, Measure] = {
         "accuracy": correct.astype(np.float64),
         "nll": negative_log_likelihoods(values, labels),
         "brier": brier_scores(values, labels),
-        "macro_f1": lambda rows: _macro_f1(labels[rows], best[rows], values.shape[1]),
-        "ece": lambda rows: expected_error(rows, equal_mass=False),
-        "adaptive_ece": lambda rows: expected_error(rows, equal_mass=True),
+        "macro_f1": macro_f1,
+        "ece": lambda rows: reliability(confidence[rows], correct[rows]).expected_error,
+        "adaptive_ece": lambda rows: reliability(confidence[rows], correct[rows], equal_mass=True).expected_error,
     }
-    if values.shape[1] > TOP_K:
+    if num_labels > TOP_K:
         top = np.argpartition(-values, TOP_K - 1, axis=1)[:, :TOP_K]
         measures["top5_accuracy"] = (top == labels[:, None]).any(axis=1).astype(np.float64)
     return measures
@@ -276,12 +254,9 @@ def _measure_labels(
     return measures, known
 
 
-def _bootstrap(
-    data: np.ndarray, statistic: Callable[..., Any], resamples: int, seed: int, vectorized: bool
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a statistic; None without resamples or for one image."""
-    if resamples < 1 or len(data) < 2:
-        return None
+def _bootstrap(data: np.ndarray, statistic: Callable[..., Any], resamples: int, seed: int) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic."""
+    vectorized = statistic is np.mean
     batch = max(1, 10_000_000 // len(data)) if vectorized else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all resamples equal, or a class that a resample lacks
@@ -296,14 +271,8 @@ def _average_precision(
     values: np.ndarray, labels: np.ndarray, images: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """
-    scikit-learn's average precision of each column for resamples of the images: values are sorted once for all.
-
-    Args:
-        values, labels: (M, C).
-        images: (M,), which image a row is about.
-
-    Returns:
-        A function from (N,), how often a resample has each image, to (C,), NaN where no image has the label.
+    scikit-learn's average precision of each column of values and labels (M, C), with rows about `images` (M,): a
+    function from (N,), how often a resample has each image, to (C,), NaN without the label. Values are sorted once.
     """
     order = np.argsort(-values, axis=0, kind="stable")
     ranked, images = np.take_along_axis(values, order, axis=0), images[order]
@@ -324,25 +293,14 @@ def _average_precision(
     return of_counts
 
 
-def _macro_f1(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> float:
-    """Over the classes that occur in either: scikit-learn's default, which is too slow for a thousand resamples."""
-    found = np.bincount(labels[labels == predictions], minlength=num_labels)
-    total = np.bincount(labels, minlength=num_labels) + np.bincount(predictions, minlength=num_labels)
-    return float((2 * found[total > 0] / total[total > 0]).mean())
-
-
 def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of classes and labels
-
-
 def per_class(values: np.ndarray, labels: np.ndarray, names: list[str], threshold: float = 0.5) -> list[dict[str, Any]]:
     """
-    Precision, recall and F1 of each class, 0 where they are not defined, and its number of images, `n`. For labels
-    (N, K) also the average precision, None where no image has the label, and how many images get it, `predicted`.
+    Precision, recall and F1 of each class, 0 where not defined, and its number of images, `n`. For labels (N, K) also
+    the average precision, None where no image has the label, and how many images get it, `predicted`.
     """
     given, rows = answers(values, labels, threshold), []
     parts = precision_recall_fscore_support(labels, given, labels=range(len(names)), zero_division=0)
@@ -356,10 +314,7 @@ def per_class(values: np.ndarray, labels: np.ndarray, names: list[str], threshol
 
 
 def confusion(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """
-    Images by their class (rows) and the predicted one (columns), (K, K). For labels (N, K) a matrix for each label,
-    (K, 2, 2): images without and with it.
-    """
+    """Images by class (rows) and predicted class (columns), (K, K); without and with each of K labels, (K, 2, 2)."""
     given = answers(values, labels, threshold)
     if labels.ndim == 2:
         return multilabel_confusion_matrix(labels, given)

@@ -25,12 +25,7 @@ MULTI_LABEL = "multi_label_classification"
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassification, ViTScratchImageProcessor]:
-    """
-    The model and its image processor.
-
-    Raises:
-        InputError: if it can't be loaded, or has no classifier.
-    """
+    """The model and its image processor. Raises InputError if it can't be loaded, or has no classifier."""
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     model, processor, missing = load_pretrained(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
     if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
@@ -50,23 +45,15 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
 
 
 class Predictions(NamedTuple):
-    """
-    Attributes:
-        logits: (N, V, K) of V views, float32, not divided by any temperature.
-        labels: (N,), or 0 and 1 (N, K).
-        images_per_second: from reading to logits, without the first batch; None if there was only one.
-    """
+    """Of N images in V views."""
 
-    logits: np.ndarray
-    labels: np.ndarray
-    images_per_second: float | None
+    logits: np.ndarray  # (N, V, K), float32, not divided by any temperature
+    labels: np.ndarray  # (N,), or 0 and 1 (N, K)
+    images_per_second: float | None  # from reading to logits, without the first batch; None if there was only one
 
 
 class ViewsDataset(ImageClassificationDataset):
-    """
-    ImageClassificationDataset with `crops` views of each image, "pixel_values" (V, C, H, W): 2 are the image and its
-    mirror image; 5 are corners and centre; 10 are both.
-    """
+    """`crops` views of an image, "pixel_values" (V, C, H, W): with the mirror image, 5 corners and centre, or both."""
 
     def __init__(
         self, examples: Examples, processor: BaseImageProcessor, num_channels: int, crops: int, size: tuple[int, int]

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The quality of frozen features: few-shot least squares, nearest neighbours, a linear classifier.
-
-Each classifier is fitted to the features of labelled images (train) and evaluated on those of others (test). Features
-are what the model's classifier sees, in evaluation mode and without augmentation. The first two have no settings to
-tune and take seconds, so that `Probe` can log them during training.
+The quality of frozen features: few-shot least squares, nearest neighbours, and a linear classifier, fitted to the
+features of labelled images (train) and evaluated on those of others (test). The first two take seconds, so that `Probe`
+can log them during training.
 """
 
 from collections.abc import Sequence
@@ -41,10 +39,6 @@ L2_GRID = tuple(10.0**power for power in range(-2, 6))
 HELD_OUT = 0.2  # of the training images, to choose from L2_GRID
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-
-
 class Features(NamedTuple):
     """Features (N, D), float32, and labels (N,), int64, of N images."""
 
@@ -54,8 +48,8 @@ class Features(NamedTuple):
 
 def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
-    What a classifier sees, (B, C, H, W) -> (B, D): the pooled output. An encoder without a pooler gives its class token
-    or, without one, the mean over the patches. `model` is a `ViTScratchModel`, or has one as `vit`.
+    The pooled output, (B, C, H, W) -> (B, D), of a `ViTScratchModel` or a model that has one as `vit`. An encoder
+    without a pooler gives its class token or, without one, the mean over the patches.
     """
     encoder = getattr(model, "vit", model)
     outputs = encoder(pixel_values, **only_pooled_output(encoder))
@@ -74,17 +68,10 @@ def extract_features(
     processor: BaseImageProcessor | None = None,
 ) -> Features:
     """
-    Features of all images of a dataset, in its order. Several processes share the work, and each gets all features. The
-    modes of the model's modules and the random state do not change.
-
-    Args:
-        model: on its device; see `image_features`.
-        dataset: map-style, of {"pixel_values": (C, H, W), "labels": int}; other entries are ignored.
-        batch_size, num_workers: per process.
-        processor: of the model; without one, pixel values have to be normalised.
-
-    Raises:
-        ValueError: for an empty dataset, or features that are not finite.
+    Features of all images of a map-style dataset, in its order, in evaluation mode. Several processes share the work,
+    and each gets all features. The modes of the model's modules and the random state do not change. Without a
+    `processor`, pixel values have to be normalised. Raises ValueError for an empty dataset, or features that are not
+    finite.
     """
     count, state = len(dataset), PartialState()
     if count == 0:
@@ -107,15 +94,15 @@ def extract_features(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    values, labels = (_gather(torch.cat(parts), state.num_processes)[:count] for parts in (values, labels))
+    # Each process has every so many-th image: (processes * n, ...) to (processes, n, ...) to the dataset's order.
+    values, labels = (
+        gather(torch.cat(parts)).unflatten(0, (state.num_processes, -1)).transpose(0, 1).flatten(0, 1).cpu().numpy()
+        for parts in (values, labels)
+    )
+    values, labels = values[:count], labels[:count]
     if not np.isfinite(values).all():
         raise ValueError("Features are not finite: the weights of the model are broken.")
     return Features(values, labels.astype(np.int64))
-
-
-def _gather(share: Tensor, processes: int) -> np.ndarray:
-    """The shares (n, ...) of all processes in the order of the dataset, (processes * n, ...)."""
-    return gather(share.contiguous()).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1).cpu().numpy()
 
 
 def balanced_subset(labels: list[int], maximum: int, seed: int = 0) -> list[int]:
@@ -127,20 +114,15 @@ def balanced_subset(labels: list[int], maximum: int, seed: int = 0) -> list[int]
     return sorted(np.argsort(rank, kind="stable")[:maximum].tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few-shot least squares: the paper, section 4.1
-
-
 def least_squares(train: Features, test: np.ndarray, num_classes: int, l2: float = FEW_SHOT_L2) -> np.ndarray:
     """
-    The scores (N, K) of test features (N, D), by regularised least squares in float64, as in big_vision
-    (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
+    The scores (N, K) of test features (N, D), by regularised least squares in float64 (the paper, section 4.1), as in
+    big_vision (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
     """
     values = train.values.astype(np.float64)
     mean, std = values.mean(axis=0), values.std(axis=0) + 1e-5
 
-    def standardise(values: np.ndarray) -> np.ndarray:
-        """Appends a constant of 100, for a bias that is hardly regularised: (N, D) -> (N, D + 1)."""
+    def standardise(values: np.ndarray) -> np.ndarray:  # and appends 100, for a bias that is hardly regularised
         return np.pad((values - mean) / std, ((0, 0), (0, 1)), constant_values=100.0)
 
     targets = 2.0 * np.eye(num_classes)[train.labels] - 1.0  # (N, K)
@@ -148,7 +130,7 @@ def least_squares(train: Features, test: np.ndarray, num_classes: int, l2: float
 
 
 def choose_shots(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> np.ndarray:
-    """Indices of `shots` images of every class, chosen as in big_vision; all images of a class that has fewer."""
+    """Indices of up to `shots` images of every class, chosen as in big_vision."""
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
     return np.concatenate([order[:shots] for order in orders])
@@ -158,8 +140,8 @@ def few_shot_accuracies(
     train: Features, test: Features, num_classes: int, first_seed: int = 0
 ) -> dict[int, list[float]]:
     """
-    The accuracies of `least_squares` for each number of `SHOTS`, one for each of `FEW_SHOT_SEEDS` draws of the training
-    images. A number of shots that no class has is left out: it would repeat a smaller one.
+    By number of `SHOTS` the accuracies of `least_squares` for `FEW_SHOT_SEEDS` draws of the training images. A number
+    that no class has is left out: it would repeat a smaller one.
     """
 
     def accuracy(shots: int, seed: int) -> float:
@@ -171,10 +153,6 @@ def few_shot_accuracies(
     return {shots: [accuracy(shots, seed) for seed in seeds] for shots in SHOTS if shots <= largest}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Nearest neighbours
-
-
 def knn_accuracy(
     train: Features, test: Features, neighbors: int = NEIGHBORS, temperature: float = TEMPERATURE
 ) -> float:
@@ -182,18 +160,13 @@ def knn_accuracy(
     The accuracy of weighted nearest neighbours (Wu et al., arXiv:1805.01978; defaults as in DINO, Caron et al.,
     arXiv:2104.14294): each neighbour of cosine similarity s votes for its class with exp(s / temperature).
     """
-    keys, queries = normalize(train.values), normalize(test.values)  # to length 1: d^2 = 2 - 2s
 
-    def vote(distances: np.ndarray) -> np.ndarray:
+    def vote(distances: np.ndarray) -> np.ndarray:  # between features of length 1: d^2 = 2 - 2s
         return np.exp((1 - distances**2 / 2) / temperature)
 
     neighbors = min(neighbors, len(train.labels))
-    classifier = KNeighborsClassifier(neighbors, weights=vote, algorithm="brute").fit(keys, train.labels)
-    return float(classifier.score(queries, test.labels))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Linear classifier
+    classifier = KNeighborsClassifier(neighbors, weights=vote, algorithm="brute")
+    return float(classifier.fit(normalize(train.values), train.labels).score(normalize(test.values), test.labels))
 
 
 class LinearProbe(NamedTuple):
@@ -206,51 +179,42 @@ class LinearProbe(NamedTuple):
 
 def linear_probe(train: Features, test: Features, l2_grid: tuple[float, ...] = L2_GRID, seed: int = 0) -> LinearProbe:
     """
-    Multinomial logistic regression on standardised features, by L-BFGS (scikit-learn): the loss is the sum of the
-    cross-entropies plus l2 / 2 |w|^2. The strength l2 is the one with the best accuracy on a stratified part of the
-    training images that is held out; the classifier is then fitted to all of them.
-
-    Raises:
-        ValueError: if a class has only one training image.
+    Multinomial logistic regression on standardised features, with the loss sum of cross-entropies + l2 / 2 |w|^2. The
+    strength l2 has the best accuracy on a stratified part of the training images that is held out; the classifier is
+    then fitted to all of them. Raises ValueError if a class has only one training image.
     """
     counts = np.bincount(train.labels)
     if counts[counts > 0].min() < 2:
         raise ValueError("The linear probe holds out a part of every class: give at least two images of each.")
     size = max(round(HELD_OUT * len(train.labels)), int((counts > 0).sum()))
-    kept, held = train_test_split(
-        np.arange(len(train.labels)), test_size=size, stratify=train.labels, random_state=seed
+    kept_values, held_values, kept_labels, held_labels = train_test_split(
+        *train, test_size=size, stratify=train.labels, random_state=seed
     )
-    accuracies = {}
-    for l2 in l2_grid:
-        fitted = _logistic_regression(train.values[kept], train.labels[kept], l2)
-        accuracies[l2] = float(fitted.score(train.values[held], train.labels[held]))
+    kept, held = Features(kept_values, kept_labels), Features(held_values, held_labels)
+
+    def accuracy(train: Features, test: Features, l2: float) -> float:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / l2, max_iter=1000))
+        return float(classifier.fit(*train).score(*test))
+
+    accuracies = {l2: accuracy(kept, held, l2) for l2 in l2_grid}
     best = max(l2_grid, key=lambda l2: (accuracies[l2], l2))  # of equals the strongest
-    fitted = _logistic_regression(train.values, train.labels, best)
-    return LinearProbe(float(fitted.score(test.values, test.labels)), best, accuracies)
-
-
-def _logistic_regression(values: np.ndarray, labels: np.ndarray, l2: float) -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / l2, max_iter=1000)).fit(values, labels)
+    return LinearProbe(accuracy(train, test, best), best, accuracies)
 
 
 def run_probes(
     train: Features, test: Features, num_classes: int, kinds: Sequence[str] = KINDS, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """
-    The results of probes, by name: `accuracy` on the test images, and more. Few-shot probes have the mean over
-    `accuracies`; different seeds share no draw.
-    """
+    """The results of probes, by name: `accuracy` on the test images, and more. Different seeds share no draw."""
     found: dict[str, dict[str, Any]] = {}
     if "knn" in kinds:
         found["knn"] = {"accuracy": knn_accuracy(train, test)}
     if "fewshot" in kinds:
-        few_shot = few_shot_accuracies(train, test, num_classes, first_seed=FEW_SHOT_SEEDS * seed)
-        for shots, accuracies in few_shot.items():
+        for shots, accuracies in few_shot_accuracies(train, test, num_classes, FEW_SHOT_SEEDS * seed).items():
             found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
     if "linear" in kinds:
         linear = linear_probe(train, test, seed=seed)
         tried = {f"{l2:g}": accuracy for l2, accuracy in linear.held_out_accuracies.items()}
-        found["linear"] = {"accuracy": linear.accuracy, "l2": linear.l2, "held_out_accuracies": tried}
+        found["linear"] = linear._asdict() | {"held_out_accuracies": tried}
     return found
 
 
@@ -259,22 +223,16 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'probe':<12}{'accuracy':>10}"]
     for name, result in found.items():
         more = f"  l2 {result['l2']:g}" if "l2" in result else ""
-        if "accuracies" in result:
-            draws = result["accuracies"]
+        if draws := result.get("accuracies"):
             more = f"  {len(draws)} draws, sd {100 * np.std(draws, ddof=1):.2f}"
         lines.append(f"{name:<12}{100 * result['accuracy']:>8.2f} %{more}")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# During training
-
-
 class Probe(TrainerCallback):
     """
-    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` of the trainer's model at every evaluation, and `every` so
-    many steps, if given. With --ema_decay they are those of the averaged weights. Training gives the same weights, bit
-    for bit, as without it. `train` and `test` are datasets for `extract_features`, without augmentation.
+    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` of the trainer's model, with --ema_decay of the averaged
+    weights, at every evaluation, and `every` so many steps. Training gives the same weights, bit for bit, as without.
     """
 
     def __init__(
@@ -306,7 +264,6 @@ class Probe(TrainerCallback):
         self.trainer.log({f"probe_{name}": value for name, value in self.accuracies().items()})
 
     def accuracies(self) -> dict[str, float]:
-        """The current accuracies, by name."""
         args = self.trainer.args
         loading = args.per_device_eval_batch_size, args.dataloader_num_workers, self.trainer.processing_class
         train, test = (extract_features(self.trainer.model, images, *loading) for images in (self.train, self.test))
@@ -316,11 +273,8 @@ class Probe(TrainerCallback):
 
 def build_probe(trainer: Trainer, data: ImageData) -> Probe:
     """
-    The probe of --probe: fitted to training images and evaluated on held-out ones. A stream can't be chosen from; its
-    probe is fitted to half of the held-out images.
-
-    Raises:
-        InputError: for images without labels.
+    The probe of --probe: fitted to training images, or where these are a stream to half of the held-out ones, and
+    evaluated on held-out ones. Raises InputError for images without labels.
     """
     check_for_probes(data)
     arguments, held_out = trainer.args, data.validation

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The report: results.json, predictions.csv and the message for the screen; and the temperature of --calibrate.
-"""
+"""The report: results.json, predictions.csv and the message for the screen; and the temperature of --calibrate."""
 
 import csv
 import json
@@ -37,12 +35,8 @@ TEMPERATURES = (0.05, 20.0)
 @dataclass(frozen=True)
 class Report:
     """
-    The scores of a model on images.
-
-    Attributes:
-        record: of results.json.
-        logits, probabilities, labels: of N images, (N, V, K), (N, K), and (N,) or (N, K).
-        rows: (N,), the indices of the images among all.
+    The scores of a model: `record` is that of results.json; `logits` (N, V, K), `probabilities` (N, K) and `labels`
+    (N,) or (N, K) are of the N images with the indices `rows` (N,) among all.
     """
 
     record: dict[str, Any]
@@ -91,7 +85,15 @@ def build_report(
     confidence, correct = confidences(values, labels)
     diagram = reliability(confidence, correct)
     matrix_kind = "of_each_label_rows_true_columns_predicted" if is_multi_label else "rows_true_columns_predicted"
-    is_right = (answers(values, labels, threshold) == labels).reshape(len(labels), -1).all(axis=1)
+    examples, source = None, data.source
+    if arguments.examples:
+        is_right = (answers(values, labels, threshold) == labels).reshape(len(labels), -1).all(axis=1)
+        right, wrong = choose_examples(is_right, arguments.examples, seed)
+        examples = {  # rows of predictions.csv, from 0
+            "figure": EXAMPLES_FIGURE, "right": len(right), "wrong": len(wrong), "rows": [*right, *wrong],
+            "chosen": f"chosen at random with seed {seed}",
+            "credit": arguments.examples_credit or ", ".join(filter(None, (source.name, source.license, source.url))),
+        }  # fmt: skip
     is_local = Path(arguments.model).exists()
     record = {
         "metric": results[0]["metric"],
@@ -109,9 +111,9 @@ def build_report(
             "weights": (digests(Path(arguments.model)) if is_local else None) or None,
         },
         "dataset": {
-            "name": data.source.name, "hub_id": data.source.hub_id, "license": data.source.license,
-            "url": data.source.url, "note": data.source.note, "images": description,
-            "broken_images": sorted(data.broken.values()), "seen_in_training": data.seen_in_training,
+            "name": source.name, "hub_id": source.hub_id, "license": source.license, "url": source.url,
+            "note": source.note, "images": description, "broken_images": sorted(data.broken.values()),
+            "seen_in_training": data.seen_in_training,
         },
         "temperature": temperature,
         "calibration": calibration,
@@ -120,10 +122,13 @@ def build_report(
         "confusion_matrix": {"labels": names, matrix_kind: confusion(values, labels, threshold).tolist()},
         "reliability": {
             "edges": np.linspace(0.0, 1.0, NUM_BINS + 1).tolist(), "n": diagram.counts.tolist(),
-            "confidence": _none_for_nan(diagram.confidence), "accuracy": _none_for_nan(diagram.accuracy),
+            **{
+                name: [None if np.isnan(mean) else float(mean) for mean in getattr(diagram, name)]
+                for name in ("confidence", "accuracy")
+            },
             "mean_confidence": float(confidence.mean()), "mean_accuracy": float(correct.mean()),
         },
-        "examples": _examples_record(is_right, arguments, data) if arguments.examples else None,
+        "examples": examples,
         "throughput": {
             "images_per_second": predictions.images_per_second,
             "batch_size": arguments.per_device_eval_batch_size,
@@ -135,10 +140,6 @@ def build_report(
     return Report(record, logits, values, labels, rows)
 
 
-def _none_for_nan(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
-
-
 def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices of up to `number` right images and as many wrong ones, at random; `is_right` is (N,)."""
     generator, chosen = np.random.default_rng(seed), []
@@ -146,21 +147,6 @@ def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[
         rows = np.flatnonzero(is_right == kind)
         chosen.append(sorted(generator.choice(rows, min(number, len(rows)), replace=False).tolist()))
     return chosen[0], chosen[1]
-
-
-def _examples_record(is_right: np.ndarray, arguments: EvaluationArguments, data: EvaluationData) -> dict[str, Any]:
-    """The entry of results.json; `rows` are those of predictions.csv, from 0."""
-    right, wrong = choose_examples(is_right, arguments.examples, arguments.seed)
-    source = data.source
-    return {
-        "figure": EXAMPLES_FIGURE, "right": len(right), "wrong": len(wrong), "rows": [*right, *wrong],
-        "chosen": f"chosen at random with seed {arguments.seed}",
-        "credit": arguments.examples_credit or ", ".join(filter(None, (source.name, source.license, source.url))),
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
 
 
 def calibration_split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,15 +159,9 @@ def calibration_split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
-    The temperature with the lowest negative log-likelihood on held-out images (Guo et al., arXiv:1706.04599). The
-    likelihood is concave in 1 / T, so there is one maximum.
-
-    Args:
-        logits: (N, K), not divided by any temperature.
-        labels: classes (N,), or 0 and 1 (N, K).
-
-    Raises:
-        InputError: if the maximum lies outside of `TEMPERATURES`.
+    The temperature with the lowest negative log-likelihood on held-out images (Guo et al., arXiv:1706.04599), from
+    logits (N, K) and labels (N,) or (N, K). The likelihood is concave in 1 / T, so there is one maximum. Raises
+    InputError if it lies outside of `TEMPERATURES`.
     """
     logits = np.asarray(logits, dtype=np.float64)
 
@@ -210,10 +190,6 @@ def store_temperature(folder: str | os.PathLike[str], temperature: float) -> Non
     # transformers copies the code of an object, not of a class: the smallest model will do.
     smallest = ViTScratchForImageClassification(type(config).from_variant("test/4", num_labels=2))
     custom_object_save(smallest, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and message
 
 
 def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
@@ -280,23 +256,18 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
             lines.append(f"No image has {listed(absent)}: left out of the mean average precision.")
     if broken := record["dataset"]["broken_images"]:
         lines.append(f"{len(broken)} images can't be read and were left out: {listed(broken)}.")
-    rate = record["throughput"]["images_per_second"]
-    if rate:
+    if rate := record["throughput"]["images_per_second"]:
         lines.append(f"{rate:,.0f} images per second on {record['hardware']}.")
     if record["temperature"] != 1.0:
         lines.append(f"Temperature: {record['temperature']:.4f}.")
-    if record["calibration"]:
-        lines.append(_calibration_message(record["calibration"], model))
+    if calibration := record["calibration"]:
+        outcome = "It does not help, and was not stored. More images may give a better one."
+        if calibration["is_stored"]:
+            outcome = f"It is in {model}/config.json."
+        before, after = calibration["without_temperature"], calibration["with_fitted_temperature"]
+        lines.append(
+            f"Temperature {calibration['fitted_temperature']:.4f}, fitted to {calibration['fitted_to']:,} other "
+            f"images: NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, "
+            f"ECE {value_of(before, 'ece'):.2%} to {value_of(after, 'ece'):.2%}. {outcome}"
+        )
     return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])
-
-
-def _calibration_message(calibration: dict[str, Any], model: str) -> str:
-    outcome = "It does not help, and was not stored. More images may give a better one."
-    if calibration["is_stored"]:
-        outcome = f"It is in {model}/config.json."
-    before, after = calibration["without_temperature"], calibration["with_fitted_temperature"]
-    return (
-        f"Temperature {calibration['fitted_temperature']:.4f}, fitted to {calibration['fitted_to']:,} other images: "
-        f"NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, ECE {value_of(before, 'ece'):.2%} to "
-        f"{value_of(after, 'ece'):.2%}. {outcome}"
-    )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Attention maps of any Vision Transformer from its attention weights, and the similarity of its position embeddings.
-
-A Space has this file and models of any kind; `visualization/` uses its arithmetic for the models of this package.
+Attention maps and the similarity of position embeddings, of any Vision Transformer: a Space has this file and models of
+any kind.
 """
 
 from typing import Any
@@ -16,16 +15,10 @@ def attention_maps(
     attentions: Any, grid: tuple[int, int], pools_mean: bool
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """
-    Maps over the patches of one image, for each layer.
-
-    Args:
-        attentions: the weights (1, A, T, T) of each layer, from the model's output.
-        grid: rows and columns of patches, the last of the T tokens.
-        pools_mean: whether the model pools by the mean of the patches, and not by the first token.
-
-    Returns:
-        Attention rollout up to each layer, (L, rows, columns), float64; and the weights of every head, (L, A, rows,
-        columns), float32. None and None if these are not weights between all tokens, e.g. with windows.
+    Attention rollout up to each layer, (L, rows, columns), float64; and the weights of every head, (L, A, rows,
+    columns), float32, from the weights (1, A, T, T) of each layer. None and None if these are not between all tokens,
+    e.g. with windows. `grid`: rows and columns of patches, the last of the T tokens. `pools_mean`: whether the model
+    pools by the mean of the patches, and not by the first token.
     """
     num_patches = grid[0] * grid[1]
     if not attentions or any(weights is None for weights in attentions):
@@ -53,8 +46,8 @@ def attention_maps(
 def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
     """
     Attention rollout (Abnar & Zuidema, arXiv:2005.00928) through one more layer: its weights (..., A, T, T), averaged
-    over the heads, plus the identity for the residual connection, with rows that sum to 1, times the rollout of the
-    layers before, (..., T, T), float64.
+    over heads, plus the identity for the residual connection, with rows that sum to 1, times the rollout of the layers
+    before, (..., T, T), float64.
     """
     mixing = weights.mean(dim=-3).double()
     mixing = mixing + torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
@@ -62,15 +55,12 @@ def roll_out(weights: Tensor, before: Tensor | None) -> Tensor:
     return mixing if before is None else mixing @ before
 
 
-def cosine_similarity(vectors: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Vectors of patches (N, D) to cosines (rows, columns, rows, columns), float64; 0 for a vector of zeros."""
-    vectors = torch.nn.functional.normalize(vectors.double().cpu(), dim=-1)
-    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid)
-
-
 def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.ndarray | None:
-    """`cosine_similarity` of the position embeddings of patches; None for a model that has none."""
-    found = None
+    """
+    Cosine similarity of the position embeddings of patches, (rows, columns, rows, columns), float64, 0 for one of
+    zeros; None for a model that has none.
+    """
+    found = torch.empty(0)
     for name, module in model.named_modules():
         if hasattr(module, "patch_positions"):  # this project's: kinds of embeddings, on any grid
             found = module.patch_positions(*grid, next(model.parameters()).device)[0]
@@ -78,6 +68,7 @@ def position_similarity(model: torch.nn.Module, grid: tuple[int, int]) -> np.nda
         if name.endswith("embeddings") and isinstance(getattr(module, "position_embeddings", None), torch.nn.Parameter):
             found = module.position_embeddings[0, -grid[0] * grid[1] :]
             break
-    if found is None or found.ndim != 2 or len(found) != grid[0] * grid[1]:
+    if found.ndim != 2 or len(found) != grid[0] * grid[1]:
         return None
-    return cosine_similarity(found.detach(), grid).numpy()
+    vectors = torch.nn.functional.normalize(found.detach().double().cpu(), dim=-1)
+    return (vectors @ vectors.T).clamp(-1, 1).reshape(*grid, *grid).numpy()

@@ -121,10 +121,7 @@ def picture(alt_text: str, buttons: list[str] | None = None) -> gr.Image:
 
 
 def uploaded(payload: dict[str, Any] | None) -> tuple[str, str] | None:
-    """
-    Path and name of an upload. The payload of the browser may be anything: files outside the folder of uploads get an
-    empty path.
-    """
+    """Path and name of an upload. Browsers may send anything: a file outside the folder of uploads has no path."""
     if payload is None:
         return None
     path = str(payload.get("path"))

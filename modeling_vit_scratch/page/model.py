@@ -21,36 +21,19 @@ class PhotoError(ValueError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """
-    Scores and maps of a photo.
+    """Scores and maps of a photo; what the model does not have is None."""
 
-    Attributes:
-        scores: (label, score), best first.
-        photo: (H, W, 3) uint8, the part of the photo that the model sees, in the size of the page.
-        pixels: (h, w, 3) uint8, the input of the model.
-        patch: height and width of a patch in `pixels`; None if the model has none.
-        rollout: (L, rows, columns), up to each layer; None if the model has no attention maps.
-        heads: (L, A, rows, columns); None with `rollout`.
-        positions: similarity of the position embeddings, (rows, columns, rows, columns); None if there are none.
-    """
-
-    scores: list[tuple[str, float]]
-    photo: np.ndarray
-    pixels: np.ndarray
-    patch: tuple[int, int] | None = None
-    rollout: np.ndarray | None = None
-    heads: np.ndarray | None = None
-    positions: np.ndarray | None = None
+    scores: list[tuple[str, float]]  # label and score, best first
+    photo: np.ndarray  # (H, W, 3) uint8, the part that the model sees, in the size of the page
+    pixels: np.ndarray  # (h, w, 3) uint8, the input of the model
+    patch: tuple[int, int] | None = None  # height and width in `pixels`
+    rollout: np.ndarray | None = None  # (L, rows, columns), up to each layer
+    heads: np.ndarray | None = None  # (L, A, rows, columns)
+    positions: np.ndarray | None = None  # similarity of position embeddings, (rows, columns, rows, columns)
 
 
 class Viewer:
-    """
-    An image classifier of transformers.
-
-    Args:
-        model, processor: of the same checkpoint.
-        name: on the page.
-    """
+    """An image classifier of transformers with its image processor, and the name on the page."""
 
     def __init__(self, model: Any, processor: Any, name: str) -> None:
         self.model, self.processor, self.name, self.config = model.eval(), processor, name, model.config
@@ -60,12 +43,7 @@ class Viewer:
         self.is_probability = self.config.problem_type != "regression"
 
     def read(self, file: str, name: str) -> Image.Image:
-        """
-        Reads an upright photo in the mode that the model takes.
-
-        Raises:
-            PhotoError: if it can't be read.
-        """
+        """An upright photo in the mode that the model takes. Raises PhotoError if it can't be read."""
         try:
             if hasattr(self.processor, "decode"):  # this project's: transparency, 16 bits, gray models
                 image = self.processor.decode(file, name=name)
@@ -88,12 +66,7 @@ class Viewer:
 
     @torch.inference_mode()
     def explain(self, image: Image.Image, name: str) -> Explanation:
-        """
-        Scores and maps of a photo.
-
-        Raises:
-            PhotoError: if the model can't take it.
-        """
+        """Scores and maps of a photo. Raises PhotoError if the model can't take it."""
         pixel_values, outputs = self._forward(image, name, output_attentions=True)
         pixels = as_pixels(pixel_values[0].numpy(), self.processor)
         height, width = pixels.shape[:2]
@@ -138,8 +111,8 @@ class Viewer:
 
 def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Image.Image | None:
     """
-    The part of an image, in its own resolution, that is left after the processor's crop to `size` (height, width). None
-    if the processor adds a border, or if its settings are not known here.
+    The part of an image, in its own resolution, that the processor's crop to `size` (height, width) leaves. None if it
+    adds a border, or if its settings are not known here.
     """
     crop_pct = getattr(processor, "crop_pct", None)
     if crop_pct is None and not getattr(processor, "do_center_crop", False):
@@ -165,14 +138,8 @@ def seen_part(image: Image.Image, processor: Any, size: tuple[int, int]) -> Imag
 
 def load(source: str, trust_remote_code: bool = False, revision: str = "main") -> Viewer:
     """
-    Loads a classifier by the Auto classes.
-
-    Args:
-        source: a folder or a Hub id.
-        trust_remote_code, revision: as in `from_pretrained`.
-
-    Raises:
-        OSError, ValueError, KeyError: if it can't be loaded, or has no trained classifier.
+    A classifier from a folder or the Hub, by the Auto classes. Raises OSError, ValueError or KeyError if it can't be
+    loaded, or has no trained classifier.
     """
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
@@ -186,4 +153,4 @@ def _pair(size: Any) -> tuple[int, int] | None:
     """Height and width of a size in a configuration."""
     if not size:
         return None
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))

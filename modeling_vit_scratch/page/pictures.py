@@ -50,13 +50,7 @@ def sized(pixels: np.ndarray, side: int) -> Image.Image:
 
 
 class Overview:
-    """
-    The maps of all heads in one picture: heads from left to right, layers from top to bottom.
-
-    Args:
-        photo: (H, W, 3) uint8.
-        heads: (L, A, rows, columns).
-    """
+    """Maps (L, A, rows, columns) of all heads, over a photo (H, W, 3): heads from left to right, layers downwards."""
 
     def __init__(self, photo: np.ndarray, heads: np.ndarray) -> None:
         self.layers, self.heads = heads.shape[:2]
@@ -64,8 +58,7 @@ class Overview:
         self.step = (tile.width + 4, tile.height + 4)
         self.picture = Image.new("RGBA", (self.heads * self.step[0], self.layers * self.step[1]))
         for layer, head in np.ndindex(self.layers, self.heads):
-            position = (head * self.step[0] + 2, layer * self.step[1] + 2)
-            self.picture.paste(heat(tile, heads[layer, head]), position)
+            self.picture.paste(heat(tile, heads[layer, head]), (head * self.step[0] + 2, layer * self.step[1] + 2))
 
     def at(self, x: int, y: int) -> tuple[int, int]:
         """Layer and head, from 1, at a pixel."""
@@ -86,8 +79,7 @@ def patches(pixels: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:
     """The input of the model, (h, w, 3) uint8, with visible pixels, and with gaps between patches if it has any."""
     height, width = pixels.shape[:2]
     scale = max(SIDE // max(height, width), 1)
-    large = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    image = Image.fromarray(large).convert("RGBA")
+    image = Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGBA")
     if patch is None:
         return image
     rows, columns, (down, across) = height // patch[0], width // patch[1], (patch[0] * scale, patch[1] * scale)
@@ -100,10 +92,7 @@ def patches(pixels: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:
 
 
 def positions(similarity: np.ndarray) -> Image.Image:
-    """
-    Cosine similarities (rows, columns, rows, columns) as a tile for each patch: the paper's Figure 7, centre. Colours
-    go from -1 to 1.
-    """
+    """Cosine similarities (rows, columns, rows, columns), -1 to 1, as a tile for each patch: the paper's Figure 7."""
     rows, columns = (np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in similarity.shape[:2])
     tile = SIDE // max(len(rows), len(columns))
     image = Image.new("RGBA", (len(columns) * (tile + 3) - 3, len(rows) * (tile + 3) - 3))

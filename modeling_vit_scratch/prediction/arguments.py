@@ -36,7 +36,9 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
         metavar="FILE",
     )
     top_k: int = flag(
-        1, "Labels per image, best first: columns label, score, label_2, score_2, ... 0: none, with --embeddings."
+        1,
+        "Labels per image, best first: columns label, score, label_2, score_2, ... 0: none, with --embeddings.",
+        at_least=0,
     )
     embeddings: bool = flag(False, "Also write the encoder's pooled output, which the classifier sees.")
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
@@ -45,6 +47,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
         None,
         "Exit with status 1 if more than N images are broken; the others are predicted. Default: no limit; 0 for a "
         "table.",
+        at_least=0,
     )
     overwrite: bool = flag(
         False, "Replace OUTPUT if it exists, and discard an unfinished run with other settings or inputs."
@@ -55,12 +58,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> PredictionArguments:
-    """
-    Parses a command line (default: of this process); `description` begins --help.
-
-    Raises:
-        InputError: with everything that is wrong with it.
-    """
+    """Raises InputError with everything that is wrong with a command line (default: of this process)."""
     parser = Parser(
         PredictionArguments,
         groups=GROUPS,

@@ -53,10 +53,7 @@ _PART_COLUMNS = pyarrow.schema({
 
 
 class Job:
-    """
-    An unfinished run that writes a file in batches of images. `folder` is OUTPUT.parts; `count`, the number of images,
-    is known once the job is open.
-    """
+    """An unfinished run, in the folder OUTPUT.parts. `count`, the number of images, is known once it is open."""
 
     def __init__(self, output: str | os.PathLike[str], batch_size: int) -> None:
         self.output, self.batch_size, self.count = Path(output), batch_size, 0
@@ -66,17 +63,9 @@ class Job:
 
     def start(self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool) -> bool:
         """
-        Lists all images, and begins the job or continues the one in the folder. Called by one process.
-
-        Args:
-            settings: what decides the bytes of the output, by its name in messages.
-            overwrite: whether to replace an existing output, or a job with other settings.
-
-        Returns:
-            Whether the job was there already.
-
-        Raises:
-            InputError: if there are no images, another run is at work, or something is in the way.
+        Lists all images in one process, and begins the job or continues the one in the folder; returns whether it was
+        there. `settings` decide the bytes of the output. Raises InputError if there are no images, another run is at
+        work, or a file or a job with other settings is in the way and must not be overwritten.
         """
         if self.output.exists() and not self.settings() and not overwrite:
             raise InputError(
@@ -157,8 +146,8 @@ class Job:
         self, missing: list[tuple[int, int]], rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[int, list[Item]]]:
         """
-        The batches that a process predicts, in their order: number and items. All processes pass the same `missing`,
-        which is dealt out in blocks, one to each process in turn.
+        Numbers and items of the batches that a process predicts. All processes pass the same `missing` ranges, which
+        are dealt out in blocks, one to each process in turn.
         """
         dealt, block = itertools.count(), max(1, BLOCK // self.batch_size)
         with open(self.folder / ITEMS, encoding="ascii") as file:
@@ -181,12 +170,7 @@ class Job:
             pyarrow.parquet.write_table(rows, opened)
 
     def read_parts(self) -> Iterator[pyarrow.Table]:
-        """
-        All rows, in the order of the items. Parts overlap where one process continued after others had been killed.
-
-        Raises:
-            InputError: for a damaged part.
-        """
+        """All rows in order. Parts overlap if one process went on after others were killed. InputError if damaged."""
         position = 0
         for first, end in self.parts():
             if end <= position:
@@ -236,19 +220,14 @@ def _write_items(file: Path, items: Iterable[Item]) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
 class Writer:
-    """Collects consecutive batches, and writes them as a part of the job."""
+    """Collects consecutive batches, and writes them as a part of the job; `waiting` are not on the disk yet."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._rows, self._first, self._end, self._since = job, [], 0, 0, time.monotonic()
 
     @property
     def waiting(self) -> int:
-        """Batches that are not on the disk yet."""
         return self._end - self._first
 
     def add(self, batch: Batch, prediction: Prediction) -> None:
@@ -257,8 +236,7 @@ class Writer:
             self._first = batch.number
         self._rows.append(part_rows(batch.names, batch.errors, *prediction))
         self._end = batch.number + 1
-        is_full = self.waiting * self._job.batch_size >= BLOCK
-        if is_full or time.monotonic() - self._since >= SECONDS:
+        if self.waiting * self._job.batch_size >= BLOCK or time.monotonic() - self._since >= SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -284,10 +262,6 @@ def part_rows(
 def printable(text: str) -> str:
     """A name with bytes that are not UTF-8, written as in Python: caf\\xe9.jpg."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
 
 
 def output_columns(top_k: int, has_embeddings: bool, width: int) -> pyarrow.Schema:
@@ -319,12 +293,21 @@ def to_output(rows: pyarrow.Table, label_names: list[str], schema: pyarrow.Schem
 
 
 def write_output(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
-    """Writes the format of the file's suffix; how the rows are split into tables does not change its bytes."""
+    """Parquet, CSV, with embeddings as JSON lists, or JSON lines; the same bytes however rows are split into tables."""
+    ending = file.suffix.lower()
     with atomic_write(file) as unfinished:
-        if file.suffix.lower() == ".parquet":
+        if ending == ".parquet":
             _write_parquet(unfinished, tables, schema)
-        else:
-            _write_text(unfinished, tables, schema, is_csv=file.suffix.lower() == ".csv")
+            return
+        with open(unfinished, "w", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened, lineterminator="\n")
+            if ending == ".csv":
+                writer.writerow(schema.names)
+            for row in _rows(tables):
+                if ending == ".csv":
+                    writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+                else:
+                    opened.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _write_parquet(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
@@ -339,30 +322,16 @@ def _write_parquet(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.
             writer.write_table(waiting.combine_chunks(), ROW_GROUP)
 
 
-def _write_text(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema, is_csv: bool) -> None:
-    """CSV, with an embedding as a JSON list, or JSON lines."""
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        if is_csv:
-            writer.writerow(schema.names)
-        for row in _rows(tables):
-            if is_csv:
-                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
-            else:
-                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def _rows(tables: Iterable[pyarrow.Table]) -> Iterator[dict[str, Any]]:
+    """Scores have six decimals; an embedding has the fewest digits that give its float32 back."""
     for table in tables:
         for row in table.to_pylist():
-            yield {name: _rounded(name, value) for name, value in row.items()}
-
-
-def _rounded(name: str, value: Any) -> Any:
-    """Scores with six decimals; an embedding with the fewest digits that give its float32 back."""
-    if name.startswith("score"):
-        return round(value, 6)
-    return [float(str(np.float32(number))) for number in value] if isinstance(value, list) else value
+            for name, value in row.items():
+                if name.startswith("score"):
+                    row[name] = round(value, 6)
+                elif isinstance(value, list):
+                    row[name] = [float(str(np.float32(number))) for number in value]
+            yield row
 
 
 def write_errors(file: Path, parts: Iterable[pyarrow.Table]) -> tuple[int, int]:

@@ -25,22 +25,15 @@ PER_THREAD = 16
 
 
 class Prediction(NamedTuple):
-    """
-    Attributes:
-        labels, scores: (B, k), best first; of equal scores the lower label index first.
-        embeddings: (B, D) float32, the pooled output, or None.
-    """
+    """Of B images the best k labels, best first; of equal scores the lower label index first."""
 
-    labels: np.ndarray
-    scores: np.ndarray
-    embeddings: np.ndarray | None
+    labels: np.ndarray  # (B, k)
+    scores: np.ndarray  # (B, k)
+    embeddings: np.ndarray | None  # (B, D) float32, the pooled output
 
 
 class Predictor:
-    """
-    Predicts batches of images: `top_k` labels of each, and with `has_embeddings` the pooled output. `model` is a
-    classifier, or with `top_k` 0 an encoder.
-    """
+    """Predicts `top_k` labels and embeddings of batches of images. With `top_k` 0 the model may be an encoder."""
 
     def __init__(
         self,
@@ -57,10 +50,9 @@ class Predictor:
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
-            model.classifier.register_forward_pre_hook(self._keep)
-
-    def _keep(self, classifier: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        self._pooled.value = inputs[0]
+            model.classifier.register_forward_pre_hook(
+                lambda classifier, inputs: setattr(self._pooled, "value", inputs[0])
+            )
 
     @property
     def label_names(self) -> list[str]:
@@ -108,12 +100,7 @@ class Predictor:
 
 
 def load_predictor(arguments: PredictionArguments, device: torch.device | str = "cpu") -> Predictor:
-    """
-    The predictor of the command line.
-
-    Raises:
-        InputError: if MODEL can't be loaded, has no classifier, or fewer labels than --top_k.
-    """
+    """Raises InputError if MODEL can't be loaded, has no classifier, or fewer labels than --top_k."""
     name, hub = arguments.model, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     kind = ViTScratchForImageClassification if arguments.top_k else ViTScratchModel
     model, processor, missing = load_pretrained(kind, f"MODEL {name}", name, hub)
@@ -125,11 +112,10 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
         )
     if missing:
         raise InputError(f"MODEL {name} lacks weights: {', '.join(sorted(missing)[:5])}.")
-    if arguments.top_k > config.num_labels and arguments.top_k:
+    if arguments.top_k > config.num_labels:
         raise InputError(f"--top_k {arguments.top_k}: MODEL {name} has {config.num_labels} labels.")
     config.calibrated = arguments.calibrated
-    dtype = getattr(torch, arguments.dtype)
-    return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, dtype)
+    return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, getattr(torch, arguments.dtype))
 
 
 def fingerprint(predictor: Predictor) -> str:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From the INPUTs of a command line to batches of pixels, in an order that never changes.
-
-The main process lists the images and reads the rows of tables; worker processes read and decode the files.
+From the INPUTs of a command line to batches of pixels, in an order that never changes. The main process lists the
+images and reads the rows of tables; worker processes read and decode the files.
 """
 
 import itertools
@@ -54,10 +53,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ROWS_AT_A_TIME = 64  # of a Parquet file
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Listing
-
-
 class Inputs:
     """The images of the INPUTs; tables among them are read row by row."""
 
@@ -68,12 +63,7 @@ class Inputs:
         self._reading: tuple[str, int, Iterator[Any]] = ("", 0, iter(()))
 
     def items(self) -> Iterator[Item]:
-        """
-        All images, input after input.
-
-        Raises:
-            InputError: with all mistakes in the inputs, after the images of the others.
-        """
+        """All images, input after input. Raises InputError with all mistakes, after the images of the other inputs."""
         problems = Problems()
         for given in self._arguments.inputs:
             try:
@@ -122,10 +112,8 @@ class Inputs:
 
     def read(self, item: Item) -> bytes | str | None:
         """
-        The file in a row of a table as bytes, or its path. Rows of Parquet files are best read in their order.
-
-        Raises:
-            ValueError: if the row is in a damaged part of its file, or too large.
+        The file in a row of a table as bytes, or its path. Rows of Parquet files are best read in their order. Raises
+        ValueError if the row is in a damaged part of its file, or too large.
         """
         path, row, folder = item.path, item.start, ""
         if path.lower().endswith(".parquet"):
@@ -207,8 +195,10 @@ def _list_rows(table: str, count: int) -> Iterator[Item]:
     return (Item(f"{table}#{row}", table, row) for row in range(count))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_line(error: Exception, name: str = "") -> str:
+    """Of a message, without the name of the image, which has a column of its own."""
+    message = str(error).removeprefix(name).removeprefix(" cannot be read as an image").lstrip(": ").strip()
+    return (message.splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,27 +206,18 @@ def _first_line(error: Exception) -> str:
 
 
 class Batch(NamedTuple):
-    """
-    Attributes:
-        number: of the batch in the run: its first image is number * batch size.
-        names: (B,).
-        pixels: (B, C, H, W), uint8; zeros for images that can't be read.
-        errors: (B,), why an image can't be read, or None.
-    """
+    """B images; the first is image number * batch size of the run."""
 
     number: int
     names: list[str]
-    pixels: torch.Tensor
-    errors: list[str | None]
+    pixels: torch.Tensor  # (B, C, H, W), uint8; zeros for images that can't be read
+    errors: list[str | None]  # why an image can't be read
 
 
 class ItemDataset(Dataset):
     """
-    Batches of pixels, resized and cropped by the processor and not yet normalised. `fast_decode`: decode and resize as
-    with the processor's `do_fast_resize`.
-
-    Raises:
-        InputError: if the processor makes images of different sizes.
+    Batches of pixels, resized and cropped by the processor, with `fast_decode` as by its `do_fast_resize`, and not yet
+    normalised. Raises InputError if the processor makes images of different sizes.
     """
 
     def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
@@ -250,17 +231,16 @@ class ItemDataset(Dataset):
         channels = processor.num_channels if processor.do_convert_rgb else len(np.atleast_1d(processor.image_mean))
         self.shape = (channels, size.height, size.width)
 
-    def __getitems__(self, batch: tuple[int, list[tuple[Item, Any]]]) -> Batch:
+    def __getitem__(self, batch: tuple[int, list[tuple[Item, Any]]]) -> Batch:
         number, items = batch
         pixels, errors = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
         for row, (item, content) in enumerate(items):
-            reason = item.error
-            if reason is None:
+            errors.append(item.error)
+            if item.error is None:
                 try:
                     pixels[row] = self._read(item, content)
                 except ValueError as error:  # ImageDecodeError, or an image that does not fit the processor
-                    reason = _reason(error, item.name)
-            errors.append(reason)
+                    errors[-1] = _first_line(error, item.name)
         return Batch(number, [item.name for item, _ in items], pixels, errors)
 
     def _read(self, item: Item, content: Any) -> torch.Tensor:
@@ -295,12 +275,6 @@ def _read_member(item: Item) -> bytes:
     return content
 
 
-def _reason(error: ValueError, name: str) -> str:
-    """The message without the name, which has a column of its own, in one line."""
-    lines = str(error).removeprefix(name).removeprefix(" cannot be read as an image").lstrip(": ").splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def build_loader(
     batches: Iterable[tuple[int, list[Item]]],
     inputs: Inputs,
@@ -309,10 +283,8 @@ def build_loader(
     pin_memory: bool = False,
 ) -> Iterable[Batch]:
     """
-    Batches, given by their numbers and items, in their order; worker processes read ahead.
-
-    Raises:
-        InputError: if a batch needs more than half of the memory.
+    Batches, given by their numbers and items, in their order; worker processes read ahead. Raises InputError if a batch
+    needs more than half of the memory.
     """
     # Pillow warns of large photos; those that are too large are errors anyway.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -326,8 +298,8 @@ def build_loader(
             "size in its preprocessor_config.json."
         )
     loader = DataLoader(
-        dataset, batch_sampler=_with_rows(batches, inputs), collate_fn=_identity,
-        num_workers=arguments.dataloader_num_workers, pin_memory=pin_memory,
+        dataset, None, sampler=_with_rows(batches, inputs), num_workers=arguments.dataloader_num_workers,
+        pin_memory=pin_memory,
     )  # fmt: skip
     if arguments.dataloader_num_workers:
         prepare_workers(loader)
@@ -340,7 +312,7 @@ def _with_rows(
     """Adds what is in the rows of tables, or why they can't be read."""
 
     def content(item: Item) -> bytes | str | ValueError | None:
-        if item.start is None or item.size is not None or item.fault is not None:
+        if item.start is None or item.size is not None or item.error is not None:
             return None
         try:
             return inputs.read(item)
@@ -349,7 +321,3 @@ def _with_rows(
 
     for number, items in batches:
         yield number, [(item, content(item)) for item in items]
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch

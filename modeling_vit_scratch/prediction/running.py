@@ -29,14 +29,10 @@ def open_job(
 ) -> tuple[Job, list[tuple[int, int]], Processes]:
     """
     Begins or continues the job of the command line, in one process for all. Returns the job, its missing batches, and
-    the processes that share them.
-
-    Raises:
-        InputError: in all processes, for mistakes in the inputs or the output.
+    the processes that share them. Raises InputError, in all, for mistakes in the inputs or the output.
     """
     job, processes = Job(arguments.output, arguments.per_device_eval_batch_size), Processes(_PATIENCE_SECONDS)
-    state: tuple[int, list[tuple[int, int]], int] | None = None
-    problem: str | None = None
+    state: tuple[int, list[tuple[int, int]], int] | str | None = None
     if accelerator.is_main_process:
         names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")
         try:
@@ -49,16 +45,15 @@ def open_job(
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
             }
-            was_there = job.start(inputs.items(), settings, arguments.overwrite)
-            state = job.count, job.missing(), settings[THREADS]
-            if was_there:
+            if job.start(inputs.items(), settings, arguments.overwrite):
                 print(f"Going on with {job.folder}.")
+            state = job.count, job.missing(), settings[THREADS]
         except InputError as error:
-            problem = str(error)
-    problem = processes.gather(problem)[0]
-    if problem is not None:
-        raise InputError(problem)
-    job.count, missing, threads = processes.gather(state)[0]
+            state = str(error)
+    state = processes.gather(state)[0]
+    if isinstance(state, str):
+        raise InputError(state)
+    job.count, missing, threads = state
     torch.set_num_threads(threads)
     return job, missing, processes
 
@@ -72,11 +67,9 @@ def run_job(
     accelerator: Accelerator,
 ) -> None:
     """
-    Predicts this process's share of the missing batches, and writes it into the job.
-
-    Raises:
-        TrainingInterrupted: after Ctrl-C or SIGTERM, when the finished batches are on the disk.
-        TrainingStopped: if the memory is full, or a worker process was lost.
+    Predicts this process's share of the missing batches, and writes it into the job. Raises TrainingInterrupted after
+    Ctrl-C or SIGTERM, when the finished batches are on the disk; TrainingStopped if the memory is full, or a worker
+    process was lost.
     """
     share = job.share(missing, accelerator.process_index, accelerator.num_processes)
     writer, is_alone, shown_at = Writer(job), accelerator.num_processes == 1, 0.0
@@ -99,7 +92,17 @@ def run_job(
                 bar.update(job.count - bar.n if is_alone else 0)
         except RuntimeError as error:
             writer.flush()
-            raise _explain(error, arguments) from error
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise TrainingStopped(
+                    "The memory of the device is full. Take a lower --per_device_eval_batch_size "
+                    f"({arguments.per_device_eval_batch_size} now), and --overwrite."
+                ) from error
+            if lost := lost_worker(error):
+                raise TrainingStopped(
+                    f"{lost} Go on with the same command and a lower --dataloader_num_workers "
+                    f"({arguments.dataloader_num_workers} now)."
+                ) from error
+            raise
         writer.flush()
     # With several processes the others may have stopped before their end.
     if stop.poll() and not (is_alone and not job.missing()):
@@ -108,20 +111,6 @@ def run_job(
             "To go on, run the same command again.",
             stop.number,
         )
-
-
-def _explain(error: RuntimeError, arguments: PredictionArguments) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return TrainingStopped(
-            "The memory of the device is full. Take a lower --per_device_eval_batch_size "
-            f"({arguments.per_device_eval_batch_size} now), and --overwrite."
-        )
-    if lost := lost_worker(error):
-        return TrainingStopped(
-            f"{lost} Go on with the same command and a lower --dataloader_num_workers "
-            f"({arguments.dataloader_num_workers} now)."
-        )
-    return error
 
 
 def wait_for_all(processes: Processes) -> None:
@@ -147,20 +136,14 @@ def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
 
 def result_message(job: Job, predicted: int, broken: int) -> str:
     """The last lines for the screen."""
-    lines = [f"Written: {job.output} ({predicted:,} images)."]
+    message = f"Written: {job.output} ({predicted:,} images)."
     if broken:
-        lines.append(f"{broken:,} broken image{'s' if broken > 1 else ''}, with the reasons: {job.errors}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Without a file
+        message += f"\n{broken:,} broken image{'s' if broken > 1 else ''}, with the reasons: {job.errors}"
+    return message
 
 
 def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArguments) -> int:
-    """
-    Prints a row for each label of each image, and broken images to the standard error. Returns the number of these.
-    """
+    """Prints a row for each label of each image; broken images go to the standard error. Returns their number."""
     items, size, broken = inputs.items(), arguments.per_device_eval_batch_size, 0
     batches = iter(lambda: list(itertools.islice(items, size)), [])
     first = next(batches, [])

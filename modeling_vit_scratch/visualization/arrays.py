@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From a model and photos to arrays: attention, patch filters, position embeddings, and Grad-CAM.
+From a model and `pixel_values` (B, C, H, W) to arrays: attention, patch filters, position embeddings, and Grad-CAM.
 
-`model` is one of this package, and `pixel_values` (B, C, H, W) are from its image processor. Attention weights are
-exact under every attention implementation: hooks make each layer compute them with eager attention. Those of one layer
-are in memory at a time. Half precision rounds them, so rows are divided by their sum, in float32.
+Attention weights are exact under every attention implementation: hooks make each layer compute them with eager
+attention, one layer in memory at a time. Half precision rounds them, so rows are divided by their sum, in float32.
 """
 
 import os
@@ -31,10 +30,6 @@ from ..page import pictures
 NUM_COMPONENTS = 28
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model and the photos
-
-
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module has its own mode again."""
@@ -51,11 +46,8 @@ def open_model(
     source: str, revision: str = "main", image_size: tuple[int, int] | None = None
 ) -> tuple[ViTScratchPreTrainedModel, Any]:
     """
-    What `from_pretrained` reads, in float32 on the accelerator, if there is one, and its image processor. Without a
-    classifier in the checkpoint, the model is an encoder. `image_size`: height and width, if not the model's own.
-
-    Raises:
-        InputError: if it can't be loaded.
+    What `from_pretrained` reads, in float32 on the GPU, if there is one, and its image processor; an encoder, where the
+    checkpoint has no classifier. `image_size`: height and width, if not the model's. InputError if it can't be loaded.
     """
     overrides = {} if image_size is None else {"image_size": list(image_size)}
     model, processor, missing = load_pretrained(
@@ -71,10 +63,8 @@ def open_model(
 
 def find_photos(sources: list[str]) -> list[str]:
     """
-    Images by path or URL; for a folder all images below it, in the order of their names.
-
-    Raises:
-        InputError: if a path does not exist, or a folder has no image.
+    Images by path or URL; for a folder all images below it, in the order of their names. Raises InputError if a path
+    does not exist, or a folder has no image.
     """
     found = []
     for source in sources:
@@ -89,11 +79,8 @@ def find_photos(sources: list[str]) -> list[str]:
 
 def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> Tensor:
     """
-    `pixel_values` (1, C, H, W) of one image.
-
-    Raises:
-        ImageDecodeError: if it can't be read.
-        InputError: if the model can't take it, e.g. because the processor's size is not divisible into patches.
+    `pixel_values` (1, C, H, W) of an image. Raises ImageDecodeError if it can't be read; InputError if the model can't
+    take it, e.g. because the processor's size is not divisible into patches.
     """
     pixel_values = processor(file, return_tensors="pt")["pixel_values"]
     try:
@@ -134,8 +121,8 @@ def watch_attention(
     model: ViTScratchPreTrainedModel, pixel_values: Tensor, callback: Callable[[int, Tensor], None]
 ) -> None:
     """
-    Runs the encoder in evaluation mode. For one layer after the other, `callback` gets the layer's index, from 0, and
-    its attention weights (B, A, T, T), float32, with rows that sum to 1.
+    Runs the encoder in evaluation mode, and calls `callback` with the index of each layer, from 0, and its attention
+    weights (B, A, T, T), float32, with rows that sum to 1.
     """
     base = model.base_model
 
@@ -161,10 +148,7 @@ def watch_attention(
 
 
 def _pooled_rows(model: ViTScratchPreTrainedModel, weights: Tensor) -> Tensor:
-    """
-    The attention to patches of the tokens that are pooled, (B, ..., T, T) -> (B, ..., N): the class token's row or,
-    with mean pooling, the mean of the patches' rows.
-    """
+    """The attention to patches of the pooled tokens, (B, ..., T, T) -> (B, ..., N): a row, or the mean of rows."""
     config = model.base_model.config
     prefix = config.num_prefix_tokens
     rows = weights[..., 0, :] if config.pooling == "cls" else weights[..., prefix:, :].mean(dim=-2)
@@ -173,11 +157,8 @@ def _pooled_rows(model: ViTScratchPreTrainedModel, weights: Tensor) -> Tensor:
 
 def head_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.ndarray:
     """
-    The attention of every head of every layer to the patches: of the class token or, with mean pooling, the mean over
-    the patches that attend.
-
-    Returns:
-        (B, L, A, rows, columns), float32. The rest of the sum 1 goes to class token, distillation token and registers.
+    The attention of every head of every layer to the patches, (B, L, A, rows, columns), float32: of the class token or,
+    with mean pooling, the mean over patches. The rest of the sum 1 goes to class token, distillation token, registers.
     """
     maps: list[Tensor] = []
     watch_attention(model, pixel_values, lambda _, weights: maps.append(_pooled_rows(model, weights).cpu()))
@@ -204,9 +185,8 @@ def attention_distances(model: ViTScratchPreTrainedModel, pixel_values: Tensor) 
     """
     Mean attention distance of every head (the paper, D.7), (B, L, A), float32: the distance in pixels between a patch
     and all patches, weighted by its attention, averaged over patches. Figures 7 and 11 average it over 128 images.
-
-    The paper's authors don't divide rows by their sum after leaving out the class token (issue 162 of
-    google-research/vision_transformer): their values are smaller where heads attend to it.
+    Where heads attend to the class token, the paper's values are smaller: its rows are not divided by their sum without
+    it (issue 162 of google-research/vision_transformer).
     """
     config, found = model.base_model.config, []
     distances = torch.from_numpy(patch_distances(patch_grid(model, pixel_values), config.patch_hw))
@@ -220,11 +200,8 @@ def attention_distances(model: ViTScratchPreTrainedModel, pixel_values: Tensor) 
 
 def attention_rollout(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.ndarray:
     """
-    Attention rollout (Abnar & Zuidema, arXiv:2005.00928; the paper, D.8) through all layers, over all tokens: see
-    `page.attention.roll_out`.
-
-    Returns:
-        (B, T, T), float64: row t says how much of each input token is in output token t, and sums to 1.
+    Attention rollout (Abnar & Zuidema, arXiv:2005.00928; the paper, D.8) through all layers, (B, T, T), float64: row t
+    says how much of each input token is in output token t, and sums to 1.
     """
     rollout: Tensor | None = None
 
@@ -246,18 +223,14 @@ def rollout_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
+# Filters, positions and Grad-CAM
 
 
 @dataclass(frozen=True)
 class Filters:
     """
-    Principal components of the first layer's filters, the strongest first.
-
-    Attributes:
-        components: (n, height, width, C), float64, of length 1; the largest entry is positive.
-        explained: (n,), fractions of the filters' variance.
-        num_filters: number of filters.
+    The n strongest principal components of filters, (n, height, width, C), float64, of length 1 and with a positive
+    largest entry; the fractions of variance they explain, (n,); and the number of filters.
     """
 
     components: np.ndarray
@@ -267,10 +240,8 @@ class Filters:
 
 def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_COMPONENTS) -> Filters:
     """
-    Principal components of the patch embedding's filters (Figure 7, left, of the paper): the rows of E in equation 1,
-    less their mean. In a hybrid they are those of the stem's root convolution, standardised as in the forward pass.
-
-    Never more than `num_components`, than filters, or than pixels times channels.
+    Up to `num_components` principal components of the patch embedding's filters (Figure 7, left, of the paper): the
+    rows of E in equation 1; in a hybrid of the stem's root convolution, standardised as in the forward pass.
     """
     embeddings = model.base_model.embeddings.patch_embeddings
     if embeddings.stem is None:
@@ -287,19 +258,9 @@ def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_CO
 
 def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] | None = None) -> np.ndarray:
     """
-    Cosine similarity of all pairs of position embeddings (Figure 7, centre, and D.4 of the paper).
-
-    Args:
-        model: with `position_embedding` `"learned_1d"`, `"learned_2d"` or `"sincos_2d"`; if positions are added again
-            before later layers, those of the stem are taken.
-        grid: rows and columns of patches, for which positions are resampled. Default: the stored grid.
-
-    Returns:
-        (rows, columns, rows, columns), float64, -1 to 1: `[r, c]` is the map for the patch in row r and column c. 0 for
-        an embedding of zeros.
-
-    Raises:
-        InputError: if the model has no position embeddings.
+    Cosine similarity of the position embeddings before the first layer (Figure 7, centre, and D.4 of the paper), (rows,
+    columns, rows, columns), float64: `[r, c]` is the map for the patch in row r and column c. They are resampled to
+    `grid`, rows and columns of patches, if it is not the stored one. Raises InputError if the model has none.
     """
     base = model.base_model
     if base.embeddings.position_embeddings is None:
@@ -315,36 +276,22 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
     return any_model.position_similarity(base.embeddings, grid or base.config.grid_hw)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grad-CAM
-
-
 def grad_cam(
     model: ViTScratchPreTrainedModel, pixel_values: Tensor, classes: list[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Grad-CAM (Selvaraju et al., arXiv:1610.02391), which patches speak for a class, on the last layer's tokens after its
-    first LayerNorm: each channel is weighted by the mean, over the patches, of the gradient of the class's logit;
-    channels are summed, and negative values cut. (After that layer's attention, patches have no gradient in a model
-    that pools by the class token.)
+    Grad-CAM (Selvaraju et al., arXiv:1610.02391), which patches speak for a class, by default the predicted one: maps
+    (B, rows, columns), float32, not below 0; the classes (B,); the logits (B, K). Channels of the last layer's tokens
+    after its first LayerNorm are weighted by the mean gradient of the class's logit over patches, and summed. (After
+    that layer's attention, patches have no gradient in a model that pools by the class token.)
 
-    Args:
-        model: with a classifier.
-        pixel_values: (B, C, H, W).
-        classes: of each image. Default: the predicted one.
-
-    Returns:
-        Maps (B, rows, columns), float32, not below 0; the classes (B,); the logits (B, K).
-
-    Raises:
-        InputError: if the model has no classifier, or no such class.
+    Raises InputError if the model has no classifier, or no such class.
     """
-    num_labels = getattr(model, "num_labels", 0)
-    if not num_labels or not hasattr(model, "classifier"):
+    if not hasattr(model, "classifier") or not model.num_labels:
         raise InputError("Grad-CAM explains a class, and the model has no classifier. Fine-tune it first.")
-    unknown = [label for label in classes or [] if not 0 <= label < num_labels]
+    unknown = [label for label in classes or [] if not 0 <= label < model.num_labels]
     if unknown:
-        raise InputError(f"There is no class {unknown[0]}: the model has the classes 0 to {num_labels - 1}.")
+        raise InputError(f"There is no class {unknown[0]}: the model has the classes 0 to {model.num_labels - 1}.")
     base, tokens = model.base_model, []
 
     def start_here(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:

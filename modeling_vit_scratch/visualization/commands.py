@@ -5,7 +5,6 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,8 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from . import figures
-from .arrays import (
-    as_pixels,
-    attention_distances,
-    batches,
-    grad_cam,
-    head_maps,
-    patch_distances,
-    patch_filters,
-    patch_grid,
-    position_similarity,
-    read_photo,
-    rollout_maps,
-)
+from ..page.pictures import MAX_TILES
+from . import arrays, figures
 from .descriptions import LIMITS
 from .figures import TITLES
 
@@ -60,11 +47,11 @@ class Subject:
         """`pixel_values` (1, C, H, W) of each of the first photos."""
         if not self.photos:
             raise InputError("This figure is of photos: give images or folders of images after the model.")
-        return (read_photo(file, self.model, self.processor) for file in self.photos[:limit])
+        return (arrays.read_photo(file, self.model, self.processor) for file in self.photos[:limit])
 
     def as_photo(self, pixel_values: Tensor) -> np.ndarray:
         """(1, C, H, W) to (H, W, 3), uint8."""
-        return as_pixels(pixel_values, self.processor)[0]
+        return arrays.as_pixels(pixel_values, self.processor)[0]
 
 
 @dataclass(frozen=True)
@@ -77,20 +64,18 @@ class Picture:
     title: str | None = None
     caption: str = ""
 
-    def draw(self, figure: Any, width: float) -> None:
-        """Draws into a figure or a subfigure that is `width` inches wide."""
+    def draw(self, figure: Any, width: float) -> None:  # in inches
         self.paint(figure)
         if self.title is not None:
             figures.describe(figure, width, self.title, self.caption)
 
     def save(self, file: Path) -> None:
-        """Raises InputError as `figures.save_figure`."""
         figures.save_figure(lambda figure: self.draw(figure, self.size[0]), self.size, file)
 
 
 def filters(subject: Subject) -> Picture:
     """Figure 7, left, of the paper: components in rows of seven."""
-    found = patch_filters(subject.model)
+    found = arrays.patch_filters(subject.model)
     count, height, width, channels = found.components.shape
     rows = -(-count // 7)
     caption = (
@@ -108,16 +93,16 @@ def filters(subject: Subject) -> Picture:
         axes.imshow(np.nan_to_num(figures.tiles(padded.reshape(rows, 7, height, width, 3)), nan=1.0))
         axes.set_axis_off()
 
-    arrays = {"components": found.components, "explained": found.explained}
+    drawn = {"components": found.components, "explained": found.explained}
     size = (6.0, 6.0 * rows / 7 * height / width + 0.9)
-    return Picture(arrays, size, paint, TITLES["filters"], caption)
+    return Picture(drawn, size, paint, TITLES["filters"], caption)
 
 
 def positions(subject: Subject) -> Picture:
     """Figure 7, centre, and D.4 of the paper: a map for each patch, at the patch's position."""
-    similarity = position_similarity(subject.model)
+    similarity = arrays.position_similarity(subject.model)
     rows, columns, *tile = similarity.shape
-    shown = [np.linspace(0, n - 1, min(n, figures.MAX_TILES)).round().astype(int) for n in (rows, columns)]
+    shown = [np.linspace(0, n - 1, min(n, MAX_TILES)).round().astype(int) for n in (rows, columns)]
     high, wide = map(len, shown)
     part = "" if (high, wide) == (rows, columns) else f", {high} × {wide} of them shown"
     caption = (
@@ -145,9 +130,9 @@ def distance(subject: Subject) -> Picture:
     found, uniforms, sizes = [], [], set()
     photos, number = subject.read(LIMITS["distance"]), min(len(subject.photos), LIMITS["distance"])
     with tqdm(total=number, desc="Measuring", unit=" photos", disable=None) as progress:
-        for batch in batches(photos, subject.batch_size):
-            found.append(attention_distances(subject.model, batch))
-            distances = patch_distances(patch_grid(subject.model, batch), subject.config.patch_hw)
+        for batch in arrays.batches(photos, subject.batch_size):
+            found.append(arrays.attention_distances(subject.model, batch))
+            distances = arrays.patch_distances(arrays.patch_grid(subject.model, batch), subject.config.patch_hw)
             uniforms += [distances.mean()] * len(batch)
             sizes.add(tuple(batch.shape[2:]))
             progress.update(len(batch))
@@ -176,14 +161,14 @@ def distance(subject: Subject) -> Picture:
         axes.grid(color="0.92", zorder=0)
         axes.legend(frameon=False, loc="lower right", fontsize=8)
 
-    arrays = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
-    return Picture(arrays, (6.0, 4.4), paint, TITLES["distance"], caption)
+    drawn = {"distances": mean, "distances_of_photos": per_photo, "uniform": np.asarray(uniform)}
+    return Picture(drawn, (6.0, 4.4), paint, TITLES["distance"], caption)
 
 
 def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
     """Figures 6 and 14, and D.8 of the paper."""
     pixel_values = list(subject.read(limit))
-    maps = [rollout_maps(subject.model, one)[0] for one in pixel_values]
+    maps = [arrays.rollout_maps(subject.model, one)[0] for one in pixel_values]
     represents = "the class token" if subject.config.pooling == "cls" else "the mean of the patches"
     caption = (
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
@@ -198,7 +183,7 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
     index = _class_index(subject.model, subject.label)
     photos, maps, labels = [], [], []
     for pixel_values in subject.read(limit):
-        found, (label,), (logits,) = grad_cam(subject.model, pixel_values, None if index is None else [index])
+        found, (label,), (logits,) = arrays.grad_cam(subject.model, pixel_values, None if index is None else [index])
         photos.append(subject.as_photo(pixel_values))
         maps.append(found[0])
         labels.append(_label_text(subject.model, int(label), logits))
@@ -243,14 +228,14 @@ def _picture_of_photos(
             axes.set_title(column, fontsize=8)
 
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
-    arrays = {f"{name}_{index}": array for index, array in enumerate(maps)}  # photos may differ in size
-    return Picture(arrays, (7.0, max(sum(heights) + 1.0, 2.2)), paint, TITLES[name], caption)
+    drawn = {f"{name}_{index}": array for index, array in enumerate(maps)}  # photos may differ in size
+    return Picture(drawn, (7.0, max(sum(heights) + 1.0, 2.2)), paint, TITLES[name], caption)
 
 
 def heads(subject: Subject) -> Picture:
-    """Every head of every layer for one photo: the photo, and maps of heads (columns) and layers (rows)."""
+    """A photo, and maps of its heads (columns) and layers (rows)."""
     pixel_values = next(subject.read(1))
-    maps, photo = head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
+    maps, photo = arrays.head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
     looks = "the class token" if subject.config.pooling == "cls" else "all patches, on average,"
     caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
@@ -279,13 +264,12 @@ def heads(subject: Subject) -> Picture:
 
 def sheet(subject: Subject) -> Picture:
     """All figures of a model on one page; where it has no such figure, the reason."""
-    makers = {"filters": filters, "positions": positions, "distance": distance}
-    makers |= {name: partial(FIGURES[name], limit=MAX_PHOTOS_IN_SHEET) for name in ("rollout", "gradcam")}
     subject.read(1)  # raises at once if there is no photo
     pictures: dict[str, Picture | str] = {}
-    for name, make in {**makers, "heads": heads}.items():
+    for name in ("filters", "positions", "distance", "rollout", "gradcam", "heads"):
+        options = {"limit": MAX_PHOTOS_IN_SHEET} if name in ("rollout", "gradcam") else {}
         try:
-            pictures[name] = make(subject)
+            pictures[name] = FIGURES[name](subject, **options)
         except InputError as error:
             if name not in ("positions", "gradcam") or (name == "gradcam" and subject.label is not None):
                 raise
@@ -304,9 +288,11 @@ def sheet(subject: Subject) -> Picture:
             axes.text(0.5, 0.5, textwrap.fill(picture, int(width * 10)), ha="center", va="center", color="0.35")
             part.suptitle(TITLES[name], weight="bold")
 
-    found = {name: picture.arrays for name, picture in pictures.items() if isinstance(picture, Picture)}
-    arrays = {f"{name}_{key}": array for name, parts in found.items() for key, array in parts.items()}
-    return Picture(arrays, (17.0, 11.5), paint)
+    drawn = {}
+    for name, picture in pictures.items():
+        if isinstance(picture, Picture):
+            drawn |= {f"{name}_{key}": array for key, array in picture.arrays.items()}
+    return Picture(drawn, (17.0, 11.5), paint)
 
 
 FIGURES: dict[str, Callable[..., Picture]] = {
@@ -338,22 +324,10 @@ def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray
     return f"{name} {score:.0%}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training images
-
-
 def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
     """
-    Training images as the run sees them, with the random numbers of the run.
-
-    Args:
-        trainer: of the run.
-        rows: images, evenly spaced in the training set.
-        epochs: the first ones.
-
-    Returns:
-        (rows, 1 + epochs, H, W, 3), uint8: each image without augmentation, then as in each epoch; mixed, if the run
-        mixes, with the image of the row above.
+    Training images as the run sees them, with its random numbers: (rows, 1 + epochs, H, W, 3), uint8, without
+    augmentation, then as in each epoch; mixed, if the run mixes, with the image of the row above.
     """
     train_set, collate = trainer.train_dataset, trainer.data_collator
     if isinstance(train_set, StreamDataset):
@@ -369,7 +343,7 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
     train_set.set_epoch(0)
     # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
     columns = [trainer.prepare_batch(batch)["pixel_values"].cpu() for batch in batches]
-    return np.stack([as_pixels(column, train_set.processor) for column in columns], axis=1)
+    return np.stack([arrays.as_pixels(column, train_set.processor) for column in columns], axis=1)
 
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
@@ -382,7 +356,7 @@ def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
         for row, column in np.ndindex(rows, columns):
             axes[row, column].imshow(grid[row, column])
             axes[row, column].set_axis_off()
-        for column in range(columns):
-            axes[0, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
+            if row == 0:
+                axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
 
     figures.save_figure(draw, (1.5 * columns, 1.5 * rows + 0.6), file)

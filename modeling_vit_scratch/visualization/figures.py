@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The tools to draw figures. matplotlib comes with the extra `plot` and is imported only to draw. Colours are viridis and
-magma, which read the same in grey and to the colour-blind.
-"""
+"""Draws with matplotlib, an extra; in viridis and magma, which read the same in grey and to the colour-blind."""
 
 import textwrap
 from collections.abc import Callable
@@ -33,8 +30,6 @@ TITLES = {
     "heads": "Attention of every head",
     "gradcam": "Grad-CAM",
 }
-# A larger grid is sampled evenly.
-MAX_TILES = 14
 
 
 def check_drawing(file: Path) -> None:
@@ -49,15 +44,8 @@ def check_drawing(file: Path) -> None:
 
 def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Path) -> None:
     """
-    Writes a figure; the same figure gives the same file.
-
-    Args:
-        draw: gets the empty figure.
-        size: width and height in inches.
-        file: .png, .pdf or .svg; its folder is created.
-
-    Raises:
-        InputError: as `check_drawing`.
+    Writes what `draw` draws into an empty figure, `size` in inches, as .png, .pdf or .svg; the same figure gives the
+    same file. Raises InputError as `check_drawing`.
     """
     check_drawing(file)
     import matplotlib
