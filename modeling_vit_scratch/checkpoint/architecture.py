@@ -11,9 +11,9 @@ from transformers import CONFIG_MAPPING
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .families import Family, find_family
+from .files import CheckpointError
 from .formats import Format
 from .sidecars import TIMM_ACTIVATIONS
-from .tensor_file import CheckpointError
 
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

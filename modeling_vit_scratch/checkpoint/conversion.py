@@ -28,11 +28,10 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from .architecture import Evidence, infer_config, infer_processor
 from .families import find_family
-from .files import find_files, open_tensors, write_tensors
+from .files import CheckpointError, TensorFile, find_files, open_tensors, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
 from .layouts import fold_registers, join_biases, unstack, unwrap
 from .sidecars import their_configs
-from .tensor_file import CheckpointError, TensorFile
 
 
 @dataclass

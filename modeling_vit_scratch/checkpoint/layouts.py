@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_vit_scratch import MOST
-from .tensor_file import CheckpointError, TensorFile
+from .files import CheckpointError, TensorFile
 
 
 # The patch projection of every format but the official one, with whatever is before it.

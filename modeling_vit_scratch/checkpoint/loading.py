@@ -21,9 +21,8 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 from .adaptation import adapt, adapted_processor
 from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, find_files, is_sharded, open_tensors
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
 from .formats import FORMATS, NATIVE
-from .tensor_file import CheckpointError
 
 
 logger = logging.get_logger(__name__)
