@@ -310,7 +310,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
             torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()}, unfinished)
 
 
-def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, dict]]:
+def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
     """
     The file of weights of a file name, a folder or a Hub id (`hub`: as in transformers), and the contents of
     `config.json` and `preprocessor_config.json` beside it, each `{}` where there is none. Raises CheckpointError.
@@ -320,20 +320,15 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
         folder, name = os.path.split(source)
         # Of the files in a folder of downloads, config.json is about none that can be told.
         is_its_own = name in WEIGHT_NAMES or _weight_files(folder) == [name]
-        return source, _read_jsons(lambda wanted: os.path.join(folder, wanted) if is_its_own else None)
-    subfolder = hub.get("subfolder") or ""
+        return source, *_read_jsons(lambda wanted: os.path.join(folder, wanted) if is_its_own else None)
     if os.path.isdir(source):
-        folder = os.path.join(source, subfolder)
-        weights = next((name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))), None)
-        if is_sharded(folder):
-            weights = SHARDS
-        if weights is None:
-            found = _weight_files(folder)
-            if len(found) != 1:
-                what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
-                raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
-            weights = found[0]
-        return os.path.join(folder, weights), _read_jsons(lambda wanted: os.path.join(folder, wanted))
+        folder = os.path.join(source, hub.get("subfolder") or "")
+        usual = [name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))]
+        found = [SHARDS] if is_sharded(folder) else usual[:1] or _weight_files(folder)
+        if len(found) != 1:
+            what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
+            raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
+        return os.path.join(folder, found[0]), *_read_jsons(lambda wanted: os.path.join(folder, wanted))
 
     if source.endswith(SUFFIXES):
         raise CheckpointError(f"{source}: there is no such file.")
@@ -363,7 +358,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
     if weights.endswith(".index.json"):
         for part in sorted(set(json.loads(Path(weights).read_text(encoding="utf-8"))["weight_map"].values())):
             fetch(part)
-    return weights, beside
+    return weights, *beside
 
 
 def _weight_files(folder: str) -> list[str]:
@@ -377,15 +372,16 @@ def is_sharded(folder: str) -> bool:
     return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
 
 
-def _read_jsons(locate: Callable[[str], str | None]) -> dict[str, dict]:
-    contents: dict[str, dict] = {"config.json": {}, "preprocessor_config.json": {}}
-    for name in contents:
-        path = locate(name)
+def _read_jsons(locate: Callable[[str], str | None]) -> tuple[dict, dict]:
+    contents = []
+    for path in map(locate, ("config.json", "preprocessor_config.json")):
+        content = {}
         if path and os.path.isfile(path):
             try:
-                contents[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+                content = json.loads(Path(path).read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: not JSON ({error}).") from error
-            if not isinstance(contents[name], dict):
-                raise CheckpointError(f"{path}: holds no dictionary of settings.")
-    return contents
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds no dictionary of settings.")
+        contents.append(content)
+    return contents[0], contents[1]
