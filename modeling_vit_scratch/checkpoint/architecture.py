@@ -403,7 +403,7 @@ def infer_processor(evidence: Evidence, config: ViTScratchConfig) -> dict[str, A
 def their_configs(
     form: Format, config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any, state: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """File names to contents (JSON); empty for formats that have none."""
+    """What other libraries read beside the weights: file names to contents (JSON), none for some formats."""
     if form is TRANSFORMERS:
         return _transformers_files(config, dialect["model_type"], processor, state)
     return {"config.json": _timm_config(config, dialect, processor)} if form is TIMM else {}
