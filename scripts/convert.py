@@ -57,8 +57,8 @@ def main() -> None:
 
     import torch
 
+    from modeling_vit_scratch.checkpoint.files import CheckpointError
     from modeling_vit_scratch.checkpoint.loading import convert
-    from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 
     if "dtype" in arguments:
         arguments["dtype"] = getattr(torch, arguments["dtype"])

@@ -49,8 +49,6 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
     from modeling_vit_scratch.exporting.export import (
-        MODEL,
-        PROGRAM,
         check,
         check_output,
         compare,
@@ -59,7 +57,6 @@ def main(argv: list[str] | None = None) -> None:
         missing_packages,
         photographs,
         save,
-        to_pixel_values,
     )
 
     logging.disable_progress_bar()
@@ -77,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     evaluation.model, evaluation.dataset = arguments.model, arguments.dataset or ""
     model, processor = load_model(evaluation)
     model = model.float().eval()
-    pixel_values = to_pixel_values(arguments.images or photographs(), processor)
+    images = arguments.images or photographs()
+    pixel_values = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
     exported = export(model, arguments.format, arguments.any_size, arguments.int8)
     comparison = compare(model, exported, pixel_values)
@@ -93,13 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.rounds:
         batch = pixel_values.repeat(-(-arguments.batch_size // len(pixel_values)), 1, 1, 1)[: arguments.batch_size]
         batch = batch.contiguous()
+        program = "the program"
         functions = {
-            PROGRAM: lambda: exported(pixel_values=batch),
-            MODEL: torch.inference_mode()(lambda: model(pixel_values=batch).logits),
+            program: lambda: exported(pixel_values=batch),
+            "the model, eager": torch.inference_mode()(lambda: model(pixel_values=batch).logits),
         }
         seconds = time_in_turns(functions, arguments.rounds)
-        summary = summarize(seconds, arguments.batch_size, PROGRAM)
-        print(format_table(f"Batches of {arguments.batch_size}:", summary, PROGRAM))
+        summary = summarize(seconds, arguments.batch_size, program)
+        print(format_table(f"Batches of {arguments.batch_size}:", summary, program))
     print(f"""To use it:
 
     from transformers import AutoImageProcessor

@@ -27,8 +27,7 @@ from modeling_vit_scratch import (
     ViTScratchModel,
 )
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
-from modeling_vit_scratch.checkpoint.files import open_tensors, write_tensors
-from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
+from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors, write_tensors
 
 
 GOLDEN = json.loads(golden_checkpoints.FILE.read_text())["cases"]
@@ -811,7 +810,7 @@ def test_convert_script_writes_over_nothing_without_being_asked(convert, tmp_pat
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     status, printed = convert(tmp_path / "in.npz", trained)
     assert status == 1
-    assert "is there already, with checkpoint-40, config.json" in printed
+    assert "is there already, with checkpoint-40, compatibility_vit_scratch.py, config.json" in printed
     assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
     (tmp_path / "out.npz").write_text("mine")
     assert convert(tmp_path / "in.npz", tmp_path / "out.npz", "--format", "npz")[0] == 1

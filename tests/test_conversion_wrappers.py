@@ -19,8 +19,7 @@ from torch import nn
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint
-from modeling_vit_scratch.checkpoint.files import open_tensors
-from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
+from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
 
 
 GOLDEN = json.loads(golden_checkpoints.FILE.read_text())["cases"]

@@ -16,10 +16,8 @@ from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, 
 from two_processes import SGD
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
-from modeling_vit_scratch.checkpoint.files import open_tensors
+from modeling_vit_scratch.checkpoint.files import CheckpointError, open_shards, open_tensors
 from modeling_vit_scratch.checkpoint.loading import convert
-from modeling_vit_scratch.checkpoint.shards import open_shards
-from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 
 
 def environment(**more: str) -> dict[str, str]:

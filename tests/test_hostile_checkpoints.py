@@ -16,9 +16,8 @@ from tiny_images import CLASSES
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint
-from modeling_vit_scratch.checkpoint.files import open_tensors
+from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
 from modeling_vit_scratch.checkpoint.loading import parameters_at_least
-from modeling_vit_scratch.checkpoint.tensor_file import CheckpointError
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.pretrained import load_pretrained
 from modeling_vit_scratch.configuration_vit_scratch import MOST, VARIANTS

@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Weights for other sizes than they were trained with: another image, patch, number of channels or labels.
-
-Nothing that a checkpoint has is thrown away where it can be adapted, and a readable line says what was done.
-"""
+"""Weights for other sizes than they were trained with: another image, patch, number of channels or labels."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import logging
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..positions_vit_scratch import resample_positions
 
-
-logger = logging.get_logger(__name__)
 
 PATCH_RESIZES = ("pseudo_inverse", "bilinear")
 
@@ -80,8 +73,7 @@ def resize_relative_positions(weight: Tensor, old: tuple[int, int], new: tuple[i
     """
     Embeddings of distances, counted in patches row by row, for another grid: (2 N - 1, E) -> (2 N' - 1, E).
 
-    The network itself interpolates at any other grid: between each two patches by where they lie on the old one. Pairs
-    that are as far apart when counted row by row can be so in two directions; the table has room for their mean.
+    Pairs that are as far apart when counted row by row can be so in two directions; the table has room for their mean.
     """
     (rows, columns), (old_rows, old_columns) = new, old
     y = torch.arange(1 - rows, rows, dtype=torch.float64)
@@ -111,20 +103,16 @@ def adapt_decoder(weight: Tensor, old: tuple[int, int, int], new: tuple[int, int
 
 def adapt(
     source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None,
-    patch_resize: str = "pseudo_inverse", progress: Callable[[Iterable], Iterable] = iter,
+    patch_resize: str = "pseudo_inverse",
 ) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
     """
-    The state dict of a model, from a checkpoint of another size.
+    The state dict of a model, from a checkpoint of another size; it lacks only what is new and can't come from the
+    checkpoint. And a line for each thing done.
 
     Args:
-        source: a `Checkpoint`: names to tensors, and the configuration that they are for as `source.config`.
-        config: the configuration of the model to be.
-        cls, arguments: its class, and what else its constructor takes.
+        source: a `Checkpoint`.
+        config, cls, arguments: the new model's configuration and class, and what else its constructor takes.
         patch_resize: one of `PATCH_RESIZES`.
-        progress: wraps the names, e.g. in a progress bar.
-
-    Returns:
-        The state dict, which lacks only what is new and can't come from the checkpoint, and a line for each thing done.
 
     Raises:
         ValueError: if a tensor has another shape than the model's and there is no way to adapt it.
@@ -134,12 +122,11 @@ def adapt(
     prefix = "" if any(name.startswith("vit.") for name in wanted) else "vit."
     state, fresh, notes = {}, [], _notes(source.config, config, patch_resize)
     dropped_layer = source.config.representation_size is not None and config.representation_size is None
-    for name in progress(list(wanted)):
+    for name in wanted:
         full, shape = prefix + name, wanted[name]
         is_head = full.startswith(("classifier.", "distillation_classifier."))
         if is_head and (full not in source or config.num_labels != source.config.num_labels or dropped_layer):
-            dtype = next((t.dtype for t in state.values()), torch.float32)
-            state[name] = torch.zeros(shape, dtype=dtype)
+            state[name] = torch.zeros(shape, dtype=next((t.dtype for t in state.values()), torch.float32))
         elif full not in source:
             fresh.append(name)
         else:
@@ -148,11 +135,8 @@ def adapt(
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
         notes.append(f"New, initialised at random: {', '.join(fresh[:6])}{', …' if len(fresh) > 6 else ''}.")
-    used = {prefix + name for name in wanted}
-    unused = [name for name in source if name not in used]
-    if unused:
-        more = ", …" if len(unused) > 6 else ""
-        notes.append(f"Not used by {cls.__name__}: {', '.join(unused[:6])}{more}.")
+    if unused := [name for name in source if name.removeprefix(prefix) not in wanted]:
+        notes.append(f"Not used by {cls.__name__}: {', '.join(unused[:6])}{', …' if len(unused) > 6 else ''}.")
     return state, notes
 
 
@@ -161,15 +145,15 @@ def _fit(
 ) -> Tensor:
     """What differs is seen from the configurations: other grids and patches can have tensors of the same shape."""
     tensor, interpolation = stored, new.position_embedding_interpolation
-    has_new_grid = old.grid_hw != new.grid_hw
-    if "position_embeddings." in name and has_new_grid:
-        if name.endswith("row_weight"):
-            tensor = resample_positions(tensor, new.grid_hw[0], 1, interpolation)
-        elif name.endswith("column_weight"):
-            tensor = resample_positions(tensor, 1, new.grid_hw[1], interpolation)
-        else:
-            tensor = resize_positions(tensor, old.grid_hw, new.grid_hw, interpolation)
-    elif name.endswith("relative_positions.weight") and has_new_grid:
+    if "position" in name and old.grid_hw == new.grid_hw:
+        pass
+    elif name.endswith("position_embeddings.row_weight"):
+        tensor = resample_positions(tensor, new.grid_hw[0], 1, interpolation)
+    elif name.endswith("position_embeddings.column_weight"):
+        tensor = resample_positions(tensor, 1, new.grid_hw[1], interpolation)
+    elif "position_embeddings." in name:
+        tensor = resize_positions(tensor, old.grid_hw, new.grid_hw, interpolation)
+    elif name.endswith("relative_positions.weight"):
         tensor = resize_relative_positions(tensor, old.grid_hw, new.grid_hw)
     elif name.endswith("patch_embeddings.projection.weight"):
         if new.stem_layers is None and old.stem_layers is None:
@@ -222,25 +206,17 @@ def _head_notes(
     source: Mapping[str, Tensor], config: ViTScratchConfig, state: dict[str, Tensor], dropped: bool
 ) -> list[str]:
     if "classifier.weight" not in state:
-        if config.num_labels == 0 and "classifier.weight" not in source:
-            return [
-                "Classifier: none in the checkpoint, so the model gives features. num_labels=… adds a new one of zeros."
-            ]
-        return []
+        line = "Classifier: none in the checkpoint, so the model gives features. num_labels=… adds a new one of zeros."
+        return [line] if config.num_labels == 0 and "classifier.weight" not in source else []
     labels = source.config.num_labels
-    is_new = "classifier.weight" not in source or labels != config.num_labels or dropped
-    if not is_new:
-        is_zero = not state["classifier.weight"].any()
-        return (
-            ["Classifier: all zeros in the checkpoint, so the logits say nothing before training."] if is_zero else []
-        )
+    if "classifier.weight" in source and labels == config.num_labels and not dropped:
+        if state["classifier.weight"].any():
+            return []
+        return ["Classifier: all zeros in the checkpoint, so the logits say nothing before training."]
     config.temperature = 1.0  # it was fitted to the old one
     had = f"the checkpoint's has {labels}" if "classifier.weight" in source else "the checkpoint has none"
-    hint = ""
-    if config.representation_size is not None:
-        hint = (
-            " It stands on the representation layer; representation_size=None takes that away, as the paper does (3.1)."
-        )
+    hint = " It stands on the representation layer; representation_size=None takes that away, as the paper does (3.1)."
+    hint = "" if config.representation_size is None else hint
     return [f"Classifier: new, zeros, {config.num_labels} labels ({had}).{hint}"]
 
 
@@ -263,7 +239,6 @@ def adapted_processor(
             values = settings[name]
             values = list(values) if isinstance(values, (list, tuple)) else [values] * old.num_channels
             mean = sum(values) / len(values)
-            settings[name] = (
-                [mean] if new.num_channels == 1 else [values[i % len(values)] for i in range(new.num_channels)]
-            )
+            repeated = [values[i % len(values)] for i in range(new.num_channels)]
+            settings[name] = [mean] if new.num_channels == 1 else repeated
     return type(processor)(**settings)

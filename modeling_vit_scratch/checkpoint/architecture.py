@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What model a foreign checkpoint holds: configuration and image processor, from names, shapes and config.json."""
+"""
+What model a foreign checkpoint holds: configuration and image processor, from names, shapes and config.json; and back,
+the files that make other libraries load what `save_checkpoint` writes.
+"""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +14,25 @@ from transformers import CONFIG_MAPPING
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .families import Family, find_family
-from .formats import Format
-from .sidecars import TIMM_ACTIVATIONS
-from .tensor_file import CheckpointError
+from .files import CheckpointError
+from .formats import NPZ, TIMM, TORCHVISION, TRANSFORMERS, Format
 
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-HALF = [0.5, 0.5, 0.5]
 BILINEAR, BICUBIC = 2, 3
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": BILINEAR, "bicubic": BICUBIC}
+_ARCHITECTURES = {  # of an encoder, a classifier, masked image modeling
+    "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
+    "vit_msn": ("ViTMSNModel", "ViTMSNForImageClassification", "ViTMSNModel"),
+    "vit_mae": ("ViTMAEModel",) * 3,
+    "ijepa": ("IJepaModel", "IJepaForImageClassification", "IJepaModel"),
+    "deit": ("DeiTModel", "DeiTForImageClassification", "DeiTForMaskedImageModeling"),
+    "dinov2": ("Dinov2Model",) * 3,
+    "dinov2_with_registers": ("Dinov2WithRegistersModel",) * 3,
+}
+_TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+_TIMM_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
+}  # fmt: skip
 
 # Heads by width where a head has not 64 channels: the paper's H (Table 1) and Zhai et al., arXiv:2106.04560, Table 2.
 _HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -32,18 +45,20 @@ _TIMM_ARGUMENTS = {
     "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
     "weight_init", "fix_init",
 }  # fmt: skip
-_TAKEN_FROM_TRANSFORMERS = (
+# Settings that transformers' configurations and image processors have too.
+_SHARED_FIELDS = (
     "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
-    "initializer_range", "attention_probs_dropout_prob", "problem_type", "drop_path_rate",
+    "initializer_range", "attention_probs_dropout_prob", "problem_type",
+)  # fmt: skip
+_SHARED_SETTINGS = (
+    "size", "resample", "do_resize", "do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std",
+    "do_center_crop", "crop_size",
 )  # fmt: skip
 
 
 @dataclass
 class Evidence:
-    """
-    What is known of a checkpoint before a tensor is read. `family`: the model that it is said to be of, if it is said.
-    `given`: fields that the user sets.
-    """
+    """What is known of a checkpoint before a tensor is read. `given` has the fields that the user sets."""
 
     source: str
     family: Family | None
@@ -56,18 +71,16 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def find(self, ours: str, part: int = 0) -> tuple[int, ...] | None:
+    def find(self, ours: str) -> tuple[int, ...] | None:
         """The shape of their tensor for ours (of any layer), None if there is none."""
         theirs = next((theirs for name, theirs, _ in self.form.rows if name == ours), None)
         if theirs is None:
             return None
-        template = theirs if isinstance(theirs, str) else theirs[part]
+        template = theirs if isinstance(theirs, str) else theirs[0]
         name = template.format(i="COUNT", s="", u="", s1="1", u1="1", **self.dialect)
         name = re.escape(name).replace("COUNT", r"\d+")
-        return next(
-            (shape for their, shape in self.shapes.items() if re.fullmatch(name, their) and their not in self.left_out),
-            None,
-        )
+        found = (their for their in self.shapes if re.fullmatch(name, their) and their not in self.left_out)
+        return next(map(self.shapes.get, found), None)
 
     def need(self, ours: str) -> tuple[int, ...]:
         shape = self.find(ours)
@@ -83,28 +96,36 @@ class Evidence:
 def infer_config(evidence: Evidence) -> ViTScratchConfig:
     """The configuration of a foreign checkpoint: shapes first, then what its config.json adds."""
     fields = _from_shapes(evidence)
-    added = {"npz": _of_npz, "timm": _of_timm, "transformers": _of_transformers, "torchvision": _of_torchvision}
-    fields.update(added[evidence.form.name](evidence, fields))
+    if evidence.form is TIMM:
+        fields.update(_of_timm(evidence, fields))
+    elif evidence.form is TRANSFORMERS:
+        fields.update(_of_transformers(evidence, fields))
+    elif evidence.form is TORCHVISION:
+        fields["position_embedding_interpolation"] = "bicubic_align_corners"
+    else:
+        # Flax's gelu is the tanh approximation, and its LayerNorm's epsilon 1e-6; the code resizes with scipy's zoom.
+        fields.update(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, zero_init_head=True)
+        fields["position_embedding_interpolation"] = "bilinear"
+        fields["num_attention_heads"] = evidence.need("vit.layers.{i}.attention.qkv.weight")[-2]
     fields.update(_positions(evidence, fields))
     fields["num_attention_heads"] = _num_heads(evidence, fields)
-    for name in [name for name in fields if name.startswith("_")]:
-        del fields[name]
+    fields.pop("_image_size", None)  # what config.json says, which the positions decide
     return ViTScratchConfig(**fields)
 
 
 def _from_shapes(evidence: Evidence) -> dict[str, Any]:
     patch = "vit.embeddings.patch_embeddings."
-    is_npz, kernel = evidence.form.name == "npz", evidence.need(f"{patch}projection.weight")
+    is_npz, kernel = evidence.form is NPZ, evidence.need(f"{patch}projection.weight")
     if len(kernel) != 4:
         raise evidence.fail(f"its patch projection has the shape {kernel}, which is that of no convolution.")
-    height, width, channels, hidden = kernel if is_npz else (kernel[2:] + (kernel[1], kernel[0]))
+    height, width, channels, hidden = kernel if is_npz else (*kernel[2:], kernel[1], kernel[0])
     fields: dict[str, Any] = {"hidden_size": hidden, "num_channels": channels}
     root = evidence.find(f"{patch}stem.root_conv.weight")
     if root is not None:
         fields.update(stem_layers=_count_units(evidence), num_channels=root[2], stem_width_factor=root[3] / 64)
         stride = 4 * 2 ** max(len(fields["stem_layers"]) - 1, 0)
         height, width = stride * height, stride * width
-    fields["patch_size"] = height if height == width else [height, width]
+    fields["patch_size"] = _shorten([height, width])
     fields["num_hidden_layers"] = _count_layers(evidence)
     fields["intermediate_size"] = evidence.need("vit.layers.{i}.mlp.fc1.bias")[-1]
     fields["use_cls_token"] = evidence.find("vit.embeddings.cls_token") is not None
@@ -126,9 +147,8 @@ def _from_shapes(evidence: Evidence) -> dict[str, Any]:
 
 
 def _count_layers(evidence: Evidence) -> int:
-    template = next(
-        theirs for ours, theirs, _ in evidence.form.rows if ours == "vit.layers.{i}.layernorm_before.weight"
-    )
+    name = "vit.layers.{i}.layernorm_before.weight"
+    template = next(theirs for ours, theirs, _ in evidence.form.rows if ours == name)
     before = re.escape(template.split("{i}")[0].format(**evidence.dialect))
     found = [int(match[1]) for name in evidence.shapes if (match := re.match(rf"{before}(\d+)[./]", name))]
     if not found:
@@ -138,14 +158,11 @@ def _count_layers(evidence: Evidence) -> int:
 
 def _count_units(evidence: Evidence) -> list[int]:
     prefix = re.escape(evidence.dialect["prefix"])
-    units: dict[int, int] = {}
-    for name in evidence.shapes:
-        if match := re.match(rf"{prefix}block(\d+)/unit(\d+)/", name):
-            stage, unit = int(match[1]), int(match[2])
-            units[stage] = max(units.get(stage, 0), unit)
-    if sorted(units) != list(range(1, len(units) + 1)):
-        raise evidence.fail(f"its ResNet has the stages {sorted(units)}, with a gap.")
-    return [units[stage] for stage in sorted(units)]
+    matches = (re.match(rf"{prefix}block(\d+)/unit(\d+)/", name) for name in evidence.shapes)
+    units = dict(sorted((int(match[1]), int(match[2])) for match in matches if match))  # the last one of each stage
+    if list(units) != list(range(1, len(units) + 1)):
+        raise evidence.fail(f"its ResNet has the stages {list(units)}, with a gap.")
+    return list(units.values())
 
 
 def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
@@ -155,19 +172,18 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     if stored is None:
         size = given.get("source_image_size") or fields.get("_image_size") or given.get("image_size")
         kind = _without_positions(evidence, fields)
-        return {"position_embedding": kind, "image_size": size or _default_size(*patch)}
+        # By default the paper's 224 pixels, or the nearest below that the patch divides.
+        default = _shorten([max(224 // side, 1) * side for side in patch])
+        return {"position_embedding": kind, "image_size": size or default}
     tokens, registers = stored[1], fields["num_register_tokens"]
     num_prefix = int(fields["use_cls_token"]) + int(fields["use_distillation_token"])
     placements = [num_prefix, 0]
     if evidence.dialect.get("registers") == "reg_token":  # timm gives a position to all tokens, or to patches only
         placements.insert(0, num_prefix + registers)
-    placements = list(dict.fromkeys(placements))
-    # What is said, if anything is; else a square; else what is wanted: so many positions may be for it.
+    # What is said, if anything is; else a square (None); else what is wanted: so many positions may be for it.
     said = given.get("source_image_size")
-    grids = [_grid(size, patch) for size in (said or fields.get("_image_size"),) if size]
-    grids += [None] if said is None else []
-    grids += [_grid(given["image_size"], patch)] if given.get("image_size") and said is None else []
-    for grid in grids:
+    for size in [said] if said else [fields.get("_image_size"), None, given.get("image_size")]:
+        grid = _grid(size, patch) if size else None
         for placed in placements:
             patches = tokens - placed
             side = math.isqrt(max(patches, 0))
@@ -185,9 +201,9 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
                 evidence.notes.append(
                     f"Positions: {rows} x {columns}, which is not the grid of config.json's {fields['_image_size']}."
                 )
-            size = _shorten([rows * patch[0], columns * patch[1]])
-            return {"image_size": size, "cls_token_position": placed >= num_prefix}
-    if said is not None:
+            stored_size = _shorten([rows * patch[0], columns * patch[1]])
+            return {"image_size": stored_size, "cls_token_position": placed >= num_prefix}
+    if said:
         raise evidence.fail(
             f"its {tokens} positions don't fit an image_size of {said}, patches of {patch[0]} x {patch[1]} and"
             f" {num_prefix} tokens before the patches."
@@ -203,9 +219,9 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
 def _without_positions(evidence: Evidence, fields: dict[str, Any]) -> str:
     """The kind of positions of a model whose file has none."""
     wanted = evidence.given.get("position_embedding")
-    if evidence.form.name == "npz" and wanted == "none":
-        return "none"
-    if evidence.form.name == "npz":
+    if evidence.form is NPZ:
+        if wanted == "none":
+            return "none"
         if fields["use_cls_token"] and not evidence.dialect.get("scanned", False) and wanted != "sincos_2d":
             raise evidence.fail(
                 "it has no position embeddings. Say position_embedding='sincos_2d' for the fixed ones of big_vision."
@@ -223,9 +239,8 @@ def _without_positions(evidence: Evidence, fields: dict[str, Any]) -> str:
 def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
     width, given = fields["hidden_size"], evidence.given.get("num_attention_heads")
     q_norm = evidence.find("vit.layers.{i}.attention.q_norm.weight")
-    known = fields.get("num_attention_heads") or (width // q_norm[0] if q_norm else None)
-    if known or given:
-        return known or given
+    if known := fields.get("num_attention_heads") or (width // q_norm[0] if q_norm else given):
+        return known
     heads = _HEADS_BY_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
     if heads is None:
         raise evidence.fail(
@@ -241,65 +256,45 @@ def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
     return heads
 
 
-def _of_npz(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
-    query = evidence.need("vit.layers.{i}.attention.qkv.weight")
-    return {
-        # Flax's gelu is the tanh approximation, and its LayerNorm's epsilon 1e-6; the code resizes with scipy's zoom.
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "position_embedding_interpolation": "bilinear",
-        "num_attention_heads": query[-2],
-        "zero_init_head": True,
-    }
-
-
-def _of_torchvision(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"position_embedding_interpolation": "bicubic_align_corners"}
-
-
-def _note_timm_family(family: Family | None, is_in_config: bool) -> list[str]:
-    if family is None:
-        return [
-            "Architecture: no config.json beside the file names it, and the file is not called as one of timm's; read"
-            " as the plain Vision Transformer that its tensors look like, with exact GELU and an epsilon of 1e-6."
-        ]
-    if family.row is None:
-        return [
-            f"Architecture: {family} is unknown here, and read as the plain Vision Transformer that its tensors look"
-            " like. If its code computes something else, the numbers differ: compare them before you use it."
-        ]
-    return [] if is_in_config else [f"Architecture: {family}, by the name of the file."]
-
-
 def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     config, family = evidence.config, evidence.family
     arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     unknown = {name: value for name, value in arguments.items() if value and name not in _TIMM_ARGUMENTS}
-    if unknown or arguments.get("norm_layer") not in (None, "layernorm"):
-        unknown = unknown or {"norm_layer": arguments["norm_layer"]}
+    if not unknown and arguments.get("norm_layer") not in (None, "layernorm"):
+        unknown = {"norm_layer": arguments["norm_layer"]}
+    if unknown:
         raise evidence.fail(f"its config.json has model_args that this package doesn't know: {unknown}.")
-    evidence.notes += _note_timm_family(family, bool(config))
     added: dict[str, Any] = {"position_embedding_interpolation": "bicubic_antialias"}
-    if family is not None and family.row is not None:
+    if family is None:
+        evidence.notes.append(
+            "Architecture: no config.json beside the file names it, and the file is not called as one of timm's; read"
+            " as the plain Vision Transformer that its tensors look like, with exact GELU and an epsilon of 1e-6."
+        )
+    elif family.row is None:
+        evidence.notes.append(
+            f"Architecture: {family} is unknown here, and read as the plain Vision Transformer that its tensors look"
+            " like. If its code computes something else, the numbers differ: compare them before you use it."
+        )
+    else:
+        if not config:
+            evidence.notes.append(f"Architecture: {family}, by the name of the file.")
         added.update(family.row.fields)
         if not family.name.startswith("eva_giant"):  # whose class in timm has other arguments
             evidence.dialect["architecture"] = family.name
     if arguments.get("num_heads"):
         added["num_attention_heads"] = arguments["num_heads"]
     if activation := arguments.get("act_layer"):
-        if activation not in TIMM_ACTIVATIONS:
-            known = ", ".join(TIMM_ACTIVATIONS)
+        if activation not in _TIMM_ACTIVATIONS:
+            known = ", ".join(_TIMM_ACTIVATIONS)
             raise evidence.fail(f"its activation {activation!r} is unknown here. Known: {known}.")
-        added["hidden_act"] = TIMM_ACTIVATIONS[activation]
-    if not config and evidence.shapes.get("mask_token") == (1, fields["hidden_size"]) and fields["use_mask_token"]:
-        # DINOv2 as its authors publish it, with and without registers
-        added["position_embedding_interpolation"] = (
-            "bicubic_antialias" if fields["num_register_tokens"] else "bicubic_offset"
-        )
+        added["hidden_act"] = _TIMM_ACTIVATIONS[activation]
+    is_dino = evidence.shapes.get("mask_token") == (1, fields["hidden_size"]) and fields["use_mask_token"]
+    if is_dino and not config and not fields["num_register_tokens"]:  # DINOv2 as its authors publish it
+        added["position_embedding_interpolation"] = "bicubic_offset"
     comes_last = "fc_norm.weight" in evidence.shapes
     pooling = arguments.get("global_pool") or config.get("global_pool") or ("avg" if comes_last else None)
-    if pooling in ("avg", "token") and not (pooling == "token" and not fields["use_cls_token"]):
-        added["pooling"] = {"avg": "mean", "token": "cls"}[pooling]
+    if pooling == "avg" or (pooling == "token" and fields["use_cls_token"]):
+        added["pooling"] = "mean" if pooling == "avg" else "cls"
     elif pooling not in (None, ""):
         raise evidence.fail(f"it pools by {pooling!r}. This package's models take the class token or the mean.")
     added["norm_after_pooling"] = comes_last and added.get("pooling", fields["pooling"]) == "mean"
@@ -326,7 +321,8 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
     theirs = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in evidence.config.items() if k != "model_type"})
     has_config = "model_type" in evidence.config
     unknown = () if has_config else ("num_hidden_layers", "num_attention_heads")
-    added = {k: getattr(theirs, k) for k in _TAKEN_FROM_TRANSFORMERS if hasattr(theirs, k) and k not in unknown}
+    known = [k for k in (*_SHARED_FIELDS, "drop_path_rate") if hasattr(theirs, k) and k not in unknown]
+    added = {k: getattr(theirs, k) for k in known}
     added["position_embedding_interpolation"] = "bicubic"
     added.update(find_family({"model_type": model_type}, "").row.fields)
     if has_config:
@@ -339,9 +335,8 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
     if fields["num_labels"] or "decoder.0.weight" in evidence.shapes or model_type == "ijepa":
         added["representation_size"] = None
         reason = "transformers' models with a head compute no pooler"
-        evidence.left_out.update(
-            {name: reason for name in evidence.shapes if re.search(r"(^|\.)pooler\.dense\.", name)}
-        )
+        poolers = [name for name in evidence.shapes if re.search(r"(^|\.)pooler\.dense\.", name)]
+        evidence.left_out.update(dict.fromkeys(poolers, reason))
     elif fields["representation_size"] and getattr(theirs, "pooler_act", "tanh") != "tanh":
         raise evidence.fail(f"its pooler's activation is {theirs.pooler_act!r}; the representation layer's is tanh.")
     if getattr(theirs, "layerscale_value", None) is not None and fields.get("layer_scale_init_value"):
@@ -351,7 +346,8 @@ def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, An
         reason = "DINOv2's classifier takes class token and mean together, as no model of this package"
         evidence.left_out.update({name: reason for name in evidence.shapes if name.startswith("classifier.")})
         fields["num_labels"] = 0
-        added = {key: value for key, value in added.items() if key not in ("id2label", "label2id")}
+        added.pop("id2label", None)
+        added.pop("label2id", None)
     if "id2label" in added:
         del fields["num_labels"]
     evidence.dialect["model_type"] = model_type
@@ -363,54 +359,133 @@ def _grid(size: int | list[int], patch: tuple[int, int]) -> tuple[int, int]:
     return height // patch[0], width // patch[1]
 
 
-def _default_size(height: int, width: int) -> int | list[int]:
-    """The paper's 224 pixels, or the nearest below that the patch divides."""
-    return _shorten([max(224 // height, 1) * height, max(224 // width, 1) * width])
-
-
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _shorten(size: list[int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else size
+def _shorten(size: Sequence[int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
 
 
-def infer_processor(evidence: Evidence, their_config: dict[str, Any], config: ViTScratchConfig) -> dict[str, Any]:
+def infer_processor(evidence: Evidence, config: ViTScratchConfig) -> dict[str, Any]:
     """The settings of the image processor that the source is served with; a guess is noted as one."""
     height, width = config.image_hw
     settings: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
     if evidence.preprocessor:
-        known = (
-            "size", "crop_size", "do_center_crop", "do_resize", "do_rescale", "do_normalize", "resample", "image_mean",
-            "image_std", "rescale_factor", "crop_pct",
-        )  # fmt: skip
-        settings.update(
-            {key: evidence.preprocessor[key] for key in known if evidence.preprocessor.get(key) is not None}
-        )
-        return settings
-    pretrained = their_config.get("pretrained_cfg") or {}
+        given = {key: evidence.preprocessor.get(key) for key in (*_SHARED_SETTINGS, "crop_pct")}
+        return settings | {key: value for key, value in given.items() if value is not None}
+    pretrained = evidence.config.get("pretrained_cfg") or {}
     if pretrained.get("mean"):
         settings.update(image_mean=list(pretrained["mean"]), image_std=list(pretrained["std"]))
         settings["resample"] = _RESAMPLE.get(pretrained.get("interpolation"), BICUBIC)
         settings["crop_pct"] = pretrained.get("crop_pct") if pretrained.get("crop_mode", "center") == "center" else None
         return settings
     # Of what is trained without labels or by Facebook, the statistics of ImageNet; of what Google trained, one half.
-    is_npz = evidence.form.name == "npz"
-    is_facebook = evidence.form.name == "torchvision" or config.use_distillation_token or config.num_labels == 0
-    is_facebook = not is_npz and (is_facebook or config.layer_scale_init_value is not None)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if is_facebook else (HALF, HALF)
-    if config.num_channels != 3:
-        mean, std = [0.5] * config.num_channels, [0.5] * config.num_channels
+    is_facebook = evidence.form is TORCHVISION or config.use_distillation_token or config.num_labels == 0
+    is_facebook = is_facebook or config.layer_scale_init_value is not None
+    mean = std = [0.5] * config.num_channels
+    if config.num_channels == 3 and is_facebook and evidence.form is not NPZ:
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     settings.update(image_mean=mean, image_std=std, resample=BILINEAR)
-    if evidence.form.name == "timm":
+    if evidence.form is TIMM:
         settings.update(resample=BICUBIC, crop_pct=1.0 if config.num_register_tokens or height > 448 else 0.9)
-    elif evidence.form.name == "torchvision":
+    elif evidence.form is TORCHVISION:
         settings.update(crop_pct=0.875 if height < 384 else 1.0, resample=BILINEAR if height < 384 else BICUBIC)
-    if not is_npz:
+    if evidence.form is not NPZ:
         evidence.notes.append(
             f"Image processor: the file says nothing of it; taken as mean {mean}, std {std}"
             + (f", crop {settings['crop_pct']}" if "crop_pct" in settings else "")
             + ", as is usual for such a model. Check it against where the file came from."
         )
     return settings
+
+
+def their_configs(
+    form: Format, config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any, state: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What other libraries read beside the weights: file names to contents (JSON), none for some formats."""
+    if form is TRANSFORMERS:
+        return _transformers_files(config, dialect["model_type"], processor, state)
+    return {"config.json": _timm_config(config, dialect, processor)} if form is TIMM else {}
+
+
+def _transformers_files(
+    config: ViTScratchConfig, model_type: str, processor: Any, state: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    names = ("hidden_size", "num_channels", "qkv_bias", *_SHARED_FIELDS)
+    fields = {name: getattr(config, name) for name in names}
+    fields.update(image_size=_shorten(config.image_hw), patch_size=_shorten(config.patch_hw))
+    if model_type.startswith("dinov2"):
+        ratio = config.intermediate_size / config.hidden_size
+        fields.update(mlp_ratio=int(ratio) if ratio == int(ratio) else ratio, drop_path_rate=config.drop_path_rate)
+        fields["layerscale_value"] = config.layer_scale_init_value
+        if config.num_register_tokens:
+            fields["num_register_tokens"] = config.num_register_tokens
+    else:
+        fields["intermediate_size"] = config.intermediate_size
+    if model_type in ("vit", "deit"):
+        fields["encoder_stride"] = config.patch_hw[0]
+    if config.num_labels:
+        fields.update(id2label=config.id2label, label2id=config.label2id)
+    kind = 1 if "classifier.weight" in state else 2 if "decoder.weight" in state else 0
+    architecture = _ARCHITECTURES[model_type][kind]
+    if config.use_distillation_head:
+        architecture = "DeiTForImageClassificationWithTeacher"
+    contents = {**CONFIG_MAPPING[model_type](**fields).to_dict(), "architectures": [architecture]}
+    files = {"config.json": contents}
+    if processor is not None:
+        settings = processor.to_dict()
+        settings = {key: settings[key] for key in _SHARED_SETTINGS if settings.get(key) is not None}
+        files["preprocessor_config.json"] = {**settings, "image_processor_type": "ViTImageProcessor"}
+    return files
+
+
+def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any) -> dict[str, Any]:
+    size = _TIMM_SIZES.get(config.hidden_size, "base")
+    family, distilled = ("deit", "_distilled") if config.use_distillation_token else ("vit", "")
+    arguments: dict[str, Any] = {
+        "img_size": list(config.image_hw),
+        "patch_size": list(config.patch_hw),
+        "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "init_values": config.layer_scale_init_value,
+        "act_layer": next(name for name, ours in _TIMM_ACTIVATIONS.items() if ours == config.hidden_act),
+    }
+    if not distilled:
+        # of all tokens before the patches, or of none
+        has_positions = dialect.get("registers_placed") if config.num_register_tokens else config.cls_token_position
+        arguments.update(
+            class_token=config.use_cls_token,
+            no_embed_class=not has_positions,
+            reg_tokens=config.num_register_tokens,
+            global_pool="token" if config.pooling == "cls" else "avg",
+            fc_norm=config.norm_after_pooling,
+        )
+    if config.position_embedding == "none":
+        arguments["pos_embed"] = "none"
+    settings = {} if processor is None else processor.to_dict()
+    names = {number: name for name, number in _RESAMPLE.items()}
+    pretrained = {
+        "input_size": [config.num_channels, *config.image_hw],
+        "mean": list(settings.get("image_mean") or [0.5] * config.num_channels),
+        "std": list(settings.get("image_std") or [0.5] * config.num_channels),
+        "interpolation": names.get(settings.get("resample"), "bicubic"),
+        "crop_pct": settings.get("crop_pct") or 1.0,
+        "crop_mode": "center" if settings.get("crop_pct") else "squash",
+        "num_classes": config.num_labels,
+        "first_conv": "patch_embed.proj",
+        "classifier": ["head", "head_dist"] if config.use_distillation_head else "head",
+    }
+    return {
+        "architecture": dialect.get("architecture") or f"{family}_{size}{distilled}_patch16_224",
+        "num_classes": config.num_labels,
+        "num_features": config.hidden_size,
+        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }

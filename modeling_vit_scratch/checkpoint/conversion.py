@@ -6,17 +6,15 @@ their authors publish them), transformers, torchvision, and this package's own.
     load_checkpoint(source)                    what a file, folder or Hub id holds, in this package's names
     save_checkpoint(model, path, format)       back again: a round trip gives the same bytes
 
-`loading.py` has what the models' `from_pretrained` makes of it.
-
-The format is found by looking at the names in the file. Every tensor of a source is read, or is one of those that its
-format's table allows to be left over, or is an error that lists it.
+The names in a file show its format. Every tensor is read, or its format's table allows to leave it out, or an error
+lists it.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
-from .architecture import Evidence, infer_config, infer_processor
+from .architecture import Evidence, infer_config, infer_processor, their_configs
 from .families import find_family
-from .files import find_files, open_tensors, write_tensors
-from .formats import FORMATS, NATIVE, NPZ, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
+from .files import CheckpointError, TensorFile, find_files, open_tensors, write_tensors
+from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
 from .layouts import fold_registers, join_biases, unstack, unwrap
-from .sidecars import their_configs
-from .tensor_file import CheckpointError, TensorFile
 
 
 @dataclass
@@ -42,11 +37,10 @@ class Checkpoint(Mapping[str, Tensor]):
     reads each tensor when it is asked for.
 
     Attributes:
-        source: the file.
-        format: name of its format, one of `FORMATS`.
+        format: one of `FORMATS`.
         config: the model's configuration. `config.source_format` has the format's dialect, for `save_checkpoint`.
-        processor: arguments of the `ViTScratchImageProcessor` that the source is served with.
-        notes: what was guessed or left out, a readable line each.
+        processor: arguments of its `ViTScratchImageProcessor`.
+        notes: what was guessed or left out, a line each.
     """
 
     source: str
@@ -55,7 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
     processor: dict[str, Any]
     file: TensorFile
     rows: dict[str, tuple[list[str], Rule]]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def __contains__(self, name: object) -> bool:
         return name in self.rows
@@ -69,10 +63,6 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def image_processor(self) -> ViTScratchImageProcessor:
-        """The image processor that the source is served with."""
-        return ViTScratchImageProcessor(**self.processor)
 
     def describe(self) -> str:
         """One line: format, size, patches, image size, labels."""
@@ -92,16 +82,14 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
 
     Args:
         source: a file (`.npz`, safetensors, PyTorch's; the suffix doesn't matter), a folder with one, or a Hub id.
-        given: fields that the file may leave open: `num_attention_heads`, `position_embedding`, `source_image_size`
-            (for positions on a rectangle).
+        given: fields that the file may leave open: `num_attention_heads`, `position_embedding`, `image_size`,
+            `source_image_size` (for positions on a rectangle); others are ignored.
         hub: arguments for the Hub, e.g. `revision`, `token`, `subfolder`.
 
     Raises:
-        CheckpointError: if the source can't be read, is of no known format, or lacks or has keys that it must not; the
-            message lists them.
+        CheckpointError: if the source can't be read or is of no known format, or for missing and unexpected keys.
     """
-    path, beside = find_files(source, **hub)
-    their_config = beside["config.json"]
+    path, their_config, preprocessor = find_files(source, **hub)
     family = find_family(their_config, path)
     if family is not None and family.row is not None and family.row.refused:
         raise CheckpointError(f"{path}: {family} {family.row.refused}. No model of this package does that.")
@@ -119,9 +107,10 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
     shapes, dialect = file.shapes, _dialect(form, file)
     if form is NPZ:
         dialect["scanned"] = is_scanned
-    processor = beside["preprocessor_config.json"]
-    evidence = Evidence(path, family, form, dialect, shapes, their_config, processor, dict(given or {}), notes)
-    _refuse_unsupported(evidence)
+    evidence = Evidence(path, family, form, dialect, shapes, their_config, preprocessor, dict(given or {}), notes)
+    for pattern, reason in form.unsupported.items():
+        if names := [name for name in shapes if re.search(pattern, name)]:
+            raise evidence.fail(f"it {reason} ({', '.join(names[:3])}). No model of this package does that.")
     if form is TIMM and any(name.startswith("decoder_") for name in shapes):
         evidence.left_out["mask_token"] = "MAE's decoder, which only pre-training uses"
     config = infer_config(evidence)
@@ -131,7 +120,7 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
         evidence.shapes = file.shapes
     config.source_format = {"name": form.name, **dialect}
     rows = _match(evidence, config)
-    processor = infer_processor(evidence, their_config, config)
+    processor = infer_processor(evidence, config)
     return Checkpoint(path, form.name, config, processor, file, rows, evidence.notes)
 
 
@@ -141,23 +130,12 @@ def _dialect(form: Format, names: TensorFile) -> dict[str, Any]:
         prefixes = [name.removesuffix("embedding/kernel") for name in names if name.endswith("embedding/kernel")]
         prefixes += [name.split("Transformer/")[0] for name in names if "Transformer/" in name]
         dialect["prefix"] = min(prefixes, key=len, default="")
-        ranks = [
-            len(shape) for name, shape in names.shapes.items() if re.search(r"(gn_root|gn\d|gn_proj)/scale$", name)
-        ]
-        dialect["norm_axes"] = max(ranks, default=1)
+        norms = [name for name in names if re.search(r"(gn_root|gn\d|gn_proj)/scale$", name)]
+        dialect["norm_axes"] = max((len(names.shapes[name]) for name in norms), default=1)
     elif form is TRANSFORMERS:
-        match = next(
-            (m for name in names if (m := re.match(r"(?:(\w+)\.)?(embeddings|encoder|layers|layernorm)\.", name))), None
-        )
-        dialect["prefix"] = f"{match[1]}." if match and match[1] else ""
+        pattern = re.compile(r"((?:\w+\.)?)(embeddings|encoder|layers|layernorm)\.")
+        dialect["prefix"] = next((match[1] for name in names if (match := pattern.match(name))), "")
     return dialect
-
-
-def _refuse_unsupported(evidence: Evidence) -> None:
-    for pattern, reason in evidence.form.unsupported.items():
-        names = [name for name in evidence.shapes if re.search(pattern, name)]
-        if names:
-            raise evidence.fail(f"it {reason} ({', '.join(names[:3])}). No model of this package does that.")
 
 
 def _expected_shapes(config: ViTScratchConfig) -> tuple[dict[str, torch.Size], set[str]]:
@@ -184,9 +162,8 @@ def _match(evidence: Evidence, config: ViTScratchConfig) -> dict[str, tuple[list
             used.update(theirs)
         elif present or ours in needed:
             missing += [name for name in theirs if name not in evidence.shapes]
-    missing += [
-        f"(whatever gives {name})" for name in sorted(needed - set(rows)) if not _is_in_table(evidence.form, name)
-    ]
+    in_table = {ours for ours, _, _ in expand(evidence.form, config, evidence.dialect)}
+    missing += [f"(whatever gives {name})" for name in sorted(needed - set(rows) - in_table)]
     unexpected = []
     prefix = evidence.dialect.get("prefix")
     for name in (name for name in evidence.shapes if name not in used):
@@ -220,11 +197,6 @@ def _match(evidence: Evidence, config: ViTScratchConfig) -> dict[str, tuple[list
     return rows
 
 
-def _is_in_table(form: Format, name: str) -> bool:
-    plain = re.sub(r"layers\.\d+\.", "layers.{i}.", re.sub(r"stages\.\d+\.\d+\.", "stages.{s}.{u}.", name))
-    return any(ours == plain for ours, _, _ in form.rows)
-
-
 def _native(path: str, file: TensorFile, their_config: dict[str, Any], notes: list[str]) -> Checkpoint:
     if their_config.get("model_type") != ViTScratchConfig.model_type:
         raise CheckpointError(
@@ -232,9 +204,8 @@ def _native(path: str, file: TensorFile, their_config: dict[str, Any], notes: li
             " save_pretrained wrote."
         )
     config = ViTScratchConfig.from_dict(their_config)
-    same = Rule(lambda tensors, _: tensors[0], lambda tensor, _: [tensor])
     prefix = "" if any(name.startswith("vit.") for name in file) else "vit."
-    rows = {f"{prefix}{name}": ([name], same) for name in file}
+    rows = {f"{prefix}{name}": ([name], SAME) for name in file}
     expected, needed = _expected_shapes(config)
     heads = ("classifier.", "distillation_classifier.", "vit.pooler.")
     missing = sorted(name for name in needed - set(rows) if not name.startswith(heads))
@@ -244,19 +215,14 @@ def _native(path: str, file: TensorFile, their_config: dict[str, Any], notes: li
     return Checkpoint(path, NATIVE.name, config, {}, file, rows, notes)
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(
     model: nn.Module | Checkpoint, path: str | os.PathLike, format: str | None = None, exact: bool = True
 ) -> None:
     """
-    Writes a model in another format, so that a model that came from it is written as it came: names, shapes and bytes.
+    Writes a model in another format; one that came from it is written as it came: names, shapes and bytes.
 
     Args:
-        model: a model of this package, or what `load_checkpoint` gives.
-        path: a file whose suffix says `.npz`, `.safetensors`, `.bin` or `.pth`, or a folder, which gets the format's
-            usual file and its config.json.
+        path: a file, `.npz`, `.safetensors`, `.bin` or `.pth`; or a folder for the format's usual file and config.json.
         format: one of `FORMATS`; by default the one that the model came from.
         exact: refuse a format whose own code would compute other numbers, e.g. another GELU.
 
@@ -264,11 +230,14 @@ def save_checkpoint(
         ValueError: if the format can't hold the model; the message says what it has no place for.
     """
     config = model.config
-    origin = dict(getattr(config, "source_format", None) or {})
+    origin = getattr(config, "source_format", None) or {}
     format = format or origin.get("name")
+    origin = origin if origin.get("name") == format else {}
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown. Choose one of: {', '.join(FORMATS)}.")
-    form, state = FORMATS[format], _full_state(model)
+    form, state = FORMATS[format], model if isinstance(model, Checkpoint) else model.state_dict()
+    if not any(name.startswith("vit.") for name in state):
+        state = {f"vit.{name}": tensor for name, tensor in state.items()}
     if form is NATIVE:
         raise ValueError("The package's own format is written by the model's save_pretrained.")
     if config.calibrated and config.temperature != 1.0:  # no other format has a place for it but the classifier
@@ -285,23 +254,15 @@ def save_checkpoint(
         for name in tensors:
             if re.search(r"(gn_root|gn\d|gn_proj)/(scale|bias)$", name):
                 tensors[name] = tensors[name].reshape(1, 1, 1, -1)
-    _refuse_loss(form, config, leftover, exact)
+    _refuse_loss(form, origin, config, leftover, exact)
     if dialect.get("scanned"):
         tensors = _stacked(tensors, config.num_hidden_layers)
     path = Path(path)
     if path.suffix:
-        write_tensors(path, tensors)
-        return
+        return write_tensors(path, tensors)
     write_tensors(path / ("model.npz" if form is NPZ else "model.safetensors"), tensors)
     for name, content in their_configs(form, config, dialect, getattr(model, "image_processor", None), state).items():
         (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _full_state(model: nn.Module | Checkpoint) -> Mapping[str, Tensor]:
-    if isinstance(model, Checkpoint):
-        return model
-    state = model.state_dict()
-    return state if any(name.startswith("vit.") for name in state) else {f"vit.{name}": t for name, t in state.items()}
 
 
 def _with_places(
@@ -313,19 +274,18 @@ def _with_places(
         return state
     tokens = int(config.use_cls_token) + int(config.use_distillation_token)
     placed = tokens if config.cls_token_position else 0
+    wanted = tokens
     if form is TIMM and not config.use_distillation_token:
         wanted = config.num_prefix_tokens if dialect.get("registers_placed") else placed
-    else:
-        wanted = tokens
+    if wanted <= placed:
+        return state
     weight = state[name]
     zeros = weight.new_zeros(1, wanted - placed, weight.shape[2])
-    return (
-        {**state, name: torch.cat([weight[:, :placed], zeros, weight[:, placed:]], dim=1)} if wanted > placed else state
-    )
+    return {**state, name: torch.cat([weight[:, :placed], zeros, weight[:, placed:]], dim=1)}
 
 
 def _writing_dialect(
-    form: Format, origin: dict[str, Any], config: ViTScratchConfig, state: Mapping[str, Tensor]
+    form: Format, origin: Mapping[str, Any], config: ViTScratchConfig, state: Mapping[str, Tensor]
 ) -> dict:
     dialect: dict[str, Any] = {name: values[0] for name, values in form.dialects.items()}
     is_dino = config.layer_scale_init_value is not None
@@ -346,30 +306,24 @@ def _writing_dialect(
             dialect.update(norm1="norm1", norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
         if config.use_distillation_head:
             dialect["classifier"] = "cls_classifier"
-    if origin.get("name") == form.name:
-        dialect.update({key: value for key, value in origin.items() if key != "name"})
+    dialect.update({key: value for key, value in origin.items() if key != "name"})
     if form is TIMM and dialect["registers"] != "reg_token":  # Facebook's code has positions for the class token alone
         dialect["registers_placed"] = False
-    if (
-        form is TRANSFORMERS
-        and not dialect["prefix"]
-        and any(name.startswith(("classifier", "decoder")) for name in state)
-    ):
-        dialect["prefix"] = {"vit_msn": "vit.", "vit_mae": "vit."}.get(
-            dialect["model_type"], f"{dialect['model_type']}."
-        )
+    has_head = any(name.startswith(("classifier", "decoder")) for name in state)
+    if form is TRANSFORMERS and not dialect["prefix"] and has_head:
+        dialect["prefix"] = "vit." if dialect["model_type"] in ("vit_msn", "vit_mae") else f"{dialect['model_type']}."
     return dialect
 
 
-def _refuse_loss(form: Format, config: ViTScratchConfig, leftover: set[str], exact: bool) -> None:
+def _refuse_loss(
+    form: Format, origin: Mapping[str, Any], config: ViTScratchConfig, leftover: set[str], exact: bool
+) -> None:
     if leftover:
         names = sorted(leftover)
         raise ValueError(
             f"The {form.name} format has no place for {', '.join(names[:8])}{', …' if len(names) > 8 else ''}: the"
             " model can't be written in it."
         )
-    origin = getattr(config, "source_format", None) or {}
-    origin = origin if origin.get("name") == form.name else {}
     if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
     fixed = {**form.fixed, "pooling": ("mean",)} if origin.get("model_type") == "ijepa" else form.fixed

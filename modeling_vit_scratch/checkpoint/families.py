@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the name of a model says and its tensors do not. Weights of different networks can have the same names and shapes:
-only `config.json` beside them, or the name of the file, tells which code they are for.
+What the name of a model says and its tensors don't: different networks can have tensors of the same names and shapes.
 
-A row is a pattern for whole names with the fields of our configuration that follow from it, or with the reason why no
-model of this package computes the same. The first row that matches counts. When the network learns something new, a
-reason becomes fields. `scripts/experiments/model_zoo.py` runs every name of timm and transformers against these tables.
+A row is a pattern for whole names, with fields of our configuration or the reason why no model of this package computes
+the same. The first that matches counts. `scripts/experiments/model_zoo.py` runs the names of timm and transformers.
 """
 
 import re
@@ -75,7 +73,7 @@ TRANSFORMERS_ROWS = (
 
 
 class Family(NamedTuple):
-    """A name of a library's model, and its row; None for a name that may be one of a Vision Transformer, or may not."""
+    """A library's name of a model, and its row; None for an unknown name."""
 
     library: str
     name: str
@@ -86,9 +84,7 @@ class Family(NamedTuple):
 
 
 def find_family(config: Mapping[str, Any], path: str) -> Family | None:
-    """
-    Which model `config.json` says that the weights are of; without one, whether a file is called as one of timm's is.
-    """
+    """The model that `config.json` names; without one, the model of timm that the file is called after."""
     model_type, architecture = config.get("model_type"), config.get("architecture")
     if isinstance(architecture, str) and model_type in (None, "timm_wrapper"):
         name = architecture.partition(".")[0]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors and PyTorch's own.
-
-What a file is, is seen from its first bytes, whatever its name. Nothing here knows a model.
+Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors, PyTorch's own and FSDP's shards.
+The first bytes say what a file is, whatever its name.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from torch import Tensor
 from transformers.utils.hub import cached_file, is_offline_mode
 
 from ..common.files import atomic_write
-from .tensor_file import CheckpointError, TensorFile
 
 
 # What a checkpoint file is called where it has a usual name; an index lists the parts of one in several files.
@@ -45,8 +43,7 @@ _SAFETENSORS_TYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]  # the functions that unpickle them
-# Plain values that training scripts store beside the weights, some under other names than today's: numbers and arrays
-# of NumPy, paths, settings. To build them runs no code.
+# Plain values that training scripts store beside the weights, some under older names. To build them runs no code.
 _HARMLESS: list[Any] = [
     argparse.Namespace, types.SimpleNamespace, datetime.date, datetime.datetime, datetime.timedelta, np.dtype,
     np.ndarray, *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind != "O"},
@@ -59,19 +56,40 @@ _HARMLESS: list[Any] = [
 ]  # fmt: skip
 
 
-def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """
-    Opens a file of tensors, the index (`.index.json`) of several, or a folder of shards.
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, or not exactly. The message has the file's name, the reason and a way out."""
 
-    Raises:
-        CheckpointError: if it is missing, cut short, damaged, or something else.
-    """
+
+class TensorFile(Mapping[str, Tensor]):
+    """Names to tensors, each read when it is asked for. `shapes` has all shapes without reading one."""
+
+    def __init__(self, path: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self.path, self.shapes, self._read = path, shapes, read
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        try:
+            return self._read(name)
+        except Exception as error:  # parsers of damaged files raise anything
+            raise CheckpointError(f"{self.path}: {name} can't be read ({error}). Is the file damaged?") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_tensors(path: str | os.PathLike) -> TensorFile:
+    """A file of tensors, the index (`.index.json`) of several, or a folder of shards. Raises CheckpointError."""
     path = os.fspath(path)
     if path.endswith(".index.json"):
         return _open_index(path)
     if os.path.isdir(path):
-        from .shards import open_shards  # not every build of torch has what reads them
-
         return open_shards(path)
     try:
         with open(path, "rb") as file:
@@ -131,12 +149,12 @@ def _open_npz(path: str) -> TensorFile:
             if read_header is None:
                 raise CheckpointError(f"{path}: {name!r} is in an unknown version of the .npy format.")
             shape, _, dtype = read_header(member)
-        if dtype.itemsize > 16 and not dtype.hasobject:  # complex128 has 16 bytes
-            raise CheckpointError(f"{path}: {name!r} is of the unknown type {dtype}.")
         if dtype.hasobject:
             raise CheckpointError(
                 f"{path}: {name!r} holds pickled Python objects, which are not read: they can run code."
             )
+        if dtype.itemsize > 16:  # complex128 has 16 bytes
+            raise CheckpointError(f"{path}: {name!r} is of the unknown type {dtype}.")
         shapes[name.removesuffix(".npy")] = shape
     return TensorFile(path, shapes, lambda name: to_tensor(archive[name]))
 
@@ -199,7 +217,7 @@ def _open_torch(path: str) -> TensorFile:
 
 
 def _flat(content: object, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in dictionaries of dictionaries, with the keys that lead to it joined by dots; each of them once."""
+    """Every tensor in dictionaries of dictionaries, once, by the keys that lead to it, joined by dots."""
     if not isinstance(content, Mapping) or id(content) in seen:
         return
     seen.add(id(content))
@@ -208,6 +226,57 @@ def _flat(content: object, seen: set[int], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
         else:
             yield from _flat(value, seen, f"{prefix}{key}.")
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Builds what the index of a sharded checkpoint is made of, and nothing else."""
+
+    ALLOWED = {
+        "torch": ("Size", "device", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))),
+        "torch.serialization": ("_get_layout",),
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "collections": ("OrderedDict",),
+        "pathlib": ("PosixPath", "WindowsPath"),
+        "pathlib._local": ("PosixPath", "WindowsPath"),  # from Python 3.13 on
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> object:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def open_shards(folder: str) -> TensorFile:
+    """The weights that FSDP's processes wrote into a folder, each in parts, through accelerate."""
+    # Not every build of torch has this.
+    from torch.distributed.checkpoint import FileSystemReader, Metadata, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+            """As in torch, which runs whatever code is in the index."""
+            with open(os.path.join(folder, ".metadata"), "rb") as file:
+                return _SafeUnpickler(file).load()
+
+    prefix = "model."  # accelerate's
+    try:
+        stored = Reader(folder).read_metadata().state_dict_metadata
+    except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        raise CheckpointError(f"{folder}: not a sharded checkpoint, or damaged ({error}).") from error
+    entries = {
+        name.removeprefix(prefix): entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
+    }
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
+        load({prefix + name: tensor}, storage_reader=Reader(folder), no_dist=True)
+        return tensor
+
+    return TensorFile(folder, {name: tuple(entry.size) for name, entry in entries.items()}, read)
 
 
 def _open_index(path: str) -> TensorFile:
@@ -241,35 +310,25 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
             torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()}, unfinished)
 
 
-def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, dict]]:
+def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
     """
-    The file of weights of a file name, a folder or a Hub id, and what `config.json` and `preprocessor_config.json`
-    beside it say, each `{}` where there is none.
-
-    `hub`: transformers' arguments for the Hub, e.g. `revision`, `token`, `subfolder`.
-
-    Raises:
-        CheckpointError: if there is no file of weights, or more than one and none has a usual name.
+    The file of weights of a file name, a folder or a Hub id (`hub`: as in transformers), and the contents of
+    `config.json` and `preprocessor_config.json` beside it, each `{}` where there is none. Raises CheckpointError.
     """
     source = os.fspath(source)
     if os.path.isfile(source):
         folder, name = os.path.split(source)
         # Of the files in a folder of downloads, config.json is about none that can be told.
         is_its_own = name in WEIGHT_NAMES or _weight_files(folder) == [name]
-        return source, _read_jsons(lambda wanted: os.path.join(folder, wanted)) if is_its_own else _NO_JSONS
-    subfolder = hub.get("subfolder") or ""
+        return source, *_read_jsons(lambda wanted: os.path.join(folder, wanted) if is_its_own else None)
     if os.path.isdir(source):
-        folder = os.path.join(source, subfolder)
-        weights = next((name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))), None)
-        if is_sharded(folder):
-            weights = SHARDS
-        if weights is None:
-            found = _weight_files(folder)
-            if len(found) != 1:
-                what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
-                raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
-            weights = found[0]
-        return os.path.join(folder, weights), _read_jsons(lambda wanted: os.path.join(folder, wanted))
+        folder = os.path.join(source, hub.get("subfolder") or "")
+        usual = [name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))]
+        found = [SHARDS] if is_sharded(folder) else usual[:1] or _weight_files(folder)
+        if len(found) != 1:
+            what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
+            raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
+        return os.path.join(folder, found[0]), *_read_jsons(lambda wanted: os.path.join(folder, wanted))
 
     if source.endswith(SUFFIXES):
         raise CheckpointError(f"{source}: there is no such file.")
@@ -281,9 +340,9 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
             # A file that the repository lacks is the one error without a cause. A Hub that can't be reached is asked
             # once, with all its retries, and not again for every file.
             is_offline = is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError)
-            if error.__cause__ is None or is_offline:
-                return None
-            raise
+            if error.__cause__ is not None and not is_offline:
+                raise
+            return None
 
     try:
         weights = next(filter(None, map(fetch, WEIGHT_NAMES)), None)
@@ -299,7 +358,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict[str, di
     if weights.endswith(".index.json"):
         for part in sorted(set(json.loads(Path(weights).read_text(encoding="utf-8"))["weight_map"].values())):
             fetch(part)
-    return weights, beside
+    return weights, *beside
 
 
 def _weight_files(folder: str) -> list[str]:
@@ -313,19 +372,16 @@ def is_sharded(folder: str) -> bool:
     return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
 
 
-_JSONS = ("config.json", "preprocessor_config.json")
-_NO_JSONS: dict[str, dict] = {name: {} for name in _JSONS}
-
-
-def _read_jsons(locate: Callable[[str], str | None]) -> dict[str, dict]:
-    contents = dict(_NO_JSONS)
-    for name in _JSONS:
-        path = locate(name)
+def _read_jsons(locate: Callable[[str], str | None]) -> tuple[dict, dict]:
+    contents = []
+    for path in map(locate, ("config.json", "preprocessor_config.json")):
+        content = {}
         if path and os.path.isfile(path):
             try:
-                contents[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+                content = json.loads(Path(path).read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: not JSON ({error}).") from error
-            if not isinstance(contents[name], dict):
-                raise CheckpointError(f"{path}: holds no dictionary of settings.")
-    return contents
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds no dictionary of settings.")
+        contents.append(content)
+    return contents[0], contents[1]

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What other people call the tensors of a Vision Transformer: one table per format, read in both directions.
-
-A row is our name, theirs (one or several) and the rule between the values. In names, `{i}` counts layers, `{s}` and
-`{u}` stages and units of the stem, and the other fields are the format's dialects: releases that differ in a name only.
+What other people call the tensors of a Vision Transformer: a table per format, of our name, theirs and the rule between
+the values. `{i}` counts layers, `{s}` and `{u}` the stem's stages and units; other fields are what releases differ in.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +71,11 @@ def _three(template: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(template.replace("*", name) for name in names)
 
 
-# The official code and big_vision: .npz of Flax's parameters ---------------------------------------------------------
-
+# The official code and big_vision: .npz of Flax's parameters
 _FLAX = ("kernel", "bias")
 _SCALE = ("scale", "bias")
-_QKV = "{prefix}Transformer/encoderblock_{i}/{attention}/*/"
+_FLAX_QKV = ("query", "key", "value")
+_BLOCK = "{prefix}Transformer/encoderblock_{i}/"
 _UNIT = "vit.embeddings.patch_embeddings.stem.stages.{s}.{u}"
 _THEIR_UNIT = "{prefix}block{s1}/unit{u1}/"
 
@@ -98,22 +95,19 @@ NPZ_ROWS: list[Row] = [
             *_both(f"{_UNIT}.norm{n}", f"{_THEIR_UNIT}gn{n}/", VECTOR, _SCALE),
         )
     ),
-    *_both("vit.layers.{i}.layernorm_before", "{prefix}Transformer/encoderblock_{i}/LayerNorm_0/", SAME, _SCALE),
-    ("vit.layers.{i}.attention.qkv.weight", _three(_QKV + "kernel", ("query", "key", "value")), FUSED_HEADS),
-    ("vit.layers.{i}.attention.qkv.bias", _three(_QKV + "bias", ("query", "key", "value")), FUSED_HEADS_BIAS),
-    *_both(
-        "vit.layers.{i}.attention.proj", "{prefix}Transformer/encoderblock_{i}/{attention}/out/", MERGED_HEADS, _FLAX
-    ),
-    *_both("vit.layers.{i}.layernorm_after", "{prefix}Transformer/encoderblock_{i}/{norm2}/", SAME, _SCALE),
-    *_both("vit.layers.{i}.mlp.fc1", "{prefix}Transformer/encoderblock_{i}/{mlp}/Dense_0/", TRANSPOSED, _FLAX),
-    *_both("vit.layers.{i}.mlp.fc2", "{prefix}Transformer/encoderblock_{i}/{mlp}/Dense_1/", TRANSPOSED, _FLAX),
+    *_both("vit.layers.{i}.layernorm_before", _BLOCK + "LayerNorm_0/", SAME, _SCALE),
+    ("vit.layers.{i}.attention.qkv.weight", _three(_BLOCK + "{attention}/*/kernel", _FLAX_QKV), FUSED_HEADS),
+    ("vit.layers.{i}.attention.qkv.bias", _three(_BLOCK + "{attention}/*/bias", _FLAX_QKV), FUSED_HEADS_BIAS),
+    *_both("vit.layers.{i}.attention.proj", _BLOCK + "{attention}/out/", MERGED_HEADS, _FLAX),
+    *_both("vit.layers.{i}.layernorm_after", _BLOCK + "{norm2}/", SAME, _SCALE),
+    *_both("vit.layers.{i}.mlp.fc1", _BLOCK + "{mlp}/Dense_0/", TRANSPOSED, _FLAX),
+    *_both("vit.layers.{i}.mlp.fc2", _BLOCK + "{mlp}/Dense_1/", TRANSPOSED, _FLAX),
     *_both("vit.layernorm", "{prefix}Transformer/encoder_norm/", SAME, _SCALE),
     *_both("vit.pooler.dense", "{prefix}pre_logits/", TRANSPOSED, _FLAX),
     *_both("classifier", "{prefix}head/", TRANSPOSED, _FLAX),
 ]
 
-# timm, and what has its names: DeiT, DeiT III, DINO, MAE, DINOv2 as their authors publish them -----------------------
-
+# timm, and what has its names: DeiT, DeiT III, DINO, MAE, DINOv2 as their authors publish them
 TIMM_ROWS: list[Row] = [
     ("vit.embeddings.cls_token", "cls_token", SAME),
     ("vit.embeddings.distillation_token", "dist_token", SAME),
@@ -138,9 +132,8 @@ TIMM_ROWS: list[Row] = [
     *_both("distillation_classifier", "head_dist."),
 ]
 
-# transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2 with and without registers ------------------------------------------
-
-_THEIR_LAYER = "{prefix}{layers}.{i}."
+# transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2 with and without registers
+_LAYER = "{prefix}{layers}.{i}."
 
 TRANSFORMERS_ROWS: list[Row] = [
     ("vit.embeddings.cls_token", "{prefix}embeddings.cls_token", SAME),
@@ -149,27 +142,21 @@ TRANSFORMERS_ROWS: list[Row] = [
     ("vit.embeddings.mask_token", "{prefix}embeddings.mask_token", MASK_TOKEN),
     ("vit.embeddings.position_embeddings.weight", "{prefix}embeddings.position_embeddings", SAME),
     *_both("vit.embeddings.patch_embeddings.projection", "{prefix}embeddings.patch_embeddings.projection."),
-    *_both("vit.layers.{i}.layernorm_before", _THEIR_LAYER + "{norm1}."),
-    (
-        "vit.layers.{i}.attention.qkv.weight",
-        _three(_THEIR_LAYER + "{attention}.*.weight", ("{q}", "{k}", "{v}")),
-        FUSED,
-    ),
-    ("vit.layers.{i}.attention.qkv.bias", _three(_THEIR_LAYER + "{attention}.*.bias", ("{q}", "{k}", "{v}")), FUSED),
-    *_both("vit.layers.{i}.attention.proj", _THEIR_LAYER + "{out}."),
-    ("vit.layers.{i}.layer_scale_attention.weight", _THEIR_LAYER + "layer_scale1.lambda1", SAME),
-    *_both("vit.layers.{i}.layernorm_after", _THEIR_LAYER + "{norm2}."),
-    *_both("vit.layers.{i}.mlp.fc1", _THEIR_LAYER + "{fc1}."),
-    *_both("vit.layers.{i}.mlp.fc2", _THEIR_LAYER + "{fc2}."),
-    ("vit.layers.{i}.layer_scale_mlp.weight", _THEIR_LAYER + "layer_scale2.lambda1", SAME),
+    *_both("vit.layers.{i}.layernorm_before", _LAYER + "{norm1}."),
+    ("vit.layers.{i}.attention.qkv.weight", _three(_LAYER + "{attention}.*.weight", ("{q}", "{k}", "{v}")), FUSED),
+    ("vit.layers.{i}.attention.qkv.bias", _three(_LAYER + "{attention}.*.bias", ("{q}", "{k}", "{v}")), FUSED),
+    *_both("vit.layers.{i}.attention.proj", _LAYER + "{out}."),
+    ("vit.layers.{i}.layer_scale_attention.weight", _LAYER + "layer_scale1.lambda1", SAME),
+    *_both("vit.layers.{i}.layernorm_after", _LAYER + "{norm2}."),
+    *_both("vit.layers.{i}.mlp.fc1", _LAYER + "{fc1}."),
+    *_both("vit.layers.{i}.mlp.fc2", _LAYER + "{fc2}."),
+    ("vit.layers.{i}.layer_scale_mlp.weight", _LAYER + "layer_scale2.lambda1", SAME),
     *_both("vit.layernorm", "{prefix}layernorm."),
     *_both("vit.pooler.dense", "{prefix}pooler.dense."),
     *_both("classifier", "{classifier}."),
     *_both("distillation_classifier", "distillation_classifier."),
     *_both("decoder", "decoder.0.", POINTWISE),
 ]
-
-# torchvision ---------------------------------------------------------------------------------------------------------
 
 _TV_LAYER = "encoder.layers.encoder_layer_{i}."
 
@@ -188,32 +175,21 @@ TORCHVISION_ROWS: list[Row] = [
     *_both("classifier", "{head}."),
 ]
 
-# Ours ----------------------------------------------------------------------------------------------------------------
 
-NATIVE_ROWS: list[Row] = []  # every name stands for itself
-
-
-@dataclass(frozen=True)
-class Format:
-    """
-    A format of checkpoints.
-
-    `marks`: names that it has and the others have not, after any prefix. `dialects`: for each field of the table, the
-    values it can have, most usual first. `leftovers`: patterns of the names
-    that may be left over, and why. `unsupported`: patterns of names of models that this package does not have, and why
-    not. `fixed`: what the format's own code computes with and no file says: writing refuses any other value.
-    """
+class Format(NamedTuple):
+    """`leftovers` and `unsupported` are patterns of names, with the reason why they are left out or refused."""
 
     name: str
     title: str
     rows: list[Row]
-    marks: tuple[str, ...]
-    dialects: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    leftovers: dict[str, str] = field(default_factory=dict)
-    unsupported: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    marks: tuple[str, ...]  # names that the others don't have, after any prefix
+    dialects: Mapping[str, tuple[str, ...]] = {}  # for each field of the table its values, most usual first
+    leftovers: Mapping[str, str] = {}
+    unsupported: Mapping[str, str] = {}
+    fixed: Mapping[str, tuple[Any, ...]] = {}  # what their code computes with and no file says
 
 
+_PLAIN = {"norm_after_pooling": (False,), "position_embedding_placement": ("stem",)}
 _MAE_DECODER = "MAE's decoder, which only pre-training uses"
 
 NPZ = Format(
@@ -231,11 +207,10 @@ NPZ = Format(
     leftovers={r"^(opt|chrono|states?|step)(/|$)": "the optimizer's state"},
     unsupported={r"MAPHead_0/|^probe$": ATTENTION_POOLING, r"(MixerBlock|token_mixing)": "is an MLP-Mixer"},
     fixed={
-        "norm_after_pooling": (False,),
+        **_PLAIN,
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
         "layer_norm_eps": (1e-6,),
         "position_embedding": ("learned_1d", "sincos_2d"),
-        "position_embedding_placement": ("stem",),
     },
 )
 TIMM = Format(
@@ -296,12 +271,7 @@ TRANSFORMERS = Format(
         r"embeddings\.position_ids$": "a counter, no weight",
     },
     unsupported={r"\.mlp\.(weights_in|weights_out)\.": GATED_MLP, r"relative_position": RELATIVE},
-    fixed={
-        "norm_after_pooling": (False,),
-        "position_embedding": ("learned_1d",),
-        "position_embedding_placement": ("stem",),
-        "pooling": ("cls",),
-    },
+    fixed={**_PLAIN, "position_embedding": ("learned_1d",), "pooling": ("cls",)},
 )
 TORCHVISION = Format(
     "torchvision",
@@ -315,33 +285,32 @@ TORCHVISION = Format(
     },
     unsupported={r"^conv_proj\.conv_bn_relu": "has a convolutional stem with BatchNorm"},
     fixed={
-        "norm_after_pooling": (False,),
+        **_PLAIN,
         "hidden_act": ("gelu",),
         "layer_norm_eps": (1e-6,),
         "position_embedding": ("learned_1d",),
-        "position_embedding_placement": ("stem",),
         "pooling": ("cls",),
     },
 )
 NATIVE = Format(
     "vit_scratch",
     "checkpoint of this package",
-    NATIVE_ROWS,
+    [],  # every name stands for itself
     marks=("position_embeddings.weight", "attention.qkv.weight", "attention.proj.weight"),
 )
 
-FORMATS: dict[str, Format] = {f.name: f for f in (NPZ, TIMM, TRANSFORMERS, TORCHVISION, NATIVE)}
+FORMATS = {form.name: form for form in (NPZ, TIMM, TRANSFORMERS, TORCHVISION, NATIVE)}
 
 
 def recognise(names: Iterable[str]) -> Format | None:
     """The format most of whose marks are among the names, which may have a prefix; None if there is none."""
     text = "\n".join(names)
-    counts = {
-        name: sum(re.search(rf"(?:^|[./]){re.escape(mark)}$", text, re.MULTILINE) is not None for mark in form.marks)
-        for name, form in FORMATS.items()
-    }
-    best = max(counts, key=lambda name: counts[name])
-    return FORMATS[best] if counts[best] else None
+
+    def count(form: Format) -> int:
+        return sum(re.search(rf"(?:^|[./]){re.escape(mark)}$", text, re.MULTILINE) is not None for mark in form.marks)
+
+    best = max(FORMATS.values(), key=count)
+    return best if count(best) else None
 
 
 def find_dialect(form: Format, names: Iterable[str]) -> dict[str, str]:
@@ -349,12 +318,9 @@ def find_dialect(form: Format, names: Iterable[str]) -> dict[str, str]:
     text, dialect = "\n".join(names), {}
     templates = [name for _, theirs, _ in form.rows for name in ([theirs] if isinstance(theirs, str) else theirs)]
     for field_name, values in form.dialects.items():
-        dialect[field_name] = values[0]
-        for value in values:
-            patterns = (_pattern(name, field_name, value) for name in templates if f"{{{field_name}}}" in name)
-            if any(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
-                dialect[field_name] = value
-                break
+        used = [name for name in templates if f"{{{field_name}}}" in name]
+        found = (v for v in values if any(re.search(_pattern(name, field_name, v), text, re.M) for name in used))
+        dialect[field_name] = next(found, values[0])
     return dialect
 
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files whose tensors lie otherwise than the tables of `formats.py` have them, shown as if they did: behind the prefix of
-a wrapper, all layers in one array, with positions for registers. No tensor is read before it is asked for.
+Files whose tensors lie otherwise than the tables of `formats.py` have them, shown as if they did. No tensor is read
+before it is asked for.
 """
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..configuration_vit_scratch import MOST
-from .tensor_file import CheckpointError, TensorFile
+from .files import CheckpointError, TensorFile
 
 
 # The patch projection of every format but the official one, with whatever is before it.
@@ -29,13 +30,8 @@ _PREFERRED = (
 
 def unwrap(file: TensorFile) -> tuple[TensorFile, list[str]]:
     """
-    The one network of a training checkpoint, without the names that wrappers put before its tensors.
-
-    Returns:
-        The tensors of the network, and a line that names what lies beside it, if anything does.
-
-    Raises:
-        CheckpointError: if there are several networks and no usual name says which is meant.
+    The one network of a training checkpoint, without the names that wrappers put before its tensors; and a line that
+    names what lies beside it. Raises CheckpointError if no usual name says which of several networks is meant.
     """
     found = dict.fromkeys(match[1] for name in file if (match := _PROJECTION.fullmatch(name)))
     prefixes = sorted(found, key=_preference)
@@ -54,11 +50,12 @@ def unwrap(file: TensorFile) -> tuple[TensorFile, list[str]]:
         prefix = parent
     names = {_plain_name(name[len(prefix) :], encoder): name for name in file if name.startswith(prefix)}
     outside = [name for name in file if not name.startswith(prefix)]
-    groups, notes = Counter(_first_difference(name, prefix) for name in outside), []
-    if groups:
+    notes = []
+    if outside:
+        groups = Counter(_first_difference(name, prefix) for name in outside)
         listed = ", ".join(f"{group} ({count} tensors)" if count > 1 else group for group, count in groups.items())
-        reason = " with its projection head, which only pre-training uses"
-        reason = reason if any(map(_PRETRAINING_HEAD.search, outside)) else ""
+        has_head = any(map(_PRETRAINING_HEAD.search, outside))
+        reason = " with its projection head, which only pre-training uses" if has_head else ""
         notes = [f"Left out, beside {prefix.rstrip('.')!r}{reason}: {listed}."]
     shapes = {new: file.shapes[old] for new, old in names.items()}
     return TensorFile(file.path, shapes, lambda name: file[names[name]]), notes
@@ -80,11 +77,9 @@ def _plain_name(name: str, encoder: str) -> str:
 
 def _first_difference(name: str, prefix: str) -> str:
     """The name as far as it shows that it lies outside of the prefix."""
-    parts, same = name.split("."), 0
-    for part, inside in zip(parts, prefix.split(".")):
-        same += part == inside
-        if part != inside:
-            break
+    parts = name.split(".")
+    pairs = enumerate(zip(parts, prefix.split(".")))
+    same = next((index for index, (part, inside) in pairs if part != inside), len(parts))
     return ".".join(parts[: same + 1])
 
 
@@ -100,17 +95,13 @@ def unstack(file: TensorFile) -> TensorFile:
         for layer in range(layers):
             where[template.format(layer)] = (name, layer)
             shapes[template.format(layer)] = file.shapes[name][1:]
-    last: dict[str, Tensor] = {}
+    read_stack = lru_cache(3)(file.__getitem__)  # query, key and value are read in turn
 
     def read(name: str) -> Tensor:
         if name not in where:
             return file[name]
         stack, layer = where[name]
-        if stack not in last:
-            while len(last) > 2:  # query, key and value are read in turn
-                del last[next(iter(last))]
-            last[stack] = file[stack]
-        return last[stack][layer].clone()
+        return read_stack(stack)[layer].clone()
 
     return TensorFile(file.path, shapes, read)
 
@@ -136,11 +127,8 @@ def join_biases(file: TensorFile) -> TensorFile:
 
 def fold_registers(file: TensorFile, registers: str, positions: str, before: int) -> TensorFile:
     """
-    Positions of registers added to the registers themselves, which computes the same.
-
-    Args:
-        registers, positions: names of the tensors, (1, R, D) and (1, before + R + N, D).
-        before: tokens before the registers, which keep theirs.
+    The positions of `registers` (1, R, D) added to the registers themselves, which computes the same. `positions` are
+    (1, before + R + N, D): the tokens before the registers keep theirs.
     """
     count, shapes = file.shapes[registers][1], dict(file.shapes)
     shapes[positions] = (1, shapes[positions][1] - count, shapes[positions][2])

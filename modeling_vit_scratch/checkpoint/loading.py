@@ -5,12 +5,11 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -21,14 +20,12 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 from .adaptation import adapt, adapted_processor
 from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, find_files, is_sharded, open_tensors
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
 from .formats import FORMATS, NATIVE
-from .tensor_file import CheckpointError
 
 
 logger = logging.get_logger(__name__)
 
-PROGRESS_FROM_BYTES = 1_000_000_000
 # Arguments of transformers' from_pretrained that say where a file is, and go to the Hub's client.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # Arguments that mean a way of loading that is transformers' alone.
@@ -37,23 +34,16 @@ _TRANSFORMERS_ONLY = ("state_dict", "gguf_file", "key_mapping", "quantization_co
 
 def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """
-    The models' `from_pretrained`, once the package is imported: transformers', and
+    The models' `from_pretrained`, once the package is imported: transformers' (`load`, bound to `cls`), and
 
-    - `source` may be a checkpoint of any format in `FORMATS`: a file, a folder or a Hub id;
-    - what the stored weights don't fit is adapted, never initialised in silence: `image_size=(H, W)` resamples
-      positions, `patch_size` resizes the patch kernel, `num_channels` adapts the first kernel, `num_labels` gives a new
-      classifier of zeros, `representation_size=None` takes the tanh layer before it away. A warning says each. (Of a
-      folder of this package, another `num_labels` and nothing else is what it is in transformers: it needs
-      `ignore_mismatched_sizes=True`.)
+    - `source` may be a checkpoint of any format in `FORMATS`: a file, a folder or a Hub id, or a `Checkpoint`;
+    - what the stored weights don't fit is adapted, and a warning says it: `image_size=(H, W)` resamples positions,
+      `patch_size` resizes the patch kernel, `num_channels` adapts the first kernel, `num_labels` gives a new classifier
+      of zeros, `representation_size=None` takes the tanh layer before it away. (For a folder of this package another
+      `num_labels` and nothing else needs `ignore_mismatched_sizes=True`, as in transformers.)
+    - `patch_resize` is how the patch kernel is resized, FlexiViT's `"pseudo_inverse"` (the default) or `"bilinear"`;
+      `source_image_size` is what stored positions are for, where they are on a rectangle and the file doesn't say;
     - the image processor that fits is `model.image_processor`, and is saved with the model.
-
-    Args:
-        cls: the model's class.
-        load: transformers' `from_pretrained`, bound to `cls`.
-        source: a file, a folder or a Hub id, or a `Checkpoint`.
-        args, kwargs: as in transformers; and `patch_resize`, how the patch kernel is resized, by FlexiViT's
-            `"pseudo_inverse"` (the default) or `"bilinear"`; and `source_image_size`, the image size that stored
-            positions are for, where they are on a rectangle and the file doesn't say.
 
     Raises:
         CheckpointError: if a checkpoint can't be read exactly.
@@ -67,31 +57,27 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     is_own, own_config = (False, None) if isinstance(source, Checkpoint) else _is_own(source, hub)
     if is_own:
         stored = None if own_config is None else ViTScratchConfig.from_dict(own_config)
-        _refuse_absurd(source, stored, hub, kwargs)
+        if stored is not None and kwargs.get("variant") is None:
+            _refuse_absurd(source, stored, hub)
         differences = _differences(cls, stored, kwargs)
-        if differences == {"num_labels"} and _has_classifier(source, hub):
+        if differences == {"num_labels"} and "classifier.weight" in open_tensors(find_files(source, **hub)[0]):
             # Programs rely on transformers here: an error, or with ignore_mismatched_sizes=True a new classifier.
             if "config" not in kwargs:
-                kwargs.setdefault("zero_init_head", True)
-                kwargs.setdefault("head_bias_init", 0.0)
-                kwargs.setdefault("temperature", 1.0)
+                kwargs = {"zero_init_head": True, "head_bias_init": 0.0, "temperature": 1.0, **kwargs}
             differences = set()
         if not differences:
             return load(source, *args, **kwargs)
 
-    given = {name: kwargs.get(name) for name in ("num_attention_heads", "position_embedding", "image_size")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if source_image_size is not None:
-        given["source_image_size"] = source_image_size
+    given = {**kwargs, "source_image_size": source_image_size}
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source, given, **hub)
     logger.info(checkpoint.describe())
     config, rest = _target_config(checkpoint.config, kwargs)
-    state, notes = adapt(checkpoint, config, cls, _model_arguments(rest), patch_resize, _progress(checkpoint))
+    arguments = {name: rest[name] for name in ("add_pooling_layer", "use_mask_token") if name in rest}
+    state, notes = adapt(checkpoint, config, cls, arguments, patch_resize)
     for note in checkpoint.notes + notes:
         logger.warning(note)
-    for name in _HUB_ARGUMENTS:
+    for name in (*_HUB_ARGUMENTS, "ignore_mismatched_sizes"):
         rest.pop(name, None)
-    rest.pop("ignore_mismatched_sizes", None)
     model = load(None, *args, config=config, state_dict=state, **rest)
     result = model[0] if isinstance(model, tuple) else model
     result.config.name_or_path = result.name_or_path = str(getattr(source, "source", source))
@@ -99,11 +85,10 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
         try:
             processor = ViTScratchImageProcessor.from_pretrained(os.path.dirname(checkpoint.source))
         except (OSError, ValueError):  # a folder without one, as checkpoints of training can be
-            height, width = checkpoint.config.image_hw
-            size = {"height": height, "width": width}
+            size = dict(zip(("height", "width"), checkpoint.config.image_hw))
             processor = ViTScratchImageProcessor(num_channels=checkpoint.config.num_channels, size=size)
     else:
-        processor = checkpoint.image_processor()
+        processor = ViTScratchImageProcessor(**checkpoint.processor)
     result.image_processor = adapted_processor(processor, checkpoint.config, config)
     return model
 
@@ -121,33 +106,19 @@ def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] |
             names = os.listdir(folder) if os.path.isdir(folder) else []
             is_foreign = any(name.endswith(SUFFIXES) for name in names) and "adapter_config.json" not in names
             return not is_foreign, None
-    else:
-        try:
-            path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
-        except (OSError, ValueError):
-            path = None
-        if path is None:
-            return True, None
     try:
+        if not os.path.isdir(source):
+            path = cached_file(source, "config.json", **hub)
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return True, None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no dictionary of settings, but a {type(config).__name__}.")
     return config.get("model_type") == ViTScratchConfig.model_type, config
 
 
-def _refuse_absurd(
-    source: Any, config: ViTScratchConfig | None, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> None:
-    """
-    What weights lack is made anew: a config.json that describes far more than they are must not fill the memory.
-
-    Raises:
-        CheckpointError: for more than ten times the parameters that are there, and 100 million more.
-    """
-    if config is None or kwargs.get("variant") is not None:
-        return
+def _refuse_absurd(source: Any, config: ViTScratchConfig, hub: Mapping[str, Any]) -> None:
+    """What weights lack is made anew: a config.json that describes far more than they are must not fill the memory."""
     try:
         file = open_tensors(find_files(source, **hub)[0])
     except CheckpointError:  # transformers tells what is wrong
@@ -188,10 +159,6 @@ def _differences(cls: type, old: ViTScratchConfig | None, kwargs: Mapping[str, A
     return {name for name in fields if getattr(old, name) != getattr(new, name)}
 
 
-def _has_classifier(source: Any, hub: Mapping[str, Any]) -> bool:
-    return "classifier.weight" in open_tensors(find_files(source, **hub)[0])
-
-
 def _target_config(config: ViTScratchConfig, kwargs: Mapping[str, Any]) -> tuple[ViTScratchConfig, dict[str, Any]]:
     """The configuration that the caller wants, and the arguments that are none of its fields."""
     rest = dict(kwargs)
@@ -202,10 +169,9 @@ def _target_config(config: ViTScratchConfig, kwargs: Mapping[str, Any]) -> tuple
         config = ViTScratchConfig.from_pretrained(target)
     known = _overridable()
     overrides = {name: rest.pop(name) for name in list(rest) if name in known}
-    fields = config.to_dict()
-    if "num_labels" in overrides and overrides["num_labels"] == config.num_labels:
+    if overrides.get("num_labels") == config.num_labels:
         del overrides["num_labels"]
-    return ViTScratchConfig.from_dict(fields, **overrides), rest
+    return ViTScratchConfig.from_dict(config.to_dict(), **overrides), rest
 
 
 def _overridable() -> set[str]:
@@ -214,19 +180,7 @@ def _overridable() -> set[str]:
     return known | {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
 
 
-def _model_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("add_pooling_layer", "use_mask_token") if name in kwargs}
-
-
-def _progress(checkpoint: Checkpoint) -> Callable[[Iterable], Iterable]:
-    """A progress bar for models that take a while; transformers' switch for progress bars holds."""
-    size = 4 * sum(math.prod(shape) for shape in checkpoint.file.shapes.values())
-    is_quiet = size < PROGRESS_FROM_BYTES or not logging.is_progress_bar_enabled()
-    return lambda names: tqdm(names, desc="Reading weights", unit=" tensors", disable=is_quiet)
-
-
 def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> None:
-    """Raises InputError if the output is the source, or is there already and may not be written over."""
     if os.path.exists(source):
         read, written = Path(source).resolve(), output.resolve()
         if written == read or written in read.parents or (read in written.parents and output.exists()):
@@ -253,22 +207,17 @@ def convert(
     Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each.
 
     Args:
-        source, output: as `load_checkpoint` and `save_checkpoint` take them.
-        format: one of `FORMATS`.
         verify: print the largest difference to the source's own implementation, if it is installed.
         inexact: write a format whose own code computes other numbers.
-        overwrite: write over files that are there.
         overrides: as `from_pretrained` takes them.
 
     Raises:
-        CheckpointError, ValueError: as `load_checkpoint`, `from_pretrained` and `save_checkpoint`; and if the output is
-            the source, or is there already.
+        ValueError: as `load_checkpoint` and `save_checkpoint`, and if the output is the source or is there already.
     """
     output = Path(output)
     _check_output(source, output, overwrite)
     before = _times(output)
-    names = ("num_attention_heads", "position_embedding", "source_image_size", "image_size")
-    checkpoint = load_checkpoint(source, {name: overrides[name] for name in names if name in overrides})
+    checkpoint = load_checkpoint(source, overrides)
     print(checkpoint.describe())
     cls: type = ViTScratchModel
     if "decoder.weight" in checkpoint:
@@ -289,6 +238,5 @@ def convert(
     else:
         save_checkpoint(model, output, format, exact=not inexact)
     print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")
-    left = sorted(name for name, time in _times(output).items() if before.get(name) == time)
-    if left:
+    if left := sorted(name for name, time in _times(output).items() if before.get(name) == time):
         print(f"Left as they were, and not about these weights: {', '.join(left)}.")

@@ -7,22 +7,15 @@ import os
 import torch
 from torch import Tensor, nn
 
+from .architecture import their_configs
 from .conversion import Checkpoint
 from .formats import TIMM, TORCHVISION, TRANSFORMERS
-from .sidecars import their_configs
 
 
 def largest_difference(checkpoint: Checkpoint, model: nn.Module) -> tuple[float, float] | str:
     """
-    Runs the source's implementation and ours on the same random images, in float32 on the CPU.
-
-    Args:
-        checkpoint: what `load_checkpoint` gave.
-        model: a model made of it at its own size, `ViTScratchForImageClassification` or `ViTScratchModel`.
-
-    Returns:
-        The largest difference of the logits (without a classifier: of the hidden states) and the largest of their
-        values; or the reason why there is nothing to compare with.
+    The largest difference between the outputs of the source's implementation and ours, on the same random images in
+    float32 on the CPU, and the largest output; or the reason why there is nothing to compare with.
     """
     theirs = reference_model(checkpoint)
     if isinstance(theirs, str):
@@ -38,12 +31,7 @@ def largest_difference(checkpoint: Checkpoint, model: nn.Module) -> tuple[float,
 
 
 def reference_model(checkpoint: Checkpoint) -> nn.Module | str:
-    """
-    The implementation that a checkpoint was made for, with its weights; or the reason why it can't be had.
-
-    Args:
-        checkpoint: what `load_checkpoint` gave.
-    """
+    """The implementation that a checkpoint was made for, with its weights; or the reason why it can't be had."""
     builders = {TIMM.name: _timm_model, TRANSFORMERS.name: _transformers_model, TORCHVISION.name: _torchvision_model}
     if checkpoint.format not in builders:
         return f"the implementation for the {checkpoint.format} format is no installable package"

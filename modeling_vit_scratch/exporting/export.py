@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A classifier as a program that runs without PyTorch's Python, or without PyTorch: made by transformers' own exporters,
-compared with the model on real images, and only then given its name.
-"""
+"""A classifier as a program, made by transformers' exporters, and written only if it computes what the model does."""
 
 import fnmatch
 import importlib.util
@@ -30,8 +27,7 @@ from ..evaluation.data import read_evaluation_data
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 
-# Of logits, between the program and the model.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of logits, between the program and the model
 # With 8-bit weights: of the spread of the logits, and the share of images with the same best label.
 INT8_TOLERANCE, INT8_AGREEMENT = 0.15, 0.8
 # What `save` writes.
@@ -40,16 +36,12 @@ WRITTEN = (
     "model.onnx.data", "openvino_model.xml", "openvino_model.bin",
 )  # fmt: skip
 MAX_BATCH, MAX_ROWS = 1024, 256
-
-
 # For each format its name in transformers, as in DynamoExporter and DynamoConfig, and what has to be installed.
 FORMATS = {"torch": "Dynamo", "onnx": "Onnx", "openvino": "OpenVINO"}
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-PROGRAM, MODEL = "the program", "the model, eager"
 
 
 def missing_packages(name: str) -> list[str]:
-    """The packages of a format that are not installed."""
     return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
@@ -57,30 +49,21 @@ def export(
     model: ViTScratchForImageClassification, name: str, any_size: bool = False, int8: bool = False
 ) -> ExportedModel:
     """
-    The program of a model, for batches of 1 to 1,024 images. The model's temperature becomes part of it.
-
-    Args:
-        model: in float32, on the CPU.
-        name: of a format in `FORMATS`.
-        any_size: height and width stay open: any that the patch divides, from two patches on.
-        int8: the weights of the matrix products become 8-bit integers. With "onnx".
-
-    Raises:
-        InputError: if the model can't be exported so.
+    The program of a model in float32 on the CPU, for batches of 1 to 1,024 images. With `any_size` it takes all that
+    the patch divides, from two patches on. Raises InputError if the model can't be exported so.
     """
     config, patch = model.config, model.config.patch_hw
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if any_size:
-        shapes |= {
-            axis + 2: patch[axis] * Dim(side, min=2, max=MAX_ROWS) for axis, side in enumerate(("rows", "columns"))
-        }
+        shapes[2] = patch[0] * Dim("rows", min=2, max=MAX_ROWS)
+        shapes[3] = patch[1] * Dim("columns", min=2, max=MAX_ROWS)
     settings: dict[str, Any] = {"dynamic_shapes": {"pixel_values": shapes}}
     if int8:
         from onnxruntime.quantization import QuantType
 
         # Unsigned: processors with AVX2 and no VNNI add products of signed weights in 16 bits, which overflow.
-        config_of_weights = exporters.OnnxRuntimeDynamicConfig(weight_type=QuantType.QUInt8)
-        settings["quantizer"] = exporters.OnnxRuntimeQuantizer(config_of_weights)
+        weights = exporters.OnnxRuntimeDynamicConfig(weight_type=QuantType.QUInt8)
+        settings["quantizer"] = exporters.OnnxRuntimeQuantizer(weights)
     example = torch.zeros(2, config.num_channels, *config.image_hw)
     try:
         with warnings.catch_warnings():
@@ -97,19 +80,12 @@ def export(
 
 
 class Comparison(NamedTuple):
-    """
-    A program and its model, on n images.
-
-    Attributes:
-        difference: the largest of the logits.
-        relative_difference: the root of the mean square of all of them, in parts of the logits' standard deviation.
-        agreement: the share of images with the same best label.
-    """
+    """The logits of a program and its model, on n images."""
 
     n: int
-    difference: float
-    relative_difference: float
-    agreement: float
+    difference: float  # the largest
+    relative_difference: float  # the root of the mean square, in standard deviations of the logits
+    agreement: float  # the share of images with the same best label
 
 
 @torch.inference_mode()
@@ -150,10 +126,7 @@ def check(comparison: Comparison, name: str, int8: bool = False) -> None:
 
 
 def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """
-    Raises InputError if writing the folder would replace an earlier program without `overwrite`, one of the `inputs`
-    (names of the Hub among them do no harm), or anything else that no export wrote.
-    """
+    """Raises InputError if the folder holds an input, an earlier program without `overwrite`, or anything else."""
     for source in (Path(source).resolve() for source in inputs if os.path.exists(source)):
         if folder.resolve() in (source, *source.parents):
             raise InputError(f"OUTPUT {folder} is or holds {source}, which is read. Give another name.")
@@ -187,10 +160,6 @@ def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | o
         shutil.rmtree(staged, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and speed
-
-
 def photographs() -> list[Image.Image]:
     """Two photographs of 640 x 427 pixels that come with scikit-learn, and their quarters: ten images."""
     from sklearn.datasets import load_sample_images
@@ -204,21 +173,11 @@ def photographs() -> list[Image.Image]:
     return whole + quarters
 
 
-def to_pixel_values(images: list[Any], processor: BaseImageProcessor) -> torch.Tensor:
-    """Images (n, C, H, W) for the model. Raises ImageDecodeError for a broken file."""
-    return torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
-
-
 def count_right(
-    model: ViTScratchForImageClassification,
-    processor: BaseImageProcessor,
-    arguments: EvaluationArguments,
+    model: ViTScratchForImageClassification, processor: BaseImageProcessor, arguments: EvaluationArguments,
     runs: dict[str, Callable[..., Any]],
-) -> tuple[int, dict[str, int], str]:
-    """
-    The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which images
-    these are. Raises InputError for what is wrong with the data, or a model with several labels for an image.
-    """
+) -> tuple[int, dict[str, int], str]:  # fmt: skip
+    """The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which."""
     if model.config.problem_type not in (None, "single_label_classification"):
         raise InputError(f"--dataset counts right labels, and this model is for {model.config.problem_type}.")
     names = [str(model.config.id2label[index]) for index in range(model.num_labels)]

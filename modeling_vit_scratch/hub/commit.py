@@ -3,21 +3,20 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token, is_offline_mode
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of the HTTP library that huggingface_hub is built on, whichever that is
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    errors,
+    get_token,
+    is_offline_mode,
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
@@ -41,35 +40,22 @@ class ConnectionLost(InputError):
 
 @dataclass(frozen=True)
 class Remote:
-    """
-    The state of a repository.
-
-    Attributes:
-        repo_id: USER/NAME.
-        exists: whether this user can see it.
-        private: whether others can't see it.
-        revision: the branch; None for main.
-        head: the latest commit of the branch; None if there is no such branch.
-        files: in the latest commit.
-        repo_type: "model" or "space".
-    """
+    """The state of a repository, as far as this user can see it."""
 
     repo_id: str
     exists: bool = False
     private: bool | None = None
-    revision: str | None = None
-    head: str | None = None
+    revision: str | None = None  # the branch; None for main
+    head: str | None = None  # its latest commit; None if there is no such branch
     files: tuple[str, ...] = ()
-    repo_type: str = "model"
+    repo_type: str = "model"  # or "space"
 
     def outdated(self, uploads: list[Upload]) -> list[str]:
         """Files of an earlier version that a commit removes: weights and pickles of a model, code of a Space."""
         new = {upload.path for upload in uploads}
-        if self.repo_type == "space":
-            return [path for path in self.files if path.startswith(f"{PAGE}/") and path not in new]
-        if "config.json" not in new:  # no model
-            return []
-        return [path for path in self.files if OUTDATED.fullmatch(path) and path not in new]
+        pattern = re.compile(f"{PAGE}/.*") if self.repo_type == "space" else OUTDATED
+        is_whole = self.repo_type == "space" or "config.json" in new
+        return [path for path in self.files if is_whole and pattern.fullmatch(path) and path not in new]
 
 
 def check_can_publish(name: str) -> None:
@@ -77,25 +63,20 @@ def check_can_publish(name: str) -> None:
     with _explained(name):
         validate_repo_id(name)
         if get_token() is None:
-            raise LocalTokenNotFoundError
+            raise errors.LocalTokenNotFoundError
         if is_offline_mode():
-            raise OfflineModeIsEnabled
+            raise errors.OfflineModeIsEnabled
 
 
 def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Remote:
     """
-    The state of a repository. Changes nothing; asks again when the connection is lost.
-
-    Raises:
-        InputError: if the Hub refuses, or if the repository holds something else than a model or Space of this
-            library.
-        ConnectionLost: if it can't be reached.
+    The state of a repository; asks again when the connection is lost. Raises InputError if the Hub refuses, or if the
+    repository holds something else than a model or Space of this library.
     """
     for number in range(1, ATTEMPTS):
-        try:
+        with contextlib.suppress(ConnectionLost):
             return _look_up(repo_id, revision, repo_type)
-        except ConnectionLost:
-            time.sleep(WAIT * number)
+        time.sleep(WAIT * number)
     return _look_up(repo_id, revision, repo_type)
 
 
@@ -104,7 +85,7 @@ def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
     with _explained(repo_id):
         try:
             info = api.repo_info(repo_id, repo_type=repo_type)
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             return Remote(repo_id, revision=revision, repo_type=repo_type)
         files = tuple(file.rfilename for file in info.siblings or ())
         if repo_type == "space":
@@ -125,13 +106,13 @@ def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
             return remote
         try:
             info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        except RevisionNotFoundError:
+        except errors.RevisionNotFoundError:
             return replace(remote, head=None)
         return replace(remote, head=info.sha, files=tuple(file.rfilename for file in info.siblings or ()))
 
 
 def find_model(model: str) -> ModelInfo:
-    """Any model on the Hub. Raises InputError as `look_up`, also if this user can see none of that name."""
+    """Any model on the Hub. Raises InputError if this user can see none of that name."""
     with _explained(model):
         return HfApi().model_info(model)
 
@@ -147,19 +128,8 @@ def prepare(
     repo_type: str = "model",
 ) -> Remote:  # fmt: skip
     """
-    The repository to commit to, and its branch. Both are created if they don't exist.
-
-    Args:
-        name: USER/NAME, or NAME for a repository of this user.
-        private: whether a new repository is private; None for the user's or organization's default.
-        revision: a branch, created from main if it doesn't exist.
-        create_pr: for a pull request, which needs no permission to write to an existing repository.
-        repo_type: "model" or "space".
-
-    Raises:
-        InputError: without a token or permission to write, if the name is taken by something else, or if the
-            repository is public and should be private.
-        ConnectionLost: if the Hub can't be reached.
+    The repository to commit to, NAME or USER/NAME, and its branch, which are created if they don't exist. Raises
+    InputError without permission to write, if it holds something else, or if it is public and should be private.
     """
     check_can_publish(name)
     api = HfApi()
@@ -187,21 +157,8 @@ def prepare(
 
 def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool = False, strict: bool = True) -> str:
     """
-    Publishes files in one commit: all of them or none. Tries again when the connection is lost.
-
-    Args:
-        remote: from `prepare`.
-        uploads: the files. Weights of earlier versions that are not among them are removed.
-        message: the commit's title.
-        create_pr: a pull request in place of a commit to the branch.
-        strict: refuse if somebody else has committed since `remote` was looked up.
-
-    Returns:
-        The URL of the commit or of the pull request.
-
-    Raises:
-        InputError: if the Hub refuses.
-        ConnectionLost: after several attempts.
+    Publishes files in one commit, or as a pull request, and returns its URL. Weights of earlier versions that are not
+    among the uploads are removed. If `strict`, refuses when somebody else has committed since `remote` was looked up.
     """
     disable_progress_bars()  # here: libraries that were imported meanwhile may have enabled them
     api, outdated = HfApi(), remote.outdated(uploads)
@@ -241,8 +198,8 @@ def _explained(name: str) -> Iterator[None]:
     """Turns errors of huggingface_hub into InputError with one readable message."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, HFValidationError) as error:
-        # An upload of a large file wraps the error in a RuntimeError.
+    # HTTPError is that of the HTTP library below; an upload of a large file wraps the error in a RuntimeError.
+    except (errors.HTTPError, OSError, RuntimeError, errors.HFValidationError) as error:
         explanation = _explain(name, error.__cause__ if isinstance(error, RuntimeError) else error)
         if explanation is None:
             raise
@@ -251,14 +208,14 @@ def _explained(name: str) -> Iterator[None]:
 
 def _explain(name: str, error: BaseException | None) -> InputError | None:
     status, answer = None, ""
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         status, answer = error.response.status_code, (error.server_message or "").strip().rstrip(".")
         answer = f" ({answer})" if answer else ""
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         message = f"{name} is no name for a repository. Give USER/NAME: letters, digits, '-', '_' and '.', at most 96."
-    elif isinstance(error, LocalTokenNotFoundError) or (status == 401 and get_token() is None):
+    elif isinstance(error, errors.LocalTokenNotFoundError) or (status == 401 and get_token() is None):
         message = f"There is no token for the Hub on this machine. {_LOG_IN}"
-    elif isinstance(error, OfflineModeIsEnabled):
+    elif isinstance(error, errors.OfflineModeIsEnabled):
         message = "HF_HUB_OFFLINE is set. Unset it to publish."
     elif status == 401:
         message = f"The Hub does not accept the token of this machine{answer}. {_LOG_IN}"
@@ -267,9 +224,9 @@ def _explain(name: str, error: BaseException | None) -> InputError | None:
             f"The token of this machine may not write to {name}{answer}. Use a token with the role write, choose a "
             "name of your own, or ask the organization."
         )
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         message = f"There is no repository {name} that the token of this machine may see. {_LOG_IN}"
-    elif isinstance(error, RevisionNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
         message = f"{name} has no such branch or commit."
     elif status in (409, 412):
         message = f"{name} was changed by somebody else meanwhile{answer}. Look at the change, then run this again."
@@ -277,7 +234,7 @@ def _explain(name: str, error: BaseException | None) -> InputError | None:
         return ConnectionLost(f"The Hub answers {status}{answer}.")
     elif status is not None:
         message = f"The Hub refuses {name} with {status}{answer}."
-    elif isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
+    elif isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)):
         reason = str(error).strip().rstrip(".") or type(error).__name__
         return ConnectionLost(f"The connection to the Hub was lost ({reason}).")
     else:

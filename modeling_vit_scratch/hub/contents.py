@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What is published of a model's folder: which files, whether they work, and no tokens and local paths in them. Files of
-unknown kinds are left out.
-"""
+"""What is published of a model's folder: which files, whether they work, and no tokens and local paths in them."""
 
 import json
 import posixpath
@@ -36,10 +33,7 @@ OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\
 # Folders of checkpoints to resume from, here or in a repository.
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 
-_MODEL_CLASSES = {
-    kind.__name__: kind
-    for kind in (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
-}
+_MODELS = (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
 _MODEL_FILES = {
     "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
 }  # fmt: skip
@@ -101,15 +95,8 @@ class Upload:
 
 def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
     """
-    Chooses the files of a folder to publish.
-
-    Args:
-        folder: of a model.
-        code: whether to add the code files of this version, in place of the folder's own.
-        card: to publish in place of the folder's README.md.
-
-    Returns:
-        The uploads, and the paths that are left out with the reasons. The path of a folder ends with a slash.
+    The files of a model's folder to publish, with this version's `code` and, in place of its README.md, the `card`; and
+    the paths that are left out with the reasons. The path of a folder ends with a slash.
     """
     uploads, left_out, shown = [], {}, _shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -157,15 +144,11 @@ def changed_code(folder: Path) -> list[str]:
     return [module.name for module in CODE if found.get(module.name) != module.read_bytes()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
-
-
 def check_model(folder: Path) -> list[str]:
     """The problems, a line each, of loading a folder's processor and model and running it on a grey image."""
     pickles = [path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
     has_weights = any(folder.glob("model*.safetensors"))
-    if not has_weights and pickles:
+    if pickles and not has_weights:
         return [f"{pickles[0]} is a pickle: loading it can run any code. Convert it: scripts/convert.py."]
     missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
     missing += [] if has_weights else ["model.safetensors"]
@@ -174,11 +157,11 @@ def check_model(folder: Path) -> list[str]:
     try:
         config = ViTScratchConfig.from_pretrained(folder)
         name = (config.architectures or [""])[0]
-        if name not in _MODEL_CLASSES:
-            known = ", ".join(_MODEL_CLASSES)
-            return [f"config.json names the architecture {name or 'nothing'}. Known ones: {known}."]
+        classes = {model_class.__name__: model_class for model_class in _MODELS}
+        if name not in classes:
+            return [f"config.json names the architecture {name or 'nothing'}. Known ones: {', '.join(classes)}."]
         processor = ViTScratchImageProcessor.from_pretrained(folder)
-        model, info = _MODEL_CLASSES[name].from_pretrained(folder, output_loading_info=True)
+        model, info = classes[name].from_pretrained(folder, output_loading_info=True)
         lines = [
             f"The weights do not fit config.json: {title.replace('_', ' ')} {', '.join(sorted(map(str, keys))[:3])}."
             for title, keys in info.items()
@@ -198,17 +181,8 @@ def prepare_card(
     folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
 ) -> tuple[Upload | None, list[str]]:
     """
-    The card to publish: its example loads the model from the Hub, and it has a licence.
-
-    Args:
-        folder: of the model.
-        architecture: the class in config.json, which decides the task.
-        repo_id: the repository that the card's example loads the model from.
-        license: the Hub's name of a licence, to replace the card's.
-        text: of the card, in place of the folder's README.md.
-
-    Returns:
-        The card, or None if it can't be read; and the problems, a line each.
+    The card to publish, None if it can't be read, and its problems, a line each. `text` replaces the folder's
+    README.md, `license` the card's. Its example loads the model from `repo_id`.
     """
     file = folder / "README.md"
     if text is None and not file.is_file():
@@ -236,10 +210,6 @@ def prepare_card(
     lines += [f"README.md shows {path}, which is not in {folder}." for path in absent]
     card.text = _LOCATION.sub(lambda found: f"{found[1]}{found[2]}{repo_id}{found[2]}", card.text)
     return Upload("README.md", str(card).encode()), lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens, and local paths, which can name the user
 
 
 def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Pushes a training run to the Hub, without the tokens, local paths, pickles and logs that the stock Trainer pushes.
-
-Each push is one commit. During training it runs in a thread; if it fails, a warning says so, and the next one has it
-all.
+Pushes a training run to the Hub, without the tokens, local paths, pickles and logs that the stock Trainer pushes. Each
+push is one commit, in a thread of its own during training. One that fails is a warning; the next one has it all.
 """
 
 import contextlib
@@ -32,22 +30,14 @@ _COPIES = "_upload-"
 
 class HubPusher:
     """
-    The pushes of a run, in its first process. To transformers' Trainer it is a `PushInProgress`.
-
-    Args:
-        arguments: of the run.
-        log: prints a line.
-        on_push_begin: called before each push.
-        copy_model: copies the model of a checkpoint into a new folder.
+    The pushes of a run, in its first process. To transformers' Trainer it is a `PushInProgress`. `copy_model` copies
+    the model of a checkpoint into a new folder.
     """
 
     def __init__(
-        self,
-        arguments: TrainingArguments,
-        log: Callable[[str], None],
-        on_push_begin: Callable[[], None],
+        self, arguments: TrainingArguments, log: Callable[[str], None], on_push_begin: Callable[[], None],
         copy_model: Callable[[Path, Path], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.arguments, self.log, self.on_push_begin, self.copy_model = arguments, log, on_push_begin, copy_model
         self.folder = Path(arguments.output_dir)
         self.remote: Remote | None = None
@@ -56,12 +46,7 @@ class HubPusher:
         self._unpushed: Path | None = None  # the latest checkpoint, until its push has succeeded
 
     def prepare(self) -> str:
-        """
-        Creates the repository, and the branch of --hub_revision, if they don't exist, and returns the repository's id.
-
-        Raises:
-            InputError: if this user may not push there, or if the repository holds something else.
-        """
+        """Creates the repository and its branch, if they don't exist, and returns the repository's id."""
         for leftover in self.folder.glob(f"{_COPIES}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         name = self.arguments.hub_model_id or self.folder.absolute().name
@@ -75,24 +60,16 @@ class HubPusher:
         """A line on where and when it pushes; None if it does not."""
         if self.remote is None:
             return None
-        when = "at the end"
-        if self.arguments.hub_strategy != HubStrategy.END and self.arguments.save_strategy != "no":
-            when = "at every save and at the end"
+        is_at_the_end = self.arguments.hub_strategy == HubStrategy.END or self.arguments.save_strategy == "no"
+        when = "at the end" if is_at_the_end else "at every save and at the end"
         who = "only you and who you allow can" if self.remote.private else "everybody can"
-        before = ""
-        if "config.json" in self.remote.files:
-            before = f" The model that is there stays in its history: {self.remote.head[:7]}."
+        has_model = "config.json" in self.remote.files
+        before = f" The model that is there stays in its history: {self.remote.head[:7]}." if has_model else ""
         branch = f", branch {self.remote.revision}" if self.remote.revision else ""
         return f"Pushed to {self.remote.repo_id}{branch}, which {who} read, {when}.{before}"
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # During training
-
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """
-        Pushes copies of a whole checkpoint in the background, as --hub_strategy says; not during another push, unless
-        --hub_always_push says so.
-        """
+        """Pushes copies of a whole checkpoint in the background, as --hub_strategy and --hub_always_push say."""
         if self.arguments.hub_strategy == HubStrategy.END:
             return
         self._unpushed = checkpoint
@@ -164,16 +141,8 @@ class HubPusher:
                 self.push_checkpoint(self._unpushed)
                 self.wait_until_done()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # At the end
-
     def push_model(self, message: str) -> str:
-        """
-        Pushes the finished model in the folder, with its card, record and figures, and returns the commit's URL.
-
-        Raises:
-            InputError: if the push fails.
-        """
+        """Pushes the finished model in the folder, with its card, record and figures; returns the commit's URL."""
         self.wait_until_done()
         architecture = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         card, lines = prepare_card(self.folder, architecture, self.remote.repo_id, license=None)
@@ -207,8 +176,8 @@ class HubPusher:
 
 def checkpoint_uploads(folder: Path, name: str) -> list[Upload]:
     """
-    All files of a checkpoint, by its name in the repository, to resume from on another machine. Local paths and tokens
-    in its JSON files are replaced by shorter words and spaces: the sizes in its manifest stay right.
+    All files of a checkpoint to resume from, by its name in the repository. Local paths and tokens in its JSON files
+    become shorter words and spaces: the sizes in its manifest stay right.
     """
     uploads = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -223,11 +192,11 @@ def checkpoint_uploads(folder: Path, name: str) -> list[Upload]:
 
 def link_folder(folder: Path, target: Path) -> None:
     """Copies a folder, with hard links where the file system has them."""
-    shutil.copytree(folder, target, copy_function=_link_or_copy)
 
+    def link_or_copy(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target)
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)
+    shutil.copytree(folder, target, copy_function=link_or_copy)

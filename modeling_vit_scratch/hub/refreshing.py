@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Renews the code of a model's folder, here or on the Hub, after a check that its numbers stay the same.
-
-Folders keep the code that they were saved with, and newer transformers may not run it any more.
+Renews the code of a model's folder, here or on the Hub, after a check that its numbers stay the same: newer
+transformers may not run the code that the folder was saved with.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 
 from ..common.errors import InputError
@@ -51,22 +50,13 @@ torch.save(outputs, result)
 
 @dataclass(frozen=True)
 class Renewal:
-    """
-    What renewing would do.
-
-    Attributes:
-        folder: the model's, or its copy from the Hub.
-        uploads: the files that change.
-        old_version: of the folder's code; "unknown" before 0.2.0.
-        difference: the largest one between outputs of the old and of the new code; None if the old code fails.
-        error: how the old code fails.
-    """
+    """What renewing would do to a folder, or to the copy of one from the Hub."""
 
     folder: Path
-    uploads: list[Upload]
-    old_version: str
-    difference: float | None = None
-    error: str | None = None
+    uploads: list[Upload]  # the files that change
+    old_version: str  # "unknown" before 0.2.0
+    difference: float | None = None  # the largest between outputs of the old and the new code
+    error: str | None = None  # of the old code
 
     def describe(self) -> list[str]:
         if not self.uploads:
@@ -80,14 +70,8 @@ class Renewal:
 
 def plan_renewal(source: str, revision: str | None = None) -> Renewal:
     """
-    Compares a folder's outputs under its own code and under this one.
-
-    Args:
-        source: a folder, or USER/NAME of a model on the Hub.
-        revision: the branch there.
-
-    Raises:
-        InputError: if it is no model of ours, if the new code does not run it, or if it gives other numbers.
+    Compares the outputs of a folder, or of USER/NAME on the Hub, under its own code and under this one. Raises
+    InputError if it is no model of ours, if the new code does not run it, or if it gives other numbers.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -102,7 +86,8 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
     new_config = {**config, "auto_map": config.get("auto_map", {}) | AUTO_MAP, "code_version": CODE_VERSION}
     uploads = [Upload(path.name, path) for path in CODE]
     uploads += [Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode())]
-    uploads = [upload for upload in uploads if _is_new(folder / upload.path, upload)]
+    old_texts = {path.name: path.read_text("utf-8") for path in (*folder.glob("*.py"), file)}
+    uploads = [upload for upload in uploads if old_texts.get(upload.path) != upload.text()]
     if not any(upload.path.endswith(".py") for upload in uploads) and config == new_config:
         return Renewal(folder, [], old_version)
 
@@ -132,32 +117,18 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
 
 
 def renew(source: str, renewal: Renewal, revision: str | None = None, create_pr: bool = False) -> str:
-    """
-    Writes the files that change: into the folder, or in one commit to the repository.
-
-    Returns:
-        Where they are: the folder, or the URL of the commit or pull request.
-
-    Raises:
-        InputError, ConnectionLost: as `commit`.
-    """
+    """Writes the files that change into the folder, or in one commit or pull request, and returns where they are."""
     if Path(source).is_dir():
         for upload in renewal.uploads:
             write_text(renewal.folder / upload.path, upload.text())
         return source
     remote = prepare(source, revision=revision, create_pr=create_pr)
     # No files, so that the weights stay: they are not among those that are committed.
-    return commit(dataclasses.replace(remote, files=()), renewal.uploads, f"Code of {CODE_VERSION}", create_pr)
+    return commit(replace(remote, files=()), renewal.uploads, f"Code of {CODE_VERSION}", create_pr)
 
 
-def _is_new(file: Path, upload: Upload) -> bool:
-    return not file.is_file() or file.read_text("utf-8") != upload.text()
-
-
-def _outputs(folder: Path) -> list:
-    """The outputs of the folder's model under the folder's own code. Raises RuntimeError with the last line of it."""
-    import torch
-
+def _outputs(folder: Path) -> list[torch.Tensor]:
+    """The outputs of a folder's model under its own code. Raises RuntimeError with the last line of what it prints."""
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "outputs.pt"
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}

@@ -31,58 +31,40 @@ transformers=={transformers}
 """
 
 
-def space_files(model: str, title: str, has_code: bool, revision: str = "main") -> list[Upload]:
-    """The files of a Space for a model on the Hub. If the model `has_code` of its own, the Space runs it."""
-    names = {"model": model, "title": title, "page": PAGE, "gradio": GRADIO, "python": PYTHON}
-    names |= {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
-    card = Path(__file__).with_name("space.md").read_text(encoding="utf-8")
-    texts = {"README.md": card, "app.py": _APP, "requirements.txt": _REQUIREMENTS}
-    uploads = [
-        Upload(path, text.format(**names, trust=has_code, revision=revision).encode()) for path, text in texts.items()
-    ]
-    return sorted([*uploads, *(Upload(f"{PAGE}/{file.name}", file) for file in CODE)], key=lambda upload: upload.path)
-
-
 def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]:
     """
-    A Space for a model on the Hub.
-
-    Args:
-        source: the folder of a model that is published under the Space's own name; or the Hub id of any model.
-        repo_id: the Space's name.
-
-    Returns:
-        The files; the problems of the folder, a line each; the model's Hub id.
-
-    Raises:
-        InputError: if there is neither such a folder nor a model of that name on the Hub.
-        ConnectionLost: if the model is not in a folder and the Hub can't be reached.
+    The files of a Space `repo_id`, the problems, a line each, and the Hub id of its model: `source`, or if that is a
+    folder, `repo_id`, which it is published under. Raises InputError if there is neither.
     """
-    folder, title = Path(source), repo_id.rpartition("/")[2]
+    folder, problems = Path(source), []
+    model, has_code, revision = repo_id, True, "main"
     if folder.is_dir():
         problems = check_model(folder)
         if not problems and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
             problems = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
-        return space_files(repo_id, title, has_code=True), problems, repo_id
-    if source.count("/") != 1:
+    elif source.count("/") != 1:
         raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
-    found = find_model(source)
-    has_code = any(file.rfilename.endswith(".py") for file in found.siblings or ())
-    # Other people's code is pinned to the commit that it has now.
-    return space_files(source, title, has_code, found.sha if has_code else "main"), [], source
+    else:
+        found = find_model(source)
+        model, has_code = source, any(file.rfilename.endswith(".py") for file in found.siblings or ())
+        revision = found.sha if has_code else "main"  # other people's code is pinned to the commit that it has now
+
+    names = {"model": model, "revision": revision, "trust": has_code, "title": repo_id.rpartition("/")[2]}
+    names |= {"page": PAGE, "gradio": GRADIO, "python": PYTHON}
+    names |= {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
+    card = Path(__file__).with_name("space.md").read_text(encoding="utf-8")
+    texts = {"README.md": card, "app.py": _APP, "requirements.txt": _REQUIREMENTS}
+    uploads = [Upload(path, text.format(**names).encode()) for path, text in texts.items()]
+    uploads += [Upload(f"{PAGE}/{file.name}", file) for file in CODE]
+    return sorted(uploads, key=lambda upload: upload.path), problems, model
 
 
 def check_served(model: str) -> str | None:
-    """
-    What the user has to do so that a Space can load its model, if anything.
-
-    Raises:
-        InputError: if there is no such model on the Hub.
-    """
+    """What the user has to do so that a Space can load its model, if anything. Raises InputError if there is none."""
     try:
         private = find_model(model).private
-    except ConnectionLost:
-        raise
     except InputError as error:
+        if isinstance(error, ConnectionLost):
+            raise
         raise InputError(f"{error} The page needs the model on the Hub: publish it first, without --space.") from error
     return f"{model} is private: give the Space the secret HF_TOKEN, a token that may read it." if private else None
