@@ -36,7 +36,7 @@ names that a template may use (Jinja; see the default one):
   transfer            the tables of transfer.json: include "transfer.md"
   emissions           what codecarbon reports (finetune.py --report_to codecarbon): grams, kwh, country, version
   figures             the pictures in the folder, as paths; sheet_credit: whose photos figures/sheet.png shows
-  license, license_name, license_link, license_is_of_data, base_model, version
+  license, license_name, license_link, license_is_of_data, base_model, version, oldest_transformers
 
 filters, beside Jinja's own:
   number, percent, score(metric), metric_name, metric_title, size, names, url, code, code_block(language)

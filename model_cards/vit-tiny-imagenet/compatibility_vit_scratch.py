@@ -20,9 +20,10 @@ from torch import Tensor
 
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+OLDEST = "4.57"  # cards say it too
 if VERSION < (4, 57):
     raise ImportError(
-        f"This model needs transformers 4.57 or newer, and {transformers.__version__} is installed. "
+        f"This model needs transformers {OLDEST} or newer, and {transformers.__version__} is installed. "
         "Update it: pip install --upgrade transformers"
     )
 

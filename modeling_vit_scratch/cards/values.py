@@ -12,6 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
+from ..compatibility_vit_scratch import OLDEST
 from ..common.records import METRIC_TITLES, NUM_BINS, interval_of, license_problem, title_of
 from .records import ModelRecords
 
@@ -85,6 +86,7 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         "license_is_of_data": license is not None and options.license is None,
         "base_model": options.base_model or (training and training["model"]["base_model"]),
         "version": main_record["versions"].get("modeling_vit_scratch", __version__),
+        "oldest_transformers": OLDEST,
     }
     unseen = (one for one in values["evaluations"] if not one["dataset"]["seen_in_training"])
     values["best_evaluation"] = next(unseen, None)
