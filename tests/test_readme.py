@@ -293,3 +293,16 @@ def test_how_fast_the_network_is_is_on_record():
         batch = read(task)
         for name in ("transformers", "timm"):
             assert times(batch, ours, name) in " ".join(text.split()), (task, name, times(batch, ours, name))
+
+
+def test_how_fast_the_plain_and_the_accelerated_network_are_is_on_record():
+    text = " ".join(MEASUREMENTS[MEASUREMENTS.index("* **Plain and accelerated**") :].split("\n* ")[0].split())
+    for task, batch, fast, slow in (
+        ("inference", "8", "ours", "transformers"), ("training", "8", "ours", "transformers"),
+        ("inference", "8", "ours, accelerated", "ours"), ("inference", "1", "ours, accelerated", "ours"),
+        ("training", "8", "ours, accelerated", "ours"),
+    ):  # fmt: skip
+        record = json.loads((ROOT / "model_cards" / f"benchmark_{task}_plain.json").read_text(encoding="utf-8"))
+        seconds = record["batches"][batch]["seconds"]
+        low, middle, high = np.percentile(np.divide(seconds[slow], seconds[fast]), [25, 50, 75])
+        assert f"{middle:.2f} ({low:.2f} to {high:.2f})" in text, (task, batch, fast)
