@@ -147,6 +147,45 @@ def test_copies_and_pickles_answer_alike(kind, pixel_values):
             assert torch.equal(copied(pixel_values).logits, model(pixel_values).logits)
 
 
+class Logits(nn.Module):
+    """Of a classifier, as a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["stock", "ours", "ours, faster"])
+def test_compiled_exported_and_traced_it_answers_alike(kind, pixel_values):
+    model = speed_up(build(kind)) if kind == "ours, faster" else build(kind)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        exported = torch.export.export(
+            model, (), {"pixel_values": pixel_values}, dynamic_shapes={"pixel_values": {0: batch}}
+        ).module()
+        traced = torch.jit.trace(Logits(model), pixel_values)
+        torch.testing.assert_close(compiled(pixel_values).logits, logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(exported(pixel_values=pixel_values[:1]).logits, logits[:1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(traced(pixel_values), logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_device_map_changes_no_number(kind, device_map, pixel_values, tmp_path):
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, device_map=device_map).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
 def test_a_folder_without_the_package_in_other_processes(tmp_path):
     # datasets.map pickles functions with dill, by value if a class's module is no attribute of its package.
     folder = tmp_path / "model"
