@@ -18,12 +18,19 @@ from pathlib import Path
 from startup.quick import before_torch, run_command_line
 
 
+def _is_here(place: str) -> bool:
+    return Path(place or ".").resolve() == Path(__file__).resolve().parent
+
+
 # Python puts this folder first on its path, where the name of this file would hide the library `evaluate`, also from
-# the other scripts here. This folder goes to the end of the path, and to `import evaluate` gives the library.
-sys.path.sort(key=lambda place: Path(place or ".").resolve() == Path(__file__).resolve().parent)
+# the other scripts here. This folder goes to the end of the path until `import evaluate` has given the library.
+sys.path.sort(key=_is_here)
 if __name__ == "evaluate" and getattr(sys.modules.get(__name__), "__file__", None) == __file__:
     del sys.modules[__name__]
     import evaluate  # noqa: F401
+
+    # First again: another package may have the name of a folder here.
+    sys.path.sort(key=lambda place: not _is_here(place))
 
 
 def main() -> None:

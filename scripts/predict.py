@@ -37,7 +37,7 @@ def main() -> int:
     logging.disable_progress_bar()
     inputs = Inputs(arguments)
     if arguments.output is None:
-        predictor = load_predictor(arguments, torch.accelerator.current_accelerator() or "cpu")
+        predictor = load_predictor(arguments, torch.accelerator.current_accelerator(check_available=True) or "cpu")
         return int(print_table(predictor, inputs, arguments) > arguments.max_broken_images)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():

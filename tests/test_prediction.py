@@ -358,6 +358,14 @@ def test_embeddings_of_a_model_without_a_classifier(here, tmp_path, monkeypatch,
     assert "--top_k 4: MODEL model has 3 labels" in capsys.readouterr().err
 
 
+def test_a_torch_that_is_built_for_a_gpu_without_one_computes_on_the_cpu(here, monkeypatch):
+    def accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")  # what torch answers there
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    assert predict(monkeypatch, "model", "photos/0.JPG") == 0
+
+
 def test_a_table_on_the_screen(here, monkeypatch, capsys):
     assert predict(monkeypatch, "model", "photos", "--top_k", 3) == 1
     printed = capsys.readouterr()

@@ -161,7 +161,7 @@ def test_another_size_of_image_and_patch_is_served_as_it_was_trained(saved, tmp_
 def test_an_image_processor_of_ones_own(tmp_path):
     ViTImageProcessorPil(size={"height": 16, "width": 24}).save_pretrained(tmp_path)
     processor = start(NAMES, variant="test/4", image_processor_name=str(tmp_path))[1]
-    assert isinstance(processor, ViTImageProcessorPil)
+    assert type(processor).__name__ in ("ViTImageProcessorPil", "ViTImageProcessor")  # the latter with torchvision
 
 
 def test_code_of_an_image_processor_runs_only_on_request(tmp_path):
