@@ -12,8 +12,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..compatibility_vit_scratch import OLDEST
 from ..common.records import METRIC_TITLES, NUM_BINS, interval_of, license_problem, title_of
+from ..compatibility_vit_scratch import OLDEST
 from .records import ModelRecords
 
 

@@ -236,12 +236,17 @@ def _without_positions(evidence: Evidence, fields: dict[str, Any]) -> str:
     )
 
 
+def usual_heads(width: int) -> int | None:
+    """The number of heads that networks of a width have as a rule; None if there is no rule."""
+    return _HEADS_BY_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
+
+
 def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
     width, given = fields["hidden_size"], evidence.given.get("num_attention_heads")
     q_norm = evidence.find("vit.layers.{i}.attention.q_norm.weight")
     if known := fields.get("num_attention_heads") or (width // q_norm[0] if q_norm else given):
         return known
-    heads = _HEADS_BY_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
+    heads = usual_heads(width)
     if heads is None:
         raise evidence.fail(
             f"the number of heads is not in the file, and a width of {width} is no multiple of 64, the usual width of a"
