@@ -385,7 +385,8 @@ def test_code_that_does_not_run_is_renewed_with_a_word_or_refused(folder, quick_
     assert "gives other numbers" in error(folder, "--refresh_code")
 
 
-def test_renewing_takes_models_of_ours_and_no_other_arguments(folder, tmp_path):
+def test_renewing_takes_models_of_ours_and_no_other_arguments(folder, hub, tmp_path):
+    assert "owner/absent" in error("owner/absent", "--refresh_code")
     assert "nothing else" in error(folder, "me/pets", "--refresh_code")
     assert "no folder of a vit_scratch model" in error(tmp_path, "--refresh_code")
     assert "is no folder, nor USER/NAME" in error("nothing", "--refresh_code")

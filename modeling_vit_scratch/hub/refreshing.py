@@ -18,8 +18,8 @@ from huggingface_hub import snapshot_download
 from ..common.errors import InputError
 from ..common.files import write_text
 from ..configuration_vit_scratch import AUTO_MAP, CODE_VERSION
-from .commit import commit, prepare
-from .contents import CODE, Upload
+from .commit import commit, find_model, prepare
+from .contents import CODE, Upload, changed_code
 
 
 # The two versions of the code may round otherwise.
@@ -77,6 +77,7 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
     if not folder.is_dir():
         if source.count("/") != 1:
             raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
+        find_model(source)  # its errors are sentences
         folder = Path(snapshot_download(source, revision=revision))
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -84,11 +85,11 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         raise InputError(f"{source} is no folder of a vit_scratch model: its config.json does not say so.")
     old_version = config.get("code_version", "unknown")
     new_config = {**config, "auto_map": config.get("auto_map", {}) | AUTO_MAP, "code_version": CODE_VERSION}
-    uploads = [Upload(path.name, path) for path in CODE]
-    uploads += [Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode())]
-    old_texts = {path.name: path.read_text("utf-8") for path in (*folder.glob("*.py"), file)}
-    uploads = [upload for upload in uploads if old_texts.get(upload.path) != upload.text()]
-    if not any(upload.path.endswith(".py") for upload in uploads) and config == new_config:
+    changed = changed_code(folder)
+    uploads = [Upload(path.name, path) for path in CODE if path.name in changed]
+    if config != new_config:
+        uploads.append(Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode()))
+    if not uploads:
         return Renewal(folder, [], old_version)
 
     with tempfile.TemporaryDirectory() as temporary:
