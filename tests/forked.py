@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes for a test, quickly: forked ones need not import torch and transformers anew."""
 
+import ctypes
+import multiprocessing
 import os
+import runpy
 import socket
+import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,3 +34,61 @@ def run_forked(function: Callable, processes: int, *arguments: Any) -> None:
     """`function(rank, *arguments)` in that many processes, with the environment that torchrun would give them."""
     given = (function, processes, free_port(), arguments)
     torch.multiprocessing.start_processes(_run, given, nprocs=processes, start_method="fork")
+
+
+@dataclass
+class Program:
+    """`python WORDS` in a process that is forked from this one. What it prints goes to the file `log`."""
+
+    process: multiprocessing.Process
+    log: Path
+
+    def wait(self, timeout: float = 240) -> int:
+        """Its exit status, negative for a signal. Kills it where it takes longer than `timeout` seconds."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return self.process.exitcode
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+
+def _run_script(words: list[str], folder: Path, log: Path, host: str, environment: dict[str, str]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream, name in ((1, "stdout"), (2, "stderr")):  # pytest has put others in their place
+        os.dup2(output, stream)
+        setattr(sys, name, open(stream, "w", encoding="utf-8", buffering=1, closefd=False))
+    if host:  # Python has os.setns from 3.12 on
+        with open(f"/run/netns/{host}", "rb") as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+    os.chdir(folder)
+    os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def start_script(words: list[str], folder: Path, log: Path, host: str = "", **environment: str) -> Program:
+    """Starts a script with its arguments in `folder`, in the network namespace `host` if there is one."""
+    given = ([*map(str, words)], folder, log, host, environment)
+    process = multiprocessing.get_context("fork").Process(target=_run_script, args=given)
+    process.start()
+    return Program(process, log)
+
+
+def run_script(words: list[str], folder: Path, processes: int = 1, **environment: str) -> list[str]:
+    """What the script prints in each of so many processes, which see what torchrun tells them. All must end well."""
+    port, programs = str(free_port()), []
+    with tempfile.TemporaryDirectory() as logs:
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": port}
+            own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+            given = environment | (own if processes > 1 else {})
+            programs.append(start_script(words, folder, Path(logs, f"{rank}.log"), **given))
+        statuses = [program.wait() for program in programs]
+        printed = [program.printed for program in programs]
+    assert not any(statuses), "\n".join([str(statuses), *printed])
+    return printed

@@ -3,14 +3,12 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from forked import free_port
+from forked import run_script
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
 from two_processes import SGD
@@ -18,22 +16,6 @@ from two_processes import SGD
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.checkpoint.files import CheckpointError, open_shards, open_tensors
 from modeling_vit_scratch.checkpoint.loading import convert
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
-
-
-def wait(processes: list[subprocess.Popen]) -> list[str]:
-    """What they print. All must end well."""
-    try:
-        told = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(told)
-    return told
 
 
 def parquet_shards(folder: Path) -> str:
@@ -52,19 +34,8 @@ def two(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("two")
     # 24 images to train on, which is three batches of eight, and 9 held out, an odd number for two processes.
     images = str(class_folders(folder / "images", each=11))
-    command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(folder), images]
-    command += [parquet_shards(folder / "shards")]
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        own = environment(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )  # fmt: skip
-        processes.append(
-            subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    wait(processes)
+    script = ROOT / "tests" / "two_processes.py"
+    run_script([script, folder, images, parquet_shards(folder / "shards")], folder, processes=2)
     found = [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in range(2)]
     return {"folder": folder, "images": images, "found": found}
 

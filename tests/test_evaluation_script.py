@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_script
 from tiny_images import CLASSES, ROOT, build, class_folders, load_script
 from transformers import pipeline
 
@@ -116,12 +117,8 @@ def sorted_half(count, seed=42):
 
 
 def test_two_processes_count_each_image_once(trained, tmp_path, monkeypatch):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     model, *flags = [str(trained / "model"), str(trained / "test"), "--per_device_eval_batch_size", "4"]
-    command = [sys.executable, *launch, str(SCRIPT), model, *flags, "--output_dir", str(tmp_path / "two")]
-    subprocess.run(command, env=variables, check=True, capture_output=True, text=True, timeout=200)
+    run_script([SCRIPT, model, *flags, "--output_dir", tmp_path / "two"], tmp_path, processes=2)
     assert evaluate_script(monkeypatch, model, *flags, "--output_dir", tmp_path / "one") == 0
     reports = [report_of(tmp_path / name) for name in ("two", "one")]
     assert reports[0]["throughput"]["processes"] == 2

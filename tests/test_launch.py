@@ -10,8 +10,8 @@ import sys
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from forked import start_script
 from safetensors.torch import load_file
-from test_distributed import environment, wait
 from tiny_images import ROOT, build, class_folders, difference, flags, weights
 from two_processes import SGD
 
@@ -66,17 +66,16 @@ def test_two_hosts_train_as_one(hosts, tmp_path):
     images = str(class_folders(tmp_path / "images", each=11))
     common = flags(images, *SGD, "--variant", "test/4", "--max_steps", "3", "--dataloader_num_workers", "0")
     common += ["--disable_tqdm", "True", "--report_to", "none"]
-    processes = []
+    words = [ROOT / "scripts" / "finetune.py", *common, "--per_device_train_batch_size", "4"]
+    words += ["--output_dir", tmp_path / "two"]
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": HOSTS[0]}
+    shared |= {"MASTER_PORT": "29555", "ACCELERATE_USE_CPU": "true"}
+    programs = []
     for rank, host in enumerate(hosts):
-        machine = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1", "--master_addr", HOSTS[0]]
-        command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *machine]
-        command += ["--master_port", "29555", str(ROOT / "scripts" / "finetune.py")]
-        command += [*common, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
-        own = environment(GLOO_SOCKET_IFNAME=host)
-        processes.append(
-            subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    wait(processes)
+        own = {"RANK": str(rank), "GLOO_SOCKET_IFNAME": host, **shared}
+        programs.append(start_script(words, tmp_path, tmp_path / f"{rank}.log", host, **own))
+    for program in programs:
+        assert program.wait() == 0, program.printed
     one = build(tmp_path / "one", *common, "--per_device_train_batch_size", "8")
     one.train()
     stored = load_file(tmp_path / "two" / "model.safetensors")
@@ -106,7 +105,9 @@ def test_a_compiled_run_in_bfloat16_resumes_exactly(pets, tmp_path):
 def test_one_process_starts_from_the_configuration_in_the_precision_of_the_launcher(pets, tmp_path):
     argv = [*flags(pets), "--variant", "test/4", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
     command = [*launch("cpu.yaml", "--mixed_precision", "bf16"), *argv, "--disable_tqdm", "True", "--report_to", "none"]
-    wait([subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (record["training"]["precision"], record["training"]["processes"]) == ("bfloat16", 1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import run_forked
+from forked import run_forked, start_script
 from safetensors.torch import load_file
 from tiny_images import ROOT, build, class_folders, difference, flags, load_script, weights
 
@@ -36,35 +36,32 @@ def stepwise(folder, *more):
 # Kills
 
 
-# A user's script that is killed at the n-th thing that happens to a file while it saves: n is its last argument.
-KILLED = """
-import os, signal, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from tiny_images import build
+def train_until(moment, *words):
+    """A run that is killed at the n-th thing that happens to a file while it saves."""
+    left = moment
 
-left = int(sys.argv[-1])
-def counted(function):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (os, "unlink"), (torch, "save")):
-    setattr(module, name, counted(getattr(module, name)))
-build(*sys.argv[2:-1]).train()
-"""
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (os, "unlink"), (torch, "save")):
+        setattr(module, name, counted(getattr(module, name)))
+    build(*words).train()
 
 
 @pytest.mark.parametrize("moment", [9, 33, 58])
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(pets, tmp_path, moment):
     more = stepwise(pets, "--save_total_limit", "1", "--dataloader_num_workers", "0")
-    argv = [sys.executable, "-c", KILLED, str(ROOT / "tests"), str(tmp_path / "out"), *more, str(moment)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = multiprocessing.get_context("fork").Process(target=train_until, args=(moment, tmp_path / "out", *more))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     for checkpoint in files.find_checkpoints(tmp_path / "out"):
         assert files.damage(checkpoint) is None
     latest, _ = files.latest_whole(tmp_path / "out")
@@ -137,10 +134,6 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on_exactly(tmp_path):
     launch += [str(FINETUNE), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def run(name, *more):
-        return subprocess.run([*launch, "--output_dir", name, *more], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
-
     process = subprocess.Popen([*launch, "--output_dir", "out"], cwd=tmp_path, env=environment,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     deadline = time.monotonic() + 120
@@ -150,8 +143,7 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on_exactly(tmp_path):
     os.kill(int(victims[-1]), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode == 1
-    resumed = run("out", "--resume_from_checkpoint", "True")
-    assert resumed.returncode == 0, resumed.stderr
+    run_forked(finetune, 2, [*words, "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "True"])
     run_forked(finetune, 2, [*words, "--output_dir", str(tmp_path / "straight")])
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "straight"))
     assert difference(ours, theirs) == 0.0
@@ -259,9 +251,9 @@ def test_resuming_a_run_that_was_complete_takes_no_further_step(pets, tmp_path):
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
 def test_a_full_disk_stops_the_run_and_leaves_what_was_there(pets, tmp_path, file):
     # In place of a disk, a limit on the size of a file: the system's own errors, in a process of its own.
-    code = f"""
+    script = tmp_path / "fill.py"
+    script.write_text(f"""
 import resource, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
 from tiny_images import build
 from transformers import TrainerCallback
 from pathlib import Path
@@ -279,15 +271,13 @@ def main():
     trainer.train()
 
 sys.exit(run_command_line(main))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), *stepwise(pets)],
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    error = done.stderr[done.stderr.index("error: ") :]
+""")
+    run = start_script([script, tmp_path / "out", *stepwise(pets)], tmp_path, tmp_path / "log")
+    assert run.wait() == 1, run.printed
+    error = run.printed[run.printed.index("error: ") :]
     assert error.startswith(f"error: At step 4, checkpoint-4 could not be written to {tmp_path / 'out'}: ")
     assert "checkpoint-2: to go on, add --resume_from_checkpoint True" in error
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in run.printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
     assert files.damage(tmp_path / "out" / "checkpoint-2") is None
 
