@@ -103,12 +103,26 @@ def test_the_lines_of_the_model_file_are_those_of_today(site):
             assert line in text
 
 
+def test_quoted_code_is_that_of_today_and_pages_read_alike_on_a_code_host(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from update_excerpts import QUOTE, updated
+
+    quoted = 0
+    for path in (path for folder in ("guide", "zh") for path in (DOCS / folder).glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert updated(path) == text, f"{path}: run python docs/update_excerpts.py"
+        quoted += len(QUOTE.findall(text))
+        assert text.count("```py\n") == len(QUOTE.findall(text))
+        assert set(re.findall(r"^```\{(\w+)\}", text, flags=re.MULTILINE)) <= {"include"}
+    assert quoted >= 30
+
+
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_both_languages_have_the_same_structure(name):
     theirs = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     ours = (DOCS / "guide" / f"{name.removeprefix('zh/')}.md").read_text(encoding="utf-8")
     for pattern in (
-        r"^#+ ", r"^```\S+.*$", r"^:pyobject: .*$", r"\]\((\.\./pictures/[^)]+)\)", r"\\tag\{\d\}",
+        r"^#+ ", r"^```\S+.*$", r"^\[.*\]\(.*\.py\), (`.*`)", r"^\$\$$", r"\]\((\.\./pictures/[^)]+)\)", r"\\tag\{\d\}",
         r"^ *\S.*$(?=\n\n)",
     ):  # fmt: skip
         found = [re.findall(pattern, text, flags=re.MULTILINE) for text in (ours, theirs)]
