@@ -60,7 +60,7 @@ def _run_script(words: list[str], folder: Path, log: Path, host: str, environmen
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream, name in ((1, "stdout"), (2, "stderr")):  # pytest has put others in their place
         os.dup2(output, stream)
-        setattr(sys, name, open(stream, "w", encoding="utf-8", buffering=1, closefd=False))
+        setattr(sys, name, os.fdopen(stream, "w", buffering=1, encoding="utf-8"))
     if host:  # Python has os.setns from 3.12 on
         with open(f"/run/netns/{host}", "rb") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
