@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_images import CLASSES, build, class_folders, difference, flags, weights
@@ -16,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.augmentation.photo import DigitAugmentation, PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
-from modeling_vit_scratch.training.build import Progress, input_size
+from modeling_vit_scratch.training.build import input_size
+from modeling_vit_scratch.training.progress import Progress, time_line
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
@@ -265,6 +267,34 @@ def test_progress_tells_one_short_line_for_each_report(pets, tmp_path, capsys):
     assert [line.split()[2] for line in lines] == ["training", "training", "held"][-len(lines) :]
     assert "accuracy" in lines[-1]
     assert "runtime" not in "".join(lines)
+
+
+def test_a_log_file_gets_one_line_an_epoch_and_no_bar(pets, tmp_path, capfd):
+    trainer = build(tmp_path / "out", "--train_dir", pets, "--num_train_epochs", "3", "--train_val_split", "0.25")
+    trainer.train()
+    scores = trainer.evaluate()
+    printed, errors = capfd.readouterr()
+    lines = [line for line in printed.splitlines() if line.startswith("epoch")]
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n}, step {5 * n} of 15" for n in (1, 2, 3)]
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert f": loss {np.mean(logged[len(logged) // 3 : 2 * len(logged) // 3]):.4g}; held out: loss " in lines[1]
+    assert "it/s" not in printed + errors
+    assert "{" not in printed  # the Trainer's own reports
+    assert 0 <= scores["eval_accuracy"] <= 1
+
+
+def test_the_time_of_a_run_is_told_and_what_would_be_shorter():
+    assert time_line(0.5, 100, (224, 224)) == "About 50 seconds to go: 100 steps of 0.5 seconds, and the evaluations."
+    assert "About 42 minutes" in time_line(2.5, 1000, (224, 192))
+    assert "now 224 x 192" in time_line(2.5, 1000, (224, 192))
+    assert time_line(10, 3600, (224, 224)).startswith("About 10.0 hours")
+
+
+def test_the_time_is_told_once_after_the_first_steps(pets, tmp_path, capsys):
+    build(tmp_path / "out", *flags(pets, "--max_steps", "41", "--logging_steps", "100")).train()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("About")]
+    assert len(told) == 1
+    assert ": 31 steps of " in told[0]
 
 
 def test_arguments_are_saved_without_a_token(pets, tmp_path, monkeypatch):

@@ -388,7 +388,8 @@ def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding does not hold Python's lock
-        reasons = list(tqdm(pool.map(problem_of, keys), total=len(keys), desc="checking images", unit="", leave=False))
+        checked = pool.map(problem_of, keys)
+        reasons = list(tqdm(checked, total=len(keys), desc="checking images", unit="", leave=False, disable=None))
     return {key: reason for key, reason in zip(keys, reasons) if reason is not None}
 
 

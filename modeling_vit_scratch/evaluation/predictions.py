@@ -94,7 +94,8 @@ def predict(
     model, was_calibrated = model.to(accelerator.device).eval(), config.calibrated
     logits = np.full((count, crops, config.num_labels), np.nan, dtype=np.float32)
     seen, start = np.zeros(count, dtype=bool), None
-    bar = tqdm(total=count, desc="evaluating", unit=" images", disable=not accelerator.is_main_process, leave=False)
+    is_quiet = None if accelerator.is_main_process else True  # None: where there is no terminal
+    bar = tqdm(total=count, desc="evaluating", unit=" images", disable=is_quiet, leave=False)
     config.calibrated = False
     try:
         with torch.inference_mode(), bar:

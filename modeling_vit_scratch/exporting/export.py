@@ -185,7 +185,7 @@ def count_right(
     dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
     normalize, right = Normalize(processor), dict.fromkeys(runs, 0)
     loader = DataLoader(dataset, arguments.per_device_eval_batch_size, collate_fn=ImageCollator())
-    for batch in tqdm(loader, desc="counting right labels", unit=" batches", leave=False):
+    for batch in tqdm(loader, desc="counting right labels", unit=" batches", leave=False, disable=None):
         pixel_values = normalize(batch["pixel_values"])
         for name, run in runs.items():
             with torch.inference_mode():

@@ -75,7 +75,7 @@ def run_job(
     writer, is_alone, shown_at = Writer(job), accelerator.num_processes == 1, 0.0
     bar = tqdm(
         total=job.count, initial=job.num_predicted(), desc="predicting", unit=" images", smoothing=0.05,
-        disable=not accelerator.is_main_process,
+        disable=not accelerator.is_main_process, mininterval=0.1 if sys.stderr.isatty() else 60,
     )  # fmt: skip
     with StopSignals() as stop, bar:
         loader = build_loader(share, inputs, predictor.processor, arguments, accelerator.device.type == "cuda")

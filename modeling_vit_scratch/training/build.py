@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -27,6 +27,7 @@ from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from .arguments import ModelArguments
 from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, positive_weights
+from .progress import add_progress
 from .trainer import ImageTrainer, ImageTrainingArguments
 
 
@@ -71,9 +72,7 @@ def build_trainer(
     if isinstance(objective.data_collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # the bar of each checkpoint that is written, not the training bar
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+    add_progress(trainer)
     if arguments.probe:
         trainer.add_callback(build_probe(trainer, data))
     return trainer
@@ -279,21 +278,3 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.train_set.set_epoch(int(state.epoch or 0))
-
-
-class Progress(ProgressCallback):
-    """The stock progress bar, with one short line for each report."""
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        logs = logs or {}
-        probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
-        part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
-        if part is None or not state.is_world_process_zero or self.training_bar is None:
-            return
-        names = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
-        names = (*names, "grad_norm", "learning_rate")
-        values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        self.training_bar.write(f"epoch {logs['epoch']:<6.4g} {part}  {shown}")

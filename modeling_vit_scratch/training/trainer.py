@@ -74,6 +74,8 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
         if self.bf16 is None:
             native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             self.bf16 = native and not self.fp16 and not self.use_cpu
+        if self.disable_tqdm is None:  # a bar in a log file is a line for each step
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.dataloader_num_workers is None:
             cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints while it trains: a bar on a terminal, a line an epoch in a log file, and how long it takes."""
+
+import math
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+
+from .trainer import ImageTrainer
+
+
+# The first steps are slower than the others: memory, kernels and readers are new.
+_WARM_STEPS, _TIMED_STEPS = 2, 8
+_LONG_SECONDS = 30 * 60
+_HEARTBEAT_SECONDS = 10 * 60
+_NAMES = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
+
+
+def add_progress(trainer: ImageTrainer) -> None:
+    """Puts our lines in the place of the Trainer's."""
+    shown = LogLines() if trainer.args.disable_tqdm else Progress()
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in (shown, TimeEstimate(trainer)):
+        trainer.add_callback(callback)
+
+
+def report_line(logs: dict[str, float]) -> str | None:
+    """One line for a report of the Trainer: training, held-out or probe metrics. None for other reports."""
+    probes = {name.removeprefix("probe_"): value for name, value in logs.items() if name.startswith("probe_")}
+    part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
+    if part is None:
+        return None
+    names = (*_NAMES, "grad_norm", "learning_rate")
+    values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+    return f"epoch {logs['epoch']:<6.4g} {part}  {shown}"
+
+
+class Progress(ProgressCallback):
+    """The stock progress bar, with one short line for each report."""
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        line = report_line(logs or {})
+        if line is not None and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class LogLines(TrainerCallback):
+    """No bar: one line an epoch with the mean training loss since the last line and the held-out metrics."""
+
+    def __init__(self) -> None:
+        self.losses, self.printed_at, self.is_training = [], 0.0, False
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.losses, self.printed_at, self.is_training = [], time.monotonic(), True
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.is_training = False
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+        is_due = time.monotonic() - self.printed_at > _HEARTBEAT_SECONDS
+        if "eval_loss" in logs or any(name.startswith("probe_") for name in logs) or is_due:
+            self._print(state, logs)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not control.should_evaluate and self.losses:
+            self._print(state, {})
+
+    def _print(self, state: TrainerState, logs: dict[str, float]) -> None:
+        if not self.is_training or not state.is_world_process_zero:
+            return
+        parts = [f"loss {sum(self.losses) / len(self.losses):.4g}"] if self.losses else []
+        held_out = [f"{name} {logs[f'eval_{name}']:.4g}" for name in _NAMES if f"eval_{name}" in logs]
+        parts += [f"held out: {', '.join(held_out)}"] if held_out else []
+        parts += [f"{name.removeprefix('probe_')} {logs[name]:.4g}" for name in logs if name.startswith("probe_")]
+        step = f"epoch {state.epoch:.4g}, step {state.global_step:,} of {state.max_steps:,}"
+        print(f"{step}: {'; '.join(parts)}", flush=True)
+        self.losses, self.printed_at = [], time.monotonic()
+
+
+class TimeEstimate(TrainerCallback):
+    """After the first steps one line says how long the run takes and, if that is long, what is shorter."""
+
+    def __init__(self, trainer: ImageTrainer) -> None:
+        self.trainer, self.steps, self.started = trainer, 0, 0.0
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        if self.steps == _WARM_STEPS:
+            self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        is_due = self.steps == _WARM_STEPS + _TIMED_STEPS and state.max_steps > 4 * self.steps
+        if is_due and state.is_world_process_zero:
+            seconds = (time.monotonic() - self.started) / _TIMED_STEPS
+            height, width = self.trainer.model.config.image_hw
+            tqdm.write(time_line(seconds, state.max_steps - state.global_step, (height, width)))
+
+
+def time_line(seconds: float, steps: int, image_hw: tuple[int, int]) -> str:
+    """How long so many steps of so many seconds take, without evaluations."""
+    total = seconds * steps
+    line = f"About {duration(total)} to go: {steps:,} steps of {seconds:.2g} seconds, and the evaluations."
+    if total < _LONG_SECONDS:
+        return line
+    height, width = image_hw
+    return (
+        f"{line} Shorter: smaller images (--image_size, now {height} x {width}: half of it takes about a quarter of "
+        "the time), fewer epochs (--num_train_epochs), a smaller network (--variant) or pretrained weights "
+        "(--model_name_or_path), which need fewer epochs."
+    )
+
+
+def duration(seconds: float) -> str:
+    """In the unit that people would take."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{seconds / 3600:.1f} hours"
