@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from forked import run_script
+from forked import run_script, start_script
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, class_folders, load_script
@@ -176,14 +176,11 @@ def test_wrong_commands_and_data_end_with_2_and_one_message(tmp_path):
     (tmp_path / "pets" / "cat" / "zero.png").write_bytes(b"")
     (tmp_path / "pets" / "empty").mkdir()
     flags = ["--train_val_split", "7", "--hub_token", "hf_x"]
-    done = subprocess.run(
-        [sys.executable, str(FINETUNE), *command("pets", *flags)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    run = start_script([FINETUNE, *command("pets", *flags)], tmp_path, tmp_path / "log")
+    assert run.wait() == 2
+    assert "Traceback" not in run.printed
     for part in ("4 problems", "--train_val_split 7", "--hub_token", "'empty' has no images", "zero.png"):
-        assert part in done.stderr
+        assert part in run.printed
     assert not (tmp_path / "outputs").exists()
 
 

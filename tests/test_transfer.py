@@ -5,15 +5,14 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from forked import start_script
 from tiny_images import class_folders, load_script
 
 from experiments.arguments import build_parser
@@ -179,7 +178,8 @@ def test_a_run_that_fails_stops_all_and_says_why(scripts, tmp_path, monkeypatch)
 
 
 def test_sigterm_ends_all_processes(scripts, tmp_path):
-    program = (
+    program = tmp_path / "program.py"
+    program.write_text(
         "import sys; from pathlib import Path\n"
         "from modeling_vit_scratch.common.errors import run_command_line\n"
         "from experiments.plan import Run\n"
@@ -187,20 +187,16 @@ def test_sigterm_ends_all_processes(scripts, tmp_path):
         "runs = [Run('finetune', 'pets', 'pretrained', seed, None, ('hang',)) for seed in range(3)]\n"
         "sys.exit(run_command_line(lambda: run_all(runs, Path('scripts'), Path('runs'), jobs=2)))\n"
     )
-    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "scripts")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True
-    )
+    run = start_script([program], tmp_path, tmp_path / "log")
     started, logs = tmp_path / "started", tmp_path / "runs"
     end = time.monotonic() + 60
     while not (started.exists() and started.read_text() == "xx" and len(list(logs.glob("*.part"))) == 2):
         assert time.monotonic() < end
         time.sleep(0.05)
-    children = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "0 of 3 runs are finished. The same command goes on." in told
+    children = psutil.Process(run.process.pid).children()
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
+    assert "0 of 3 runs are finished. The same command goes on." in run.printed
     assert len(children) == 2
     assert not psutil.wait_procs(children, timeout=10)[1]
 
