@@ -80,6 +80,10 @@ def test_help_needs_no_torch_and_fits_on_a_few_pages(script):
         ),
         ("finetune", ["--train_val_split", "7", "--max_stepss", "3"], ("2 problems", "Did you mean --max_steps?")),
         ("finetune", ["--activation_checkpoint", "1"], ("Did you mean --activation_checkpointing?",)),
+        (
+            "finetune", ["--lr", "1", "--epochs", "3", "--workers", "2"],
+            ("--learning_rate?", "--num_train_epochs?", "--dataloader_num_workers?"),
+        ),
         ("pretrain", ["--objective", "foo", "--mask_ratio", "x"], ("2 problems", "--objective foo", "--mask_ratio: ")),
         ("evaluate", ["model", "data", "--crops", "3", "--foo"], ("2 problems", "--crops: invalid choice", "--foo")),
         ("predict", ["model", "photo.jpg", "--topk", "3", "--dtype", "x"], ("2 problems", "--dtype", "--top_k?")),

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ def refusal(*argv):
     with pytest.raises(InputError) as caught:
         raise parse(*argv)[3].as_error()
     return str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--train_dir", "~/x"], ["--train_dir=~/x"]])
+def test_a_tilde_is_the_home_folder(words):
+    _, data, training, _ = parse_arguments([*words, "--output_dir=out~/y"])
+    assert data.train_dir == str(Path.home() / "x")
+    assert training.output_dir == "out~/y"
 
 
 def test_no_flag_at_all_means_digits_from_scratch():

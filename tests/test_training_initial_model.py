@@ -2,6 +2,7 @@
 """Fresh networks, and saved ones whose classifier is kept, put in order or replaced: never silently."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def saved(tmp_path):
 
 def start(label_names, num_channels=3, seed=0, **arguments):
     return build_model(ModelArguments(**arguments), label_names, num_channels, seed)
+
+
+def test_a_mistyped_folder_is_not_asked_for_on_the_hub(saved, monkeypatch):
+    folder = Path(saved[1])
+    monkeypatch.chdir(folder.parent.parent)
+    for name in (f"{folder}z", f"{folder.parent.name}/savedz"):
+        with pytest.raises(InputError, match=r"no such file or folder\. Did you mean .*/saved\?"):
+            start(NAMES, model_name_or_path=name)
 
 
 def test_from_scratch():

@@ -7,6 +7,7 @@ import difflib
 import functools
 import operator
 import os
+import re
 import sys
 import types
 import typing
@@ -29,6 +30,20 @@ FLAGS_ELSEWHERE: dict[str, str] = {
     "--no_cuda": "is --use_cpu now.",
     "--lamb": "is --optim lamb now.",
 }
+# What people type for flags of transformers' examples.
+OTHER_NAMES: dict[str, str] = {
+    "--lr": "--learning_rate", "--wd": "--weight_decay", "--epochs": "--num_train_epochs",
+    "--num_epochs": "--num_train_epochs", "--n_epochs": "--num_train_epochs", "--steps": "--max_steps",
+    "--batch_size": "--per_device_train_batch_size", "--bs": "--per_device_train_batch_size",
+    "--eval_batch_size": "--per_device_eval_batch_size", "--workers": "--dataloader_num_workers",
+    "--num_workers": "--dataloader_num_workers", "--model": "--model_name_or_path", "--arch": "--variant",
+    "--data": "--train_dir", "--data_dir": "--train_dir", "--data_path": "--train_dir", "--dataset": "--dataset_name",
+    "--val_dir": "--validation_dir", "--out": "--output_dir", "--output": "--output_dir", "--img_size": "--image_size",
+    "--size": "--image_size", "--resume": "--resume_from_checkpoint", "--optimizer": "--optim",
+    "--scheduler": "--lr_scheduler_type", "--label_smoothing": "--label_smoothing_factor",
+    "--grad_clip": "--max_grad_norm", "--freeze_backbone": "--freeze", "--freeze_encoder": "--freeze",
+    "--lora": "--lora_rank",
+}  # fmt: skip
 METAVARS = {int: "N", float: "X", bool: "BOOL"}
 LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
@@ -70,6 +85,11 @@ class Parser(argparse.ArgumentParser):
             _add_flag(self, field, hints[kind][name], {**flag_metadata(kind, name), "help": argparse.SUPPRESS})
         self.add_argument("-h", "--help", nargs="?", action=_Help, help=argparse.SUPPRESS)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does it. ~ is the home folder, also in --flag=~/folder, which shells leave as it is."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([re.sub(r"(^|^--\w+=)~(?=/|$)", _home, word) for word in words], namespace)
+
     def parse(self, kind: type[_Arguments], argv: list[str] | None = None) -> _Arguments:
         """Parses a command line (default: of this process) into a dataclass, positional arguments included."""
         namespace, unknown = self.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -100,6 +120,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         self.problems.add(message)
         raise self.problems.as_error()
+
+
+def _home(match: re.Match[str]) -> str:
+    return match[1] + os.path.expanduser("~")
 
 
 class _Help(argparse.Action):
@@ -215,7 +239,8 @@ def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -
         if word.startswith("--") and name in FLAGS_ELSEWHERE:
             problems.add(f"{name}: {FLAGS_ELSEWHERE[name]}")
         elif word.startswith("-"):
-            near = difflib.get_close_matches(name, known, n=1)
+            usual = OTHER_NAMES.get(name)
+            near = [usual] if usual in known else difflib.get_close_matches(name, known, n=1)
             problems.add(f"{word}: there is no such flag. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
     if words and not any(word.startswith("-") for word in words):
         problems.add(f"{' '.join(words)}: belongs to no flag. See --help.")

@@ -3,6 +3,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
@@ -29,11 +31,24 @@ def load_pretrained(
     The model of a folder, a file or an id on the Hub, its image processor, and the names of missing weights. `what`
     names it in messages, `hub` is `revision` and `cache_dir`. Raises InputError if it can't be loaded.
     """
+    refuse_missing_path(what, name)
     with loading(what):
         model, info = kind.from_pretrained(name, output_loading_info=True, **hub, **overrides)
         # If weights were adapted or converted, the loader has the processor that fits.
         processor = model.image_processor or load_processor(name, hub, model.config)
     return model, processor, set(info["missing_keys"])
+
+
+def refuse_missing_path(what: str, name: str) -> None:
+    """Raises InputError for what can be no Hub id, such as outputs/petz beside a folder outputs/pets."""
+    path = Path(name).expanduser()
+    is_local = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and Path(path.parts[0]).is_dir())
+    if not is_local or path.exists():
+        return
+    others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, others, n=1)
+    hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+    raise InputError(f"{what} can't be loaded: there is no such file or folder.{hint}")
 
 
 def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:
