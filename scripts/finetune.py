@@ -20,12 +20,15 @@ def main() -> None:
 
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
+    from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
-        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
+        start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+        earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, is_first, earlier=earlier)
     model, processor, origin = build_model(
         model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
     )

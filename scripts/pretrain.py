@@ -23,14 +23,16 @@ def main() -> None:
 
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
+    from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.pretraining.build import build_pretraining
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
-        data = read_data(
-            data_arguments, seed, problems, model_arguments.cache_dir, is_first, needs_labels=pretraining.is_supervised
-        )
+        start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+        earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+        cache, needs_labels = model_arguments.cache_dir, pretraining.is_supervised
+        data = read_data(data_arguments, seed, problems, cache, is_first, needs_labels, earlier)
     trainer, origin = build_pretraining(model_arguments, pretraining, data, training_arguments)
     if is_first:
         print(data.describe(), *origin, *trainer.describe(), sep="\n")

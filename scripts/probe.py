@@ -20,8 +20,8 @@ from startup.quick import before_torch, run_command_line
 # Of scripts/finetune.py.
 DATA_FLAGS = (
     "train_dir", "dataset_name", "validation_dir", "train_val_split", "image_size", "max_train_samples",
-    "max_eval_samples", "dataset_config_name", "image_column_name", "label_column_name", "per_device_eval_batch_size",
-    "dataloader_num_workers", "seed", "output_dir",
+    "split_seed", "max_eval_samples", "dataset_config_name", "image_column_name", "label_column_name",
+    "per_device_eval_batch_size", "dataloader_num_workers", "seed", "output_dir",
 )  # fmt: skip
 
 
@@ -43,13 +43,15 @@ def main() -> None:
     from modeling_vit_scratch.acceleration.speed_up import speed_up
     from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
+    from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
     from modeling_vit_scratch.evaluation.probes import KINDS, extract_features, run_probes, table
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
-        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=is_first)
+        earlier = read_earlier(own.model)
+        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, is_first, earlier=earlier)
     check_for_probes(data)
     encoder, processor = load_encoder(model_arguments, seed if own.random_weights else None)
     speed_up(encoder.to(training_arguments.device))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from modeling_vit_scratch.common.errors import Problems
 from modeling_vit_scratch.common.flags import DataArguments
+from modeling_vit_scratch.data.held_out import read_earlier
 from modeling_vit_scratch.data.splits import ImageData, read_data
 from modeling_vit_scratch.pretraining.arguments import PRETRAIN
 from modeling_vit_scratch.pretraining.build import build_pretraining
@@ -87,9 +88,16 @@ def webdataset(file: Path) -> Path:
     return file
 
 
-def read(cache_dir: Path | None = None, seed: int = 0, problems: Problems | None = None, **arguments: Any) -> ImageData:
-    cache = None if cache_dir is None else str(cache_dir)
-    return read_data(DataArguments(**arguments), seed, problems or Problems(), cache_dir=cache)
+def read(
+    cache_dir: Path | None = None,
+    seed: int = 0,
+    problems: Problems | None = None,
+    start: Path | None = None,
+    **flags: Any,
+) -> ImageData:
+    """The data of these flags; `start` is the model that the run starts from."""
+    cache, earlier = None if cache_dir is None else str(cache_dir), None if start is None else read_earlier(str(start))
+    return read_data(DataArguments(**flags), seed, problems or Problems(), cache_dir=cache, earlier=earlier)
 
 
 def build(output_dir: Path, *flags: str) -> ImageTrainer:
@@ -99,7 +107,9 @@ def build(output_dir: Path, *flags: str) -> ImageTrainer:
     if "--model_name_or_path" not in flags and "--variant" not in flags:
         argv += ["--variant", "test/4"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments(argv)
-    data = read_data(data_arguments, training_arguments.seed, problems)
+    start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    data = read_data(data_arguments, training_arguments.seed, problems, earlier=earlier)
     model, processor, _ = build_model(
         model_arguments,
         data.label_names,

@@ -124,6 +124,7 @@ def _dataset_metadata(data: ImageData) -> dict[str, Any]:
         "num_training_images": data.num_train,
         "num_held_out_images": len(data.validation),
         "held_out": data.split,
+        "images": data.images,
     }
 
 

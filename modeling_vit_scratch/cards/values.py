@@ -126,7 +126,7 @@ def _training(record: dict[str, Any]) -> dict[str, Any]:
         **record,
         "selection": record["selection"].replace("these same images", "the held-out images").replace("_", " "),
         "selected_on_held_out": "same images" in record["selection"],
-        "held_out_from_same_source": "chosen with seed" in record["dataset"]["held_out"],
+        "held_out_from_same_source": " %" in record["dataset"]["held_out"],
         "results": [
             {"metric": key, "value": value} for key, value in metrics if key in METRIC_TITLES or key == record["metric"]
         ],

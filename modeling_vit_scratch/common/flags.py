@@ -277,6 +277,9 @@ class LabelFlags(ImageFlags):
     train_val_split: float | None = flag(
         None, "Fraction of each class to hold out, where the data have no validation split.", above=0, below=1
     )
+    split_seed: int = flag(
+        0, "Which images that fraction is. Not --seed, so that no run trains on what another has held out.", at_least=0
+    )
     max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.", at_least=1)
 
 

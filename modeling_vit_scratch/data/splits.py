@@ -5,24 +5,25 @@ the data are found before training starts, and reported in one message.
 """
 
 import itertools
-import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from ..common.errors import InputError, Problems
-from ..common.flags import DataArguments
+from ..common.flags import DataArguments, LabelFlags
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples, multi_hot
+from .held_out import Earlier, choose_held_out, identities, images_record, notes
 from .listing import is_class_label, is_label_list, split_labels
 from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
 from .streams import ImageStream
@@ -39,6 +40,8 @@ class ImageData:
     split: str  # which images are held out
     shuffle_buffer_size: int = 1
     is_multi_label: bool = False  # any number of labels for each image
+    images: dict[str, Any] | None = None  # see `held_out`; None where no file was read
+    notes: list[str] = field(default_factory=list)  # for the user
 
     @property
     def num_train(self) -> int | None:
@@ -49,10 +52,11 @@ class ImageData:
         kind = "labels, any number of them for an image" if self.is_multi_label else "labels"
         labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}" if self.label_names else "no labels"
         number = "streamed" if self.num_train is None else f"{self.num_train:,}"
-        return (
+        line = (
             f"{self.source.name}: {number} training and {len(self.validation):,} held-out images "
             f"({self.split}); {labels}."
         )
+        return "\n".join([line, *self.notes])
 
 
 def check_for_probes(data: ImageData) -> None:
@@ -69,11 +73,13 @@ def read_data(
     cache_dir: str | None = None,
     verify: bool = True,
     needs_labels: bool = True,
+    earlier: Earlier | None = None,
 ) -> ImageData:
     """
-    Reads, splits and checks the data. `seed` is that of the held-out split and of `--max_train_samples`; `verify`
+    Reads, splits and checks the data. `seed` is that of `--max_train_samples` and `--max_eval_samples`; `verify`
     decodes every image, for which one process of several is enough. Without `needs_labels`, images without labels are
-    of class 0, which has no name. Raises InputError with `problems` and everything that is wrong with the data.
+    of class 0, which has no name. `earlier` are the images behind the model that the run starts or goes on from.
+    Raises InputError with `problems` and everything that is wrong with the data.
     """
     source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
@@ -92,33 +98,56 @@ def read_data(
     if train is None or (has_own_validation and validation is None):
         raise problems.as_error()
 
+    has_ids = validation is None or arguments.verify_images  # files that are read anyway
     if isinstance(train, ImageStream):
-        train_examples, validation_examples = train, _held_out_examples(train, validation, problems)
+        train_examples, held_out, train_ids = train, _held_out_examples(train, validation, problems), None
+        held_out_ids = identities(held_out) if has_ids else None
     else:
         train = _usable_labels(train, needs_labels, problems)
+        train_examples, train_ids = train.examples(), identities(train.examples()) if has_ids else None
+        kept = list(range(len(train_examples)))
         if validation is None:
-            train_examples, validation_examples = hold_out(train, arguments.train_val_split, seed, problems)
+            earlier = earlier and earlier.resolve(source.name, train.rows(), train_ids, train.is_multi_label)
+            chosen = hold_out(train, train_ids, arguments, problems, earlier)
+            held_out, held_out_ids = train_examples.select(chosen), [train_ids[index] for index in chosen]
+            kept = sorted(set(kept) - set(chosen))
         else:
-            train_examples, validation_examples = train.examples(), _held_out_examples(train, validation, problems)
-        train_examples = sample(train_examples, arguments.max_train_samples, seed)
+            held_out = _held_out_examples(train, validation, problems)
+            held_out_ids = identities(held_out) if has_ids else None
+        kept = sample(kept, arguments.max_train_samples, seed)
+        train_examples, train_ids = train_examples.select(kept), train_ids and [train_ids[index] for index in kept]
         num_classes = len(set(train.used()))
         if len(train_examples) < num_classes and not train.is_multi_label:
             problems.add(
                 f"{len(train_examples)} training images are fewer than the {num_classes} classes. Add images"
                 + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
             )
-    validation_examples = sample(validation_examples, arguments.max_eval_samples, seed)
+    evaluated = held_out.select(sample(range(len(held_out)), arguments.max_eval_samples, seed))
     if arguments.verify_images and verify:
         stored = {} if arguments.streaming else {"training": train_examples}
-        check_files({**stored, "validation": validation_examples}, problems)
+        check_files({**stored, "validation": evaluated}, problems)
     if problems.messages:
         raise problems.as_error()
     split = "the validation split of the data"
     if validation is None:
         of_each = f" of each {'label' if train.is_multi_label else 'class'}" if train.label_names else ""
-        split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen with seed {seed}"
-    buffer, is_multi_label = arguments.shuffle_buffer_size, train.is_multi_label and bool(train.label_names)
-    return ImageData(source, train.label_names, train_examples, validation_examples, split, buffer, is_multi_label)
+        other = f", split seed {arguments.split_seed}" if arguments.split_seed else ""
+        split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen by a hash of each file{other}"
+    images = None
+    if held_out_ids is not None:
+        trained_on = None if train_ids is None else (train_ids, train_examples.labels)
+        images = images_record(trained_on, (held_out_ids, held_out.labels), earlier)
+    return ImageData(
+        source,
+        train.label_names,
+        train_examples,
+        evaluated,
+        split,
+        arguments.shuffle_buffer_size,
+        is_multi_label=train.is_multi_label and bool(train.label_names),
+        images=images,
+        notes=[] if images is None else notes(images, train_ids or [], earlier),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +163,10 @@ class LabelledSplit:
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
         return list(itertools.chain.from_iterable(self.indices)) if self.is_multi_label else self.indices
+
+    def rows(self) -> list[list[int]]:
+        """The labels of each image."""
+        return self.indices if self.is_multi_label else [[index] for index in self.indices]
 
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
@@ -283,77 +316,48 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
     return validation.examples(position, len(train.label_names))
 
 
-def hold_out(train: LabelledSplit, fraction: float, seed: int, problems: Problems) -> tuple[Examples, Examples]:
+def hold_out(
+    split: LabelledSplit, ids: list[str], arguments: LabelFlags, problems: Problems, earlier: Earlier | None = None
+) -> list[int]:
     """
-    Holds out a fraction of every class at random; with several labels per image, as nearly as possible. If that can't
-    be done, nothing is held out, and the reason is among the problems.
+    The indices of the images that `choose_held_out` holds out. If that can't be done, there are none, and the reason is
+    among the problems.
     """
-    examples, counts = train.examples(), Counter(train.used())
-    if not 0.0 < fraction < 1.0 or (train.label_names and len(counts) < 2 and not train.is_multi_label):
-        return examples, examples.select([])
-    if train.is_multi_label:
-        kept, held = stratify(examples.labels, fraction, seed)
-        if not kept or not held:
+    fraction, rows = arguments.train_val_split, split.rows()
+    different = {(identity, label) for identity, row in zip(ids, rows) for label in row}
+    counts = Counter(label for _, label in different)
+    if not 0.0 < fraction < 1.0 or (split.label_names and len(counts) < 2 and not split.is_multi_label):
+        return []
+    if not split.is_multi_label:
+        few = [(counts[index], split.label_names[index]) for index in sorted(counts) if split.label_names]
+        if single := [name for count, name in few if count < 2]:
             problems.add(
-                f"--train_val_split {fraction:g} of {len(examples)} images leaves none to "
-                f"{'hold out' if kept else 'train on'}. Add images, or choose another."
+                f"Classes with one image, or copies of one, can't be in both the training and the held-out part: "
+                f"{listed(single)}. Add images, or give --validation_dir."
             )
-        return examples.select(kept), examples.select(held)
-    if single := [train.label_names[index] for index in sorted(counts) if counts[index] < 2 and train.label_names]:
+            return []
+        count, name = min(few, default=(len(set(ids)), "all"))
+        if int(fraction * count + 0.5) >= count:
+            problems.add(
+                f"--train_val_split {fraction:g} leaves none of the {count} images of class {name!r} to train on. "
+                f"Choose {1 - 1 / count:.2g} at most, or give --validation_dir."
+            )
+            return []
+    chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier)
+    if not 0 < len(chosen) < len(ids):
         problems.add(
-            f"Classes with one image can't be in both the training and the held-out part: {listed(single)}. Add "
-            "images, or give --validation_dir."
+            f"--train_val_split {fraction:g} of {len(ids)} images leaves none to "
+            f"{'hold out' if not chosen else 'train on'}. Add images, or choose another."
         )
-        return examples, examples.select([])
-    held_out = max(math.ceil(fraction * len(examples)), len(counts))
-    if held_out > len(examples) - len(counts):
-        problems.add(
-            f"--train_val_split {fraction:g} leaves {len(examples) - held_out} of {len(examples)} images to train on, "
-            f"but there are {len(counts)} classes. Choose {1 - len(counts) / len(examples):.2g} at most, or give "
-            "--validation_dir."
-        )
-        return examples, examples.select([])
-    kept, held = train_test_split(
-        np.arange(len(examples)), test_size=held_out, stratify=train.indices, random_state=seed
-    )
-    return examples.select(sorted(kept.tolist())), examples.select(sorted(held.tolist()))
+    return chosen
 
 
-def stratify(labels: np.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Splits images with labels (N, K), 0 and 1, at random into two parts, and returns the sorted indices of both. The
-    second has this fraction of the images and, as nearly as possible, of those of every label: iterative stratification
-    (Sechidis et al. 2011, algorithm 1), which distributes the rarest label first, image by image.
-    """
-    generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
-    left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
-    room, wanted = shares * len(labels), shares[:, None] * left  # (2,), (2, K)
-    part = np.full(len(labels), -1)
-    order = generator.permutation(len(labels))
-
-    def assign(index: int, lack: np.ndarray) -> None:
-        best = np.flatnonzero(np.isclose(lack, lack.max()))
-        best = best[np.isclose(room[best], room[best].max())]
-        chosen = best[0] if len(best) == 1 else generator.choice(best)
-        part[index] = chosen
-        room[chosen] -= 1
-        wanted[chosen] -= labels[index]
-        left[:] -= labels[index]
-
-    while left.any():
-        rarest = int(np.where(left > 0, left, len(labels) + 1).argmin())
-        for index in order[(labels[order, rarest] == 1) & (part[order] < 0)].tolist():
-            assign(index, wanted[:, rarest])
-    for index in order[part[order] < 0].tolist():
-        assign(index, room)
-    return np.flatnonzero(part == 0).tolist(), np.flatnonzero(part == 1).tolist()
-
-
-def sample(examples: Examples, maximum: int | None, seed: int) -> Examples:
-    if maximum is None or not 1 <= maximum < len(examples):
-        return examples
-    chosen = np.random.default_rng(seed).choice(len(examples), size=maximum, replace=False)
-    return examples.select(sorted(chosen.tolist()))
+def sample(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
+    """The indices, or at random as many of them."""
+    if maximum is None or not 1 <= maximum < len(indices):
+        return list(indices)
+    chosen = np.random.default_rng(seed).choice(len(indices), size=maximum, replace=False)
+    return [indices[position] for position in sorted(chosen.tolist())]
 
 
 # --- Checking ---------------------------------------------------------------------------------------------------------

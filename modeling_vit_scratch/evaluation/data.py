@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments, fill
 from ..data.dataset import Examples
+from ..data.held_out import Earlier, identities, read_earlier
 from ..data.sources import Source, listed, read_source
 from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
 from .arguments import EvaluationArguments
@@ -80,7 +80,7 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
     if problems.messages:
         raise problems.as_error()
     examples = split.examples(label_indices, len(label_names))
-    examples = sample(examples, arguments.max_eval_samples, arguments.seed)
+    examples = examples.select(sample(range(len(examples)), arguments.max_eval_samples, arguments.seed))
     if len(examples) < len(split.indices):
         description += f"; {len(examples):,} of them, chosen with seed {arguments.seed}"
     reasons = find_broken({"": examples}) if verify else {}
@@ -91,15 +91,6 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
         )
     broken = {index: Path(examples.name(index)).name for _, index in reasons}
     return EvaluationData(source, examples, description, seen, broken)
-
-
-def _trained_on(model: str) -> dict[str, Any]:
-    """The entry "dataset" of the results.json that training left in the model's folder; empty if there is none."""
-    file = Path(model, "results.json")
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("dataset", {}) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}. Repair it, or remove it.") from error
 
 
 def _read_source(arguments: EvaluationArguments, options: DataArguments, problems: Problems) -> Source | None:
@@ -121,51 +112,49 @@ def _choose_images(
     arguments: EvaluationArguments, options: DataArguments, source: Source, problems: Problems
 ) -> tuple[LabelledSplit | None, str, bool | None]:
     """The images, their description, and whether the model was trained on them (None: not known)."""
-    choice, trained_on = arguments.split, _trained_on(arguments.model)
-    is_same = trained_on.get("name") == source.name
+    choice, earlier, fraction = arguments.split, read_earlier(arguments.model), arguments.train_val_split
     if source.validation is not None and choice in ("auto", "validation"):
         description = "the validation split of the data"
         split = read_split("validation", source.validation, options, problems, True)
-        return split, description, False if is_same and trained_on.get("held_out") == description else None
+        record = (earlier and earlier.by_seed) or {}
+        if split is None or (record.get("name"), record.get("held_out")) == (source.name, description):
+            return split, description, False
+        return split, description, None if earlier is None else earlier.has_seen(identities(split.examples()))
     split = read_split("training", source.train, options, problems, True)
     if split is None:
         return None, "", None
-    total, trained = len(split.indices), trained_on.get("num_training_images")
-    held_out = trained_on.get("num_held_out_images") or 0
+    whole = "all images" if choice in ("auto", "all") else f"the {choice} split of the data"
+    if earlier is None and fraction is None and choice not in ("train", "validation"):
+        return split, whole, None
+    ids, total = identities(split.examples()), len(split.indices)
+    earlier = (earlier or Earlier(arguments.model)).resolve(source.name, split.rows(), ids, split.is_multi_label)
     if choice not in ("auto", "train", "validation"):
-        is_known = is_same and trained is not None and total in (trained, trained + held_out)
-        return split, "all images" if choice == "all" else f"the {choice} split of the data", is_known or None
+        return split, whole, earlier.has_seen(ids)
     if source.validation is not None:  # and --split train
-        return split, "the training split of the data", is_same or None
-    fraction, seed = arguments.train_val_split, arguments.seed
-    recorded = re.match(r"([\d.]+) %.* with seed (\d+)", str(trained_on.get("held_out"))) if is_same else None
-    if fraction is None and recorded and total == (trained or 0) + held_out:
-        fraction, seed = float(recorded[1]) / 100, int(recorded[2])
-    if fraction is None and choice == "auto":
-        if is_same and total == trained:
-            problems.add(
-                f"MODEL was trained on these {total:,} images: its results.json has their name and number. Give images "
-                "that it has not seen, or --split train if you want this."
-            )
-        return split, "all images", None
-    if fraction is None:
+        return split, "the training split of the data", earlier.has_seen(ids)
+    per = "label" if split.is_multi_label else "class"
+    how = f"{100 * (fraction or 0):.3g} % of each {per}, chosen by a hash of each file"
+    if fraction is not None:
+        held_out = hold_out(split, ids, options, problems, earlier)
+    else:
+        held_out, how = [index for index, one in enumerate(ids) if one in earlier.held_out], earlier.how
+    if fraction is None and not held_out:
+        if choice == "auto" and not earlier.has_seen(ids):
+            return split, whole, None
         problems.add(
-            f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give --train_val_split "
-            "and --seed of its training, or --split all."
+            f"MODEL was trained on images among these {total:,}: its record has them. Give images that it has not seen,"
+            " or --split all if you want this."
+            if choice == "auto"
+            else f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give "
+            "--train_val_split and --split_seed of its training, or --split all."
         )
         return None, "", None
-    train_part, held_out_part = hold_out(split, fraction, seed, problems)
-    if recorded and arguments.train_val_split is None and len(held_out_part) != held_out:
-        problems.add(
-            f"{len(held_out_part)} images would be held out, but training held out {held_out}. Give --train_val_split."
-        )
-    is_train = choice == "train"
-    chosen, role = (train_part, "trained on; held out were") if is_train else (held_out_part, "held out from training:")
-    per = "label" if split.is_multi_label else "class"
-    description = f"{role} {100 * fraction:.3g} % of each {per}, chosen with seed {seed}"
-    indices = [np.flatnonzero(row).tolist() for row in chosen.labels] if split.is_multi_label else chosen.labels
-    seen = is_train if recorded and len(held_out_part) == held_out else None
-    return replace(split, images=chosen.images, indices=indices), description, seen
+    chosen, role = held_out, "held out from training:"
+    if choice == "train":
+        chosen, role = sorted(set(range(total)) - set(held_out)), "trained on; held out were"
+    seen = earlier.has_seen([ids[index] for index in chosen])
+    indices = [split.indices[index] for index in chosen]
+    return replace(split, images=split.images.select(chosen), indices=indices), f"{role} {how}", seen
 
 
 def _match_labels(

@@ -61,6 +61,7 @@ def build_trainer(
         stream_batches=batches,
         objective=objective.description,
         finished_model=objective.finished_model,
+        images=data.images,
         data_collator=objective.data_collator,
         compute_loss_func=objective.compute_loss_func,
         train_dataset=train_set,

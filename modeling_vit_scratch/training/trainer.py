@@ -99,7 +99,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
     The stock Trainer, distributed training included, but for the methods below.
 
     `objective` is in words, None for classification. `finished_model` builds the model that is saved in the end and
-    pushed from the trained one and its weights; None: it is the trained one.
+    pushed from the trained one and its weights; None: it is the trained one. `images` is the record that every
+    checkpoint gets of the images: see `data.held_out`.
     """
 
     def __init__(
@@ -110,13 +111,14 @@ class ImageTrainer(TrainerOverrides, Trainer):
         stream_batches: StreamBatches | None = None,
         objective: str | None = None,
         finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None,
+        images: dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self.pusher = HubPusher(args, self.log_line, self._on_push_begin, self.copy_model)  # the Trainer prepares it
         super().__init__(model, args, **others)
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
         self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
-        self.objective, self.finished_model = objective, finished_model
+        self.objective, self.finished_model, self.images = objective, finished_model, images
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
         self.step_guard = StepGuard(self.run_folder, args.max_broken_images, self.train_dataset.name)
@@ -144,6 +146,10 @@ class ImageTrainer(TrainerOverrides, Trainer):
             "training images": None if self.stream_batches is not None else len(self.train_dataset),
             "augmentation": self.train_dataset.augmentation.description,
             "device": self.args.device.type,
+            "input images and labels": self.images and self.images["digest"],
+            "input fast_decode": self.args.fast_decode,
+            **{f"input {name}": value for name, value in self.processing_class.to_dict().items() if name != "auto_map"},
+            "CPU threads": torch.get_num_threads(),
             "torch": torch.__version__,
             **kind,
         }

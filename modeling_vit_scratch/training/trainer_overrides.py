@@ -42,7 +42,7 @@ class TrainerOverrides:
         # The Trainer writes into the folder with the final name, and removes old checkpoints before the new one is on
         # the disk. on_save comes too late to change that.
         self.step_guard.stop_if_bad()
-        metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images}
+        metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images, "images": self.images}
         with self.run_folder.new_checkpoint(self.state, metadata) as folder:
             super()._save_checkpoint(model, trial)
             if self.stream_batches is not None:

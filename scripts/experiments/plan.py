@@ -21,7 +21,8 @@ from modeling_vit_scratch.training.command_line import parse_arguments
 FIXED_FLAGS = ("--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
 # Flags of the runs that this command sets itself, and what to give in their place.
 OWN_FLAGS = {
-    "seed": "--seeds", "output_dir": "--output_dir before --data, which is the table's", "variant": None,
+    "seed": "--seeds", "split_seed": "--seeds", "output_dir": "--output_dir before --data, which is the table's",
+    "variant": None,
     "config_name": None, "image_processor_name": None, "train_dir": "--data NAME=PLACE",
     "dataset_name": "--data NAME=PLACE", "resume_from_checkpoint": "the same command, which goes on where it stopped",
     "push_to_hub": None, "export_examples": None, "eval_strategy": None, "save_strategy": None,
@@ -113,13 +114,14 @@ def plan_runs(arguments: argparse.Namespace, common: list[str]) -> list[Run]:
         architecture = Path(arguments.output_dir, "architectures", name)
         scratch = write_architecture(model_arguments, architecture)
         for seed in arguments.seeds:
-            ending = (*FIXED_FLAGS, "--seed", str(seed))
+            seeds = ("--seed", str(seed), "--split_seed", str(seed))
+            ending = (*FIXED_FLAGS, *seeds)
             runs.append(Run("finetune", name, PRETRAINED, seed, None, (*flags, *start, *ending)))
             for rate in arguments.scratch_learning_rate or [None]:
                 own_rate = () if rate is None else ("--learning_rate", f"{rate:g}")
                 runs.append(Run("finetune", name, SCRATCH, seed, rate, (*flags, *scratch, *own_rate, *ending)))
             if not arguments.skip_probes:
-                probe = (arguments.model_name_or_path, *flags, "--seed", str(seed))
+                probe = (arguments.model_name_or_path, *flags, *seeds)
                 runs.append(Run("probe", name, PRETRAINED, seed, None, probe))
                 runs.append(Run("probe", name, SCRATCH, seed, None, (*probe, "--random_weights")))
     if problems.messages:

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which images are held out, and the record of it.
+
+An image is known by the content of its file: names change when files are moved, renamed or packed into a table, and
+copies of one photo must not be on both sides. Its identity is the first 64 bits of the SHA-256 of the file. A record
+has the identities of all held-out images and of up to 1,000 training images: results.json, in "dataset", and run.json
+of every checkpoint. Later runs and evaluations compare their images with it, wherever these are.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+
+from ..common.errors import InputError
+from ..common.files import MANIFEST, read_manifest
+from .dataset import Examples, StoredImage, multi_hot
+
+
+# Training images in a record: those with the lowest identities, which another set of images has, too, if it overlaps.
+MAX_TRAINED_ON = 1000
+# How results.json named the split when the seed decided it.
+_BY_SEED = re.compile(r"([\d.]+) %.* chosen with seed (\d+)")
+
+
+def identities(examples: Examples) -> list[str]:
+    """The identity of each image; that of its path where there is no regular file to read, as for a URL."""
+
+    def identity(index: int) -> str:
+        return _identity(*examples.stored([index]))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # neither reading nor hashing holds Python's lock
+        found = pool.map(identity, range(len(examples)))
+        return list(tqdm(found, total=len(examples), desc="reading images", unit="", leave=False))
+
+
+def _identity(image: StoredImage) -> str:
+    content, digest = image.content, hashlib.sha256()
+    try:
+        if isinstance(content, bytes):
+            digest.update(content)
+        elif content is not None and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
+            with open(content, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+        else:
+            digest.update(image.name.encode("utf-8", "surrogateescape"))
+    except OSError:  # the check of the images reports it
+        digest.update(image.name.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Images that the runs behind a model or a checkpoint held out and trained on, by identity."""
+
+    origin: str  # for messages
+    how: str = "as in its record"  # the images were held out
+    held_out: frozenset[str] = frozenset()
+    trained_on: frozenset[str] = frozenset()
+    records: tuple[dict[str, Any], ...] = ()  # of these runs, the last first
+    # Of a run that chose by its seed, the entry "dataset" of results.json.
+    by_seed: dict[str, Any] | None = None
+    is_same_run: bool = False  # of a checkpoint that is resumed
+
+    def resolve(self, name: str, rows: list[list[int]], ids: list[str], is_multi_label: bool) -> "Earlier":
+        """With the identities for a record from before there were any, if it is of as many images of that name."""
+        record, match = self.by_seed or {}, _BY_SEED.search(str((self.by_seed or {}).get("held_out")))
+        number = (record.get("num_training_images") or 0) + (record.get("num_held_out_images") or 0)
+        if not record or record.get("name", name) != name:
+            return self
+        if match is None and len(rows) == record.get("num_training_images"):
+            return replace(self, trained_on=frozenset(ids))
+        if match is None or number not in (0, len(rows)):
+            return self
+        held = hold_out_by_seed(rows, float(match[1]) / 100, int(match[2]), is_multi_label)
+        held_out = {ids[index] for index in held}
+        if number and len(held) != record["num_held_out_images"]:
+            return self
+        trained_on = set(ids) - held_out
+        images = {"held_out": " ".join(sorted(held_out)), "trained_on": " ".join(sorted(trained_on)[:MAX_TRAINED_ON])}
+        return replace(
+            self,
+            held_out=frozenset(held_out),
+            trained_on=frozenset(trained_on),
+            records=() if self.is_same_run else (images,),
+            by_seed=None,
+        )
+
+    def has_seen(self, ids: list[str]) -> bool | None:
+        """Whether any of these images was trained on; None if that is not known."""
+        if not self.trained_on.isdisjoint(ids):
+            return True
+        return False if self.held_out.issuperset(ids) else None
+
+    def rank(self, identity: str) -> int:
+        """The lower, the better for holding it out."""
+        return 0 if identity in self.held_out else 2 if identity in self.trained_on else 1
+
+
+def read_earlier(model: str | None, checkpoint: str | None = None, fraction: float | None = None) -> Earlier | None:
+    """
+    What is known of the images behind the checkpoint that a run resumes from, or else behind the model that it starts
+    from; None if nothing is. `fraction` is that of a run that resumes from a checkpoint without a record.
+    """
+    folder = Path(checkpoint or model or "")
+    if (model or checkpoint) is None or not folder.is_dir():
+        return None
+    dataset: dict[str, Any] = {}
+    try:
+        if (folder / "results.json").is_file() and checkpoint is None:
+            dataset = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("dataset", {})
+        elif (folder / MANIFEST).is_file():
+            dataset = read_manifest(folder)
+            seed = dataset.get("settings", {}).get("--seed")
+            if fraction is not None and seed is not None and not dataset.get("images"):
+                dataset = {"held_out": f"{100 * fraction:.10g} % chosen with seed {seed}"}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{folder} has a record that is not JSON: {error}. Repair it, or remove it.") from error
+    images = dataset.get("images")
+    if not images:
+        how = dataset.get("held_out") or Earlier.how
+        return Earlier(str(folder), how, by_seed=dataset, is_same_run=checkpoint is not None) if dataset else None
+    before = images.get("earlier", [])
+    records = tuple([{**images, "earlier": []}, *before] if checkpoint is None else before)
+    trained = {word for one in (images, *before) for word in one["trained_on"].split()}
+    held_out = {word for one in (images, *before) for word in one["held_out"].split()} - trained
+    how = dataset.get("held_out", Earlier.how)
+    return Earlier(str(folder), how, frozenset(held_out), frozenset(trained), records, None, checkpoint is not None)
+
+
+def images_record(
+    train: tuple[list[str], Sequence[Any]] | None, held_out: tuple[list[str], Sequence[Any]], earlier: Earlier | None
+) -> dict[str, Any]:
+    """
+    The record of identities and labels: "held_out", "trained_on" (up to 1,000), "earlier", the records of the runs that
+    it goes on from, and "digest", which another image, label or side changes and another order does not.
+    """
+    parts = {"trained_on": train or ([], []), "held_out": held_out}
+    lines = sorted(
+        f"{part} {identity} {np.asarray(label).tolist()}"
+        for part, (ids, labels) in parts.items()
+        for identity, label in zip(ids, labels)
+    )
+    return {
+        "identity": "the first 64 bits of the SHA-256 of each file",
+        "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        "held_out": " ".join(sorted(set(held_out[0]))),
+        "trained_on": " ".join(sorted(set(parts["trained_on"][0]))[:MAX_TRAINED_ON]),
+        "earlier": list(earlier.records) if earlier else [],
+    }
+
+
+def notes(record: dict[str, Any], train: list[str], earlier: Earlier | None) -> list[str]:
+    """Lines for the user: held-out images that were trained on before, and the other way round."""
+    if earlier is None:
+        return []
+    held_out, found = set(record["held_out"].split()), []
+    if both := held_out & earlier.trained_on:
+        found.append(
+            f"warning: {len(both)} of the {len(held_out)} held-out images are known to be among those that "
+            f"{earlier.origin} was trained on: their score will be too high. Keep its --train_val_split and "
+            "--split_seed, or give images that it has not seen as --validation_dir."
+        )
+    if both := set(train) & earlier.held_out:
+        found.append(f"Note: {len(both)} images that {earlier.origin} held out are trained on now.")
+    return found
+
+
+def choose_held_out(
+    rows: list[list[int]], ids: list[str], fraction: float, split_seed: int = 0, earlier: Earlier | None = None
+) -> list[int]:
+    """
+    The sorted indices of the held-out images, from the labels and the identity of each.
+
+    Of each label, the images whose SHA-256 of split seed and identity is lowest: the fraction of their number, rounded,
+    at least one and never all. So order and names do not matter; an image that is added or removed moves no other, but
+    for the one at the edge of its label, when the rounded number changes or its place is taken. Copies of an image are
+    on one side. Where images have several labels, the rarest label chooses first, and what it has chosen or left counts
+    for the others; one image may then move a few, of any label. Images that an earlier run held out come
+    first, and those that it trained on last.
+    """
+    key = {one: (earlier.rank(one) if earlier else 0, hashlib.sha256(f"{split_seed} {one}".encode()).hexdigest())
+           for one in set(ids)}  # fmt: skip
+    members: dict[int, set[str]] = defaultdict(set)
+    for labels, identity in zip(rows, ids):
+        for label in labels or [-1]:  # those without any label are like a label
+            members[label].add(identity)
+    held, decided = set(), set()
+    for label in sorted(members, key=lambda label: (len(members[label]), label)):
+        count = len(members[label])
+        wanted = min(max(1, int(fraction * count + 0.5)), count - 1) - len(members[label] & held)
+        held |= set(sorted(members[label] - decided, key=key.__getitem__)[: max(0, wanted)])
+        decided |= members[label]
+    return [index for index, identity in enumerate(ids) if identity in held]
+
+
+# --- As it was until the record had identities ------------------------------------------------------------------------
+
+
+def hold_out_by_seed(rows: list[list[int]], fraction: float, seed: int, is_multi_label: bool) -> list[int]:
+    """The images that a run with this seed held out, if neither their number nor their order has changed."""
+    if is_multi_label:
+        hot = multi_hot(rows, 1 + max((label for row in rows for label in row), default=0))
+        return _stratify(hot, fraction, seed)
+    labels = [row[0] for row in rows]
+    count = max(int(np.ceil(fraction * len(rows))), len(set(labels)))
+    if min(np.unique(labels, return_counts=True)[1]) < 2 or count > len(rows) - len(set(labels)):
+        return []
+    return sorted(
+        train_test_split(np.arange(len(rows)), test_size=count, stratify=labels, random_state=seed)[1].tolist()
+    )
+
+
+def _stratify(labels: np.ndarray, fraction: float, seed: int) -> list[int]:
+    """Iterative stratification (Sechidis et al. 2011, algorithm 1) of labels (N, K), 0 and 1."""
+    generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
+    left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
+    room, wanted = shares * len(labels), shares[:, None] * left  # (2,), (2, K)
+    part = np.full(len(labels), -1)
+    order = generator.permutation(len(labels))
+
+    def assign(index: int, lack: np.ndarray) -> None:
+        best = np.flatnonzero(np.isclose(lack, lack.max()))
+        best = best[np.isclose(room[best], room[best].max())]
+        chosen = best[0] if len(best) == 1 else generator.choice(best)
+        part[index] = chosen
+        room[chosen] -= 1
+        wanted[chosen] -= labels[index]
+        left[:] -= labels[index]
+
+    while left.any():
+        rarest = int(np.where(left > 0, left, len(labels) + 1).argmin())
+        for index in order[(labels[order, rarest] == 1) & (part[order] < 0)].tolist():
+            assign(index, wanted[:, rarest])
+    for index in order[part[order] < 0].tolist():
+        assign(index, room)
+    return np.flatnonzero(part == 1).tolist()
