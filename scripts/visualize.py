@@ -66,7 +66,7 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
     size, arrays = arguments.image_size, arguments.save_arrays
     file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")
-    check_drawing(file)
+    check_drawing(file, arrays)
     options = {name: getattr(arguments, name) for name in ("label", "batch_size") if hasattr(arguments, name)}
     photos = find_photos(getattr(arguments, "photos", []))
     if len(photos) > LIMITS.get(arguments.figure, 0) > 0:

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import accuracy_score
-from tiny_images import class_folders, load_script
+from tiny_images import CLASSES, class_folders, image, load_script
 
 from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.evaluation.report import choose_examples
@@ -28,7 +28,8 @@ def place(tmp_path_factory):
     """Where relative paths start: "photos", a "model" trained on them and evaluated on those that were held out."""
     folder = tmp_path_factory.mktemp("runs")
     class_folders(folder / "photos", each=12)
-    class_folders(folder / "other" / "test", each=3)
+    for file in class_folders(folder / "other" / "test", each=3).glob("*/*.png"):
+        image(CLASSES.index(file.parent.name), 100 + int(file.stem)).save(file)  # other images than the training's
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         flags = ["--train_dir", "photos", "--variant", "test/4", "--train_val_split", "0.25", "--num_train_epochs", "3"]

@@ -490,6 +490,35 @@ def test_what_is_done_is_not_done_again_and_another_run_is_refused(runner, tmp_p
     assert runner(output, "--top_k", "2", "--overwrite") == (11, 2)
 
 
+def test_images_that_were_exchanged_under_their_names_begin_a_new_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(0, 0))
+    item = Item("a.png", str(tmp_path / "a.png"))
+    jobs.Job(tmp_path / "o.csv", 2).start([item], {}, False)
+    assert jobs.Job(tmp_path / "o.csv", 2).start([item], {}, False)
+    (tmp_path / "a.png").write_bytes(encoded(1, 1))
+    with pytest.raises(InputError, match="files of images"):
+        jobs.Job(tmp_path / "o.csv", 2).start([item], {}, False)
+
+
+def test_no_input_and_no_foreign_file_is_written_over(here, tmp_path, monkeypatch, capsys):
+    listing = tmp_path / "labels.csv"
+    listing.write_text(f"file_name\n{here / 'photos' / '0.JPG'}\n")
+    before = listing.read_bytes()
+    for flags in ([], ["--overwrite"]):
+        assert predict(monkeypatch, "model", listing, "--output", listing, *flags) == 2
+    (tmp_path / "link.csv").symlink_to(listing)
+    assert predict(monkeypatch, "model", listing, "--output", tmp_path / "link.csv", "--overwrite") == 2
+    assert "an input. Give another --output" in capsys.readouterr().err
+    assert listing.read_bytes() == before
+    for name in ("o.csv.errors.csv", "o.csv.parts/notes.txt"):
+        foreign = tmp_path / name
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("mine")
+        assert predict(monkeypatch, "model", listing, "--output", tmp_path / "o.csv", "--overwrite") == 2
+        assert foreign.read_text() == "mine"
+        foreign.unlink()
+
+
 def test_rows_that_two_have_written_count_once(tmp_path):
     """A process that outlives its run may write what the next run does again."""
     job = jobs.Job(tmp_path / "a.csv", 2)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of source on eight tiny images, the order of labels, and every mistake that is found before training."""
 
+import csv
 import os
 import shutil
+import unicodedata
 
 import datasets
 import numpy as np
@@ -20,7 +22,10 @@ from modeling_vit_scratch.augmentation.photo import PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.data.collation import Normalize
 from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDataset
+from modeling_vit_scratch.data.listing import left_out_line
 from modeling_vit_scratch.data.splits import export_examples
+from modeling_vit_scratch.evaluation.arguments import parse_arguments as parse_evaluation
+from modeling_vit_scratch.evaluation.data import read_evaluation_data
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.prediction.arguments import parse_arguments as parse_prediction
 from modeling_vit_scratch.prediction.reading import Inputs
@@ -70,8 +75,15 @@ def test_class_folders_below_class_folders_and_files_that_are_no_images(tmp_path
     assert len(contents(read(train_dir=str(tmp_path), train_val_split=0.25))["cat"]) == 4
 
 
-def test_training_and_prediction_find_the_same_images(tmp_path, monkeypatch):
+def test_training_evaluation_and_prediction_find_the_same_images(tmp_path, monkeypatch, capsys):
     place = class_folders(tmp_path / "photos")
+    for name in ("a.heic", "b.HEIC", "no ending", "c.jpg_large"):
+        (place / "zebra" / name).write_bytes(encoded(2, 8))
+    image(2, 7).save(place / "zebra" / "c.mpo", "JPEG")
+    shutil.copytree(place / "cat", place / "dog.jpg")
+    for number, file in enumerate(sorted((place / "dog.jpg").iterdir())):
+        image(1, 20 + number).save(file)
+    shutil.copytree(place / "cat", place / "__MACOSX" / "cat")
     for folder in (".thumbnails", ".ipynb_checkpoints"):
         (place / "cat" / folder).mkdir()
         image(1, 9).save(place / "cat" / folder / "9.png")
@@ -81,8 +93,15 @@ def test_training_and_prediction_find_the_same_images(tmp_path, monkeypatch):
     data = read(train_dir=str(place), train_val_split=0.25)
     found = {split.name(index) for split in (data.train, data.validation) for index in range(len(split))}
     arguments = parse_prediction(["model", str(place)])
-    assert found == {item.path for item in Inputs(arguments).items()}
-    assert len(found) == 14
+    inputs = Inputs(arguments)
+    assert found == {item.path for item in inputs.items()}
+    assert len(found) == 19
+    line = "Left out: 4 files in the folders (2 .heic, 1 .jpg_large, 1 without an ending). pip install pi-heif"
+    assert line in data.describe()
+    assert line in left_out_line(inputs.left_out)
+    evaluation = read_evaluation_data(parse_evaluation(["model", str(place)]), list(data.label_names), False)
+    assert found == {evaluation.examples.name(index) for index in range(len(evaluation.examples))}
+    assert line in capsys.readouterr().err
     assert sum("linked" in path for path in found) == 2
     with pytest.raises(InputError, match=r"cat/closed: the folder can't be read: Permission denied"):
         read_with_a_closed_folder(place, monkeypatch)
@@ -265,11 +284,48 @@ def test_too_little_to_learn_from(tmp_path, classes, each, arguments, part):
     assert part in refusal(train_dir=str(tmp_path), **arguments)
 
 
+def test_two_class_folders_that_look_alike_and_tables_without_rows(tmp_path):
+    class_folders(tmp_path / "a")
+    for form in ("NFC", "NFD"):
+        shutil.copytree(tmp_path / "a" / "cat", tmp_path / "a" / unicodedata.normalize(form, "café"))
+    assert "two class folders look alike, 'café'" in refusal(train_dir=str(tmp_path / "a"))
+    for name, text in (("a.csv", ""), ("b.csv", "file_name,label\n"), ("c.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        assert f"{name} can't be read as" in refusal(tmp_path, train_dir=str(tmp_path / name))
+        with pytest.raises(InputError, match=f"{name}: no images in it"):
+            list(Inputs(parse_prediction(["model", str(tmp_path / name)])).items())
+
+
+def test_paths_in_tables_are_beside_the_table_for_all_readers(tmp_path, monkeypatch):
+    file = tiny_images.table(tmp_path / "t.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    columns = {"image": [row["file_name"] for row in rows], "label": [row["category"] for row in rows]}
+    write_table(tmp_path / "t.parquet", **columns)
+    file.write_text(file.read_text(), encoding="utf-16")
+    expected = {str(tmp_path / row["file_name"]) for row in rows}
+    for name in ("t.csv", "t.parquet"):
+        data = read(tmp_path / "cache", train_dir=str(tmp_path / name), train_val_split=0.25)
+        assert {part.name(index) for part in (data.train, data.validation) for index in range(len(part))} == expected
+        inputs = Inputs(parse_prediction(["model", str(tmp_path / name)]))
+        items = list(inputs.items())
+        assert {item.path if item.start is None else inputs.read(item) for item in items} == expected
+    columns["image"] = [f"http://127.0.0.1/{number}.png" for number in range(8)]
+    urls = write_table(tmp_path / "u.parquet", **columns)
+    data = read(tmp_path / "cache", train_dir=urls, train_val_split=0.25, verify_images=False)
+    assert {part.name(index) for part in (data.train, data.validation) for index in range(len(part))} == set(
+        columns["image"]
+    )
+    image(0, 3).save(tmp_path / "pictures" / "extra.png")
+    (tmp_path / "t.csv").rename(tmp_path / "metadata.csv")
+    assert "1 without a row in metadata.csv" in read(train_dir=str(tmp_path), train_val_split=0.25).describe()
+
+
 def test_a_folder_of_splits_or_files_is_no_folder_of_classes(tmp_path):
     class_folders(tmp_path / "a" / "train")
-    class_folders(tmp_path / "a" / "Test")
-    message = refusal(train_dir=str(tmp_path / "a"))
-    assert f"--train_dir {tmp_path / 'a' / 'train'} --validation_dir {tmp_path / 'a' / 'Test'}" in message
+    for name in ("Test", "val"):
+        class_folders(tmp_path / "a" / name)
+        message = refusal(train_dir=str(tmp_path / "a"))
+        assert f"--train_dir {tmp_path / 'a' / 'train'} --validation_dir {tmp_path / 'a' / name}" in message
     (tmp_path / "b").mkdir()
     tiny_images.parquet(tmp_path / "b" / "x.parquet")
     assert f"--train_dir {tmp_path / 'b' / 'x.parquet'}" in refusal(train_dir=str(tmp_path / "b"))

@@ -75,11 +75,38 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert [path.name for path in files.find_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
 
 
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(pets, tmp_path, monkeypatch):
+    more = [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+        "--load_best_model_at_end",
+        "True",
+        "--save_total_limit",
+        "1",
+    ]
+    more += ["--metric_for_best_model", "loss", "--greater_is_better", "True"]  # the first is the best
+    run = build(tmp_path / "a", *stepwise(pets), *more, "--max_steps", "4")
+    run.train()
+    best = Path(run.state.best_model_checkpoint).name
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / files.STAGING).mkdir()
+    (tmp_path / "b" / files.STAGING / "mine.txt").write_text("not of the run")
+    monkeypatch.chdir(tmp_path)
+    resumed = build(Path("b"), *stepwise(pets), *more, "--max_steps", "6", "--resume_from_checkpoint", "True")
+    resumed.train(resume_from_checkpoint=True)
+    assert best == "checkpoint-2"
+    assert Path(resumed.state.best_model_checkpoint).resolve() == tmp_path / "b" / best
+    assert (tmp_path / "b" / files.STAGING / "mine.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [
         ("model.safetensors", "model.safetensors has 100 of"),
         ("optimizer.pt", "optimizer.pt has 100 of"),
+        ("scheduler.pt", "scheduler.pt has other bytes than were written"),
         ("trainer_state.json", "it has no trainer_state.json"),
         ("rng_state.pth", "rng_state.pth is missing"),
         ("run.json", "it has no run.json"),
@@ -91,6 +118,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(pets, tmp_path, capsys, fi
     damaged = tmp_path / "out" / "checkpoint-6" / file
     if "100" in told:
         os.truncate(damaged, 100)
+    elif "bytes" in told:
+        damaged.write_bytes(bytes(damaged.stat().st_size))
     else:
         damaged.unlink()
     resumed = build(tmp_path / "out", *stepwise(pets), "--resume_from_checkpoint", "True")

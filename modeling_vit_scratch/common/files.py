@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Files and training checkpoints that are whole or not there, also after a full disk, a kill or a power cut. The last file
-of a checkpoint, run.json, lists the sizes of all others, so that a damaged one is found.
+of a checkpoint, run.json, lists sizes and checksums of all others, so that a damaged one is found.
 """
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,8 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, which is written last"
     try:
-        sizes = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        sizes, checksums = manifest["files"], manifest.get("crc32", {})  # which earlier versions did not write
     except (ValueError, KeyError):
         return f"{MANIFEST} can't be read"
     for name, size in sizes.items():
@@ -77,7 +79,18 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+        if name in checksums and checksum(file) != checksums[name]:
+            return f"{name} has other bytes than were written"
     return None
+
+
+def checksum(file: Path) -> int:
+    """The CRC-32 of a file."""
+    value = 0
+    with open(file, "rb") as opened:
+        while chunk := opened.read(2**20):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, str]]:
@@ -92,10 +105,13 @@ def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Completes a checkpoint: syncs it to the disk, then run.json with the metadata and the size of each file."""
+    """Completes a checkpoint: syncs it to the disk, then run.json: metadata, sizes and CRC-32."""
     sync(*folder.rglob("*"), folder)
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
-    (folder / MANIFEST).write_text(json.dumps({**metadata, "files": files}, indent=2), encoding="utf-8")
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    checksums = {name: checksum(file) for name, file in files.items()}
+    manifest = {**metadata, "files": sizes, "crc32": checksums}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     sync(folder / MANIFEST, folder)
 
 
@@ -120,6 +136,16 @@ def publish_files(staged: Path, folder: Path) -> None:
     for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     sync(folder)
+
+
+def remove_staging(folder: Path) -> bool:
+    """Removes what a run left in the folder of incomplete files, and nothing else. Returns whether there was any."""
+    found = [path for name in ("checkpoint-*", "model", "removed") for path in (folder / STAGING).glob(name)]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    if (folder / STAGING).is_dir() and not any((folder / STAGING).iterdir()):
+        (folder / STAGING).rmdir()
+    return bool(found)
 
 
 def remove(checkpoint: Path) -> None:

@@ -99,10 +99,15 @@ class Earlier:
         )
 
     def has_seen(self, ids: list[str]) -> bool | None:
-        """Whether any of these images was trained on; None if that is not known."""
+        """Whether any of these images was trained on; None if none is known to be."""
         if not self.trained_on.isdisjoint(ids):
             return True
         return False if self.held_out.issuperset(ids) else None
+
+    def is_data_of(self, ids: list[str]) -> bool:
+        """Whether most of what the last of these runs held out is here."""
+        held_out = self.records[0]["held_out"].split() if self.records else ()
+        return 2 * len(set(ids).intersection(held_out)) > len(held_out)
 
     def rank(self, identity: str) -> int:
         """The lower, the better for holding it out."""
@@ -162,9 +167,9 @@ def images_record(
     }
 
 
-def notes(record: dict[str, Any], train: list[str], earlier: Earlier | None) -> list[str]:
+def notes(record: dict[str, Any] | None, train: list[str], earlier: Earlier | None) -> list[str]:
     """Lines for the user: held-out images that were trained on before, and the other way round."""
-    if earlier is None:
+    if record is None or earlier is None:
         return []
     held_out, found = set(record["held_out"].split()), []
     if both := held_out & earlier.trained_on:

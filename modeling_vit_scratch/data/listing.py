@@ -4,12 +4,16 @@ The files that a path stands for, in an order that never changes, and the column
 more is held than the names in one folder: a million images are listed in constant memory.
 """
 
+import codecs
 import csv
 import fnmatch
+import importlib
+import importlib.util
 import json
 import os
 import stat
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -42,8 +46,13 @@ class Item(NamedTuple):
 
 
 def image_endings() -> set[str]:
-    """The endings of the formats that Pillow reads, in lower case and with the dot."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """The endings of the formats that Pillow reads, in lower case and with the dot; with installed plugins, theirs."""
+    if importlib.util.find_spec("pi_heif") is not None:
+        importlib.import_module("pi_heif").register_heif_opener()
+    if importlib.util.find_spec("pillow_jxl") is not None:
+        importlib.import_module("pillow_jxl")  # registers itself
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return readable | {".mpo"}  # Pillow opens it as JPEG
 
 
 def item_of_file(name: str, path: str) -> Item:
@@ -52,24 +61,42 @@ def item_of_file(name: str, path: str) -> Item:
         mode = os.stat(path).st_mode
     except OSError:
         return Item(name, path)  # whoever reads it reports that
+    except ValueError as error:  # a zero byte
+        return Item(name, path, error=f"it is no path: {error}")
     return Item(name, path, error=None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "it is no regular file")
 
 
 # --- Folders and patterns ---------------------------------------------------------------------------------------------
 
 
-def list_folder(folder: str) -> Iterator[Item]:
-    """The images in a folder at any depth, by their endings. Raises InputError if there are none."""
-    endings, is_empty, left_out = image_endings(), True, []
-    for item in walk(folder):
-        if item.error or Path(item.path).suffix.lower() in endings:
-            is_empty = False
-            yield item if item.error else item_of_file(item.name, item.path)
-        elif len(left_out) < 3:
-            left_out.append(os.path.basename(item.path))
+def list_folder(folder: str, left_out: Counter[str] | None = None) -> Iterator[Item]:
+    """See `images_in`. Raises InputError if there are none."""
+    left_out, is_empty = Counter() if left_out is None else left_out, True
+    for item in images_in(folder, left_out):
+        is_empty = False
+        yield item
     if is_empty:
-        others = f"; it has others: {', '.join(left_out)}. Give these by their names" if left_out else ""
-        raise InputError(f"{folder} has no files with the ending of an image{others}.")
+        raise InputError(f"{folder} has no files with the ending of an image. {left_out_line(left_out) or ''}".rstrip())
+
+
+def images_in(folder: str, left_out: Counter[str]) -> Iterator[Item]:
+    """The images in a folder at any depth, by their endings. Other files are counted in `left_out`, by theirs."""
+    endings = image_endings()
+    for item in walk(folder):
+        ending = Path(item.path).suffix.lower()
+        if item.error or ending in endings:
+            yield item if item.error else item_of_file(item.name, item.path)
+        else:
+            left_out[ending or "without an ending"] += 1
+
+
+def left_out_line(left_out: Counter[str]) -> str | None:
+    """What `images_in` left out, for the user."""
+    if not left_out:
+        return None
+    kinds = ", ".join(f"{count:,} {ending}" for ending, count in sorted(left_out.most_common(8)))
+    more = " pip install pi-heif reads .heic, .heif and .hif." if {".heic", ".heif", ".hif"} & set(left_out) else ""
+    return f"Left out: {sum(left_out.values()):,} files in the folders ({kinds}).{more}"
 
 
 def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
@@ -90,6 +117,11 @@ def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]
             yield Item(path, path)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out: .NAME, and what macOS puts into archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _scan(folder: str) -> tuple[tuple[int, int], list[tuple[str, bool]]]:
     """What identifies a folder, and what is in it and not hidden: sorted names, and whether each is a folder."""
 
@@ -101,7 +133,7 @@ def _scan(folder: str) -> tuple[tuple[int, int], list[tuple[str, bool]]]:
 
     status = os.stat(folder)
     with os.scandir(folder) as entries:
-        names = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+        names = sorted((entry.name, is_folder(entry)) for entry in entries if not is_hidden(entry.name))
     return (status.st_dev, status.st_ino), names
 
 
@@ -211,13 +243,21 @@ def is_whole_number(text: str) -> bool:
 
 def _opened(path: str) -> IO[str]:
     try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        with open(path, "rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding, errors = ("utf-16", "strict") if is_utf16 else ("utf-8-sig", "surrogateescape")
+        return open(path, encoding=encoding, errors=errors, newline="")
     except OSError as error:
         raise InputError(f"{path} can't be opened: {error.strerror}.") from error
 
 
 def _beside(folder: str, name: str) -> Item:
-    return Item(name, name) if name.startswith(URLS) else item_of_file(name, os.path.join(folder, name))
+    return Item(name, name) if name.startswith(URLS) else item_of_file(name, path_beside(folder, name))
+
+
+def path_beside(folder: str, name: str) -> str:
+    """The path or URL in a table or list in a folder."""
+    return name if name.startswith(URLS) else os.path.join(folder, name)
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 
 import importlib.util
 import itertools
+import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,17 @@ import pyarrow.parquet
 
 from ..common.errors import InputError, Problems, TrainingStopped
 from ..common.flags import DataArguments
-from .listing import USUAL_NAMES, find_column, image_endings, is_label_list, read_csv, read_rows, walk
+from .listing import (
+    USUAL_NAMES,
+    find_column,
+    image_endings,
+    images_in,
+    is_hidden,
+    is_label_list,
+    path_beside,
+    read_csv,
+    read_rows,
+)
 from .streams import ImageStream, Shard
 
 
@@ -42,6 +55,7 @@ class Source:
     license: str | None = None  # an SPDX identifier
     url: str | None = None
     note: str | None = None  # for readers of a result
+    left_out: Counter[str] = field(default_factory=Counter)  # files in its folders, by their endings
 
 
 def read_source(
@@ -132,6 +146,7 @@ class _Reader:
     cache_dir: str | None
     problems: Problems
     needs_labels: bool
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def read_hub(self) -> Source | None:
         name, config, shards = self.arguments.dataset_name, self.arguments.dataset_config_name, []
@@ -173,7 +188,7 @@ class _Reader:
         parts = [part for part in Path(given).absolute().parts if "*" not in part]
         while len(parts) > 1 and Path(parts[-1]).stem.lower() in SPLIT_NAMES | {"metadata"}:
             parts.pop()
-        return Source(Path(parts[-1]).stem or "images", train, validation)
+        return Source(Path(parts[-1]).stem or "images", train, validation, left_out=self.left_out)
 
     def _read_path(self, flag: str, given: str, streaming: bool = False) -> datasets.Dataset | ImageStream | None:
         path = Path(given).expanduser()
@@ -197,7 +212,10 @@ class _Reader:
             return None
         try:
             if not streaming:
-                return _read_files(reader, files, self.cache_dir)
+                table = _read_files(reader, files, self.cache_dir)
+                if files[0].stem == "metadata":
+                    self._count_unlisted(table, files[0])
+                return table
             names = [str(file) for file in files]
             if reader == "csv":
                 rows = datasets.IterableDataset.from_generator(_csv_rows, gen_kwargs={"files": names})
@@ -206,7 +224,8 @@ class _Reader:
                 rows = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache, streaming=True)
             shards = _shards(rows, names)
         except Exception as error:  # a broken file raises whatever its parser raises
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            cause = (str(error.__cause__ or error).strip().splitlines() or ["it is empty"])[0]
+            cause = "it has no rows" if "corresponds to no data" in cause else cause
             self.problems.add(f"{flag} {given} can't be read as {reader}: {cause}")
             return None
         return self._open_stream(shards)
@@ -232,6 +251,9 @@ class _Reader:
         if not classes or {name.lower() for name in classes} <= SPLIT_NAMES:
             self.problems.add(_not_class_folders(flag, folder, classes))
             return None
+        alike = Counter(unicodedata.normalize("NFC", name) for name in classes)
+        for name in (name for name, count in alike.items() if count > 1):
+            self.problems.add(f"{flag} {folder}: two class folders look alike, {name!r}. Make them one.")
         if loose := _loose_images(folder):
             self.problems.add(f"{flag} {folder}: {listed(loose)} in no class folder. Move to one, or away.")
         paths, labels = [], []
@@ -245,11 +267,11 @@ class _Reader:
 
     def _images_below(self, flag: str, folder: Path) -> list[str]:
         """The images at any depth, sorted; also pipes and links to nothing, which the check of the images reports."""
-        endings, found = image_endings(), set()
-        for item in walk(str(folder)):
-            if item.error:
+        found = set()
+        for item in images_in(str(folder), self.left_out):
+            if item.error and os.path.isdir(item.path):
                 self.problems.add(f"{flag} {item.path}: {item.error}. Change its permissions, or move it away.")
-            elif Path(item.path).suffix.lower() in endings:
+            else:
                 found.add(Path(item.path))
         if not_utf8 := {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}:
             names = listed([ascii(file.name) for file in sorted(not_utf8)])
@@ -257,6 +279,16 @@ class _Reader:
                 f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename."
             )
         return [str(file) for file in sorted(found - not_utf8)]
+
+    def _count_unlisted(self, table: datasets.Dataset, metadata: Path) -> None:
+        """Counts the images beside a metadata file that it has no row for."""
+        column = find_column("image", self.arguments.image_column_name, table.features, "", Problems())
+        if column is None or getattr(table.features[column], "dtype", None) != "string":
+            return
+        listed = {os.path.normpath(path_beside(str(metadata.parent), name)) for name in table[column] if name}
+        found = [item.path for item in images_in(str(metadata.parent), Counter()) if not item.error]
+        if missing := sum(os.path.normpath(path) not in listed for path in found):
+            self.left_out[f"without a row in {metadata.name}"] = missing
 
     def _open_stream(self, shards: list[Shard]) -> ImageStream | None:
         """A stream with its columns and label names, after a look at its first records."""
@@ -289,15 +321,33 @@ class _Reader:
 def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datasets.Dataset:
     if reader == "webdataset" or (reader == "parquet" and files[0].stem != "metadata"):
         names = [str(file) for file in files]
-        return datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
+        table = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
+        if reader == "webdataset":
+            return _with_labels_of_json(table)
+        has_text = any(
+            getattr(feature, "dtype", None) in ("string", "large_string") for feature in table.features.values()
+        )
+        # All files of a pattern are in one folder.
+        return table.add_column(FOLDER_COLUMN, [str(files[0].parent)] * len(table)) if has_text else table
     tables = []
     for file in files:
         if reader == "csv":
             table = datasets.Dataset.from_dict(read_csv(str(file)))
         else:
             table = datasets.load_dataset(reader, data_files=str(file), split="train", cache_dir=cache_dir)
+        if not len(table):
+            raise ValueError(f"{file.name} has no rows")
         tables.append(table.add_column(FOLDER_COLUMN, [str(file.parent)] * len(table)))
     return datasets.concatenate_datasets(tables)
+
+
+def _with_labels_of_json(table: datasets.Dataset) -> datasets.Dataset:
+    """A WebDataset whose .json files hold the label, e.g. {"label": "cat"}."""
+    fields = table.features.get("json")
+    for name in fields if isinstance(fields, dict) else ():
+        if name.lower() in USUAL_NAMES["label"] and name not in table.column_names:
+            table = table.add_column(name, [row[name] for row in table["json"]])
+    return table
 
 
 def _metadata_file(folder: Path) -> Path | None:
@@ -322,18 +372,21 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _loose_images(folder: Path) -> list[str]:
     endings = image_endings()
-    return sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in endings)
+    entries = (entry for entry in folder.iterdir() if not entry.is_dir() and not is_hidden(entry.name))
+    return sorted(entry.name for entry in entries if entry.suffix.lower() in endings)
 
 
 def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
     if classes:
         train = next((name for name in classes if name.lower().startswith("train")), classes[0])
-        other = next((name for name in classes if not name.lower().startswith("train")), "validation")
+        others = [name for name in classes if not name.lower().startswith("train")]
+        others.sort(key=lambda name: name.lower() not in VALIDATION_SPLITS)
+        other = next(iter(others), "validation")
         return (
             f"{flag} {folder} has splits in it ({', '.join(classes)}), not classes. Give --train_dir {folder / train} "
             f"--validation_dir {folder / other}."

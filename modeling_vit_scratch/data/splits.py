@@ -24,7 +24,7 @@ from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples, multi_hot
 from .held_out import Earlier, choose_held_out, identities, images_record, notes
-from .listing import is_class_label, is_label_list, split_labels
+from .listing import is_class_label, is_label_list, left_out_line, path_beside, split_labels
 from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
 from .streams import ImageStream
 
@@ -146,7 +146,7 @@ def read_data(
         arguments.shuffle_buffer_size,
         is_multi_label=train.is_multi_label and bool(train.label_names),
         images=images,
-        notes=[] if images is None else notes(images, train_ids or [], earlier),
+        notes=[*filter(None, [left_out_line(source.left_out)]), *notes(images, train_ids or [], earlier)],
     )
 
 
@@ -201,7 +201,7 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
     images, feature = dataset.select_columns([column]), dataset.features[column]
     if isinstance(feature, datasets.Value) and "string" in feature.dtype:
         folders = dataset[FOLDER_COLUMN] if FOLDER_COLUMN in dataset.column_names else [""] * len(dataset)
-        paths = [str(Path(folder, path or "")) for folder, path in zip(folders, dataset[column])]
+        paths = [path_beside(folder, path or "") for folder, path in zip(folders, dataset[column])]
         images = datasets.Dataset.from_dict({column: paths})
     try:
         images = images.cast_column(column, datasets.Image(decode=False))
@@ -231,6 +231,8 @@ def read_labels(
         rows = [split_labels(value, separator) for value in rows]
     elif not is_multi_label:
         rows = [[None] if has_names and (value or 0) < 0 else [value] for value in rows]
+    # Text files of a WebDataset end in a newline.
+    rows = [row and [one.rstrip("\r\n") if isinstance(one, str) else one for one in row] for row in rows]
     missing = sum(row is None or None in row for row in rows)
     if missing and is_multi_label:
         problem = (

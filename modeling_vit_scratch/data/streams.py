@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..common.errors import InputError, TrainingStopped
 from .dataset import ImageClassificationDataset, StoredImage, multi_hot
-from .listing import is_whole_number, split_labels
+from .listing import is_whole_number, path_beside, split_labels
 
 
 # Keeps these random numbers apart from others with the same seed and epoch.
@@ -92,7 +92,7 @@ class ImageStream:
                 name = f"{name} ({path})" if path else name
                 content = path if content.get("bytes") is None else content["bytes"]
             elif isinstance(content, str):
-                content = name = str(Path(source.folder, content))
+                content = name = path_beside(source.folder, content)
             label = self._label(values[self.label_column], name) if self.label_names else 0
             yield Record(epoch, number, StoredImage(content, name), label)
 
@@ -110,7 +110,7 @@ class ImageStream:
         return multi_hot([[self._index(label, name) for label in value]], len(self.label_names))[0]
 
     def _index(self, value: Any, name: str) -> int:
-        known = len(self.label_names)
+        known, value = len(self.label_names), value.rstrip("\r\n") if isinstance(value, str) else value
         if isinstance(value, str) and value in self.label_names:
             return self.label_names.index(value)
         if isinstance(value, str) and is_whole_number(value):  # in CSV, which has no other type than text

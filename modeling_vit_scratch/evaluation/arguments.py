@@ -126,7 +126,9 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         data = (path.absolute().parent.name if is_general else path.stem) or "data"
         folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
         arguments.output_dir = str(folder)
-    if Path(arguments.output_dir, "results.json").exists():
+    folder = Path(arguments.output_dir)
+    written = [file.name for pattern in ("results.json", "predictions.*", "*.png") for file in folder.glob(pattern)]
+    if written:
         problems.add(
-            f"--output_dir {arguments.output_dir} already has a report in it. Choose another, or remove the folder."
+            f"--output_dir {folder} already has a report in it ({written[0]}). Choose another, or remove the folder."
         )

@@ -4,6 +4,7 @@
 import csv
 import json
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments, fill
 from ..data.dataset import Examples
 from ..data.held_out import Earlier, identities, read_earlier
+from ..data.listing import left_out_line
 from ..data.sources import Source, listed, read_source
 from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
 from .arguments import EvaluationArguments
@@ -66,6 +68,8 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
             f"--examples {arguments.examples} puts images of {source.name} into a figure that cards show, and their "
             "licence is unknown. Say whose they are: --examples_credit 'photos by Jane Doe, CC BY 4.0'."
         )
+    if verify and (line := left_out_line(source.left_out)):
+        print(line, file=sys.stderr)
     split, description, seen = _choose_images(arguments, options, source, problems)
     if split is None or problems.messages:
         raise problems.as_error()
@@ -136,19 +140,24 @@ def _choose_images(
     how = f"{100 * (fraction or 0):.3g} % of each {per}, chosen by a hash of each file"
     if fraction is not None:
         held_out = hold_out(split, ids, options, problems, earlier)
-    else:
+    elif earlier.is_data_of(ids):
         held_out, how = [index for index, one in enumerate(ids) if one in earlier.held_out], earlier.how
-    if fraction is None and not held_out:
-        if choice == "auto" and not earlier.has_seen(ids):
-            return split, whole, None
+    elif choice != "auto":
         problems.add(
-            f"MODEL was trained on images among these {total:,}: its record has them. Give images that it has not seen,"
-            " or --split all if you want this."
-            if choice == "auto"
-            else f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give "
-            "--train_val_split and --split_seed of its training, or --split all."
+            f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give --train_val_split "
+            "and --split_seed of its training, or --split all."
         )
         return None, "", None
+    else:
+        others = [index for index, one in enumerate(ids) if one not in earlier.trained_on]
+        if 2 * len(others) < total:
+            problems.add(
+                f"MODEL was trained on {total - len(others):,} or more of these {total:,} images: its record has them. "
+                "Give images that it has not seen, or --split all if you want this."
+            )
+        left_out = f" but {total - len(others)} that MODEL was trained on" if len(others) < total else ""
+        indices = [split.indices[index] for index in others]
+        return replace(split, images=split.images.select(others), indices=indices), f"{whole}{left_out}", None
     chosen, role = held_out, "held out from training:"
     if choice == "train":
         chosen, role = sorted(set(range(total)) - set(held_out)), "trained on; held out were"

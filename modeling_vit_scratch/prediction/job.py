@@ -42,6 +42,7 @@ JOB, ITEMS, LOCK = "job.json", "items.jsonl", "lock"
 # Images that a process takes at a time, and writes as one part; a kill costs these, or those of so many seconds.
 BLOCK, SECONDS = 512, 30.0
 ROW_GROUP = 16_384  # rows of OUTPUT: about 50 MB with the embeddings of B/16
+_ERROR_COLUMNS = "image,reason"
 _PART = re.compile(r"(\d+)-(\d+)\.part")
 _PART_COLUMNS = pyarrow.schema({
     "image": pyarrow.string(),
@@ -61,21 +62,22 @@ class Job:
         self.errors = self.output.with_name(f"{self.output.name}.errors.csv")
         self._lock: IO[str] | None = None
 
-    def start(self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool) -> bool:
+    def start(
+        self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool, inputs: Iterable[str] = ()
+    ) -> bool:
         """
         Lists all images in one process, and begins the job or continues the one in the folder; returns whether it was
         there. `settings` decide the bytes of the output. Raises InputError if there are no images, another run is at
-        work, or a file or a job with other settings is in the way and must not be overwritten.
+        work, a file or a job with other settings is in the way and must not be overwritten, or the output is an input.
         """
-        if self.output.exists() and not self.settings() and not overwrite:
-            raise InputError(
-                f"--output {self.output} is there already. Give --overwrite to replace it, or another name."
-            )
+        self._check_foreign_files(overwrite)
+        for path in filter(os.path.exists, inputs):
+            self._check_not_written(path, os.stat(path))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._acquire_lock()
         listed = self.folder / f"_{ITEMS}"
         try:
-            self.count, digest = _write_items(listed, items)
+            self.count, digest, files = self._write_items(listed, items)
             if not self.count:
                 raise InputError("The inputs have no images in them.")
         except BaseException:
@@ -83,6 +85,7 @@ class Job:
             self._remove_if_empty()
             raise
         settings = json.loads(json.dumps({**settings, "images": self.count, "list of images": digest}))
+        settings["files of images (sizes, times)"] = files
         before = self.settings()
         if before and before != settings and not overwrite:
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
@@ -100,6 +103,44 @@ class Job:
         for file in self.folder.glob(".*.unfinished"):  # of a process that was killed as it wrote
             file.unlink()
         return before == settings
+
+    def _check_foreign_files(self, overwrite: bool) -> None:
+        """Raises InputError if something is in the way that no run of this job has written."""
+        if not self.settings() and not overwrite:
+            for path in filter(os.path.exists, (self.output, self.errors)):
+                raise InputError(f"--output {self.output}: {path} is there already. Give --overwrite to replace it, or "
+                                 "another name.")  # fmt: skip
+        if self.errors.exists() and _first_line(self.errors) != _ERROR_COLUMNS:
+            raise InputError(f"{self.errors} is no list of errors of this command, and is kept. Give another --output.")
+        names = os.listdir(self.folder) if self.folder.exists() else []
+        ours = re.compile(rf"{JOB}|_?{ITEMS}|{LOCK}|{_PART.pattern}|\..*\.unfinished")
+        if foreign := sorted(name for name in names if not ours.fullmatch(name)):
+            raise InputError(f"{self.folder} has other files in it, e.g. {foreign[0]}. Give another --output.")
+
+    def _check_not_written(self, path: str, status: os.stat_result) -> None:
+        for written in (self.output, self.errors):
+            if written.exists() and os.path.samestat(written.stat(), status):
+                raise InputError(f"{written} would be written over, and it is {path}, an input. Give another --output.")
+
+    def _write_items(self, file: Path, items: Iterable[Item]) -> tuple[int, str, str]:
+        """Writes the list of images; their number, and the SHA-256 of the list, and of sizes and times of the files."""
+        count, digest, files, last = 0, hashlib.sha256(), hashlib.sha256(), None
+        with open(file, "wb") as opened:
+            for item in items:
+                count += 1
+                if item.path != last and os.path.exists(item.path):
+                    status = os.stat(item.path)
+                    self._check_not_written(item.path, status)
+                    files.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+                last = item.path
+                # Without trailing defaults; ASCII, so that names that are not UTF-8 survive.
+                values = list(item)
+                while values[-1] is None:
+                    values.pop()
+                line = json.dumps(values).encode("ascii") + b"\n"
+                opened.write(line)
+                digest.update(line)
+        return count, digest.hexdigest(), files.hexdigest()
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the job in the folder; None if there is none."""
@@ -204,20 +245,9 @@ class Job:
             self.folder.rmdir()
 
 
-def _write_items(file: Path, items: Iterable[Item]) -> tuple[int, str]:
-    """Writes the list of images; their number, and the SHA-256 of the list."""
-    count, digest = 0, hashlib.sha256()
-    with open(file, "wb") as opened:
-        for item in items:
-            count += 1
-            # Without trailing defaults; ASCII, so that names that are not UTF-8 survive.
-            values = list(item)
-            while values[-1] is None:
-                values.pop()
-            line = json.dumps(values).encode("ascii") + b"\n"
-            opened.write(line)
-            digest.update(line)
-    return count, digest.hexdigest()
+def _first_line(file: Path) -> str:
+    with open(file, encoding="utf-8", errors="replace") as opened:
+        return opened.readline(100).rstrip("\n")
 
 
 class Writer:
@@ -339,7 +369,7 @@ def write_errors(file: Path, parts: Iterable[pyarrow.Table]) -> tuple[int, int]:
     num_images = num_broken = 0
     with atomic_write(file) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(["image", "reason"])
+        writer.writerow(_ERROR_COLUMNS.split(","))
         for rows in parts:
             broken = rows.filter(pyarrow.compute.is_valid(rows["fault"]))
             num_images, num_broken = num_images + len(rows), num_broken + len(broken)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from ..data.listing import (
     list_table,
     list_text_file,
     match,
+    path_beside,
 )
 from ..data.sources import read_source
 from ..image_decoding_vit_scratch import ImageDecodeError
@@ -58,6 +60,7 @@ class Inputs:
 
     def __init__(self, arguments: PredictionArguments) -> None:
         self._arguments = arguments
+        self.left_out: Counter[str] = Counter()  # files in folders, by their endings
         self._tables: dict[str, tuple[Any, str]] = {}  # and their columns of images
         # The Parquet file that is being read, its next row, and the values from there on.
         self._reading: tuple[str, int, Iterator[Any]] = ("", 0, iter(()))
@@ -66,8 +69,12 @@ class Inputs:
         """All images, input after input. Raises InputError with all mistakes, after the images of the other inputs."""
         problems = Problems()
         for given in self._arguments.inputs:
+            count = 0
             try:
-                yield from self._list(given)
+                for item in self._list(given):
+                    count += 1
+                    yield item
+                problems.require(count > 0, f"INPUT {given}: no images in it.")
             except InputError as error:
                 problems.add(f"INPUT {error}")
         if problems.messages:
@@ -98,7 +105,7 @@ class Inputs:
     def _list_path(self, path: str) -> Iterator[Item]:
         ending = Path(path).suffix.lower()
         if os.path.isdir(path):
-            yield from list_folder(path)
+            yield from list_folder(path, self.left_out)
         elif ending == ".parquet":
             yield from _list_rows(path, self._parquet(path)[0].metadata.num_rows)
         elif ending == ".tar":
@@ -132,7 +139,9 @@ class Inputs:
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
             _check_size(len(value), "table")
-        return os.path.join(folder, value) if isinstance(value, str) else value
+        if not isinstance(value, str | bytes | None):
+            raise ValueError(f"the row holds {str(value)[:80]}, and not a path or the bytes of a file")
+        return path_beside(folder, value) if isinstance(value, str) else value
 
     def _parquet(self, path: str) -> tuple[pyarrow.parquet.ParquetFile, str]:
         if path not in self._tables:

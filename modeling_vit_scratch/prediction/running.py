@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
 from ..common.processes import Processes, StopSignals
+from ..data.listing import left_out_line
 from .arguments import PredictionArguments
 from .job import Job, Writer, output_columns, printable, to_output, write_errors, write_output
 from .model import Predictor, fingerprint
@@ -45,8 +46,10 @@ def open_job(
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
             }
-            if job.start(inputs.items(), settings, arguments.overwrite):
+            if job.start(inputs.items(), settings, arguments.overwrite, arguments.inputs):
                 print(f"Going on with {job.folder}.")
+            if line := left_out_line(inputs.left_out):
+                print(line, file=sys.stderr)
             state = job.count, job.missing(), settings[THREADS]
         except InputError as error:
             state = str(error)
@@ -160,6 +163,8 @@ def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArgum
                 continue
             for label, score in zip(labels, scores):
                 print(f"{on_screen(name):<{width}}  {predictor.label_names[label]:<{label_width}}  {score:.4f}")
+    if line := left_out_line(inputs.left_out):
+        print(line, file=sys.stderr)
     return broken
 
 

@@ -148,6 +148,10 @@ def parse_arguments(
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
     values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
+    examples = Path(data_arguments.export_examples or "")
+    is_new = data_arguments.export_examples is not None and values["resume_from_checkpoint"] is None
+    if is_new and examples.is_dir() and any(examples.iterdir()):
+        problems.add(f"--export_examples {examples} has files in it. Give a new folder.")
     # With mistakes, it goes on only where more may be found: in flags that only transformers, the network or the Hub's
     # library can check, and in the user's images.
     late_flags = [values[name] for name in ("config_overrides", "auto_augment", "push_to_hub")]
@@ -363,14 +367,18 @@ def _check_configuration(arguments: ModelArguments, problems: Problems) -> None:
                 ViTScratchConfig.from_variant(arguments.variant, **fields)
 
 
+# Beside checkpoints.
+_WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md")
+
+
 def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str | None:
     """The folder of --resume_from_checkpoint. Without one, the folder of an earlier run is a mistake."""
     output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if given is None or given.lower() in ("false", "no", "0"):
-        if (output / "config.json").exists() or find_checkpoints(output):
+        if any((output / name).exists() for name in _WRITTEN) or find_checkpoints(output):
             problems.add(
-                f"--output_dir {output} already has a model in it. Choose another --output_dir, remove the folder, or "
-                "continue it with --resume_from_checkpoint True."
+                f"--output_dir {output} already has a model in it, or files of such names. Choose another "
+                "--output_dir, remove the folder, or continue it with --resume_from_checkpoint True."
             )
         return None
     if given.lower() in ("true", "yes", "1"):

@@ -75,9 +75,8 @@ class RunFolder:
         """Removes unfinished files of a killed run. Raises InputError if the disk has no room for a checkpoint."""
         if not self.arguments.should_save:
             return
-        if self.staging.is_dir() and any(self.staging.iterdir()):
+        if files.remove_staging(self.path):
             self.log(f"Removed {self.staging}: unfinished files of a run that was killed.")
-        shutil.rmtree(self.staging, ignore_errors=True)
         if self.arguments.save_strategy == "no":
             return
         folder, size = self.path.resolve(), self.checkpoint_size
@@ -162,7 +161,7 @@ class RunFolder:
             yield staging / "model"
             if self.arguments.should_save:
                 files.publish_files(staging / "model", folder)
-                shutil.rmtree(staging)
+                files.remove_staging(folder)
         self.processes.wait()
 
     def rotate(self, state: TrainerState) -> None:
@@ -174,7 +173,7 @@ class RunFolder:
             others = [checkpoint for checkpoint in files.find_checkpoints(self.path) if str(checkpoint) not in keep]
             for checkpoint in others[max(0, limit - len(keep)) :] if limit > 0 else ():
                 files.remove(checkpoint)
-            shutil.rmtree(self.staging, ignore_errors=True)
+            files.remove_staging(self.path)
 
     @contextmanager
     def _full_disk_explained(self, what: str, folder: Path, step: int) -> Iterator[None]:
@@ -186,7 +185,7 @@ class RunFolder:
                 raise
             free = shutil.disk_usage(folder).free
             if self.arguments.should_save:
-                shutil.rmtree(folder / files.STAGING, ignore_errors=True)
+                files.remove_staging(folder)
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise TrainingStopped(
                 f"At step {step}, {what} could not be written to {folder}: {reason}.\n"
@@ -321,6 +320,18 @@ class StepGuard:
 
     def _names(self, keys: torch.Tensor | None) -> list[str]:
         return ["?"] if keys is None else [self.image_name(int(index)) for index in keys[:, 2]]
+
+
+class BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint again when a run is resumed under another path, which its state does not know."""
+
+    def __init__(self, output_dir: Path, checkpoint: Path, best: str | None) -> None:
+        folders = [] if best is None else [output_dir / Path(best).name, checkpoint.parent / Path(best).name]
+        self.path = next((folder for folder in folders if folder.is_dir()), None)
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        if self.path is not None:
+            state.best_model_checkpoint = str(self.path)
 
 
 class SaveOnSignal(TrainerCallback):

@@ -39,7 +39,7 @@ from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
-from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model
+from .safety import BestCheckpoint, RunFolder, SaveOnSignal, StepGuard, check_same_model
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
 
@@ -222,7 +222,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.run_folder.compare_settings(checkpoint, manifest, self.settings)
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
-        self.resumed_step = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))["global_step"]
+        state = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))
+        self.resumed_step = state["global_step"]
+        self.add_callback(BestCheckpoint(self.run_folder.path, Path(checkpoint), state.get("best_model_checkpoint")))
         for part in (self.average, self.stream_batches):
             if part is not None:
                 part.start_from = checkpoint

@@ -32,14 +32,18 @@ TITLES = {
 }
 
 
-def check_drawing(file: Path) -> None:
-    """Raises InputError without matplotlib, or if it can't write files with this suffix."""
+def check_drawing(file: Path, arrays: Path | None = None) -> None:
+    """Raises InputError without matplotlib, for another suffix than its own, and if a foreign file is in the way."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError('Pictures are drawn with matplotlib: pip install -e ".[plot]"') from error
     if file.suffix.lower().lstrip(".") not in Figure().canvas.get_supported_filetypes():
         raise InputError(f"A picture can't be written as {file.name}. Let it end in .png, .pdf or .svg.")
+    if file.exists() and b"matplotlib" not in file.read_bytes().lower():
+        raise InputError(f"{file} is there already, and is no figure of this command. Give another --output.")
+    if arrays is not None and arrays.exists():
+        raise InputError(f"--save_arrays {arrays} is there already. Give another name.")
 
 
 def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Path) -> None:

@@ -114,7 +114,7 @@ def plan_runs(arguments: argparse.Namespace, common: list[str]) -> list[Run]:
         architecture = Path(arguments.output_dir, "architectures", name)
         scratch = write_architecture(model_arguments, architecture)
         for seed in arguments.seeds:
-            seeds = ("--seed", str(seed), "--split_seed", str(seed))
+            seeds = ("--split_seed", str(seed), "--seed", str(seed))
             ending = (*FIXED_FLAGS, *seeds)
             runs.append(Run("finetune", name, PRETRAINED, seed, None, (*flags, *start, *ending)))
             for rate in arguments.scratch_learning_rate or [None]:

@@ -48,7 +48,8 @@ def _cell(found: list[tuple[Run, dict[str, Any]]], how: str) -> dict[str, Any]:
     run, first = found[0]
     is_probe = how != FINE_TUNED
     values = [record["probes"][how]["accuracy"] if is_probe else record["value"] for _, record in found]
-    flags = [*run.flags[: run.flags.index("--seed") + 1], "SEED", *run.flags[run.flags.index("--seed") + 2 :]]
+    is_seed = [word in ("--seed", "--split_seed") for word in ("", *run.flags)]
+    flags = ["SEED" if after else word for word, after in zip(run.flags, is_seed)]
     training = {} if is_probe else {"learning_rate": first["training"]["learning_rate"]}
     return {
         "data": run.data,
