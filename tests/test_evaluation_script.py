@@ -141,6 +141,10 @@ def test_an_old_record_still_says_what_was_held_out(trained, tmp_path, monkeypat
     assert chosen == sorted(train_test_split(files, test_size=6, stratify=labels, random_state=7)[1])
     assert evaluate_script(monkeypatch, trained / "model", trained / "pets", "--output_dir", tmp_path / "a") == 2
     assert "already has a report" in capsys.readouterr().err
+    more = Path(shutil.copytree(trained / "pets", tmp_path / "more" / "pets"))
+    shutil.copy(more / "cat" / "0.png", more / "cat" / "8.png")
+    assert evaluate_script(monkeypatch, trained / "model", more, "--output_dir", tmp_path / "c") == 0
+    assert "it can't be told which of them it has seen" in report_of(tmp_path / "c")["dataset"]["images"]
 
 
 def test_twice_the_same(trained, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,56 +48,50 @@ def identities(examples: Examples) -> list[str]:
 
 
 def _identity(image: StoredImage) -> str:
-    content, digest = image.content, hashlib.sha256()
+    content = image.content
     try:
-        if isinstance(content, bytes):
-            digest.update(content)
-        elif content is not None and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
+        if isinstance(content, str) and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
             with open(content, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-        else:
-            digest.update(image.name.encode("utf-8", "surrogateescape"))
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:  # the check of the images reports it
-        digest.update(image.name.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
+        pass
+    content = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """Images that the runs behind a model or a checkpoint held out and trained on, by identity."""
+    """What is known of the images of the runs behind a model or a checkpoint."""
 
     origin: str  # for messages
-    how: str = "as in its record"  # the images were held out
-    held_out: frozenset[str] = frozenset()
-    trained_on: frozenset[str] = frozenset()
-    records: tuple[dict[str, Any], ...] = ()  # of these runs, the last first
-    # Of a run that chose by its seed, the entry "dataset" of results.json.
-    by_seed: dict[str, Any] | None = None
+    records: tuple[dict[str, Any], ...] = ()  # see `images_record`; the last run first
+    how: str = "as in its record"  # the last run chose its held-out images
+    by_seed: dict[str, Any] | None = None  # the entry "dataset" of a results.json from before there were identities
     is_same_run: bool = False  # of a checkpoint that is resumed
 
+    @cached_property
+    def trained_on(self) -> frozenset[str]:
+        return frozenset(word for record in self.records for word in record["trained_on"].split())
+
+    @cached_property
+    def held_out(self) -> frozenset[str]:
+        return frozenset(word for record in self.records for word in record["held_out"].split()) - self.trained_on
+
     def resolve(self, name: str, rows: list[list[int]], ids: list[str], is_multi_label: bool) -> "Earlier":
-        """With the identities for a record from before there were any, if it is of as many images of that name."""
-        record, match = self.by_seed or {}, _BY_SEED.search(str((self.by_seed or {}).get("held_out")))
-        number = (record.get("num_training_images") or 0) + (record.get("num_held_out_images") or 0)
-        if not record or record.get("name", name) != name:
+        """A record by seed becomes one by identity if the data have the same name, and as many images."""
+        record = self.by_seed or {}
+        train, held = record.get("num_training_images"), record.get("num_held_out_images")
+        match = _BY_SEED.search(str(record.get("held_out")))
+        if not record or record.get("name", name) != name or (match is None and train != len(rows)):
+            return replace(self, by_seed=None)
+        held_out = set()
+        if match is not None and (train is None or train + held == len(rows)):
+            chosen = hold_out_by_seed(rows, float(match[1]) / 100, int(match[2]), is_multi_label)
+            held_out = {ids[index] for index in chosen if held in (None, len(chosen))}
+        if not held_out and train != len(rows):
             return self
-        if match is None and len(rows) == record.get("num_training_images"):
-            return replace(self, trained_on=frozenset(ids))
-        if match is None or number not in (0, len(rows)):
-            return self
-        held = hold_out_by_seed(rows, float(match[1]) / 100, int(match[2]), is_multi_label)
-        held_out = {ids[index] for index in held}
-        if number and len(held) != record["num_held_out_images"]:
-            return self
-        trained_on = set(ids) - held_out
-        images = {"held_out": " ".join(sorted(held_out)), "trained_on": " ".join(sorted(trained_on)[:MAX_TRAINED_ON])}
-        return replace(
-            self,
-            held_out=frozenset(held_out),
-            trained_on=frozenset(trained_on),
-            records=() if self.is_same_run else (images,),
-            by_seed=None,
-        )
+        lists = {"held_out": held_out, "trained_on": sorted(set(ids) - held_out)[:MAX_TRAINED_ON]}
+        return replace(self, records=({part: " ".join(sorted(found)) for part, found in lists.items()},), by_seed=None)
 
     def has_seen(self, ids: list[str]) -> bool | None:
         """Whether any of these images was trained on; None if none is known to be."""
@@ -119,30 +114,23 @@ def read_earlier(model: str | None, checkpoint: str | None = None, fraction: flo
     What is known of the images behind the checkpoint that a run resumes from, or else behind the model that it starts
     from; None if nothing is. `fraction` is that of a run that resumes from a checkpoint without a record.
     """
-    folder = Path(checkpoint or model or "")
-    if (model or checkpoint) is None or not folder.is_dir():
-        return None
-    dataset: dict[str, Any] = {}
+    origin = checkpoint or model or ""
+    result, manifest = Path(origin, "results.json"), Path(origin, MANIFEST)
     try:
-        if (folder / "results.json").is_file() and checkpoint is None:
-            dataset = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("dataset", {})
-        elif (folder / MANIFEST).is_file():
-            dataset = read_manifest(folder)
-            seed = dataset.get("settings", {}).get("--seed")
-            if fraction is not None and seed is not None and not dataset.get("images"):
-                dataset = {"held_out": f"{100 * fraction:.10g} % chosen with seed {seed}"}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{folder} has a record that is not JSON: {error}. Repair it, or remove it.") from error
-    images = dataset.get("images")
-    if not images:
-        how = dataset.get("held_out") or Earlier.how
-        return Earlier(str(folder), how, by_seed=dataset, is_same_run=checkpoint is not None) if dataset else None
-    before = images.get("earlier", [])
-    records = tuple([{**images, "earlier": []}, *before] if checkpoint is None else before)
-    trained = {word for one in (images, *before) for word in one["trained_on"].split()}
-    held_out = {word for one in (images, *before) for word in one["held_out"].split()} - trained
-    how = dataset.get("held_out", Earlier.how)
-    return Earlier(str(folder), how, frozenset(held_out), frozenset(trained), records, None, checkpoint is not None)
+        if origin and checkpoint is None and result.is_file():
+            dataset = json.loads(result.read_text(encoding="utf-8")).get("dataset", {})
+        elif origin and manifest.is_file():
+            dataset = read_manifest(origin)
+            if fraction is not None and not dataset.get("images"):
+                dataset["held_out"] = f"{100 * fraction:.10g} % chosen with seed {dataset['settings']['--seed']}"
+        else:
+            return None
+    except (ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"{origin} has a record that can't be read: {error!r}. Repair it, or remove it.") from error
+    how, is_same_run = dataset.get("held_out") or Earlier.how, checkpoint is not None
+    if images := dataset.get("images"):
+        return Earlier(origin, ({**images, "earlier": []}, *images["earlier"]), how, None, is_same_run)
+    return Earlier(origin, (), how, dataset, is_same_run)
 
 
 def images_record(
@@ -163,7 +151,7 @@ def images_record(
         "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
         "held_out": " ".join(sorted(set(held_out[0]))),
         "trained_on": " ".join(sorted(set(parts["trained_on"][0]))[:MAX_TRAINED_ON]),
-        "earlier": list(earlier.records) if earlier else [],
+        "earlier": list(earlier.records[earlier.is_same_run :]) if earlier else [],
     }
 
 
@@ -171,6 +159,8 @@ def notes(record: dict[str, Any] | None, train: list[str], earlier: Earlier | No
     """Lines for the user: held-out images that were trained on before, and the other way round."""
     if record is None or earlier is None:
         return []
+    if earlier.by_seed is not None:
+        return [f"warning: {earlier.origin} was trained on data of this name, and can't tell any more on which images."]
     held_out, found = set(record["held_out"].split()), []
     if both := held_out & earlier.trained_on:
         found.append(

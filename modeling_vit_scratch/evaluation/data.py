@@ -137,33 +137,32 @@ def _choose_images(
     if source.validation is not None:  # and --split train
         return split, "the training split of the data", earlier.has_seen(ids)
     per = "label" if split.is_multi_label else "class"
-    how = f"{100 * (fraction or 0):.3g} % of each {per}, chosen by a hash of each file"
     if fraction is not None:
         held_out = hold_out(split, ids, options, problems, earlier)
-    elif earlier.is_data_of(ids):
-        held_out, how = [index for index, one in enumerate(ids) if one in earlier.held_out], earlier.how
-    elif choice != "auto":
-        problems.add(
-            f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give --train_val_split "
-            "and --split_seed of its training, or --split all."
-        )
-        return None, "", None
+        how = f"{100 * fraction:.3g} % of each {per}, chosen by a hash of each file"
     else:
-        others = [index for index, one in enumerate(ids) if one not in earlier.trained_on]
-        if 2 * len(others) < total:
+        held_out, how = [index for index, one in enumerate(ids) if one in earlier.held_out], earlier.how
+        if not earlier.is_data_of(ids) and choice != "auto":
             problems.add(
-                f"MODEL was trained on {total - len(others):,} or more of these {total:,} images: its record has them. "
-                "Give images that it has not seen, or --split all if you want this."
+                f"--split {choice}: MODEL has no record of a training on these {total:,} images. Give "
+                "--train_val_split and --split_seed of its training, or --split all."
             )
-        left_out = f" but {total - len(others)} that MODEL was trained on" if len(others) < total else ""
-        indices = [split.indices[index] for index in others]
-        return replace(split, images=split.images.select(others), indices=indices), f"{whole}{left_out}", None
-    chosen, role = held_out, "held out from training:"
-    if choice == "train":
-        chosen, role = sorted(set(range(total)) - set(held_out)), "trained on; held out were"
+        elif not earlier.is_data_of(ids):
+            held_out = [index for index, one in enumerate(ids) if one not in earlier.trained_on]
+            if 2 * len(held_out) < total:
+                problems.add(
+                    f"MODEL was trained on {total - len(held_out):,} or more of these {total:,} images: its record has "
+                    "them. Give images that it has not seen, or --split all if you want this."
+                )
+            whole += f" but {total - len(held_out)} that MODEL was trained on" if len(held_out) < total else ""
+            if earlier.by_seed is not None:
+                whole += "; from its record, which is of an earlier version, it can't be told which of them it has seen"
+            how = None
+    chosen = sorted(set(range(total)) - set(held_out)) if choice == "train" else held_out
+    role = "trained on; held out were" if choice == "train" else "held out from training:"
     seen = earlier.has_seen([ids[index] for index in chosen])
-    indices = [split.indices[index] for index in chosen]
-    return replace(split, images=split.images.select(chosen), indices=indices), f"{role} {how}", seen
+    part = replace(split, images=split.images.select(chosen), indices=[split.indices[index] for index in chosen])
+    return part, whole if how is None else f"{role} {how}", seen
 
 
 def _match_labels(
