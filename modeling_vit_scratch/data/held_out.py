@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..common.errors import InputError
 from ..common.files import MANIFEST, read_manifest
-from .dataset import Examples, StoredImage, multi_hot
+from .dataset import Examples
 
 
 # Training images in a record: those with the lowest identities, which another set of images has, too, if it overlaps.
@@ -40,23 +40,20 @@ def identities(examples: Examples) -> list[str]:
     """The identity of each image; that of its path where there is no regular file to read, as for a URL."""
 
     def identity(index: int) -> str:
-        return _identity(*examples.stored([index]))
+        (image,) = examples.stored([index])
+        content = image.content
+        try:
+            if isinstance(content, str) and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
+                with open(content, "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError:  # the check of the images reports it
+            pass
+        content = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
+        return hashlib.sha256(content).hexdigest()[:16]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # neither reading nor hashing holds Python's lock
         found = pool.map(identity, range(len(examples)))
         return list(tqdm(found, total=len(examples), desc="reading images", unit="", leave=False))
-
-
-def _identity(image: StoredImage) -> str:
-    content = image.content
-    try:
-        if isinstance(content, str) and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
-            with open(content, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError:  # the check of the images reports it
-        pass
-    content = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -78,15 +75,15 @@ class Earlier:
         return frozenset(word for record in self.records for word in record["held_out"].split()) - self.trained_on
 
     def resolve(self, name: str, rows: list[list[int]], ids: list[str], is_multi_label: bool) -> "Earlier":
-        """A record by seed becomes one by identity if the data have the same name, and as many images."""
+        """A record by seed becomes one by identity if the data have the same name, and as many images of one label."""
         record = self.by_seed or {}
         train, held = record.get("num_training_images"), record.get("num_held_out_images")
         match = _BY_SEED.search(str(record.get("held_out")))
         if not record or record.get("name", name) != name or (match is None and train != len(rows)):
             return replace(self, by_seed=None)
         held_out = set()
-        if match is not None and (train is None or train + held == len(rows)):
-            chosen = hold_out_by_seed(rows, float(match[1]) / 100, int(match[2]), is_multi_label)
+        if match is not None and not is_multi_label and (train is None or train + held == len(rows)):
+            chosen = hold_out_by_seed([row[0] for row in rows], float(match[1]) / 100, int(match[2]))
             held_out = {ids[index] for index in chosen if held in (None, len(chosen))}
         if not held_out and train != len(rows):
             return self
@@ -103,10 +100,6 @@ class Earlier:
         """Whether most of what the last of these runs held out is here."""
         held_out = self.records[0]["held_out"].split() if self.records else ()
         return 2 * len(set(ids).intersection(held_out)) > len(held_out)
-
-    def rank(self, identity: str) -> int:
-        """The lower, the better for holding it out."""
-        return 0 if identity in self.held_out else 2 if identity in self.trained_on else 1
 
 
 def read_earlier(model: str | None, checkpoint: str | None = None, fraction: float | None = None) -> Earlier | None:
@@ -159,7 +152,7 @@ def notes(record: dict[str, Any] | None, train: list[str], earlier: Earlier | No
     """Lines for the user: held-out images that were trained on before, and the other way round."""
     if record is None or earlier is None:
         return []
-    if earlier.by_seed is not None:
+    if earlier.by_seed is not None and train:
         return [f"warning: {earlier.origin} was trained on data of this name, and can't tell any more on which images."]
     held_out, found = set(record["held_out"].split()), []
     if both := held_out & earlier.trained_on:
@@ -186,8 +179,8 @@ def choose_held_out(
     for the others; one image may then move a few, of any label. Images that an earlier run held out come
     first, and those that it trained on last.
     """
-    key = {one: (earlier.rank(one) if earlier else 0, hashlib.sha256(f"{split_seed} {one}".encode()).hexdigest())
-           for one in set(ids)}  # fmt: skip
+    first, last = (earlier.held_out, earlier.trained_on) if earlier else ((), ())
+    key = {one: (one not in first, one in last, hashlib.sha256(f"{split_seed} {one}".encode()).digest()) for one in ids}
     members: dict[int, set[str]] = defaultdict(set)
     for labels, identity in zip(rows, ids):
         for label in labels or [-1]:  # those without any label are like a label
@@ -204,41 +197,10 @@ def choose_held_out(
 # --- As it was until the record had identities ------------------------------------------------------------------------
 
 
-def hold_out_by_seed(rows: list[list[int]], fraction: float, seed: int, is_multi_label: bool) -> list[int]:
+def hold_out_by_seed(labels: list[int], fraction: float, seed: int) -> list[int]:
     """The images that a run with this seed held out, if neither their number nor their order has changed."""
-    if is_multi_label:
-        hot = multi_hot(rows, 1 + max((label for row in rows for label in row), default=0))
-        return _stratify(hot, fraction, seed)
-    labels = [row[0] for row in rows]
-    count = max(int(np.ceil(fraction * len(rows))), len(set(labels)))
-    if min(np.unique(labels, return_counts=True)[1]) < 2 or count > len(rows) - len(set(labels)):
+    count = max(int(np.ceil(fraction * len(labels))), len(set(labels)))
+    if min(np.unique(labels, return_counts=True)[1]) < 2 or count > len(labels) - len(set(labels)):
         return []
-    return sorted(
-        train_test_split(np.arange(len(rows)), test_size=count, stratify=labels, random_state=seed)[1].tolist()
-    )
-
-
-def _stratify(labels: np.ndarray, fraction: float, seed: int) -> list[int]:
-    """Iterative stratification (Sechidis et al. 2011, algorithm 1) of labels (N, K), 0 and 1."""
-    generator, shares = np.random.default_rng(seed), np.array([1.0 - fraction, fraction])
-    left = labels.sum(axis=0, dtype=np.int64)  # images of each label that are in no part yet
-    room, wanted = shares * len(labels), shares[:, None] * left  # (2,), (2, K)
-    part = np.full(len(labels), -1)
-    order = generator.permutation(len(labels))
-
-    def assign(index: int, lack: np.ndarray) -> None:
-        best = np.flatnonzero(np.isclose(lack, lack.max()))
-        best = best[np.isclose(room[best], room[best].max())]
-        chosen = best[0] if len(best) == 1 else generator.choice(best)
-        part[index] = chosen
-        room[chosen] -= 1
-        wanted[chosen] -= labels[index]
-        left[:] -= labels[index]
-
-    while left.any():
-        rarest = int(np.where(left > 0, left, len(labels) + 1).argmin())
-        for index in order[(labels[order, rarest] == 1) & (part[order] < 0)].tolist():
-            assign(index, wanted[:, rarest])
-    for index in order[part[order] < 0].tolist():
-        assign(index, room)
-    return np.flatnonzero(part == 1).tolist()
+    _, held = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
+    return sorted(held.tolist())

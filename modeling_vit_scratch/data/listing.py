@@ -46,11 +46,9 @@ class Item(NamedTuple):
 
 
 def image_endings() -> set[str]:
-    """The endings of the formats that Pillow reads, in lower case and with the dot; with installed plugins, theirs."""
+    """The endings of the formats that Pillow reads, in lower case and with the dot; with pi-heif, its own."""
     if importlib.util.find_spec("pi_heif") is not None:
         importlib.import_module("pi_heif").register_heif_opener()
-    if importlib.util.find_spec("pillow_jxl") is not None:
-        importlib.import_module("pillow_jxl")  # registers itself
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return readable | {".mpo"}  # Pillow opens it as JPEG
 

@@ -324,11 +324,8 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
         table = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
         if reader == "webdataset":
             return _with_labels_of_json(table)
-        has_text = any(
-            getattr(feature, "dtype", None) in ("string", "large_string") for feature in table.features.values()
-        )
         # All files of a pattern are in one folder.
-        return table.add_column(FOLDER_COLUMN, [str(files[0].parent)] * len(table)) if has_text else table
+        return table.add_column(FOLDER_COLUMN, [str(files[0].parent)] * len(table))
     tables = []
     for file in files:
         if reader == "csv":

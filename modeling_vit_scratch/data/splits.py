@@ -105,9 +105,10 @@ def read_data(
     else:
         train = _usable_labels(train, needs_labels, problems)
         train_examples, train_ids = train.examples(), identities(train.examples()) if has_ids else None
+        if earlier is not None and train_ids is not None:
+            earlier = earlier.resolve(source.name, train.rows(), train_ids, train.is_multi_label)
         kept = list(range(len(train_examples)))
         if validation is None:
-            earlier = earlier and earlier.resolve(source.name, train.rows(), train_ids, train.is_multi_label)
             chosen = hold_out(train, train_ids, arguments, problems, earlier)
             held_out, held_out_ids = train_examples.select(chosen), [train_ids[index] for index in chosen]
             kept = sorted(set(kept) - set(chosen))
@@ -137,17 +138,9 @@ def read_data(
     if held_out_ids is not None:
         trained_on = None if train_ids is None else (train_ids, train_examples.labels)
         images = images_record(trained_on, (held_out_ids, held_out.labels), earlier)
-    return ImageData(
-        source,
-        train.label_names,
-        train_examples,
-        evaluated,
-        split,
-        arguments.shuffle_buffer_size,
-        is_multi_label=train.is_multi_label and bool(train.label_names),
-        images=images,
-        notes=[*filter(None, [left_out_line(source.left_out)]), *notes(images, train_ids or [], earlier)],
-    )
+    lines = [*filter(None, [left_out_line(source.left_out)]), *notes(images, train_ids or [], earlier)]
+    buffer, is_multi_label = arguments.shuffle_buffer_size, train.is_multi_label and bool(train.label_names)
+    return ImageData(source, train.label_names, train_examples, evaluated, split, buffer, is_multi_label, images, lines)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ JOB, ITEMS, LOCK = "job.json", "items.jsonl", "lock"
 # Images that a process takes at a time, and writes as one part; a kill costs these, or those of so many seconds.
 BLOCK, SECONDS = 512, 30.0
 ROW_GROUP = 16_384  # rows of OUTPUT: about 50 MB with the embeddings of B/16
-_ERROR_COLUMNS = "image,reason"
 _PART = re.compile(r"(\d+)-(\d+)\.part")
 _PART_COLUMNS = pyarrow.schema({
     "image": pyarrow.string(),
@@ -110,12 +109,8 @@ class Job:
             for path in filter(os.path.exists, (self.output, self.errors)):
                 raise InputError(f"--output {self.output}: {path} is there already. Give --overwrite to replace it, or "
                                  "another name.")  # fmt: skip
-        if self.errors.exists() and _first_line(self.errors) != _ERROR_COLUMNS:
+        if self.errors.exists() and not self.errors.read_bytes().startswith(b"image,reason\n"):
             raise InputError(f"{self.errors} is no list of errors of this command, and is kept. Give another --output.")
-        names = os.listdir(self.folder) if self.folder.exists() else []
-        ours = re.compile(rf"{JOB}|_?{ITEMS}|{LOCK}|{_PART.pattern}|\..*\.unfinished")
-        if foreign := sorted(name for name in names if not ours.fullmatch(name)):
-            raise InputError(f"{self.folder} has other files in it, e.g. {foreign[0]}. Give another --output.")
 
     def _check_not_written(self, path: str, status: os.stat_result) -> None:
         for written in (self.output, self.errors):
@@ -245,11 +240,6 @@ class Job:
             self.folder.rmdir()
 
 
-def _first_line(file: Path) -> str:
-    with open(file, encoding="utf-8", errors="replace") as opened:
-        return opened.readline(100).rstrip("\n")
-
-
 class Writer:
     """Collects consecutive batches, and writes them as a part of the job; `waiting` are not on the disk yet."""
 
@@ -369,7 +359,7 @@ def write_errors(file: Path, parts: Iterable[pyarrow.Table]) -> tuple[int, int]:
     num_images = num_broken = 0
     with atomic_write(file) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(_ERROR_COLUMNS.split(","))
+        writer.writerow(["image", "reason"])
         for rows in parts:
             broken = rows.filter(pyarrow.compute.is_valid(rows["fault"]))
             num_images, num_broken = num_images + len(rows), num_broken + len(broken)
