@@ -86,8 +86,22 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         """As in transformers; with the package, also what its `checkpoint.loading.from_pretrained` adds."""
         load, own_loader = super().from_pretrained, ViTScratchPreTrainedModel.checkpoint_loader
         if own_loader is None:
-            return load(pretrained_model_name_or_path, *args, **kwargs)
+            model = load(pretrained_model_name_or_path, *args, **kwargs)
+            cls._refuse_other_grid(pretrained_model_name_or_path, model, kwargs)
+            return model
         return own_loader(cls, load, pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def _refuse_other_grid(cls, source: Any, model: Any, kwargs: dict[str, Any]) -> None:
+        """Positions for another grid with as many patches would fit, and be wrong. Others don't fit."""
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if kwargs.get(name)}
+        stored = {} if source is None else cls.config_class.get_config_dict(source, **hub)[0]
+        config = (model[0] if isinstance(model, tuple) else model).config
+        if stored.get("image_size") and cls.config_class.from_dict(stored).grid_hw != config.grid_hw:
+            raise ValueError(
+                f"image_size={config.image_size}: the stored positions are for {stored['image_size']}. Leave it out: "
+                "the model resamples them for images of any size. Or import modeling_vit_scratch, which resamples here."
+            )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; with the image processor that the loader found or adapted, if there is one."""

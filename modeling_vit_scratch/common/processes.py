@@ -2,6 +2,7 @@
 """The launcher of a run, agreement between its processes, and stopping on Ctrl-C and SIGTERM."""
 
 import itertools
+import mmap
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 from torch import distributed
+from torch.utils.data import get_worker_info
 
 from .errors import TrainingInterrupted
 
@@ -82,15 +84,38 @@ class Processes:
         return self._group
 
 
+# Which image each worker process reads, in memory that processes share which are forked after this.
+_SLOT, _SLOTS = 512, 64
+_IN_HAND = mmap.mmap(-1, _SLOT * _SLOTS)
+
+
+def take_in_hand(name: str) -> None:
+    """Notes in a worker process which image it reads, for the message if that kills it."""
+    if (worker := get_worker_info()) is not None:
+        start, text = worker.id % _SLOTS * _SLOT, f"{os.getpid()} {name}".encode(errors="replace")
+        _IN_HAND[start : start + _SLOT] = text[:_SLOT].ljust(_SLOT, b"\0")
+
+
+def in_hand(process: int) -> str | None:
+    """The image that a worker process of this id has taken in hand last."""
+    slots = (_IN_HAND[start : start + _SLOT] for start in range(0, _SLOT * _SLOTS, _SLOT))
+    pairs = (slot.rstrip(b"\0").decode(errors="replace").partition(" ") for slot in slots)
+    return next((name for number, _, name in pairs if number == str(process)), None)
+
+
 def has_lost_contact(error: RuntimeError) -> bool:
     """Whether the error is that another process has ended."""
     messages = r"closed by peer|connection reset|gloo/transport|broken pipe"
     return isinstance(error, distributed.DistError) or re.search(messages, str(error), re.I) is not None
 
 
+# SIGHUP: the terminal is gone. SIGUSR1: a cluster's time is nearly up (SLURM's --signal=USR1@60).
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
 class StopSignals:
     """
-    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of `with`. The first signal sets `number`
+    Handles SIGNALS between `start` and `restore`, or inside of `with`. The first signal sets `number`
     and calls `on_request` with a description. The second, or with `at_once` the first, sets `is_urgent` and raises.
 
     A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
@@ -107,8 +132,9 @@ class StopSignals:
         """Starts to handle signals; only in the main thread, as Python does."""
         self.number, self.is_urgent = 0, False
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def restore(self) -> None:
@@ -136,7 +162,7 @@ class StopSignals:
         if self.number or self.at_once:
             self.number, self._time, self.is_urgent = number, time.monotonic(), True
             raise TrainingInterrupted("Stopped at once.", number)
-        self._request(number, "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        self._request(number, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _request(self, number: int, what: str) -> None:
         self.number, self._time = number, time.monotonic()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
+from ..common.files import writing_problem
 from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
 
 
@@ -126,7 +127,9 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         data = (path.absolute().parent.name if is_general else path.stem) or "data"
         folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
         arguments.output_dir = str(folder)
-    if Path(arguments.output_dir, "results.json").exists():
+    if reason := writing_problem(arguments.output_dir):
+        problems.add(f"--output_dir {arguments.output_dir}: {reason} Give one that can.")
+    elif Path(arguments.output_dir, "results.json").exists():
         problems.add(
             f"--output_dir {arguments.output_dir} already has a report in it. Choose another, or remove the folder."
         )

@@ -83,7 +83,8 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
     recipe, smoothing, count = arguments.recipe_arguments, arguments.label_smoothing_factor, len(data.label_names)
     collator, loss, weights = ImageCollator(), None, None
     if recipe.mixup or recipe.cutmix:  # the collator smooths classes, the loss several labels
-        collator = MixingCollator(count, recipe.mixup, recipe.cutmix, 0.0 if data.is_multi_label else smoothing)
+        spread = 0.0 if data.is_multi_label else smoothing
+        collator = MixingCollator(count, recipe.mixup, recipe.cutmix, spread, recipe.aug_repeats)
         smoothing = smoothing if data.is_multi_label else 0.0
     if recipe.class_weights:
         if isinstance(data.train, ImageStream):

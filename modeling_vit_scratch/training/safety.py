@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +36,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     return [
         f"{name}: {shown(now.get(name))} now, {shown(before.get(name))} in the checkpoint's run"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        for name in sorted(before)  # an earlier version may lack some
+        if before[name] != now.get(name)
     ]
 
 
@@ -55,6 +55,8 @@ def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
         )
 
 
+LOCK = "_lock"  # in --output_dir: uploads leave out "_*"
+
 # What torch and safetensors raise instead of an OSError if a file can't be written.
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
@@ -68,11 +70,26 @@ class RunFolder:
         self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
         self.path = Path(arguments.output_dir)
         self.staging, self.is_writing_checkpoint = self.path / files.STAGING, False
+        self._lock: IO[str] | None = None
 
-    def prepare(self) -> None:
-        """Removes unfinished files of a killed run. Raises InputError if the disk has no room for a checkpoint."""
-        if not self.arguments.should_save:
-            return
+    def prepare(self, resumes: bool = False) -> None:
+        """
+        Takes the folder's lock, and removes unfinished files of a killed run. Raises InputError, in all processes, if
+        another run has the folder or has just left a model in it, or the disk has no room for a checkpoint.
+        """
+        problem = None
+        if self.arguments.should_save:
+            try:
+                self._prepare(resumes)
+            except InputError as error:
+                problem = str(error)
+        if problem := next(filter(None, self.processes.gather(problem)), None):
+            raise InputError(problem)
+
+    def _prepare(self, resumes: bool) -> None:
+        is_new, self._lock = self._lock is None, self._lock or files.lock(self.path / LOCK, f"--output_dir {self.path}")
+        if is_new and not resumes and (self.path / "config.json").exists():
+            raise InputError(f"Another run has left its model in --output_dir {self.path}. Choose another one.")
         if self.staging.is_dir() and any(self.staging.iterdir()):
             self.log(f"Removed {self.staging}: unfinished files of a run that was killed.")
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -98,7 +115,7 @@ class RunFolder:
         """The wanted checkpoint, or for True the latest whole one (InputError without). Logs later, damaged ones."""
         if not wanted:
             return None
-        latest, damaged = files.latest_whole(self.path)
+        latest, damaged = files.latest_whole(self.path, read=wanted is True)
         if wanted is True:
             if latest is None:
                 raise InputError(f"There is no checkpoint to resume from in {self.path}.")
