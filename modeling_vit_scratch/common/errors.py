@@ -3,11 +3,12 @@
 
 import errno
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from .workers import lost_worker
 
 
 # A full disk, a full quota, or a limit on the size of a file (ulimit -f).
@@ -130,25 +131,3 @@ def without_worker_traceback(error: Exception) -> str:
     """The message without the traceback of a worker process that torch puts before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message
-
-
-def lost_worker(error: Exception, when: str = "") -> str | None:
-    """A message if a worker process has ended, or could not start or share its images; else None."""
-    text = str(error)
-    if isinstance(error, BlockingIOError) or "can't start new thread" in text:
-        return f"The system allows this user no more processes and threads{when} (ulimit -u)."
-    ended = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
-    if ended is None and "shared memory" in text:
-        return f"There is no shared memory left{when} (/dev/shm). In a container: docker run --shm-size 2g."
-    if ended is None:
-        return None
-    from .processes import in_hand  # here: it imports torch, which --help does not need
-
-    killed = re.search(r"killed by signal: (\w+)", text)
-    reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
-    images = list(filter(None, (in_hand(int(number)) for number in ended[1].split(","))))
-    reading = f" while it read {', '.join(images)}" if images else ""
-    return (
-        f"A process that reads images {reason}{when}{reading}. Usually the memory was full, or in a container the "
-        "shared memory (docker run --shm-size). If it is the same image again, move that away: its decoder crashes."
-    )

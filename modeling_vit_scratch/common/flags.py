@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import math
 import operator
 import os
 import re
@@ -245,16 +244,6 @@ def refuse_unknown(words: list[str], known: Iterable[str], problems: Problems) -
             problems.add(f"{word}: there is no such flag. {f'Did you mean {near[0]}?' if near else 'See --help.'}")
     if words and not any(word.startswith("-") for word in words):
         problems.add(f"{' '.join(words)}: belongs to no flag. See --help.")
-
-
-def available_cores() -> int:
-    """The cores that this process may use, by its affinity and the quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or a quota of "max"
-        return cores
 
 
 # Minimum area of the random crop of a photo. The usual 0.08 is for a million images.

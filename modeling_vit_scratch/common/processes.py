@@ -2,7 +2,6 @@
 """The launcher of a run, agreement between its processes, and stopping on Ctrl-C and SIGTERM."""
 
 import itertools
-import mmap
 import os
 import re
 import signal
@@ -17,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 from torch import distributed
-from torch.utils.data import get_worker_info
 
 from .errors import TrainingInterrupted
 
@@ -82,25 +80,6 @@ class Processes:
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=self.timeout)
         return self._group
-
-
-# Which image each worker process reads, in memory that processes share which are forked after this.
-_SLOT, _SLOTS = 512, 64
-_IN_HAND = mmap.mmap(-1, _SLOT * _SLOTS)
-
-
-def take_in_hand(name: str) -> None:
-    """Notes in a worker process which image it reads, for the message if that kills it."""
-    if (worker := get_worker_info()) is not None:
-        start, text = worker.id % _SLOTS * _SLOT, f"{os.getpid()} {name}".encode(errors="replace")
-        _IN_HAND[start : start + _SLOT] = text[:_SLOT].ljust(_SLOT, b"\0")
-
-
-def in_hand(process: int) -> str | None:
-    """The image that a worker process of this id has taken in hand last."""
-    slots = (_IN_HAND[start : start + _SLOT] for start in range(0, _SLOT * _SLOTS, _SLOT))
-    pairs = (slot.rstrip(b"\0").decode(errors="replace").partition(" ") for slot in slots)
-    return next((name for number, _, name in pairs if number == str(process)), None)
 
 
 def has_lost_contact(error: RuntimeError) -> bool:

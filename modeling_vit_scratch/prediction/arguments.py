@@ -8,16 +8,8 @@ from pathlib import Path
 
 from ..common.errors import Problems
 from ..common.files import writing_problem
-from ..common.flags import (
-    FastDecodeFlag,
-    HubFlags,
-    ImageFlags,
-    Parser,
-    ReadingFlags,
-    available_cores,
-    check_limits,
-    flag,
-)
+from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, check_limits, flag
+from ..common.workers import available_cores
 
 
 # What --output may end in.

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments
-from ..common.processes import take_in_hand
+from ..common.workers import take_in_hand
 from ..data.collation import prepare_workers
 from ..data.listing import (
     LISTS,

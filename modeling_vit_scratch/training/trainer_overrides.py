@@ -52,18 +52,13 @@ class TrainerOverrides:
             self.pusher.push_checkpoint(self.run_folder.path / folder.name)
         self.run_folder.rotate(self.state)
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # A resumed run would keep the checkpoint's intervals, and its best score, which may be one of another metric.
-        result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         if "--metric_for_best_model" in self.changed:
             self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
-        return result
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        # The last moment before the first step, when the model is where it will be evaluated.
-        result = super()._prepare_for_training(*args, **kwargs)
-        self.try_evaluation()
+        result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.try_evaluation()  # the last moment before the first step, with the model where it will be evaluated
         return result
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
