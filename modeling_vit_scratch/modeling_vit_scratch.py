@@ -86,22 +86,20 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         """As in transformers; with the package, also what its `checkpoint.loading.from_pretrained` adds."""
         load, own_loader = super().from_pretrained, ViTScratchPreTrainedModel.checkpoint_loader
         if own_loader is None:
-            model = load(pretrained_model_name_or_path, *args, **kwargs)
-            cls._refuse_other_grid(pretrained_model_name_or_path, model, kwargs)
-            return model
+            loaded = load(pretrained_model_name_or_path, *args, **kwargs)
+            config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+            if pretrained_model_name_or_path is not None:
+                hub = {name: kwargs.get(name) for name in ("cache_dir", "revision", "subfolder", "token")}
+                hub = {name: value for name, value in hub.items() if value}
+                stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+                is_as_large = math.prod(stored.grid_hw) == math.prod(config.grid_hw)  # so it has loaded
+                if stored.position_embedding.endswith("1d") and is_as_large and stored.grid_hw != config.grid_hw:
+                    raise ValueError(
+                        f"image_size={config.image_size}: the positions are for {stored.image_size}. Leave it out, the "
+                        "model takes images of any size. Or import modeling_vit_scratch, which resamples positions."
+                    )
+            return loaded
         return own_loader(cls, load, pretrained_model_name_or_path, *args, **kwargs)
-
-    @classmethod
-    def _refuse_other_grid(cls, source: Any, model: Any, kwargs: dict[str, Any]) -> None:
-        """Positions for another grid with as many patches would fit, and be wrong. Others don't fit."""
-        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if kwargs.get(name)}
-        stored = {} if source is None else cls.config_class.get_config_dict(source, **hub)[0]
-        config = (model[0] if isinstance(model, tuple) else model).config
-        if stored.get("image_size") and cls.config_class.from_dict(stored).grid_hw != config.grid_hw:
-            raise ValueError(
-                f"image_size={config.image_size}: the stored positions are for {stored['image_size']}. Leave it out: "
-                "the model resamples them for images of any size. Or import modeling_vit_scratch, which resamples here."
-            )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; with the image processor that the loader found or adapted, if there is one."""

@@ -80,6 +80,7 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "bf16_full_eval": (False, "it would round the weights that are then saved. --bf16 also evaluates in bfloat16."),
     "fp16_full_eval": (False, "it would round the weights that are then saved. --fp16 also evaluates in float16."),
     "eval_do_concat_batches": (True, "the metrics are those of all images together."),
+    "use_liger_kernel": (False, "it has no kernels for a Vision Transformer."),
     "label_names": (None, "the labels of images are always called `labels`."),
 }
 

@@ -55,8 +55,6 @@ def check_same_model(config: ViTScratchConfig, checkpoint: str) -> None:
         )
 
 
-LOCK = "_lock"  # in --output_dir: uploads leave out "_*"
-
 # What torch and safetensors raise instead of an OSError if a file can't be written.
 _WRITING_FAILED = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed|iostream error", re.IGNORECASE)
 
@@ -74,22 +72,15 @@ class RunFolder:
 
     def prepare(self, resumes: bool = False) -> None:
         """
-        Takes the folder's lock, and removes unfinished files of a killed run. Raises InputError, in all processes, if
-        another run has the folder or has just left a model in it, or the disk has no room for a checkpoint.
+        Takes the folder's lock, and removes unfinished files of a killed run. Raises InputError if another run has it
+        or has just left a model, or if the disk has no room for a checkpoint.
         """
-        problem = None
-        if self.arguments.should_save:
-            try:
-                self._prepare(resumes)
-            except InputError as error:
-                problem = str(error)
-        if problem := next(filter(None, self.processes.gather(problem)), None):
-            raise InputError(problem)
-
-    def _prepare(self, resumes: bool) -> None:
-        is_new, self._lock = self._lock is None, self._lock or files.lock(self.path / LOCK, f"--output_dir {self.path}")
-        if is_new and not resumes and (self.path / "config.json").exists():
-            raise InputError(f"Another run has left its model in --output_dir {self.path}. Choose another one.")
+        if not self.arguments.should_save:
+            return
+        if self._lock is None:
+            self._lock = files.lock(self.path / "_lock", f"--output_dir {self.path}")  # uploads leave out "_*"
+            if not resumes and (self.path / "config.json").exists():
+                raise InputError(f"Another run has left its model in --output_dir {self.path}. Choose another one.")
         if self.staging.is_dir() and any(self.staging.iterdir()):
             self.log(f"Removed {self.staging}: unfinished files of a run that was killed.")
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -125,11 +116,11 @@ class RunFolder:
                 self.log(f"warning: {checkpoint} is damaged, {reason}. Passed over.")
         return str(wanted)
 
-    def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Logs a warning if the run of a checkpoint, with this manifest, had other settings."""
+    def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> set[str]:
+        """The names of settings that were others in the run of a checkpoint, with this manifest; logs a warning."""
         if "settings" not in manifest:
             self.log(f"warning: {checkpoint} does not say which settings its run had. Give the same ones again.")
-            return
+            return set()
         different = differences(manifest["settings"], settings)
         if different:
             lines = "".join(f"\n    {line}" for line in different)
@@ -137,6 +128,7 @@ class RunFolder:
                 f"warning: {Path(checkpoint).name} is of a run with other settings. This run uses its own, and does "
                 f"not end with the weights of a run without a stop:{lines}"
             )
+        return {line.split(":")[0] for line in different}
 
     def resume_advice(self) -> str:
         """How to resume a run that has stopped: the last sentence of every message about it."""

@@ -40,7 +40,7 @@ from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
-from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model, differences
+from .safety import RunFolder, SaveOnSignal, StepGuard, check_same_model
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
 
@@ -216,8 +216,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def _prepare_resumption(self, checkpoint: str) -> None:
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
-        self.changed = {line.split(":")[0] for line in differences(manifest.get("settings", {}), self.settings)}
-        self.run_folder.compare_settings(checkpoint, manifest, self.settings)
+        self.changed = self.run_folder.compare_settings(checkpoint, manifest, self.settings)
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         self.resumed_step = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))["global_step"]
@@ -256,10 +255,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """As in Trainer, but a run resumed from its last step has no epoch left: the Trainer takes one more step."""
         size = self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and self.stream_batches is None and len(self.train_dataset) < size:
-            raise InputError(
-                f"--dataloader_drop_last leaves nothing to train on: there are {len(self.train_dataset)} images for "
-                f"batches of {size}. Leave it out, or take a lower --per_device_train_batch_size."
-            )
+            raise InputError(f"--dataloader_drop_last: {len(self.train_dataset)} images make no batch of {size}.")
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         if self.resumed_step >= max_steps:
             epochs = max_steps // steps_per_epoch
