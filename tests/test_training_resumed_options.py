@@ -75,8 +75,17 @@ def test_a_lower_learning_rate_holds_from_the_first_step_on(first, tmp_path):
     ],
 )  # fmt: skip
 def test_what_the_checkpoint_can_not_go_on_with_is_refused(first, tmp_path, more):
-    with pytest.raises(InputError, match="or schedule is of another kind, or has other groups"):
+    with pytest.raises(InputError, match="or schedule is of another kind, has other groups"):
         resume(first, tmp_path, *more)
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused(first, tmp_path):
+    before = shutil.copytree(first[1] / "checkpoint-2", tmp_path / "before" / "checkpoint-2")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "run.json"):  # as with --save_only_model
+        (before / name).unlink()
+    files.write_manifest(before, {})
+    with pytest.raises(InputError, match="was not saved"):
+        resume((first[0], tmp_path / "before"), tmp_path)
 
 
 def test_intervals_and_the_best_checkpoint_are_those_of_the_resumed_run(first, tmp_path):

@@ -348,6 +348,8 @@ def _build_training_arguments(
     arguments.recipe_arguments = recipe_arguments
     if arguments.train_sampling_strategy not in ("random", "sequential"):
         problems.add(f"--train_sampling_strategy {arguments.train_sampling_strategy}: images have no length to go by.")
+    if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
+        problems.add("--dataloader_multiprocessing_context is for --dataloader_num_workers above 0. Leave it out.")
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         try:
             callback()

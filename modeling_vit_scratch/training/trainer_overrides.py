@@ -7,6 +7,7 @@ then tests/test_trainer_overrides.py fails.
 import functools
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class TrainerOverrides:
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         is_function = isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)  # of the step alone
         fits = is_function or not {"--learning_rate", "--lr_scheduler_type"} & self.changed
+        fits = fits and Path(checkpoint, "scheduler.pt").is_file()  # --save_only_model leaves it out
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError):
@@ -76,8 +78,8 @@ class TrainerOverrides:
         groups = self.optimizer.param_groups  # new ones
         if not fits or any(group.keys() - {"params"} != options.keys() for group, options in zip(groups, own)):
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint}: its optimizer or schedule is of another kind, or has other "
-                "groups of parameters. Give its --optim, --lr_scheduler_type, --layer_decay and "
+                f"--resume_from_checkpoint {checkpoint}: its optimizer or schedule is of another kind, has other "
+                "groups of parameters, or was not saved. Give its --optim, --lr_scheduler_type, --layer_decay and "
                 "--head_learning_rate_multiplier again, or start anew from its weights: --model_name_or_path."
             )
         for number, (group, options) in enumerate(zip(groups, own)):
