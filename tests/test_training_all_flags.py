@@ -86,5 +86,5 @@ def test_it_trains(pets, tmp_path, group):
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_with_a_sentence(pets, tmp_path, name):
     more = ("--max_steps", "1", "--dataloader_num_workers", "0", *words({name: REFUSED[name]}))
-    with pytest.raises(InputError, match=rf"(?i){name.split("_")[0]}.*\w+ \w+ \w+.*\.$"):
+    with pytest.raises(InputError, match=rf"(?i){name.split('_')[0]}.*\w+ \w+ \w+.*\.$"):
         build(tmp_path / "out", *flags(pets, *more)).train()
