@@ -25,8 +25,6 @@ class ImageClassificationMetric(evaluate.Metric):
 
     def __init__(self, num_labels: int, is_multi_label: bool = False) -> None:
         self.num_labels, self.is_multi_label = num_labels, is_multi_label
-        for method in (evaluate.Metric.compute, evaluate.Metric.add, evaluate.Metric.add_batch):
-            method.__doc__ = method.__doc__ or ""  # python -OO has none, and the library appends to it
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
