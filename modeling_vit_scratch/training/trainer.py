@@ -334,11 +334,10 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def try_evaluation(self) -> None:
         """Evaluates a batch before training: what fails then fails at once. Raises InputError for an unknown metric."""
         handler, arguments = self.callback_handler, self.args
-        images = range(min(len(self.eval_dataset), arguments.eval_batch_size * arguments.world_size))
-        first = DataLoader(
-            Subset(self.eval_dataset, images), arguments.eval_batch_size, collate_fn=self.data_collator,
-            generator=torch.Generator(),  # of its own: the loader draws a seed
-        )  # fmt: skip
+        size = min(arguments.eval_batch_size, 8) if arguments.use_cpu else arguments.eval_batch_size
+        images = Subset(self.eval_dataset, range(min(len(self.eval_dataset), size * arguments.world_size)))
+        generator = torch.Generator()  # of its own: the loader draws a seed
+        first = DataLoader(images, size, collate_fn=self.data_collator, generator=generator)
         callbacks, handler.callbacks = handler.callbacks, []
         try:
             metrics = self.evaluation_loop(self.accelerator.prepare_data_loader(first), "Evaluation").metrics
