@@ -86,7 +86,19 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         """As in transformers; with the package, also what its `checkpoint.loading.from_pretrained` adds."""
         load, own_loader = super().from_pretrained, ViTScratchPreTrainedModel.checkpoint_loader
         if own_loader is None:
-            return load(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = load(pretrained_model_name_or_path, *args, **kwargs)
+            config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+            if pretrained_model_name_or_path is not None:
+                hub = {name: kwargs.get(name) for name in ("cache_dir", "revision", "subfolder", "token")}
+                hub = {name: value for name, value in hub.items() if value}
+                stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+                is_as_large = math.prod(stored.grid_hw) == math.prod(config.grid_hw)  # so it has loaded
+                if stored.position_embedding.endswith("1d") and is_as_large and stored.grid_hw != config.grid_hw:
+                    raise ValueError(
+                        f"image_size={config.image_size}: the positions are for {stored.image_size}. Leave it out, the "
+                        "model takes images of any size. Or import modeling_vit_scratch, which resamples positions."
+                    )
+            return loaded
         return own_loader(cls, load, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ import runpy
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,3 +93,32 @@ def run_script(words: list[str], folder: Path, processes: int = 1, **environment
         printed = [program.printed for program in programs]
     assert not any(statuses), "\n".join([str(statuses), *printed])
     return printed
+
+
+def run_in_child(function: Callable[[], Any], as_nobody: bool = False) -> tuple[int, str]:
+    """
+    The status of `function()` in a forked process, 1 with a traceback after an exception, and what it has printed. As
+    nobody, root's permissions are given up, and HOME is not there.
+    """
+    with tempfile.TemporaryFile() as printed:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
+                sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+                if as_nobody:
+                    os.environ["HOME"] = "/nonexistent"
+                    if os.geteuid() == 0:
+                        os.setegid(65534)
+                        os.seteuid(65534)
+                status = function() or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        printed.seek(0)
+        return status, printed.read().decode(errors="replace")

@@ -25,6 +25,7 @@ from modeling_vit_scratch import (
     ViTScratchForMaskedImageModeling,
     ViTScratchImageProcessor,
     ViTScratchModel,
+    ViTScratchPreTrainedModel,
 )
 from modeling_vit_scratch.checkpoint.adaptation import (
     adapt_channels,
@@ -499,3 +500,17 @@ def test_the_processor_keeps_its_way_of_cropping(tmp_path):
     model = ViTScratchForImageClassification.from_pretrained(tmp_path / "deit", image_size=384)
     assert model.image_processor(image, return_tensors="pt")["pixel_values"].shape[2:] == (384, 384)
     assert model.image_processor.crop_pct == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize("kind", ["learned_1d", "relative_1d", "sincos_2d"])
+def test_alone_a_folder_refuses_a_grid_of_as_many_patches(kind, tmp_path, monkeypatch):
+    # Without the package, transformers loads what has the right shape.
+    monkeypatch.setattr(ViTScratchPreTrainedModel, "checkpoint_loader", None)
+    config = ViTScratchConfig.from_variant("test/4", position_embedding=kind)
+    ViTScratchModel(config).save_pretrained(tmp_path)
+    assert ViTScratchModel.from_pretrained(tmp_path, image_size=[16, 24]).config.grid_hw == (4, 6)
+    if kind == "sincos_2d":  # computed for any grid
+        assert ViTScratchModel.from_pretrained(tmp_path, image_size=[24, 16]).config.grid_hw == (6, 4)
+        return
+    with pytest.raises(ValueError, match=r"image_size=\[24, 16\]: the positions are for \[16, 24\]"):
+        ViTScratchModel.from_pretrained(tmp_path, image_size=[24, 16], output_loading_info=True)

@@ -118,6 +118,8 @@ class Recorder(Trainer):
 def test_these_private_methods_are_replaced_and_no_others():
     signatures = {
         "_get_grad_norm": ["self", "model", "grad_norm"], "_get_output_dir": ["self", "trial"],
+        "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
         "_save_checkpoint": ["self", "model", "trial"], "_push_from_checkpoint": ["self", "checkpoint_folder"],
     }  # fmt: skip
     assert {name for name in vars(TrainerOverrides) if not name.startswith("__")} == set(signatures)

@@ -65,7 +65,7 @@ def test_a_machine_without_accelerator_needs_no_flag_to_know():
     [(16, 1, (), 2), (2, 1, (), 2), (1, 1, (), 0), (2, 2, (), 0), (16, 1, ("--dataset_name", "digits"), 0)],
 )
 def test_the_cpu_reads_images_in_two_processes_if_it_has_the_cores(monkeypatch, cores, processes, flags, workers):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     training = parse(*(flags or ("--train_dir", "photos")), "--use_cpu")[2]
     assert (training.dataloader_num_workers, training.dataloader_persistent_workers) == (workers, workers > 0)

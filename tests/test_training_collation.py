@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from golden_policies import FILE, mixing_inputs
 from torch.utils.data import DataLoader
 
-from modeling_vit_scratch.data.collation import ImageCollator, MixingCollator, cutmix, mix, mixup
+from modeling_vit_scratch.data.collation import ImageCollator, MixingCollator, RepeatedAugmentation, cutmix, mix, mixup
 
 
 GOLDEN = json.loads(FILE.read_text())["mixing"]
@@ -171,3 +171,23 @@ def test_a_plain_batch_knows_its_examples_and_needs_no_labels():
 def test_something_must_be_mixed(alphas):
     with pytest.raises(ValueError, match="must not be negative, and one must be above 0"):
         MixingCollator(4, *alphas)
+
+
+@pytest.mark.parametrize(("repeats", "processes"), [(2, 1), (3, 1), (3, 2), (4, 3)])
+def test_no_image_is_mixed_with_another_version_of_itself(repeats, processes):
+    count, size = 60, 12
+    for rank in range(processes):
+        numbers = list(RepeatedAugmentation(count, repeats, 1, rank, processes))
+        for start in range(0, len(numbers) // size * size, size):
+            images = torch.tensor(numbers[start : start + size]) % count
+            pixels, targets = images.float()[:, None, None, None], F.one_hot(images, count).float()
+            zeros, box = torch.zeros(size), torch.tensor([(0, 0, 1, 1)] * size)
+            partners = mix(pixels, zeros, box, repeats).flatten()  # with a weight of 0, each is its partner
+            assert not (partners == images).any()
+            collator = MixingCollator(count, 1.0, repeats=repeats)
+            example = {"pixel_values": torch.zeros(1, 1, 1)}
+            examples = [{**example, "labels": int(i), "key": (0, 0, int(i))} for i in images]
+            batch = collator(examples)
+            labels, weight = batch["labels"], batch["mixing_weights"][0]
+            expected = weight * targets + (1 - weight) * F.one_hot(partners.long(), count)
+            assert torch.allclose(labels, expected)

@@ -106,7 +106,7 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(pets, tmp_path,
     [
         ("model.safetensors", "model.safetensors has 100 of"),
         ("optimizer.pt", "optimizer.pt has 100 of"),
-        ("scheduler.pt", "scheduler.pt has other bytes than were written"),
+        ("scheduler.pt", "scheduler.pt has other content than was written"),
         ("trainer_state.json", "it has no trainer_state.json"),
         ("rng_state.pth", "rng_state.pth is missing"),
         ("run.json", "it has no run.json"),
@@ -307,7 +307,7 @@ sys.exit(run_command_line(main))
     assert error.startswith(f"error: At step 4, checkpoint-4 could not be written to {tmp_path / 'out'}: ")
     assert "checkpoint-2: to go on, add --resume_from_checkpoint True" in error
     assert "Traceback" not in run.printed
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", "_lock"}  # until the process ends
     assert files.damage(tmp_path / "out" / "checkpoint-2") is None
 
 
@@ -340,6 +340,8 @@ def test_a_sick_step_is_told_with_all_its_images_and_never_reaches_the_weights(
 
     def sick(*args, **kwargs):
         loss = healthy(*args, **kwargs)
+        if not trainer.model.training:  # the try before the first step
+            return loss
         calls.append(weights(trainer))
         if len(calls) == 3:  # the first batch of the second step
             files.extend(trainer.step_guard._names(torch.cat(trainer.step_guard.last_keys)))

@@ -114,6 +114,7 @@ def test_the_model_sees_what_the_processor_makes_mixed_and_the_trainer_remembers
         lambda model, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
     )
     trainer.train()
+    assert len(seen.pop(0)) == 6  # the held-out images, on which the evaluation is tried
     assert [[len(batch) for batch in step] for step in keys] == [[4, 4], [4, 4]]
     for pixels, batch in zip(seen, [batch for step in keys for batch in step]):
         assert pixels.dtype == torch.float32  # also where the network computes in bfloat16
@@ -173,7 +174,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(pe
     healthy, steps = trainer.model.loss_function, []
 
     def sick(*args, **kwargs):
-        steps.append(trainer.state.global_step)
+        if trainer.model.training:  # not when the evaluation is tried
+            steps.append(trainer.state.global_step)
         return healthy(*args, **kwargs) * (value if len(steps) == 4 else 1.0)
 
     trainer.model.loss_function = sick

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..common.errors import InputError
-from ..data.collation import ImageCollator
+from ..data.collation import ImageCollator, prepare_workers
 from ..data.dataset import Augmentation, ImageClassificationDataset
 from ..image_decoding_vit_scratch import ImageDecodeError
 from . import auto_augment as policies
@@ -407,6 +407,7 @@ def build_device_images(
 def decode_images(images: ImageClassificationDataset, arguments: TrainingArguments) -> Tensor:
     """uint8 (N, C, H, W) on the device. Raises InputError for a broken image."""
     loader = DataLoader(images, 256, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
+    prepare_workers(loader)
     pixels = torch.empty((len(images), *images[0]["pixel_values"].shape), dtype=torch.uint8, device=arguments.device)
     is_quiet = arguments.disable_tqdm or arguments.process_index > 0
     try:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..common.errors import InputError
+from ..common.files import share
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
@@ -235,6 +236,7 @@ def convert(
     model = cls.from_pretrained(checkpoint, **overrides)
     if format == NATIVE.name:
         model.save_pretrained(output)
+        share(*Path(output).glob("*.safetensors"))
     else:
         save_checkpoint(model, output, format, exact=not inexact)
     print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")

@@ -3,15 +3,18 @@
 
 import errno
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .workers import lost_worker
+
 
 # A full disk, a full quota, or a limit on the size of a file (ulimit -f).
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a user can change about a file or folder.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -73,7 +76,14 @@ def run_command_line(main: Callable[[], int | None]) -> int:
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
+        if half_set := _half_set_cluster():
+            is_first = True
+            raise InputError(half_set)
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read the output has ended: the rest goes there at exit
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except InputError as error:
         if is_first:  # every process reads the same command line and the same data
             print(f"error: {error}", file=sys.stderr)
@@ -83,10 +93,17 @@ def run_command_line(main: Callable[[], int | None]) -> int:
 
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
-        elif not isinstance(error, (TrainingStopped, ImageDecodeError)):
+        elif isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename is not None:
+            if is_first:
+                print(f"\nerror: {error.filename2 or error.filename}: {error.strerror}.", file=sys.stderr)
+            return 2
+        elif isinstance(error, (TrainingStopped, ImageDecodeError)):
+            if is_first or not getattr(error, "is_shared", False):
+                print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
+        elif isinstance(error, (RuntimeError, BlockingIOError)) and (lost := lost_worker(error)):
+            print(f"\nerror: {lost} A lower --dataloader_num_workers needs less.", file=sys.stderr)
+        else:
             raise
-        elif is_first or not getattr(error, "is_shared", False):
-            print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
         if is_first:
@@ -95,19 +112,22 @@ def run_command_line(main: Callable[[], int | None]) -> int:
     return status or 0
 
 
+def _half_set_cluster() -> str | None:
+    """A message if a launcher's variables are there in part, such as a RANK that is left over in a shell."""
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: os.environ[name] for name in needed[:3] if name in os.environ}
+    is_alone = all(values.get(name, alone) == alone for name, alone in zip(needed, ("0", "-1", "1")))
+    is_whole = all(map(os.environ.get, needed)) and all(map(str.isdecimal, values.values()))
+    if is_alone or (is_whole and int(values["RANK"]) < int(values["WORLD_SIZE"])):
+        return None
+    given = " ".join(f"{name}={value}" for name, value in values.items())
+    return (
+        f"{given} in the environment: one of several processes needs {', '.join(needed)}, and a RANK below WORLD_SIZE. "
+        f"Start it with `accelerate launch`, or for a process on its own: unset {' '.join(values)}."
+    )
+
+
 def without_worker_traceback(error: Exception) -> str:
     """The message without the traceback of a worker process that torch puts before it."""
     message = str(error).strip()
     return message.rsplit(f"{type(error).__name__}: ", 1)[-1] if "Original Traceback" in message else message
-
-
-def lost_worker(error: RuntimeError, when: str = "") -> str | None:
-    """A message if the error is a worker process that has ended, which only torch's message says; else None."""
-    if "DataLoader worker" not in str(error):
-        return None
-    killed = re.search(r"killed by signal: (\w+)", str(error))
-    reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
-    return (
-        f"A process that reads images {reason}{when}. Usually the memory was full, or in a container the shared memory "
-        "(docker run --shm-size)."
-    )

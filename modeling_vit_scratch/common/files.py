@@ -7,11 +7,50 @@ of a checkpoint, run.json, lists sizes and checksums of all others, so that a da
 import json
 import os
 import shutil
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .errors import InputError
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None
+
+
+def lock(file: Path, what: str) -> IO[str] | None:
+    """
+    A lock that ends with this process, however that ends; worker processes do not inherit it. None where the system or
+    the disk has no locks. Raises InputError if another process has it; `what` both write into is in the message.
+    """
+    if fcntl is None:
+        return None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    opened = open(file, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        opened.close()
+        raise InputError(f"Another run is at work on {what}. Wait for it, or stop it.") from error
+    except OSError:
+        opened.close()
+        return None
+    weakref.finalize(opened, file.unlink, missing_ok=True)
+    return opened
+
+
+def writing_problem(folder: str | os.PathLike[str]) -> str | None:
+    """Why nothing can be written into a folder, which may not be there yet; None if it can."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids) and there.is_dir():
+        return None
+    return f"{there} is no folder that you can write into."
 
 
 @contextmanager
@@ -21,12 +60,22 @@ def atomic_write(file: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         yield unfinished
+        share(unfinished)
         sync(unfinished)
         os.replace(unfinished, file)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+def share(*paths: Path) -> None:
+    """Gives files the permissions of any new file: safetensors writes them for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
@@ -61,8 +110,8 @@ def find_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(found, key=lambda path: int(steps[path]), reverse=True)
 
 
-def damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """How a checkpoint is damaged; None if it is whole."""
+def damage(checkpoint: str | os.PathLike[str], read: bool = False) -> str | None:
+    """How a checkpoint is damaged; None if it is whole. With `read`, the content of its files is compared, too."""
     folder = Path(checkpoint)
     if not (folder / STATE).is_file():
         return f"it has no {STATE}"
@@ -70,7 +119,7 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
         return f"it has no {MANIFEST}, which is written last"
     try:
         manifest = read_manifest(folder)
-        sizes, checksums = manifest["files"], manifest.get("crc32", {})  # which earlier versions did not write
+        sizes, checksums = manifest["files"], manifest.get("checksums", {})
     except (ValueError, KeyError):
         return f"{MANIFEST} can't be read"
     for name, size in sizes.items():
@@ -79,25 +128,25 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-        if name in checksums and checksum(file) != checksums[name]:
-            return f"{name} has other bytes than were written"
+        if read and checksum(file) != checksums.get(name, checksum(file)):
+            return f"{name} has other content than was written"
     return None
 
 
 def checksum(file: Path) -> int:
-    """The CRC-32 of a file."""
+    """CRC-32 of a file: against damage, not against forgery."""
     value = 0
     with open(file, "rb") as opened:
-        while chunk := opened.read(2**20):
+        while chunk := opened.read(1 << 20):
             value = zlib.crc32(chunk, value)
     return value
 
 
-def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, str]]:
-    """The latest whole checkpoint, or None; and how each later one is damaged."""
+def latest_whole(output_dir: str | os.PathLike[str], read: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """The latest whole checkpoint, or None; and how each later one is damaged. `read` as in `damage`."""
     damaged: dict[Path, str] = {}
     for checkpoint in find_checkpoints(output_dir):
-        reason = damage(checkpoint)
+        reason = damage(checkpoint, read)
         if reason is None:
             return checkpoint, damaged
         damaged[checkpoint] = reason
@@ -105,13 +154,14 @@ def latest_whole(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Completes a checkpoint: syncs it to the disk, then run.json: metadata, sizes and CRC-32."""
+    """Completes a checkpoint: syncs it to the disk, then run.json with metadata, and size and checksum of each file."""
+    share(*folder.rglob("*"))
     sync(*folder.rglob("*"), folder)
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     checksums = {name: checksum(file) for name, file in files.items()}
-    manifest = {**metadata, "files": sizes, "crc32": checksums}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    content = {**metadata, "files": sizes, "checksums": checksums}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
     sync(folder / MANIFEST, folder)
 
 
@@ -132,6 +182,7 @@ def publish(staged: Path, checkpoint: Path, metadata: dict[str, Any]) -> None:
 
 def publish_files(staged: Path, folder: Path) -> None:
     """Moves complete files into a folder, one by one. config.json, which makes it a model, comes last."""
+    share(*staged.rglob("*"))
     sync(*staged.rglob("*"), staged)
     for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)

@@ -88,9 +88,13 @@ def has_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or re.search(messages, str(error), re.I) is not None
 
 
+# SIGHUP: the terminal is gone. SIGUSR1: a cluster's time is nearly up (SLURM's --signal=USR1@60).
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
 class StopSignals:
     """
-    Handles SIGINT and SIGTERM between `start` and `restore`, or inside of `with`. The first signal sets `number`
+    Handles SIGNALS between `start` and `restore`, or inside of `with`. The first signal sets `number`
     and calls `on_request` with a description. The second, or with `at_once` the first, sets `is_urgent` and raises.
 
     A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
@@ -107,8 +111,9 @@ class StopSignals:
         """Starts to handle signals; only in the main thread, as Python does."""
         self.number, self.is_urgent = 0, False
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def restore(self) -> None:
@@ -136,7 +141,7 @@ class StopSignals:
         if self.number or self.at_once:
             self.number, self._time, self.is_urgent = number, time.monotonic(), True
             raise TrainingInterrupted("Stopped at once.", number)
-        self._request(number, "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        self._request(number, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _request(self, number: int, what: str) -> None:
         self.number, self._time = number, time.monotonic()

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from transformers import TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -50,15 +51,15 @@ class ImageCollator:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How each image of a batch is mixed with the one before it: see `mix`."""
+    """How each image of a batch is mixed with its partner: see `mix`."""
 
     weight: float  # that an image keeps inside the box
     box: tuple[int, int, int, int]  # left, top, right, bottom in pixels
     kept: float  # the share of the image, and of its label
 
-    def mix_labels(self, targets: Tensor) -> Tensor:
-        """Probabilities (B, K), each row mixed with the one before it."""
-        return targets.roll(1, 0).mul_(1.0 - self.kept).add_(targets * self.kept)
+    def mix_labels(self, targets: Tensor, distance: int = 1) -> Tensor:
+        """Probabilities (B, K), each row mixed with its partner's: see `partner_distance`."""
+        return targets.roll(distance, 0).mul_(1.0 - self.kept).add_(targets * self.kept)
 
 
 def mixup(size: tuple[int, int], weight: float) -> Mixing:
@@ -88,14 +89,19 @@ class MixingCollator(ImageCollator):
     """
 
     def __init__(
-        self, num_labels: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, label_smoothing: float = 0.0
+        self,
+        num_labels: int,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        label_smoothing: float = 0.0,
+        repeats: int = 1,
     ) -> None:
         if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
             raise ValueError(
                 f"mixup_alpha={mixup_alpha:g} and cutmix_alpha={cutmix_alpha:g} must not be negative, and one must be "
                 "above 0."
             )
-        self.num_labels, self.label_smoothing = num_labels, label_smoothing
+        self.num_labels, self.label_smoothing, self.repeats = num_labels, label_smoothing, repeats
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
         parts = [f"{name} {alpha:g}" for name, alpha in (("Mixup", mixup_alpha), ("CutMix", cutmix_alpha)) if alpha]
         self.description = " or ".join(parts)
@@ -113,7 +119,7 @@ class MixingCollator(ImageCollator):
         seed, epoch, _ = keys[0]
         generator = np.random.default_rng((_STREAM, seed, epoch, *(index for _, _, index in keys)))
         mixing = self.draw(batch["pixel_values"].shape[-2:], generator)
-        batch["labels"] = mixing.mix_labels(targets)
+        batch["labels"] = mixing.mix_labels(targets, partner_distance(len(targets), self.repeats))
         batch["mixing_weights"] = torch.full((len(keys),), mixing.weight, dtype=torch.float32)
         batch["mixing_boxes"] = torch.tensor([mixing.box] * len(keys), dtype=torch.int64)
         return batch
@@ -157,17 +163,23 @@ class Normalize:
         return pixel_values.float().mul_(self.scale).add_(self.offset)
 
 
-def mix(pixel_values: Tensor, weights: Tensor, boxes: Tensor) -> Tensor:
+def partner_distance(count: int, repeats: int) -> int:
+    """How far before an image of a batch its partner is: with --aug_repeats, nearer ones are the same image again."""
+    return max(1, min(repeats, count // 2))
+
+
+def mix(pixel_values: Tensor, weights: Tensor, boxes: Tensor, repeats: int = 1) -> Tensor:
     """
-    Mixes each image (B, C, H, W) with the one before it: inside its box (B, 4) it keeps its weight (B,) of itself,
-    outside all. The box of `mixup` is the whole image, the weight of `cutmix` 0. Does not wait for the device.
+    Mixes each image (B, C, H, W) with its partner: inside its box (B, 4) it keeps its weight (B,), outside all of it.
+    The box of `mixup` is the whole image, the weight of `cutmix` 0. Does not wait for the device.
     """
     height, width = pixel_values.shape[-2:]
     rows, columns = (torch.arange(length, device=pixel_values.device) for length in (height, width))
     left, top, right, bottom = boxes[:, :, None].unbind(1)  # (B, 1) each
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
     kept = torch.where(inside, weights[:, None, None].to(pixel_values.dtype), 1.0)[:, None]  # (B, 1, H, W)
-    return pixel_values.roll(1, 0).mul_(1.0 - kept).add_(pixel_values * kept)
+    partners = pixel_values.roll(partner_distance(len(pixel_values), repeats), 0)
+    return partners.mul_(1.0 - kept).add_(pixel_values * kept)
 
 
 def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple[int, int]:
@@ -238,6 +250,15 @@ def prepare_workers(loader: DataLoader) -> None:
     """Makes worker processes leave signals to the process that trains, which needs the workers to finish a step."""
     loader = getattr(loader, "base_dataloader", loader)  # inside of accelerate's, torch's own
     loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+    loader.collate_fn = functools.partial(_share_batch, loader.collate_fn)
+
+
+def _share_batch(collate: Callable[[Any], Any], examples: Any) -> Any:
+    """In a worker, puts a batch into shared memory. torch does so later, where nobody would hear that it failed."""
+    batch = collate(examples)
+    if get_worker_info() is not None:
+        tree_map_only(Tensor, Tensor.share_memory_, batch)
+    return batch
 
 
 def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:

@@ -7,7 +7,7 @@ away from Pillow, but where bicubic enlarges one side and reduces the other. Eva
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..common.workers import take_in_hand
 from ..image_decoding_vit_scratch import ImageDecodeError, decode_errors, is_scalable_jpeg, open_image, orientation_of
 from ..image_processing_vit_scratch import TORCH_FILTERS, ViTScratchImageProcessor, resize_interleaved
 
@@ -242,14 +243,20 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.__getitem__, range(len(self)))  # numbers beyond the last index are images, too
+
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The examples of a batch: torch's loader prefers this."""
         examples = []
         # A few at a time, and first what is little work: decoding a photo drives all else from the caches.
         for first in range(0, len(indices), _ROWS_AT_ONCE):
             group = indices[first : first + _ROWS_AT_ONCE]
-            begun = [self._begin(index, stored) for index, stored in zip(group, self.examples.stored(group))]
-            examples += [self._example(index, pixels) for index, pixels in zip(group, begun)]
+            images = self.examples.stored(group)
+            begun = [self._begin(index, image) for index, image in zip(group, images)]
+            for index, image, pixels in zip(group, images, begun):
+                take_in_hand(image.name)
+                examples.append(self._example(index, pixels))
         return examples
 
     def name(self, index: int) -> str:
@@ -257,6 +264,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
     def _begin(self, index: int, stored: StoredImage) -> Callable[[], torch.Tensor]:
         """Does what comes before decoding; the function returned decodes, and may raise ImageDecodeError."""
+        take_in_hand(stored.name)
         if self.augmentation is None:
             return partial(self._fit, stored)
         generator = np.random.default_rng((self.seed, int(self._epoch), index))

@@ -53,7 +53,7 @@ def identities(examples: Examples) -> list[str]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # neither reading nor hashing holds Python's lock
         found = pool.map(identity, range(len(examples)))
-        return list(tqdm(found, total=len(examples), desc="reading images", unit="", leave=False))
+        return list(tqdm(found, total=len(examples), desc="reading images", unit="", leave=False, disable=None))
 
 
 @dataclass(frozen=True)

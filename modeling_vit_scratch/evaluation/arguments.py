@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
+from ..common.files import writing_problem
 from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
 
 
@@ -128,7 +129,9 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         arguments.output_dir = str(folder)
     folder = Path(arguments.output_dir)
     written = [file.name for pattern in ("results.json", "predictions.*", "*.png") for file in folder.glob(pattern)]
-    if written:
+    if reason := writing_problem(folder):
+        problems.add(f"--output_dir {folder}: {reason} Give one that can.")
+    elif written:
         problems.add(
             f"--output_dir {folder} already has a report in it ({written[0]}). Choose another, or remove the folder."
         )

@@ -27,6 +27,9 @@ class ImageClassificationMetric(evaluate.Metric):
         self.num_labels, self.is_multi_label = num_labels, is_multi_label
         super().__init__(keep_in_memory=True)
 
+    def _build_data_dir(self) -> str:
+        return ""  # the library's folder in HOME, which a container may lack, would hold nothing
+
     def _info(self) -> evaluate.MetricInfo:
         predictions, references = datasets.List(datasets.Value("int64")), datasets.Value("int64")
         if self.is_multi_label:

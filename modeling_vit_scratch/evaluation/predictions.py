@@ -14,7 +14,7 @@ from transformers.image_utils import SizeDict
 
 from ..common.errors import InputError
 from ..common.pretrained import load_pretrained
-from ..data.collation import ImageCollator, Normalize, input_size
+from ..data.collation import ImageCollator, Normalize, input_size, prepare_workers
 from ..data.dataset import Examples, ImageClassificationDataset, StoredImage
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -90,6 +90,7 @@ def predict(
     dataset = ViewsDataset(examples, processor, config.num_channels, crops, input_size(processor, config))
     batch_size = min(arguments.per_device_eval_batch_size, -(-count // accelerator.num_processes))
     loader = DataLoader(dataset, batch_size, num_workers=arguments.dataloader_num_workers, collate_fn=ImageCollator())
+    prepare_workers(loader)
     loader, normalize = accelerator.prepare_data_loader(loader), Normalize(processor)
     model, was_calibrated = model.to(accelerator.device).eval(), config.calibrated
     logits = np.full((count, crops, config.num_labels), np.nan, dtype=np.float32)

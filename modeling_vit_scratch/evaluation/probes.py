@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..acceleration.speed_up import only_pooled_output
-from ..data.collation import ImageCollator, Normalize
+from ..data.collation import ImageCollator, Normalize, prepare_workers
 from ..data.dataset import ImageClassificationDataset
 from ..data.splits import ImageData, check_for_probes
 from ..data.streams import ImageStream
@@ -82,6 +82,7 @@ def extract_features(
         dataset, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=ImageCollator(),
         generator=torch.Generator(),  # of its own: the loader draws a seed for its workers
     )  # fmt: skip
+    prepare_workers(loader)
     device, values, labels = next(model.parameters()).device, [], []
     to_float = Normalize(processor)
     modes = {module: module.training for module in model.modules()}

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import Problems
+from ..common.files import writing_problem
 from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, check_limits, flag
+from ..common.workers import available_cores
 
 
 # What --output may end in.
@@ -86,8 +88,7 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
 
 def _check(arguments: PredictionArguments, problems: Problems) -> None:
     if arguments.dataloader_num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        share = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         arguments.dataloader_num_workers = 0 if arguments.output is None else min(8, share)
     check_limits(arguments, problems)
     if arguments.max_broken_images is None:
@@ -104,5 +105,7 @@ def _check(arguments: PredictionArguments, problems: Problems) -> None:
     output = Path(arguments.output)
     if output.suffix.lower() not in FORMATS:
         problems.add(f"--output {output} must end in one of {', '.join(FORMATS)}, to say what to write.")
+    if reason := writing_problem(output.parent):
+        problems.add(f"--output {output}: {reason}")
     if output.is_dir():
         problems.add(f"--output {output} is a folder. Give the name of a file in it, e.g. {output / 'labels.parquet'}.")

@@ -26,17 +26,13 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from ..common import files
 from ..common.errors import InputError
 from ..common.files import atomic_write, write_text
 from ..data.listing import Item
 from .model import Prediction
 from .reading import Batch
 
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart there
-    fcntl = None
 
 JOB, ITEMS, LOCK = "job.json", "items.jsonl", "lock"
 # Images that a process takes at a time, and writes as one part; a kill costs these, or those of so many seconds.
@@ -73,10 +69,10 @@ class Job:
         for path in filter(os.path.exists, inputs):
             self._check_not_written(path, os.stat(path))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire_lock()
+        self._lock = files.lock(self.folder / LOCK, f"--output {self.output}")
         listed = self.folder / f"_{ITEMS}"
         try:
-            self.count, digest, files = self._write_items(listed, items)
+            self.count, digest, stamps = self._write_items(listed, items)
             if not self.count:
                 raise InputError("The inputs have no images in them.")
         except BaseException:
@@ -84,7 +80,7 @@ class Job:
             self._remove_if_empty()
             raise
         settings = json.loads(json.dumps({**settings, "images": self.count, "list of images": digest}))
-        settings["files of images (sizes, times)"] = files
+        settings["files of images (sizes, times)"] = stamps
         before = self.settings()
         if before and before != settings and not overwrite:
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
@@ -147,17 +143,6 @@ class Job:
             raise InputError(
                 f"{self.folder / JOB} is not JSON: {error}. Remove {self.folder}, and start again."
             ) from error
-
-    def _acquire_lock(self) -> None:
-        """The lock ends with the process, however that ends; worker processes do not inherit it."""
-        if fcntl is None:
-            return
-        self._lock = open(self.folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock = None
-            raise InputError(f"Another run is at work on --output {self.output}. Wait for it, or stop it.") from error
 
     def parts(self) -> list[tuple[int, int]]:
         """The batches that are predicted: ranges from first to end (exclusive), sorted."""

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments
+from ..common.workers import take_in_hand
 from ..data.collation import prepare_workers
 from ..data.listing import (
     LISTS,
@@ -256,6 +257,7 @@ class ItemDataset(Dataset):
         if isinstance(content, ValueError):
             raise content
         name, source = item.name, item.path if item.start is None else content
+        take_in_hand(name)
         if item.size is not None:
             source = _read_member(item)
         if source is None:

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
 from ..common.processes import Processes, StopSignals
+from ..common.workers import lost_worker
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
 from .job import Job, Writer, output_columns, printable, to_output, write_errors, write_output

@@ -185,7 +185,9 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         metavar="NAME",
     )
     resume_from_checkpoint: str | None = flag(
-        None, "True: continue from the latest checkpoint in --output_dir. Or the path of a checkpoint.", metavar="PATH"
+        None,
+        "True: continue from the latest checkpoint in --output_dir. auto: if there is one. Or the path of one.",
+        metavar="PATH",
     )
     bf16: bool | None = flag(None, "Compute in bfloat16. Default: if the hardware supports it and --fp16 is off.")
     dataloader_persistent_workers: bool | None = flag(

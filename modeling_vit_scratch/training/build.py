@@ -54,22 +54,25 @@ def build_trainer(
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
     batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
-    trainer = ImageTrainer(
-        speed_up(model),
-        arguments,
-        average=None if decay is None else WeightAverage(decay, warmup),
-        stream_batches=batches,
-        objective=objective.description,
-        finished_model=objective.finished_model,
-        images=data.images,
-        data_collator=objective.data_collator,
-        compute_loss_func=objective.compute_loss_func,
-        train_dataset=train_set,
-        eval_dataset=held_out,
-        processing_class=processor,
-        callbacks=[SetEpoch(train_set)],
-        **objective.metrics,
-    )
+    try:
+        trainer = ImageTrainer(
+            speed_up(model),
+            arguments,
+            average=None if decay is None else WeightAverage(decay, warmup),
+            stream_batches=batches,
+            objective=objective.description,
+            finished_model=objective.finished_model,
+            images=data.images,
+            data_collator=objective.data_collator,
+            compute_loss_func=objective.compute_loss_func,
+            train_dataset=train_set,
+            eval_dataset=held_out,
+            processing_class=processor,
+            callbacks=[SetEpoch(train_set)],
+            **objective.metrics,
+        )
+    except (ValueError, ImportError) as error:  # transformers says what is wrong with its flags
+        raise InputError(str(error)) from error
     if isinstance(objective.data_collator, MixingCollator):
         trainer.label_smoother = None  # the collator smooths: the Trainer can't smooth probabilities
     logging.disable_progress_bar()  # the bar of each checkpoint that is written, not the training bar
@@ -84,7 +87,8 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
     recipe, smoothing, count = arguments.recipe_arguments, arguments.label_smoothing_factor, len(data.label_names)
     collator, loss, weights = ImageCollator(), None, None
     if recipe.mixup or recipe.cutmix:  # the collator smooths classes, the loss several labels
-        collator = MixingCollator(count, recipe.mixup, recipe.cutmix, 0.0 if data.is_multi_label else smoothing)
+        spread = 0.0 if data.is_multi_label else smoothing
+        collator = MixingCollator(count, recipe.mixup, recipe.cutmix, spread, recipe.aug_repeats)
         smoothing = smoothing if data.is_multi_label else 0.0
     if recipe.class_weights:
         if isinstance(data.train, ImageStream):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import InputError, Problems
-from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole
+from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole, writing_problem
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
@@ -77,6 +77,11 @@ REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "do_predict": (False, "this script has no test split. Use scripts/predict.py on the finished model."),
     "enable_jit_checkpoint": (False, "its signal handler stays behind. Ctrl-C and SIGTERM save a checkpoint anyway."),
     "prediction_loss_only": (False, "the best epoch is chosen by accuracy, which needs the predictions."),
+    "bf16_full_eval": (False, "it would round the weights that are then saved. --bf16 also evaluates in bfloat16."),
+    "fp16_full_eval": (False, "it would round the weights that are then saved. --fp16 also evaluates in float16."),
+    "eval_do_concat_batches": (True, "the metrics are those of all images together."),
+    "use_liger_kernel": (False, "it has no kernels for a Vision Transformer."),
+    "label_names": (None, "the labels of images are always called `labels`."),
 }
 
 
@@ -333,6 +338,8 @@ def _build_training_arguments(
     values: dict[str, Any], recipe_arguments: RecipeArguments, problems: Problems
 ) -> "ImageTrainingArguments":
     """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
     from ..augmentation.auto_augment import auto_augment
     from ..hub.commit import check_can_publish
     from .trainer import ImageTrainingArguments
@@ -343,6 +350,15 @@ def _build_training_arguments(
         problems.add(str(error))
         raise problems.as_error() from error
     arguments.recipe_arguments = recipe_arguments
+    if arguments.train_sampling_strategy not in ("random", "sequential"):
+        problems.add(f"--train_sampling_strategy {arguments.train_sampling_strategy}: images have no length to go by.")
+    if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
+        problems.add("--dataloader_multiprocessing_context is for --dataloader_num_workers above 0. Leave it out.")
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            problems.add(f"--report_to: {error}")
     for name, (absent, reason) in REFUSED_FLAGS.items():
         if getattr(arguments, name) != absent:
             problems.add(f"--{name}: {reason}")
@@ -374,6 +390,11 @@ _WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "res
 def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str | None:
     """The folder of --resume_from_checkpoint. Without one, the folder of an earlier run is a mistake."""
     output, given = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if reason := writing_problem(output):
+        problems.add(f"--output_dir {output}: {reason}")
+        return None
+    if given == "auto":
+        given = "True" if find_checkpoints(output) else None
     if given is None or given.lower() in ("false", "no", "0"):
         if any((output / name).exists() for name in _WRITTEN) or find_checkpoints(output):
             problems.add(
@@ -382,7 +403,7 @@ def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str |
             )
         return None
     if given.lower() in ("true", "yes", "1"):
-        latest, damaged = latest_whole(output)
+        latest, damaged = latest_whole(output, read=True)
         if latest is not None:
             return str(latest)
         if damaged:
@@ -395,7 +416,7 @@ def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str |
         return None
     if not Path(given, STATE).is_file():
         problems.add(f"--resume_from_checkpoint {given} is not a checkpoint: it has no {STATE}.")
-    elif Path(given, MANIFEST).is_file() and (reason := damage(given)):
+    elif Path(given, MANIFEST).is_file() and (reason := damage(given, read=True)):
         # A checkpoint of another program or an earlier version has no run.json to check it by.
         problems.add(f"--resume_from_checkpoint {given} is damaged: {reason}. Choose another one, or True.")
     return given

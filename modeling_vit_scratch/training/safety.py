@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +23,6 @@ from ..configuration_vit_scratch import ViTScratchConfig
 
 # Fields of a configuration that a checkpoint and the model that resumes from it need not share.
 _NOT_COMPARED = {"transformers_version", "dtype", "auto_map", "architectures", "_name_or_path", "use_cache"}
-# What checkpoints don't have that were written before data/held_out.py.
-_SINCE_IDENTITIES = ("input ", "CPU threads")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -38,8 +36,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     return [
         f"{name}: {shown(now.get(name))} now, {shown(before.get(name))} in the checkpoint's run"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and (name in before or not name.startswith(_SINCE_IDENTITIES))
+        for name in sorted(before)  # an earlier version may lack some
+        if before[name] != now.get(name)
     ]
 
 
@@ -70,11 +68,19 @@ class RunFolder:
         self.arguments, self.processes, self.log, self.checkpoint_size = arguments, processes, log, checkpoint_size
         self.path = Path(arguments.output_dir)
         self.staging, self.is_writing_checkpoint = self.path / files.STAGING, False
+        self._lock: IO[str] | None = None
 
-    def prepare(self) -> None:
-        """Removes unfinished files of a killed run. Raises InputError if the disk has no room for a checkpoint."""
+    def prepare(self, resumes: bool = False) -> None:
+        """
+        Takes the folder's lock, and removes unfinished files of a killed run. Raises InputError if another run has it
+        or has just left a model, or if the disk has no room for a checkpoint.
+        """
         if not self.arguments.should_save:
             return
+        if self._lock is None:
+            self._lock = files.lock(self.path / "_lock", f"--output_dir {self.path}")  # uploads leave out "_*"
+            if not resumes and (self.path / "config.json").exists():
+                raise InputError(f"Another run has left its model in --output_dir {self.path}. Choose another one.")
         if files.remove_staging(self.path):
             self.log(f"Removed {self.staging}: unfinished files of a run that was killed.")
         if self.arguments.save_strategy == "no":
@@ -99,7 +105,7 @@ class RunFolder:
         """The wanted checkpoint, or for True the latest whole one (InputError without). Logs later, damaged ones."""
         if not wanted:
             return None
-        latest, damaged = files.latest_whole(self.path)
+        latest, damaged = files.latest_whole(self.path, read=wanted is True)
         if wanted is True:
             if latest is None:
                 raise InputError(f"There is no checkpoint to resume from in {self.path}.")
@@ -109,11 +115,11 @@ class RunFolder:
                 self.log(f"warning: {checkpoint} is damaged, {reason}. Passed over.")
         return str(wanted)
 
-    def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Logs a warning if the run of a checkpoint, with this manifest, had other settings."""
+    def compare_settings(self, checkpoint: str, manifest: dict[str, Any], settings: dict[str, Any]) -> set[str]:
+        """The names of settings that were others in the run of a checkpoint, with this manifest; logs a warning."""
         if "settings" not in manifest:
             self.log(f"warning: {checkpoint} does not say which settings its run had. Give the same ones again.")
-            return
+            return set()
         different = differences(manifest["settings"], settings)
         if different:
             lines = "".join(f"\n    {line}" for line in different)
@@ -121,6 +127,7 @@ class RunFolder:
                 f"warning: {Path(checkpoint).name} is of a run with other settings. This run uses its own, and does "
                 f"not end with the weights of a run without a stop:{lines}"
             )
+        return {line.split(":")[0] for line in different}
 
     def resume_advice(self) -> str:
         """How to resume a run that has stopped: the last sentence of every message about it."""

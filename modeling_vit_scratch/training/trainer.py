@@ -20,7 +20,7 @@ from accelerate.utils import gather, recursively_apply, send_to_device
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -28,10 +28,11 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.flags import flag
 from ..common.processes import Processes, has_lost_contact
+from ..common.workers import available_cores, lost_worker
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
 from ..hub.contents import shareable
@@ -49,6 +50,7 @@ DECIDING_ARGUMENTS = (
     "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
     "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
+    "metric_for_best_model", "train_sampling_strategy",
 )  # fmt: skip
 # Numbers that an optimizer keeps for each weight, if known.
 _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
@@ -77,7 +79,7 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
         if self.disable_tqdm is None:  # a bar in a log file is a line for each step
             self.disable_tqdm = not sys.stderr.isatty()
         if self.dataloader_num_workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = 0 if cores < 2 else min(2 if self.use_cpu else 8, cores)
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
@@ -120,6 +122,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
         self.objective, self.finished_model, self.images = objective, finished_model, images
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
+        self.changed: set[str] = set()  # names of settings that were others in the run that is resumed
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
         self.step_guard = StepGuard(self.run_folder, args.max_broken_images, self.train_dataset.name)
         self.settings = self._run_settings()
@@ -196,7 +199,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         another model or the disk is full; TrainingStopped if training can't continue; TrainingInterrupted after Ctrl-C
         or SIGTERM, when the checkpoint is written. With --push_to_hub, a run that stops pushes that checkpoint first.
         """
-        self.run_folder.prepare()
+        self.run_folder.prepare(resumes=bool(resume_from_checkpoint))
         checkpoint = self.run_folder.checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint is not None:
             self._prepare_resumption(checkpoint)
@@ -219,7 +222,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def _prepare_resumption(self, checkpoint: str) -> None:
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
-        self.run_folder.compare_settings(checkpoint, manifest, self.settings)
+        self.changed = self.run_folder.compare_settings(checkpoint, manifest, self.settings)
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         state = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))
@@ -258,6 +261,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """As in Trainer, but a run resumed from its last step has no epoch left: the Trainer takes one more step."""
+        size = self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and self.stream_batches is None and len(self.train_dataset) < size:
+            raise InputError(f"--dataloader_drop_last: {len(self.train_dataset)} images make no batch of {size}.")
         epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         if self.resumed_step >= max_steps:
             epochs = max_steps // steps_per_epoch
@@ -290,7 +296,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
         batch["pixel_values"] = self.normalize(batch["pixel_values"])
         if weights is not None:
-            batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes)
+            repeats = self.args.recipe_arguments.aug_repeats
+            batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes, repeats)
         return batch
 
     # --- The optimizer ------------------------------------------------------------------------------------------------
@@ -332,10 +339,28 @@ class ImageTrainer(TrainerOverrides, Trainer):
             with nullcontext() if self.average is None else self.average.applied_to(self.model):
                 return super().evaluate(*args, **kwargs)
 
+    def try_evaluation(self) -> None:
+        """Evaluates a batch before training: what fails then fails at once. Raises InputError for an unknown metric."""
+        handler, arguments = self.callback_handler, self.args
+        size = min(arguments.eval_batch_size, 8) if arguments.use_cpu else arguments.eval_batch_size
+        images = Subset(self.eval_dataset, range(min(len(self.eval_dataset), size * arguments.world_size)))
+        generator = torch.Generator()  # of its own: the loader draws a seed
+        first = DataLoader(images, size, collate_fn=self.data_collator, generator=generator)
+        callbacks, handler.callbacks = handler.callbacks, []
+        try:
+            metrics = self.evaluation_loop(self.accelerator.prepare_data_loader(first), "Evaluation").metrics
+        finally:
+            handler.callbacks = callbacks
+        name = arguments.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            names = ", ".join(key.removeprefix("eval_") for key in metrics if key != "eval_images")
+            raise InputError(f"--metric_for_best_model {name}: this run measures {names}. Choose one of these.")
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """As in Trainer. The last batches of several processes are padded; the loss leaves out the padding, too."""
+        kwargs["ignore_keys"] = kwargs.get("ignore_keys") or ["hidden_states", "attentions"]
         inputs = self.prepare_batch(inputs)
         number, state = len(inputs["pixel_values"]), self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:

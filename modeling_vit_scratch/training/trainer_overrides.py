@@ -7,6 +7,7 @@ then tests/test_trainer_overrides.py fails.
 import functools
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import Trainer
 
+from ..common.errors import InputError
 from ..data.collation import prepare_workers
 
 
@@ -50,6 +52,43 @@ class TrainerOverrides:
         if self.args.push_to_hub and self.is_world_process_zero():
             self.pusher.push_checkpoint(self.run_folder.path / folder.name)
         self.run_folder.rotate(self.state)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        # A resumed run would keep the checkpoint's intervals, and its best score, which may be one of another metric.
+        self.state.compute_steps(self.args, max_steps)
+        if "--metric_for_best_model" in self.changed:
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.try_evaluation()  # the last moment before the first step, with the model where it will be evaluated
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # A loaded optimizer has the checkpoint's learning rates, decays and betas. This run's own are put back.
+        if checkpoint is None:
+            return
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        is_function = isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)  # of the step alone
+        fits = is_function or not {"--learning_rate", "--lr_scheduler_type"} & self.changed
+        fits = fits and Path(checkpoint, "scheduler.pt").is_file()  # --save_only_model leaves it out
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError):
+            fits = False
+        groups = self.optimizer.param_groups  # new ones
+        if not fits or any(group.keys() - {"params"} != options.keys() for group, options in zip(groups, own)):
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint}: its optimizer or schedule is of another kind, has other "
+                "groups of parameters, or was not saved. Give its --optim, --lr_scheduler_type, --layer_decay and "
+                "--head_learning_rate_multiplier again, or start anew from its weights: --model_name_or_path."
+            )
+        for number, (group, options) in enumerate(zip(groups, own)):
+            if is_function:
+                schedule.base_lrs[number] = options["initial_lr"]
+                options["lr"] = options["initial_lr"] * schedule.lr_lambdas[number](schedule.last_epoch)
+            else:
+                options.pop("lr")
+            group.update(options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         pass  # called before the checkpoint has its name; `_save_checkpoint` pushes afterwards
