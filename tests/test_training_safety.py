@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(pets, tmp_path, capsys, fi
     damaged = tmp_path / "out" / "checkpoint-6" / file
     if "100" in told:
         os.truncate(damaged, 100)
-    elif "bytes" in told:
+    elif "content" in told:
         damaged.write_bytes(bytes(damaged.stat().st_size))
     else:
         damaged.unlink()
