@@ -58,6 +58,17 @@ def decoded_sizes(monkeypatch):
     return sizes
 
 
+@pytest.mark.parametrize("size", [(40, 45), (31, 3), (90, 10)])
+@pytest.mark.parametrize("resample", [BILINEAR, BICUBIC])
+def test_the_axis_that_pillow_13_resizes_first(size, resample, monkeypatch):
+    monkeypatch.setattr(image_processing_vit_scratch, "PILLOW_CHOOSES_AXIS", True)
+    image, (width, height) = Image.fromarray(noise(80, 60)), size
+    halfway = (60, height) if 80 - height > max(0, 2 * (60 - width)) else (width, 80)  # ImagingResampleInner
+    exact = image.resize(halfway, resample).resize(size, resample)
+    difference = abs(np.asarray(exact).astype(int) - image_processing_vit_scratch.fast_resize(image, size, resample))
+    assert difference.max() <= (1 if resample == BILINEAR else 2)
+
+
 @pytest.mark.parametrize("size", [(224, 224), (37, 61), (600, 300), (1, 1)])
 @pytest.mark.parametrize("resample", [BILINEAR, BICUBIC])
 def test_decoded_images_are_within_a_level_or_two(size, resample):

@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from tiny_images import CLASSES, ROOT, encoded, image, load_script
 from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, run_command_line
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, on_screen, run_command_line
 from modeling_vit_scratch.common.processes import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
@@ -31,7 +32,7 @@ from modeling_vit_scratch.prediction import reading
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.reading import Inputs
-from modeling_vit_scratch.prediction.running import finish, on_screen, open_job, run_job
+from modeling_vit_scratch.prediction.running import finish, open_job, run_job
 
 
 SCRIPT = ROOT / "scripts" / "predict.py"
@@ -376,6 +377,23 @@ def test_a_table_on_the_screen(here, monkeypatch, capsys):
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert [line.split(":")[1].strip() for line in errors] == ["photos/b/broken.png", "photos/b/empty.jpg"]
     assert on_screen("caf\udce9 \x1b[31m ü 猫") == "caf\\xe9 \\x1b[31m ü 猫"
+
+
+def test_labels_do_not_steer_the_terminal_and_damaged_weights_are_no_answer(here, tmp_path, monkeypatch, capsys):
+    names = {0: "cat\x1b]0;owned\x07", **{index: name for index, name in enumerate(CLASSES) if index}}
+    model = ViTScratchForImageClassification.from_pretrained("model", id2label=names)
+    model.save_pretrained(tmp_path / "model")
+    assert predict(monkeypatch, tmp_path / "model", "photos/0.JPG", "--top_k", 3) == 0
+    shown = capsys.readouterr().out
+    assert r"cat\x1b]0;owned\x07" in shown
+    assert "\x1b" not in shown
+    model.classifier.weight.data[1, 1] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    for argv in ([], ["--output", tmp_path / "a.csv"], ["--output", tmp_path / "b.csv", "--top_k", 0, "--embeddings"]):
+        is_sick = "--embeddings" not in argv  # the encoder is whole
+        assert predict(monkeypatch, tmp_path / "model", "photos/0.JPG", *argv) == (2 if is_sick else 0)
+        assert ("outputs are NaN or infinite" in capsys.readouterr().err) == is_sick
+    assert not (tmp_path / "a.csv").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 """scripts/publish.py against a loopback Hub: what goes and what stays, and one clear message for what goes wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub, Repository
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 from test_cards import RECORD
 from tiny_images import load_script
 
@@ -293,11 +295,26 @@ def test_models_that_do_not_answer_are_refused(folder):
 
 def test_leaks_are_found_and_taken_out():
     home = str(Path.home())
-    leaky = f'{{"a": "{home}/data/pets", "b": "{TOKEN}", "c": "C:\\\\Users\\\\me\\\\pets"}}'
-    assert len(find_leaks(leaky)) == 3
-    assert json.loads(without_leaks(leaky)) == {"a": "pets", "b": "TOKEN", "c": "pets"}
+    leaky = f'{{"a": "{home}/data/pets", "b": "{TOKEN}", "c": "C:\\\\Users\\\\me\\\\pets", "d": "~/data/pets"}}'
+    assert len(find_leaks(leaky)) == 4
+    assert json.loads(without_leaks(leaky)) == {"a": "pets", "b": "TOKEN", "c": "pets", "d": "pets"}
+    for secret in (
+        "github_pat_" + "aB3" * 20, "glpat-" + "aB3" * 8, "sk-proj-" + "aB3" * 12, "sk-ant-api03-" + "aB3" * 12,
+        "xoxb-" + "123-" * 8, "AIza" + "aB3" * 12, "npm_" + "aB3" * 12, "ASIA" + "AB34" * 4,
+        f"eyJ{'aB3' * 8}.eyJ{'aB3' * 8}.{'aB3' * 8}", "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ):  # fmt: skip
+        assert find_leaks(f"x {secret}, y") == [f"a token ({secret[:6]}...)"], secret
+        assert without_leaks(f"x {secret}, y") == "x TOKEN, y"
+    for text in ('{"aws_secret_access_key": "%s"}', "WANDB_API_KEY=%s", "password: '%s'", "https://me:%s@example.org"):
+        assert "wJ4lrXUtn" not in without_leaks(text % "wJ4lrXUtnFEMIbPxRfiCYEXAMPLEKEY"), text
+        assert len(find_leaks(text % "wJ4lrXUtnFEMIbPxRfiCYEXAMPLEKEY")) == 1
+    for path in ("C:/Users/me/pets", "D:/data/pets", "/kaggle/input/pets", "/lustre/me/pets", "~me/data/pets"):
+        assert find_leaks(f"from {path}") == [f"the local path {path}"]
+        assert without_leaks(f"from {path}") == "from pets"
     assert find_leaks("secret-of-mine", token="secret-of-mine") == ["a token (secret...)"]
-    harmless = "https://example.org/home/x and/or /usr/bin/env S/16 hf_hub_download outputs/pets ~/x a/home/b"
+    harmless = "https://example.org/home/x and/or /usr/bin/env S/16 hf_hub_download outputs/pets ~5 a/home/b"
+    harmless += ' {"num_register_tokens": 4, "mask_token": "learned"} task-specific-models-of-2024 https://x.org/~me/a'
+    harmless += " sk-learn-like-interfaces-of-models token: https://example.org eyJ 10:30 s3://bucket/key"
     assert find_leaks(harmless) == []
     assert without_leaks(harmless) == harmless
     settings = {
@@ -307,6 +324,32 @@ def test_leaks_are_found_and_taken_out():
         "n": None,
     }
     assert shareable(settings) == {"output_dir": "pets", "nested": [{"rate": 0.1}], "n": None}
+
+
+def test_links_out_of_the_folder_and_what_is_hidden_in_pictures_are_refused(folder, tmp_path):
+    exif, text = Image.Exif(), PngInfo()
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    exif[ExifTags.Base.Artist] = TOKEN
+    text.add_text("Comment", "drawn from ~/data/pets")
+    (folder / "figures").mkdir()
+    picture = Image.new("RGB", (9, 9))
+    picture.save(folder / "photo.jpg", exif=exif)
+    picture.save(folder / "figures" / "a.png", pnginfo=text)
+    picture.save(folder / "b.png")
+    (folder / "damaged.png").write_bytes(b"\x89PNG")
+    leaks = {upload.path: find_leaks(upload.text()) for upload in collect(folder)[0] if upload.path.endswith("g")}
+    assert leaks == {
+        "photo.jpg": [f"a token ({TOKEN[:6]}...)", "the place where a photo was taken"],
+        "figures/a.png": ["the local path ~/data/pets"],
+        "b.png": [],
+        "damaged.png": [],
+    }
+    (tmp_path / "id_rsa").write_text("of mine")
+    (folder / "LICENSE").symlink_to(tmp_path / "id_rsa")
+    assert re.search(r"LICENSE is a link to .*id_rsa: put a copy", error(folder, "owner/pets"))
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to("README.md")
+    assert "LICENSE" in {upload.path for upload in collect(folder)[0]}
 
 
 def as_saved_earlier(folder: Path, eps: str = "eps=config.layer_norm_eps") -> dict[str, bytes]:

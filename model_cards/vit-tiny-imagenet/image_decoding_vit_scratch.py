@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 # Limits of a download: seconds in all, redirects, and bytes after decompression.
 URL_TIMEOUT_SECONDS, MAX_REDIRECTS, MAX_URL_BYTES = 60, 5, 256_000_000
 FLOAT_TOLERANCE = 1e-3
+# Of a progressive JPEG. Cameras and programs write 10 or so; each takes as long as an image, and may have no content.
+MAX_JPEG_SCANS = 100
 # Second bytes of JPEG markers: the frames that libjpeg can scale (baseline, extended, progressive, and the latter two
 # with arithmetic coding), the markers after which no frame header comes, and those that have no length.
 SCALABLE_FRAMES = {b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca"}
@@ -155,7 +157,14 @@ def prepare_decoding(image: Image.Image) -> None:
     """Corrects, before decoding, what Pillow gets wrong in some files. Raises ValueError for files it would misread."""
     if image.format == "EPS":
         raise ValueError("it is PostScript, a program that draws, and is not run: export it as PNG")
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, JpegImageFile) and "progressive" in image.info and image.fp is not None:
+        start = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(start)
+        if scans > MAX_JPEG_SCANS:
+            raise ValueError(f"it is a JPEG of {scans} scans, and {MAX_JPEG_SCANS} are the limit: save it anew")
+    elif isinstance(image, TiffImageFile):
         if image.mode == "RGB" and 16 in image.tag_v2.get(BITS_PER_SAMPLE, ()) and image.tag_v2.get(PLANAR) == 2:
             raise ValueError("it is a TIFF with 16-bit colours in separate planes, which Pillow mixes up: save as PNG")
         # Pillow maps uncompressed files into memory, and then takes the sides of a turned image for those that are
@@ -297,7 +306,10 @@ def to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     if kind == "f":
         # written so that NaN fails too
         if not (low >= -FLOAT_TOLERANCE and high <= 255 + FLOAT_TOLERANCE):
-            raise ValueError(f"{name} has {dtype} values from {low:g} to {high:g}: expected 0..1 or 0..255, no NaN.")
+            raise ValueError(
+                f"{name} has {dtype} values from {low:g} to {high:g}: expected 0..1 or 0..255, no NaN. What is "
+                "normalised already needs no processor: give it to the model as pixel_values."
+            )
         scale = 255 if high <= 1 + FLOAT_TOLERANCE else 1
         return np.rint(array.astype(np.float32) * scale).astype(np.uint8)
     if low < 0 or high > 65535:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -48,6 +49,8 @@ TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BIC
 # `do_fast_resize`: from so many pixels on, Pillow is as fast as torch, the copy included; and JPEG files are decoded to
 # at least so many times the sides of the result. Less than 1.5 is visible, more is slower.
 LARGE, JPEG_GAP = 4_000_000, 1.5
+# From 13 on, Pillow resizes first along the axis that leaves less to do, and rounds in between.
+PILLOW_CHOOSES_AXIS = int(PIL.__version__.partition(".")[0]) >= 13
 # What transformers writes into preprocessor_config.json beside the settings.
 FILE_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -145,6 +148,10 @@ class ViTScratchImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._checked = {key: getattr(self, key) for key in self._valid_kwargs_names}
         self._validate_preprocess_kwargs(**self._checked)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """See the class. Here for type checkers: the parent's annotations know neither paths nor bytes."""
+        return super().__call__(images, *args, **kwargs)
 
     def decode(self, image: Any, *, name: str | None = None, **settings: Any) -> Image.Image | np.ndarray:
         """
@@ -335,8 +342,11 @@ def fast_resize(
 
 def resize_interleaved(pixels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
     """uint8 (1, H, W, C) to (1, C, height, width), which is interleaved in memory too: kernels for such are fast."""
-    planes = pixels.permute(0, 3, 1, 2)
-    return F.interpolate(planes, size[::-1], mode=TORCH_FILTERS[resample], antialias=True)
+    planes, (width, height) = pixels.permute(0, 3, 1, 2), size
+    fewer_rows, fewer_columns = planes.shape[2] - height, planes.shape[3] - width
+    if PILLOW_CHOOSES_AXIS and fewer_rows > max(0, 2 * fewer_columns):
+        planes = F.interpolate(planes, (height, planes.shape[3]), mode=TORCH_FILTERS[resample], antialias=True)
+    return F.interpolate(planes, (height, width), mode=TORCH_FILTERS[resample], antialias=True)
 
 
 def resize_jpeg(image: JpegImageFile, name: str, settings: dict[str, Any]) -> Image.Image:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ from .stem_vit_scratch import ViTScratchStem  # noqa: F401 (up to 5.0, only what
 
 make_importable(__name__)
 
+AnyModel = TypeVar("AnyModel", bound="ViTScratchPreTrainedModel")
+
 
 def lecun_normal_(weight: Tensor) -> Tensor:
     """Flax's default for a kernel: variance 1 / fan-in, cut at two standard deviations of the uncut normal."""
@@ -82,7 +84,7 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "PreTrainedModel":
+    def from_pretrained(cls: type[AnyModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> AnyModel:
         """As in transformers; with the package, also what its `checkpoint.loading.from_pretrained` adds."""
         load, own_loader = super().from_pretrained, ViTScratchPreTrainedModel.checkpoint_loader
         if own_loader is None:

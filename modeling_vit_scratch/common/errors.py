@@ -69,6 +69,12 @@ class Problems:
         return InputError("\n".join([f"{len(lines)} problems:", *lines]))
 
 
+def on_screen(text: str) -> str:
+    """A name or a label on one line, without control characters, which a terminal would obey."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def run_command_line(main: Callable[[], int | None]) -> int:
     """
     Runs a script's main. Returns its exit status or 0; 2 for a mistake that the user can fix; 1 if training had to stop
@@ -86,7 +92,7 @@ def run_command_line(main: Callable[[], int | None]) -> int:
         return 128 + getattr(signal, "SIGPIPE", 13)
     except InputError as error:
         if is_first:  # every process reads the same command line and the same data
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(f"error: {error}")
         return 2
     except Exception as error:
         from ..image_decoding_vit_scratch import ImageDecodeError  # here: it imports torch, which --help does not need
@@ -99,7 +105,7 @@ def run_command_line(main: Callable[[], int | None]) -> int:
             return 2
         elif isinstance(error, (TrainingStopped, ImageDecodeError)):
             if is_first or not getattr(error, "is_shared", False):
-                print(f"\nerror: {without_worker_traceback(error)}", file=sys.stderr)
+                _print_error(f"\nerror: {without_worker_traceback(error)}")
         elif isinstance(error, (RuntimeError, BlockingIOError)) and (lost := lost_worker(error)):
             print(f"\nerror: {lost} A lower --dataloader_num_workers needs less.", file=sys.stderr)
         else:
@@ -125,6 +131,10 @@ def _half_set_cluster() -> str | None:
         f"{given} in the environment: one of several processes needs {', '.join(needed)}, and a RANK below WORLD_SIZE. "
         f"Start it with `accelerate launch`, or for a process on its own: unset {' '.join(values)}."
     )
+
+
+def _print_error(message: str) -> None:
+    print("\n".join(map(on_screen, message.split("\n"))), file=sys.stderr)
 
 
 def without_worker_traceback(error: Exception) -> str:

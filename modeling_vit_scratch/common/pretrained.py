@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -49,6 +50,15 @@ def refuse_missing_path(what: str, name: str) -> None:
     near = get_close_matches(path.name, others, n=1)
     hint = f" Did you mean {path.parent / near[0]}?" if near else ""
     raise InputError(f"{what} can't be loaded: there is no such file or folder.{hint}")
+
+
+def require_finite(outputs: Tensor) -> None:
+    """Raises InputError where a model's outputs are NaN or infinite, which would have a label too."""
+    if not outputs.isfinite().all():
+        raise InputError(
+            "MODEL's outputs are NaN or infinite: its weights are damaged, or too large for its dtype. Take weights of "
+            "an earlier checkpoint, or float32."
+        )
 
 
 def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:

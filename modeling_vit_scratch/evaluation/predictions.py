@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 
 from ..common.errors import InputError
-from ..common.pretrained import load_pretrained
+from ..common.pretrained import load_pretrained, require_finite
 from ..data.collation import ImageCollator, Normalize, input_size, prepare_workers
 from ..data.dataset import Examples, ImageClassificationDataset, StoredImage
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -114,6 +114,7 @@ def predict(
         config.calibrated = was_calibrated
     if not seen.all():
         raise RuntimeError(f"{int((~seen).sum())} of {count} images were not evaluated: this is a bug.")
+    require_finite(torch.from_numpy(logits))
     rest = count - start[1]
     rate = rest / (time.perf_counter() - start[0]) if rest else None
     return Predictions(logits, np.asarray(examples.labels), rate)

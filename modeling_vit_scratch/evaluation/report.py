@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..common.errors import InputError
+from ..common.errors import InputError, on_screen
 from ..common.records import NO_PERCENT, NUM_BINS, digests, interval_of, provenance, title_of
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.sources import listed
@@ -248,7 +248,8 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
     threshold = record["threshold"]
     key, title = ("f1", "F1") if threshold is None else ("average_precision", "average precision")
     worst = sorted((row for row in record["per_class"] if row["n"]), key=lambda row: row[key])[:5]
-    lines += ["", f"Lowest {title}: " + ", ".join(f"{row['label']} {row[key]:.3f} (n {row['n']})" for row in worst)]
+    entries = (f"{on_screen(row['label'])} {row[key]:.3f} (n {row['n']})" for row in worst)
+    lines += ["", f"Lowest {title}: {', '.join(entries)}"]
     if threshold is not None:
         lines.append(f"Minimum probability of a label: {threshold:g} (--threshold).")
         absent = [row["label"] for row in record["per_class"] if not row["n"]]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is published of a model's folder: which files, whether they work, and no tokens and local paths in them."""
 
+import io
 import json
 import posixpath
 import re
@@ -11,11 +12,12 @@ from urllib.parse import unquote
 
 import torch
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
+from ..common.errors import InputError
 from ..common.records import license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -56,13 +58,34 @@ _REASONS = (
 _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*["']([^"']+)""")
 _LOCATION = re.compile(r"""(\bpipeline\([^)\n]*?\bmodel=|\bfrom_pretrained\()(["'])([^"'\n]+)\2""")
 
-# Tokens of Hugging Face, GitHub and Amazon.
-_TOKEN = re.compile(r"\b(?:hf_(?:oauth_)?[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
+# After the rules of gitleaks (github.com/gitleaks/gitleaks, config/gitleaks.toml): tokens by their form, private keys,
+# passwords in URLs, and whatever long word with a digit is called a key or a password.
+_TOKEN = re.compile(
+    r"""
+    \b(?:hf_(?:oauth_)?[A-Za-z0-9]{20,} | api_org_[A-Za-z0-9]{30,}                       # Hugging Face
+    | gh[a-z]_[A-Za-z0-9]{30,} | github_pat_\w{40,} | gl(?:pat|dt|rt|ptt)-[\w-]{20,}   # GitHub, GitLab
+    | (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16} | AIza[\w-]{30,}                               # Amazon, Google
+    | sk-(?=[\w-]*\d)[\w-]{24,} | [sr]k_(?:test|live)_\w{10,} | xox[a-z]-[\w-]{20,}  # OpenAI, Anthropic, Stripe, Slack
+    | npm_[A-Za-z0-9]{30,} | pypi-[\w-]{50,} | eyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{10,})  # registries, JWT
+    | -----BEGIN[ A-Z0-9]*[ ]PRIVATE[ ]KEY(?:[ ]BLOCK)?-----(?:[^-]+-----END[ A-Z0-9]*-----)?
+    | (?<=://)[^\s/:@"'<>]+:[^\s/:@"'<>]+(?=@)
+    | (?i:token|secret|passw(?:or)?d|credential|(?:api|access)_?key)\\?["']?\s*[:=]\s*\\?["']?
+      (?P<value>(?=[A-Za-z/+_-]*\d)(?=[\d/+_-]*[A-Za-z])[\w/+-]{16,}={0,2})
+    """,
+    re.VERBOSE,
+)
 # Not after a letter, as in and/or, nor in a URL.
 _POSIX_PATH = re.compile(r"(?<![\w./:~-])(?:file://)?/(?P<root>[\w.@+-]+)(?:/[\w.@+=-]+)+")
-_WINDOWS_PATH = re.compile(r"\b[A-Za-z]:\\{1,2}(?:[\w.@+ -]+\\{1,2})+[\w.@+-]+")
-_PRIVATE_ROOTS = {"Users", "Volumes", "home", "mnt", "private", "root", "scratch", "tmp"}
+_WINDOWS_PATH = re.compile(r"\b[A-Za-z]:(?:\\{1,2}(?:[\w.@+ -]+\\{1,2})+|/(?:[\w.@+ -]+/)+)[\w.@+-]+")
+_HOME_PATH = re.compile(r"(?<![\w./:~-])~[\w.-]*(?:/[\w.@+=-]+)+")
+# Also where this machine has no such folder: of clusters, containers and notebooks.
+_PRIVATE_ROOTS = {
+    "Users", "Volumes", "app", "content", "data", "datasets", "export", "gpfs", "home", "kaggle", "lustre", "media",
+    "mnt", "nas", "net", "nfs", "nobackup", "private", "project", "projects", "root", "scratch", "share", "shared",
+    "srv", "storage", "tmp", "work", "workspace", "workspaces",
+}  # fmt: skip
 _COMMON_ROOTS = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "sbin", "sys", "usr"}
+_GPS = "GPSInfo of EXIF"
 _SECRET_NAME = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
@@ -79,10 +102,10 @@ class Upload:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def text(self) -> str:
-        """Its text: of weights the metadata, of images and optimizers nothing."""
-        suffix = PurePosixPath(self.path).suffix
+        """Its text: of weights and images the metadata, of optimizers nothing."""
+        suffix = PurePosixPath(self.path).suffix.lower()
         if suffix in _BINARY:
-            return ""
+            return _text_of_image(self.content) if suffix in _FIGURES else ""
         if suffix == ".safetensors":
             try:
                 with safe_open(self.content, framework="pt") as file:
@@ -93,10 +116,25 @@ class Upload:
         return content.decode("utf-8", errors="replace")
 
 
+def _text_of_image(content: Path | bytes) -> str:
+    """Comments and EXIF of an image, a line each; a GPS position by its name alone. Nothing of one that is damaged."""
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            image.load()  # a PNG may have its text at the end
+            exif = image.getexif()
+            values = [*image.info.values(), *exif.values(), *exif.get_ifd(ExifTags.IFD.Exif).values()]
+            gps = [_GPS] if exif.get_ifd(ExifTags.IFD.GPSInfo) else []
+    except Exception:  # parsers of damaged blocks raise anything
+        return ""
+    values = (value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value) for value in values)
+    return "\n".join([*values, *gps])
+
+
 def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
     """
     The files of a model's folder to publish, with this version's `code` and, in place of its README.md, the `card`; and
-    the paths that are left out with the reasons. The path of a folder ends with a slash.
+    the paths that are left out with the reasons. The path of a folder ends with a slash. Raises InputError for a link
+    that leads out of the folder: nobody sees in its name what would be published.
     """
     uploads, left_out, shown = [], {}, _shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -104,6 +142,10 @@ def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tupl
         if path in {module.name for module in CODE}:
             continue
         if _is_wanted(PurePosixPath(path), shown):
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise InputError(
+                    f"{file} is a link to {file.resolve()}: put a copy of that file in its place, or remove it."
+                )
             uploads.append(card if card is not None and path == card.path else Upload(path, file))
         else:
             left_out[path] = next((why for pattern, why in _REASONS if pattern.fullmatch(path)), "no part of a model")
@@ -225,20 +267,23 @@ def leaks_in(uploads: list[Upload], token: str | None = None) -> list[str]:
 
 def find_leaks(text: str, token: str | None = None) -> list[str]:
     """The local paths in a text, and tokens, with their beginnings alone: also `token`, whatever it looks like."""
-    found = [match[0] for match in _TOKEN.finditer(text)]
+    found = [match["value"] or match[0] for match in _TOKEN.finditer(text)]
     if token and token in text and token not in found:
         found.append(token)
     leaks = [f"a token ({secret[:6]}...)" for secret in dict.fromkeys(found)]
     paths = [match[0] for match in _POSIX_PATH.finditer(text) if _is_of_this_machine(match["root"])]
-    paths += [match[0] for match in _WINDOWS_PATH.finditer(text)]
-    return leaks + [f"the local path {path}" for path in dict.fromkeys(paths)]
+    paths += [match[0] for pattern in (_WINDOWS_PATH, _HOME_PATH) for match in pattern.finditer(text)]
+    leaks += [f"the local path {path}" for path in dict.fromkeys(paths)]
+    return leaks + (["the place where a photo was taken"] if _GPS in text else [])
 
 
 def without_leaks(text: str) -> str:
     """The text with TOKEN in place of each token, and each local path cut to its last part."""
-    text = _TOKEN.sub("TOKEN", text)
+    text = _TOKEN.sub(lambda found: found[0].replace(found["value"] or found[0], "TOKEN"), text)
     text = _POSIX_PATH.sub(lambda path: Path(path[0]).name if _is_of_this_machine(path["root"]) else path[0], text)
-    return _WINDOWS_PATH.sub(lambda path: path[0].rsplit("\\", 1)[-1], text)
+    for pattern in (_WINDOWS_PATH, _HOME_PATH):
+        text = pattern.sub(lambda path: re.split(r"[\\/]", path[0])[-1], text)
+    return text
 
 
 def shareable(settings: Any) -> Any:

@@ -27,6 +27,7 @@ markup: Any = HTML.get_template("markup.html").module
 TOP, TOP_IN_TABLE = 5, 3
 MAX_PHOTOS = 500
 KEPT = 3600  # seconds, then visitors' photos are deleted
+MAX_SESSIONS = 200  # visitors whose photo is kept, at 3.7 MB each: more forget the oldest
 ROLLOUT, MEAN = "Rollout", "All heads"
 # Browsers show these formats; of other files they get a copy.
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -222,4 +223,5 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
     ).set(body_text_color_subdued="*neutral_500", block_label_text_color="*neutral_600")  # fmt: skip
     css = (FOLDER / "style.css").read_text(encoding="utf-8")
-    return page.launch(theme=theme, css=css, ssr_mode=False, footer_links=[], max_file_size="50mb", **options)
+    options = {"state_session_capacity": MAX_SESSIONS, "max_file_size": "50mb", **options}
+    return page.launch(theme=theme, css=css, ssr_mode=False, footer_links=[], **options)

@@ -12,7 +12,7 @@ import torch
 
 from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
-from ..common.pretrained import load_pretrained
+from ..common.pretrained import load_pretrained, require_finite
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import Normalize
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -84,9 +84,11 @@ class Predictor:
         output, pooled = self.model(pixel_values), None
         if self.has_embeddings:
             pooled = output.pooler_output if isinstance(self.model, ViTScratchModel) else self._pooled.value
+            require_finite(pooled)
             pooled, self._pooled.value = pooled.float().cpu().numpy(), None
         if not self.top_k:
             return Prediction(np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled)
+        require_finite(output.logits)
         scores, labels = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
         return Prediction(labels[:, : self.top_k].cpu().numpy(), scores[:, : self.top_k].cpu().numpy(), pooled)
 

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, on_screen
 from ..common.processes import Processes, StopSignals
 from ..common.workers import lost_worker
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
-from .job import Job, Writer, output_columns, printable, to_output, write_errors, write_output
+from .job import Job, Writer, output_columns, to_output, write_errors, write_output
 from .model import Predictor, fingerprint
 from .reading import Inputs, build_loader
 
@@ -152,7 +152,8 @@ def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArgum
     batches = iter(lambda: list(itertools.islice(items, size)), [])
     first = next(batches, [])
     width = max([len("image"), *(len(on_screen(item.name)) for item in first)])
-    label_width = max(len("label"), *map(len, predictor.label_names))
+    label_names = list(map(on_screen, predictor.label_names))
+    label_width = max(len("label"), *map(len, label_names))
     print(f"{'image':<{width}}  {'label':<{label_width}}  score")
     numbered = enumerate(itertools.chain([first], batches))
     for batch in build_loader(numbered, inputs, predictor.processor, arguments):
@@ -163,12 +164,7 @@ def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArgum
                 print(f"error: {on_screen(name)}: {on_screen(error)}", file=sys.stderr)
                 continue
             for label, score in zip(labels, scores):
-                print(f"{on_screen(name):<{width}}  {predictor.label_names[label]:<{label_width}}  {score:.4f}")
+                print(f"{on_screen(name):<{width}}  {label_names[label]:<{label_width}}  {score:.4f}")
     if line := left_out_line(inputs.left_out):
         print(line, file=sys.stderr)
     return broken
-
-
-def on_screen(text: str) -> str:
-    """A name on one line, without control characters, which a terminal would obey."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in printable(text))
