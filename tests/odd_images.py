@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images as they come: odd ones, with what they should be read as, and broken ones, with words of the reason."""
 
+import base64
 import io
 import os
 import struct
@@ -18,6 +19,22 @@ SIDES = (12, 10)
 MODES = {
     "1": "png", "L": "jpg", "LA": "png", "P": "gif", "RGB": "png", "RGBA": "webp", "CMYK": "jpg", "YCbCr": "jpg",
     "LAB": "tif", "I": "tif", "F": "tif", "I;16": "png", "I;16B": "tif", "PA": "png",
+}  # fmt: skip
+
+# What turns an image upright that has the EXIF orientation 2, 3 and so on to 8.
+TURNS = [
+    Image.Transpose[name]
+    for name in (
+        "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+    )
+]  # fmt: skip
+# Grey JPEG files of arithmetic coding, which Pillow does not write: of libjpeg-turbo's cjpeg -arithmetic.
+ARITHMETIC_JPEG = {
+    "C9": "|JeWA07C!>1_lQP1qcTR2MGxX3Jeqt3=0bk84?o@6df8L9vvDS93UhvCm<p$BODwkHz_PIF*GzZA166II5IpgGc+>)$p8xo015yM0Ra&J"
+          "|I7de01yxb|Jncu0RaF2KLF9l*(RC*3-3Z=HygvoQ{W9tcsc5{3V@XMjP{8_(UnEX^)T4s*w^h|XDI*K",
+    "CA": "|JeWA07C!>1_lQP1qcTR2MGxX3Jeqt3=0bk84?o@6df8L9vvDS93UhvCm<p$BODwkHz_PIF*GzZA166II5IpgGc+>)$^Z)p015yM0Ra&J"
+          "|I7dc01*G$00;pA00001(1QhN;57ft00a;P|Jncu0RaF31p+!<f`>75)D_F#sQ=6W1P}%P+5iXv0RRR+0)3$W%m4%s1^?Or2mt{A0Y4!u%UztK"
+          "X*qSE|Jncu0RaF201(*!%m4%s1^?Or2mt{A0Y4CE@O&65a4}xOq=lnd;qd?2",
 }  # fmt: skip
 
 
@@ -87,24 +104,58 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     add("turned.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain).transpose(Image.Transpose.ROTATE_270))
     exif[0x0112] = 99
     add("turned nowhere.jpg", encoded(plain, "JPEG", exif=exif), _jpeg(plain))
+    # The kinds of frames: Huffman or arithmetic coding, sequential or progressive, and lossless.
+    baseline = encoded(picture().resize((96, 80)), "JPEG")
+    add("frame C1.jpg", baseline.replace(b"\xff\xc0\0\x11", b"\xff\xc1\0\x11"), Image.open(io.BytesIO(baseline)))
     add("progressive.jpg", encoded(plain, "JPEG", progressive=True))
+    for frame, text in ARITHMETIC_JPEG.items():
+        # Decoders round alike: sequential and progressive are the same coefficients.
+        add(f"frame {frame}.jpg", base64.b85decode(text), Image.open(io.BytesIO(base64.b85decode(text))))
     add("lossless.jpg", lossless_jpeg(), Image.new("L", (400, 300), 128))
+    # Every orientation, in every format that has one.
+    turns = dict(enumerate((None, *TURNS), start=1))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])):
+        large, options = picture().resize((96, 80)), {"compression": "tiff_lzw"} if kind == "TIFF" else {}
+        upright = Image.open(io.BytesIO(encoded(large, kind, **options)))
+        for orientation, turn in turns.items():
+            exif[0x0112] = orientation
+            content = encoded(large, kind, exif=exif, **options)
+            add(f"way {orientation}.{kind.lower()}", content, upright if turn is None else upright.transpose(turn))
     # Uncompressed, Pillow maps these by their names, and mixes up the sides of those that are turned.
     for mode in ("L", "P", "RGBA", "CMYK", "I;16"):
         source = plain.quantize(16) if mode == "P" else in_mode(mode)
         shown = in_mode("L") if mode == "I;16" else source.convert("RGBA" if mode == "RGBA" else "RGB")
-        for orientation, turn in ((5, "TRANSPOSE"), (6, "ROTATE_270"), (7, "TRANSVERSE"), (8, "ROTATE_90")):
+        for orientation, turn in enumerate(TURNS, start=2):
             exif[0x0112] = orientation
             content = encoded(source, "TIFF", exif=exif)
-            add(f"turned {mode.replace(';', ' ')} {orientation}.tif", content, shown.transpose(Image.Transpose[turn]))
+            add(f"turned {mode.replace(';', ' ')} {orientation}.tif", content, shown.transpose(turn))
     # The pixels are fine, and so is the density before a damaged EXIF block, at which Pillow looks for it again.
     jpeg = encoded(plain, "JPEG", dpi=(72, 72))
     for words in (b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0not a TIFF header"):
         segment = b"\xff\xe1" + struct.pack(">H", len(words) + 2) + words
         add(f"damaged EXIF of {len(words)}.jpg", jpeg[:20] + segment + jpeg[20:], _jpeg(plain))
+    for kind in ("PNG", "WEBP"):
+        for words in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0not a TIFF header"):
+            add(f"damaged EXIF of {len(words)}.{kind.lower()}", encoded(plain, kind, exif=words, lossless=True), plain)
     text = PngInfo()
     text.add_text("Raw profile type exif", "\nexif\n      10\nno hexadecimal digits\n")
     add("EXIF without digits.png", encoded(plain, "PNG", pnginfo=text), plain)
+    for color, name, bands, depths in (
+        (0, "L", 1, (1, 2, 4, 8, 16)), (2, "RGB", 3, (8, 16)), (3, "P", 1, (1, 2, 4, 8)), (4, "LA", 2, (8, 16)),
+        (6, "RGBA", 4, (8, 16)),
+    ):  # fmt: skip
+        for depth in depths:
+            values = np.random.default_rng(depth).integers(0, 1 << depth, (6, 16, bands))
+            bits = (values.reshape(6, -1, 1) >> np.arange(depth)[::-1]) & 1
+            palette = np.random.default_rng(0).integers(0, 256, (1 << depth, 3)) if color == 3 else None
+            # 16 bits are rounded where they are alone, and cut by Pillow where there are several bands.
+            eight = (values + 128) // 257 if (color, depth) == (0, 16) else values >> 8 if depth == 16 else None
+            eight = values * 255 // ((1 << depth) - 1) if eight is None else eight
+            eight = np.uint8(eight.squeeze(-1) if bands == 1 else eight) if palette is None else palette[values[..., 0]]
+            chunks = [] if palette is None else [(b"PLTE", np.uint8(palette).tobytes())]
+            rows = [np.packbits(row).tobytes() for row in bits.reshape(6, -1)]
+            content = png_of(16, 6, *chunks, depth=depth, color=color, rows=rows)
+            add(f"{name} of {depth} bits.png", content, Image.fromarray(np.uint8(eight)))
     levels = np.arange(8)
     for depth, row, values in (
         (1, bytes([0b01010101]), levels % 2 * 255),

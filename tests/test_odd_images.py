@@ -5,6 +5,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from tiny_images import image, load_script
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, Problems, run_command_line
 from modeling_vit_scratch.common.flags import DataArguments
+from modeling_vit_scratch.data.dataset import PhotoPart, StoredImage
 from modeling_vit_scratch.data.splits import find_broken, read_data
 from modeling_vit_scratch.evaluation.arguments import parse_arguments as evaluation_arguments
 from modeling_vit_scratch.evaluation.data import read_evaluation_data
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.page.model import Viewer
 
 
 pytestmark = [
@@ -55,16 +58,38 @@ def in_colour(theirs: Image.Image) -> np.ndarray:
     return np.asarray(theirs.convert("RGB"))
 
 
-def test_the_processor_reads_every_odd_image_as_pil_does(corpus):
+def test_every_reader_reads_every_odd_image_as_pil_does(corpus):
     folder, odd, _ = corpus
     processor, before = ViTScratchImageProcessor(size={"height": 16, "width": 24}), open_files()
-    assert len(odd) > 40
+    page = SimpleNamespace(processor=processor)
+    assert len(odd) > 150
     for name, theirs in odd.items():
-        ours = processor.decode(folder / "odd" / name)
-        np.testing.assert_array_equal(np.asarray(ours), in_colour(theirs), err_msg=name)
-        from_bytes = processor.decode((folder / "odd" / name).read_bytes())
-        np.testing.assert_array_equal(np.asarray(from_bytes), np.asarray(ours), err_msg=name)
-        pixel_values = processor(folder / "odd" / name, return_tensors="pt")["pixel_values"]
+        path, expected = folder / "odd" / name, in_colour(theirs)
+        content, stored = path.read_bytes(), StoredImage(str(path), name)
+        with Image.open(path) as opened:
+            decoded = {
+                "path": processor.decode(path),
+                "bytes": processor.decode(content),
+                "page": Viewer.read(page, str(path), name),
+            }
+            decoded["image"] = processor.decode(opened)
+        for reader, ours in decoded.items():
+            np.testing.assert_array_equal(np.asarray(ours), expected, err_msg=f"{name} by {reader}")
+        exact = np.asarray(Image.fromarray(expected).resize((24, 16), 2)).transpose(2, 0, 1).astype(int)
+        assert (stored.fit(processor).numpy() == exact).all(), f"{name} in an evaluation"
+        whole = (0, 0, *expected.shape[1::-1])
+        # Only files of two or more times the sides are decoded at a smaller scale.
+        limit = 6 if min(whole[2:]) > 48 or name == "wide.jpg" else 1
+        for reader, ours in {
+            "fast by path": np.stack(processor.fit(path, do_fast_resize=True)),
+            "fast by bytes": np.stack(processor.fit(content, do_fast_resize=True)),
+            "training by path": PhotoPart(stored.open(processor), (24, 16), 2, whole).pixels().numpy(),
+            "training by bytes": PhotoPart(StoredImage(content, name).open(processor), (24, 16), 2, whole)
+            .pixels()
+            .numpy(),
+        }.items():
+            assert abs(ours - exact).max() <= limit, f"{name}, {reader}: {abs(ours - exact).max()}"
+        pixel_values = processor(path, return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 3, 16, 24)
         assert -1 <= pixel_values.min() <= pixel_values.max() <= 1
     assert open_files() == before
