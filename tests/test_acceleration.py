@@ -144,7 +144,7 @@ def test_gradient_checkpointing_and_compilation_change_nothing(pixel_values):
     loss.backward()
     expected.loss.backward()
     for (path, one), other in zip(plain.named_parameters(), checkpointed.parameters()):
-        torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-6, msg=path)
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=1e-6, msg=path)
     torch.compiler.reset()
     compiled = torch.compile(speed_up(copy.deepcopy(plain)), fullgraph=True, backend="aot_eager")
     for has_gradients in (True, False):

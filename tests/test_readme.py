@@ -198,6 +198,11 @@ def test_training_commands_run(start, workplace):
     folder, stdout = train(start, workplace)
     assert f"Held-out {'loss' if 'mae' in start else 'accuracy'}" in stdout
     assert (folder / "model.safetensors").exists()
+    if "--model_name_or_path outputs/pretrained" in start:  # the page's whole way, to publishing
+        for script, told in (("card.py", "Written: "), ("publish.py", "Nothing was uploaded")):
+            words = shlex.split(next(command for command in COMMANDS if f"scripts/{script}" in command))
+            words = [word.replace("outputs/pets", "outputs/tuned") for word in words[1:]]
+            assert told in run_here(words, workplace)
 
 
 @pytest.mark.parametrize(
