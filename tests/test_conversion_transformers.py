@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
+from modeling_vit_scratch.checkpoint.files import CheckpointError
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 4}
@@ -162,3 +163,28 @@ def test_saved_as_ours_and_sped_up_it_gives_the_same(name, tmp_path):
         assert torch.allclose(plain.logits, wanted.logits, atol=1e-6)
         assert torch.allclose(plain.attentions[0].sum(-1), torch.ones(()), atol=1e-5)
         assert torch.allclose(speed_up(again)(images).logits, wanted.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["map", "cls_mean"])
+def test_pooling_leaves_out_what_is_masked(pooling):
+    model = ViTScratchModel(ViTScratchConfig.from_variant("test/4", pooling=pooling)).eval()
+    states, mask = torch.randn(2, model.config.num_prefix_tokens + 24, 32), torch.ones(2, 24).long()
+    mask = torch.cat([torch.ones(2, model.config.num_prefix_tokens).long(), mask], dim=1)
+    mask[:, -5:] = 0
+    with torch.no_grad():
+        assert torch.allclose(model.pooler(states, mask), model.pooler(states[:, :-5]), atol=1e-6)
+        assert not torch.allclose(model.pooler(states, mask), model.pooler(states), atol=1e-4)
+
+
+def test_a_pooling_of_no_projection_and_positions_of_no_grid_are_said(tmp_path):
+    config = transformers.Aimv2VisionConfig(**PICTURE)  # as aimv2-large-patch14-224-lit
+    theirs = transformers.Aimv2VisionModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 16, 16)
+    ours = ViTScratchModel.from_pretrained(tmp_path).eval()
+    assert torch.allclose(ours(images).last_hidden_state, theirs(images).last_hidden_state, atol=1e-5)
+    assert any("AIMv2's pooling" in note for note in load_checkpoint(tmp_path).notes)
+    config.is_native = True
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="positions for the size of each image"):
+        load_checkpoint(tmp_path)
