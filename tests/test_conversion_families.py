@@ -80,8 +80,8 @@ def test_what_was_refused_is_refused_for_its_reason(reason, tmp_path):
 
 def test_the_stored_table_is_whole():
     assert not ZOO["WRONG"]
-    assert sum(map(len, ZOO["exact"].values())) > 100
-    assert sum(map(len, ZOO["refused"].values())) > 300
+    assert sum(map(len, ZOO["exact"].values())) > 170
+    assert sum(map(len, ZOO["refused"].values())) > 280
     known = [*ZOO["exact"].values(), *ZOO["refused"].values()]
     used = {find_family({"architecture": name}, "").row.pattern for names in known for name in names}
     assert used == {row.pattern for row in TIMM_ROWS}
