@@ -144,6 +144,9 @@ def _from_shapes(evidence: Evidence) -> dict[str, Any]:
     fields["use_mask_token"] = evidence.find("vit.embeddings.mask_token") is not None
     registers = evidence.find("vit.embeddings.register_tokens")
     fields["num_register_tokens"] = registers[1] if registers else 0
+    if registers and not registers[1]:  # DINOv3's default
+        name = next(name for name in evidence.shapes if name.endswith("register_tokens"))
+        evidence.left_out[name] = "it has no elements"
     fields["qkv_bias"] = evidence.find("vit.layers.{i}.attention.qkv.bias") is not None
     fields["qk_norm"] = evidence.find("vit.layers.{i}.attention.q_norm.weight") is not None
     if evidence.find("vit.layers.{i}.layer_scale_attention.weight") is not None:

@@ -235,7 +235,7 @@ def try_case(case: Case, folder: Path) -> tuple[str, str]:
         message = str(error)
     if family.name not in message:
         return "WRONG", f"refused without its name: {message}"
-    if reason is None:
+    if not reason:
         return "refused", OTHER if case.save is None else message
     is_seen = next(look for words, look in EVIDENCE.items() if words in reason)
     if case.network is not None and not is_seen(case.network):
