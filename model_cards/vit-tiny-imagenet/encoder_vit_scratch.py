@@ -289,10 +289,10 @@ class ViTScratchPooler(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, D, twice that for "cls_mean", or representation_size)"""
-        patches, cls_token = hidden_states[:, self.num_prefix_tokens :], hidden_states[:, 0]
+        patches = hidden_states[:, self.num_prefix_tokens :]
         mask = None if attention_mask is None else attention_mask[:, self.num_prefix_tokens :]  # (B, N)
         if self.pooling == "cls":
-            pooled = cls_token  # equation 4: y = LN(z_L^0)
+            pooled = hidden_states[:, 0]  # equation 4: y = LN(z_L^0)
         elif self.attention is not None:
             pooled = self.attention(patches, mask)
         elif mask is None:
@@ -301,6 +301,6 @@ class ViTScratchPooler(nn.Module):
             kept = mask[..., None].to(patches.dtype)
             pooled = (patches * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
         if self.pooling == "cls_mean":
-            pooled = torch.cat([cls_token, pooled], dim=-1)
+            pooled = torch.cat([hidden_states[:, 0], pooled], dim=-1)
         pooled = self.layernorm(pooled)
         return pooled if self.dense is None else torch.tanh(self.dense(pooled))
