@@ -15,6 +15,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
 from modeling_vit_scratch.checkpoint.files import CheckpointError
+from modeling_vit_scratch.checkpoint.verification import largest_difference
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 4}
@@ -185,6 +186,12 @@ def test_a_pooling_of_no_projection_and_positions_of_no_grid_are_said(tmp_path):
     images = torch.randn(2, 3, 16, 16)
     ours = ViTScratchModel.from_pretrained(tmp_path).eval()
     assert torch.allclose(ours(images).last_hidden_state, theirs(images).last_hidden_state, atol=1e-5)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "x.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    for source in (tmp_path, tmp_path / "bare" / "x.safetensors"):
+        checkpoint = load_checkpoint(source, {"num_attention_heads": 2})
+        difference, largest = largest_difference(checkpoint, ours)
+        assert difference < 1e-5 * largest
     assert any("AIMv2's pooling" in note for note in load_checkpoint(tmp_path).notes)
     config.is_native = True
     config.save_pretrained(tmp_path)
