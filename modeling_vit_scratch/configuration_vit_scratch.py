@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # modeling_vit_scratch 0.2.0
-"""Configuration of the Vision Transformer: every architecture choice once, and the table of named variants.
+"""Configuration of the Vision Transformer: every architecture choice once.
 
 Field names follow transformers' `ViTConfig` wherever it has the field, so that the dictionary of a `ViTConfig` is
 accepted as it is. "The paper" is Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021 (arXiv:2010.11929v2).
@@ -13,66 +13,17 @@ from typing import Any
 from transformers.activations import ACT2FN
 
 from .compatibility_vit_scratch import BackboneConfigMixin, PreTrainedConfig, make_importable, strict
+from .variants_vit_scratch import VARIANTS
 
-
-# width, layers, MLP width, heads. B, L and H: the paper, Table 1. Ti and S: Steiner et al., How to train your ViT?
-# (AugReg, arXiv:2106.10270), Table 2. "Mi" is ours, for the CPU and small pictures; "test" is for tests.
-_SIZES: dict[str, tuple[int, int, int, int]] = {
-    "test": (32, 2, 64, 4),
-    "Mi": (96, 6, 192, 6),
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "H": (1280, 32, 5120, 16),
-}
-# The patch sizes for which the paper or AugReg trained each size. "test" is rectangular on purpose: code that takes
-# rows for columns fails on it.
-_PATCHES: dict[str, tuple[int, ...]] = {
-    "test": (4,),
-    "Mi": (2, 4, 8, 16),
-    "Ti": (16,),
-    "S": (16, 32),
-    "B": (8, 16, 32),
-    "L": (16, 32),
-    "H": (14,),
-}
-_IMAGE_SIZES: dict[str, int | list[int]] = {"test": [16, 24], "Mi/2": 8, "Mi/4": 32, "Mi/8": 64, "Mi/16": 128}
-
-
-def _variant(size: str, patch: int) -> dict[str, Any]:
-    width, layers, mlp_width, heads = _SIZES[size]
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "intermediate_size": mlp_width,
-        "num_attention_heads": heads,
-        "patch_size": patch,
-        "image_size": _IMAGE_SIZES.get(size, _IMAGE_SIZES.get(f"{size}/{patch}", 224)),
-    }
-
-
-# Hybrids: units in each stage of the ResNet, size, and the pixels that become one token (the paper's code,
-# configs/models.py). The names are the published ones: "R+Ti/16" has 32, since its root halves the image twice.
-_HYBRIDS: dict[str, tuple[list[int], str, int]] = {
-    "R+Ti/16": ([], "Ti", 32),
-    "R26+S/32": ([2, 2, 2, 2], "S", 32),
-    "R26+B/32": ([2, 2, 2, 2], "B", 32),
-    "R50+B/16": ([3, 4, 9], "B", 16),
-    "R50+L/32": ([3, 4, 6, 3], "L", 32),
-}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"{size}/{patch}": _variant(size, patch) for size, patches in _PATCHES.items() for patch in patches
-} | {name: {**_variant(size, patch), "stem_layers": stem} for name, (stem, size, patch) in _HYBRIDS.items()}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "position_embedding": ("learned_1d", "learned_2d", "sincos_2d", "relative_1d", "none"),
+    "position_embedding": ("learned_1d", "learned_2d", "sincos_2d", "relative_1d", "rope_2d", "none"),
     "position_embedding_placement": ("stem", "every_layer", "every_layer_shared"),
     "position_embedding_interpolation": (
-        "bilinear", "bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset",
+        "bilinear", "bicubic", "bicubic_antialias", "bicubic_align_corners", "bicubic_offset", "bilinear_antialias",
     ),
-    "pooling": ("cls", "mean"),
+    "pooling": ("cls", "mean", "cls_mean", "map"),
+    "norm_type": ("layernorm", "rmsnorm"),
     "problem_type": ("single_label_classification", "multi_label_classification", "regression"),
 }  # fmt: skip
 
@@ -124,27 +75,40 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             layer but the qkv projection (the paper, B.1).
         attention_probs_dropout_prob (`float`, defaults to 0): dropout on the attention weights.
         initializer_range (`float`, defaults to 0.02): standard deviation of fresh position and register embeddings.
+        use_gated_mlp (`bool`, defaults to `False`): an MLP of two branches of `intermediate_size`, of which the
+            activated one scales the other (Shazeer, arXiv:2002.05202); with `hidden_act="silu"` it is SwiGLU.
+        mlp_bias (`bool`, defaults to `True`): bias in the MLP.
+        norm_type (`str`, defaults to `"layernorm"`): `"layernorm"`, or `"rmsnorm"`, which subtracts no mean.
         layer_norm_eps (`float`, defaults to 1e-6): epsilon of every LayerNorm, as in the paper's code.
+        use_patch_norm (`bool`, defaults to `False`): a norm of the patches before positions are added (AIMv2).
+        use_pre_norm (`bool`, defaults to `False`): a norm of all tokens before the first layer (CLIP).
+        use_final_norm (`bool`, defaults to `True`): the norm after the last layer, of equation 4.
         image_size (`int` or `[height, width]`, defaults to 224): pixels; the grid that learned positions are stored
             for. Inputs of any other size that the patch divides work too: positions are resampled.
         patch_size (`int` or `[height, width]`, defaults to 16): pixels; must divide `image_size`.
         num_channels (`int`, defaults to 3): channels of the input.
+        patch_bias (`bool`, defaults to `True`): bias in the patch projection.
         qkv_bias (`bool`, defaults to `True`): bias in the query, key and value projections.
+        key_bias (`bool`, defaults to `True`): `False` leaves the bias to queries and values.
+        proj_bias (`bool`, defaults to `True`): bias in the attention's output projection.
         qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys, per head (Dehghani et al.,
             arXiv:2302.05442).
         position_embedding (`str`, defaults to `"learned_1d"`): `"learned_1d"`, `"learned_2d"` (row and column
-            halves), `"relative_1d"` and `"none"` are the paper's D.4; `"sincos_2d"` is the fixed one of MoCo v3.
+            halves), `"relative_1d"` and `"none"` are the paper's D.4; `"sincos_2d"` is the fixed one of MoCo v3;
+            `"rope_2d"` turns queries and keys by row and column, as DINOv3 (Siméoni et al., arXiv:2508.10104).
+        rope_theta (`float`, defaults to 100): the base of the periods of `"rope_2d"`.
         position_embedding_placement (`str`, defaults to `"stem"`): `"stem"`, `"every_layer"` or
             `"every_layer_shared"` (the paper, Table 8).
         position_embedding_interpolation (`str`, defaults to `"bilinear"`): the kernel that resamples positions to
-            another grid: `"bilinear"` with corners aligned, as the paper's code; `"bicubic"`, as transformers;
-            `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision; `"bicubic_offset"`, as the
-            authors' code of DINO and DINOv2, which scales to 0.1 patches more.
+            another grid: `"bilinear"` with corners aligned, as the paper's code; `"bilinear_antialias"`, as NaFlex;
+            `"bicubic"`, as transformers; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision;
+            `"bicubic_offset"`, as the authors' code of DINO and DINOv2, which scales to 0.1 patches more.
         cls_token_position (`bool`, defaults to `True`): whether the class token has a position of its own
             (equation 1 of the paper; DeiT III has none). Only for `"learned_1d"`.
-        pooling (`str`, defaults to `"cls"`): what represents the image: the class token, or the mean over patches.
-        norm_after_pooling (`bool`, defaults to `False`): whether the final LayerNorm comes after the mean over patches,
-            not before, as in fine-tuned MAE (He et al., arXiv:2111.06377). Only for `pooling="mean"`.
+        pooling (`str`, defaults to `"cls"`): what represents the image: the class token; the `"mean"` over patches;
+            `"cls_mean"`, both in a row (DINOv2); `"map"`, a learned query that attends to the patches (SigLIP).
+        norm_after_pooling (`bool`, defaults to `False`): whether the final norm comes after pooling, not before, as in
+            fine-tuned MAE (He et al., arXiv:2111.06377) and CLIP. Not for `pooling="map"`.
         use_cls_token (`bool`, *optional*): whether there is a class token. Default: if `pooling` needs it.
         representation_size (`int`, *optional*): width of the tanh layer between pooling and classifier, which the
             paper's pre-training head has (3.1). Default: no such layer.
@@ -186,16 +150,26 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
+    use_gated_mlp: bool = False
+    mlp_bias: bool = True
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     initializer_range: float | int = 0.02
+    norm_type: str = "layernorm"
     layer_norm_eps: float | int = 1e-6
+    use_patch_norm: bool = False
+    use_pre_norm: bool = False
+    use_final_norm: bool = True
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
+    patch_bias: bool = True
     qkv_bias: bool = True
+    key_bias: bool = True
+    proj_bias: bool = True
     qk_norm: bool = False
     position_embedding: str = "learned_1d"
+    rope_theta: float | int = 100.0
     position_embedding_placement: str = "stem"
     position_embedding_interpolation: str = "bilinear"
     cls_token_position: bool = True
@@ -228,7 +202,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs.pop(name, None)
         self._refuse_misspelt(kwargs)
         if self.use_cls_token is None:
-            self.use_cls_token = self.pooling == "cls"
+            self.use_cls_token = self.pooling in ("cls", "cls_mean")
         self._refuse_wrong_labels(kwargs.get("num_labels"))
         if self.id2label is not None and self.label2id is None:
             self.label2id = {label: int(index) for index, label in self.id2label.items()}
@@ -256,7 +230,7 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict.pop("id2label", None)
         if labels is not None or "id2label" not in config_dict:
             config_dict.pop("label2id", None)
-        if fields.get("pooling") == "cls":  # a stored class token stays where the mean is taken: weights know it
+        if fields.get("pooling") in ("cls", "cls_mean"):  # a stored class token stays where it isn't pooled
             config_dict.pop("use_cls_token", None)
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
@@ -311,6 +285,11 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch: the class and distillation tokens, if there are any, and the registers."""
         return int(self.use_cls_token) + int(self.use_distillation_token) + self.num_register_tokens
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of what pooling makes of the tokens."""
+        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
 
     @property
     def stem_width(self) -> int:
@@ -378,6 +357,8 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"head_bias_init={self.head_bias_init} must be a finite number, e.g. -6.9.")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be positive, e.g. 1e-6.")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be positive, e.g. 100.")
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be positive and finite; 1 changes nothing.")
         if (width := self.representation_size) is not None and width < 1:
@@ -405,7 +386,13 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"position_embedding={self.position_embedding!r} needs a hidden_size that {multiple} divides, not "
                     f"{self.hidden_size}: rows and columns share it."
                 )
-        if self.position_embedding in ("relative_1d", "none") and self.position_embedding_placement != "stem":
+        if self.position_embedding == "rope_2d" and (head := self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(
+                f"position_embedding='rope_2d' needs heads of a width that 4 divides, not {head}: rows and columns "
+                "share it. Change num_attention_heads."
+            )
+        is_added = self.position_embedding not in ("relative_1d", "rope_2d", "none")
+        if not is_added and self.position_embedding_placement != "stem":
             raise ValueError(
                 f"position_embedding_placement={self.position_embedding_placement!r} has no meaning for "
                 f"position_embedding={self.position_embedding!r}. Leave it at 'stem'."
@@ -417,11 +404,16 @@ class ViTScratchConfig(BackboneConfigMixin, PreTrainedConfig):
                 "use_distillation_head=True classifies the distillation token, beside the class token: set "
                 "use_distillation_token=True and pooling='cls'."
             )
-        if self.norm_after_pooling and self.pooling != "mean":
-            raise ValueError("norm_after_pooling=True has no meaning for pooling='cls'. Take pooling='mean'.")
+        if self.norm_after_pooling and (self.pooling == "map" or not self.use_final_norm):
+            raise ValueError(
+                "norm_after_pooling=True moves the final norm behind the pooling: it needs use_final_norm=True and "
+                "another pooling than 'map', which attends to normalised tokens."
+            )
         self._check_stem()
-        if self.pooling == "cls" and not self.use_cls_token:
-            raise ValueError("pooling='cls' needs the class token. Leave use_cls_token unset, or take pooling='mean'.")
+        if self.pooling in ("cls", "cls_mean") and not self.use_cls_token:
+            raise ValueError(
+                f"pooling={self.pooling!r} needs the class token. Leave use_cls_token unset, or take pooling='mean'."
+            )
 
     def _check_stem(self) -> None:
         if self.stem_layers is None:

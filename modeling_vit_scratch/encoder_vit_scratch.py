@@ -6,7 +6,8 @@ The Vision Transformer, equations 1 to 4 of the paper: read from top to bottom.
 "The paper" is Dosovitskiy et al., An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale, ICLR 2021
 (arXiv:2010.11929v2); its code is github.com/google-research/vision_transformer. The interface is that of transformers'
 ViT, on whose structure this file leans, as on timm's. The kinds of positions are in `positions_vit_scratch.py`, the
-ResNet of the hybrid models in `stem_vit_scratch.py`, heads, losses and initialisation in `modeling_vit_scratch.py`.
+ResNet of the hybrid models in `stem_vit_scratch.py`, what later networks added in `parts_vit_scratch.py`, heads, losses
+and initialisation in `modeling_vit_scratch.py`.
 
 Shapes, written where the rank changes:
 
@@ -27,7 +28,15 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .compatibility_vit_scratch import ALL_ATTENTION_FUNCTIONS
 from .configuration_vit_scratch import ViTScratchConfig
-from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
+from .parts_vit_scratch import (
+    ViTScratchAttentionPooling,
+    ViTScratchDropPath,
+    ViTScratchGatedMLP,
+    ViTScratchLayerScale,
+    ViTScratchQueryValueBias,
+    normalization,
+)
+from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions, ViTScratchRotaryPositions
 from .stem_vit_scratch import ViTScratchStem
 
 
@@ -64,7 +73,9 @@ class ViTScratchPatchEmbeddings(nn.Module):
         self.stem = None if config.stem_layers is None else ViTScratchStem(config)
         channels = self.num_channels if self.stem is None else self.stem.out_channels
         kernel = (self.patch[0] // config.stem_stride, self.patch[1] // config.stem_stride)
-        self.projection = ViTScratchPatchProjection(channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+        options = {"kernel_size": kernel, "stride": kernel, "bias": config.patch_bias}
+        self.projection = ViTScratchPatchProjection(channels, config.hidden_size, **options)
+        self.layernorm = normalization(config) if config.use_patch_norm else nn.Identity()
 
     def grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches. Raises ValueError for an image that the patch does not divide."""
@@ -85,7 +96,7 @@ class ViTScratchPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D)"""
         pixels = pixel_values if self.stem is None else self.stem(pixel_values)
-        return self.projection(pixels).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+        return self.layernorm(self.projection(pixels).flatten(2).transpose(1, 2))  # (B, D, rows, columns) -> (B, N, D)
 
 
 class ViTScratchEmbeddings(nn.Module):
@@ -99,9 +110,10 @@ class ViTScratchEmbeddings(nn.Module):
         self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token or config.use_mask_token else None
         self.patch_embeddings = ViTScratchPatchEmbeddings(config)
-        has_positions = config.position_embedding not in ("none", "relative_1d")
+        has_positions = config.position_embedding not in ("none", "relative_1d", "rope_2d")
         self.position_embeddings = ViTScratchPositionEmbeddings(config) if has_positions else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = normalization(config) if config.use_pre_norm else nn.Identity()
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, T, D); where `bool_masked_pos` (B, N) is true, the mask token replaces the patch."""
@@ -115,7 +127,7 @@ class ViTScratchEmbeddings(nn.Module):
         tokens = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in prefix), tokens], dim=1)  # (B, T, D)
         if self.position_embeddings is not None:
             tokens = self.position_embeddings(tokens, grid=self.patch_embeddings.grid(pixel_values))
-        return self.dropout(tokens)
+        return self.layernorm(self.dropout(tokens))
 
     def mask(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Puts the mask token where the mask (B, N) is true: (B, N, D) -> (B, N, D)."""
@@ -152,13 +164,14 @@ class ViTScratchAttention(nn.Module):
         super().__init__()
         self.config, self.heads, width = config, config.num_attention_heads, config.hidden_size
         self.scaling, self.attention_dropout = (width // self.heads) ** -0.5, config.attention_probs_dropout_prob
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        has_norm, eps = config.qk_norm, config.layer_norm_eps
-        self.q_norm = nn.LayerNorm(width // self.heads, eps=eps) if has_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // self.heads, eps=eps) if has_norm else nn.Identity()
-        is_relative = config.position_embedding == "relative_1d"
-        self.relative_positions = ViTScratchRelativePositions(config) if is_relative else None
-        self.proj = nn.Linear(width, width)
+        has_key_bias = config.key_bias or not config.qkv_bias
+        self.qkv = nn.Linear(width, 3 * width, config.qkv_bias) if has_key_bias else ViTScratchQueryValueBias(width)
+        self.q_norm = normalization(config, width // self.heads) if config.qk_norm else nn.Identity()
+        self.k_norm = normalization(config, width // self.heads) if config.qk_norm else nn.Identity()
+        kind = config.position_embedding
+        self.relative_positions = ViTScratchRelativePositions(config) if kind == "relative_1d" else None
+        self.rotary_positions = ViTScratchRotaryPositions(config) if kind == "rope_2d" else None
+        self.proj = nn.Linear(width, width, bias=config.proj_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -171,6 +184,8 @@ class ViTScratchAttention(nn.Module):
         query = self.q_norm(query.reshape(batch, tokens, self.heads, -1).transpose(1, 2))  # (B, A, T, E)
         key = self.k_norm(key.reshape(batch, tokens, self.heads, -1).transpose(1, 2))
         value = value.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+        if self.rotary_positions is not None:
+            query, key = self.rotary_positions(query, grid=grid), self.rotary_positions(key, grid=grid)
         implementation = self.config._attn_implementation
         if self.relative_positions is not None:
             if "flash" in (implementation or ""):
@@ -189,9 +204,9 @@ class ViTScratchMLP(nn.Module):
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -200,43 +215,17 @@ class ViTScratchMLP(nn.Module):
         return self.dropout(self.fc2(activated))
 
 
-class ViTScratchLayerScale(nn.Module):
-    """A learned scale for every channel of a residual branch (Touvron et al., arXiv:2103.17239)."""
-
-    def __init__(self, config: ViTScratchConfig) -> None:
-        super().__init__()
-        self.init_value = config.layer_scale_init_value
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states * self.weight.to(hidden_states.dtype)
-
-
-class ViTScratchDropPath(nn.Module):
-    """Leaves out a residual branch for a random part of the images (Huang et al., arXiv:1603.09382)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return hidden_states
-        keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1.0 - self.rate)
-        return hidden_states * keep / (1.0 - self.rate)
-
-
 class ViTScratchLayer(GradientCheckpointingLayer):
     """One layer of the pre-norm encoder: equations 2 and 3."""
 
     def __init__(self, config: ViTScratchConfig, index: int) -> None:
         super().__init__()
         has_scale = config.layer_scale_init_value is not None
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = normalization(config)
         self.attention = ViTScratchAttention(config)
         self.layer_scale_attention = ViTScratchLayerScale(config) if has_scale else nn.Identity()
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViTScratchMLP(config)
+        self.layernorm_after = normalization(config)
+        self.mlp = ViTScratchGatedMLP(config) if config.use_gated_mlp else ViTScratchMLP(config)
         self.layer_scale_mlp = ViTScratchLayerScale(config) if has_scale else nn.Identity()
         self.drop_path = ViTScratchDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
 
@@ -262,8 +251,8 @@ class ViTScratchEncoder(PreTrainedModel):
         self.layers = nn.ModuleList(ViTScratchLayer(config, index) for index in range(config.num_hidden_layers))
         num_later = config.num_hidden_layers - 1 if config.position_embedding_placement == "every_layer" else 0
         self.later_position_embeddings = nn.ModuleList(ViTScratchPositionEmbeddings(config) for _ in range(num_later))
-        has_norm = not config.norm_after_pooling
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        has_norm = config.use_final_norm and not config.norm_after_pooling
+        self.layernorm = normalization(config) if has_norm else nn.Identity()
 
     def positions_before(self, index: int) -> nn.Module | None:
         """Table 8: positions may enter again before every later layer, each layer's own or those of the first."""
@@ -287,25 +276,31 @@ class ViTScratchEncoder(PreTrainedModel):
 
 
 class ViTScratchPooler(nn.Module):
-    """One vector for an image: the class token or the mean of patches, then the tanh layer of 3.1 if there is one."""
+    """One vector for an image: the class token or another pooling, then the tanh layer of 3.1 if there is one."""
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__()
         self.pooling, self.num_prefix_tokens = config.pooling, config.num_prefix_tokens
-        has_norm = config.norm_after_pooling
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
-        size = config.representation_size
-        self.dense = nn.Linear(config.hidden_size, size) if size else None
+        is_map, size = config.pooling == "map", config.representation_size
+        self.attention = ViTScratchAttentionPooling(config, ViTScratchMLP(config)) if is_map else None
+        has_norm, width = config.norm_after_pooling, config.pooled_width
+        self.layernorm = normalization(config, width) if has_norm else nn.Identity()
+        self.dense = nn.Linear(width, size) if size else None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, D or representation_size)"""
+        """(B, T, D) -> (B, D, twice that for "cls_mean", or representation_size)"""
         patches = hidden_states[:, self.num_prefix_tokens :]
+        mask = None if attention_mask is None else attention_mask[:, self.num_prefix_tokens :]  # (B, N)
         if self.pooling == "cls":
             pooled = hidden_states[:, 0]  # equation 4: y = LN(z_L^0)
-        elif attention_mask is None:
+        elif self.attention is not None:
+            pooled = self.attention(patches, mask)
+        elif mask is None:
             pooled = patches.mean(dim=1)
         else:
-            kept = attention_mask[:, self.num_prefix_tokens :, None].to(patches.dtype)
+            kept = mask[..., None].to(patches.dtype)
             pooled = (patches * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+        if self.pooling == "cls_mean":
+            pooled = torch.cat([hidden_states[:, 0], pooled], dim=-1)
         pooled = self.layernorm(pooled)
         return pooled if self.dense is None else torch.tanh(self.dense(pooled))

@@ -40,7 +40,8 @@ def source(*folders: str) -> list[Path]:
 def test_the_hub_files_are_those_that_are_saved_and_nothing_else_stands_beside_them():
     assert [path.stem for path in HUB_FILES] == [
         "compatibility_vit_scratch", "configuration_vit_scratch", "encoder_vit_scratch", "image_decoding_vit_scratch",
-        "image_processing_vit_scratch", "modeling_vit_scratch", "positions_vit_scratch", "stem_vit_scratch",
+        "image_processing_vit_scratch", "modeling_vit_scratch", "parts_vit_scratch", "positions_vit_scratch",
+        "stem_vit_scratch", "variants_vit_scratch",
     ]  # fmt: skip
     assert {*PACKAGE.glob("*.py")} == {*HUB_FILES, PACKAGE / "__init__.py"}
     assert list(CODE) == HUB_FILES  # what publishing finds by following imports

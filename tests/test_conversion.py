@@ -430,7 +430,7 @@ def test_transformers_in_shards_and_without_config(tmp_path):
     assert compare(ViTScratchModel.from_pretrained(tmp_path / "alone.pth", num_attention_heads=4), theirs) < LIMIT
 
 
-def test_mae_decoder_and_dinov2_classifier_are_left_over_and_said(tmp_path, caplog):
+def test_mae_decoder_is_left_over_and_said(tmp_path, caplog):
     transformers.utils.logging.enable_propagation()
     config = transformers.ViTMAEConfig(
         **MAE, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2
@@ -438,9 +438,6 @@ def test_mae_decoder_and_dinov2_classifier_are_left_over_and_said(tmp_path, capl
     transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path / "mae")
     ViTScratchModel.from_pretrained(tmp_path / "mae")
     assert "MAE's decoder" in caplog.text
-    transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**DINO)).save_pretrained(tmp_path / "dinov2")
-    ViTScratchModel.from_pretrained(tmp_path / "dinov2")
-    assert "DINOv2's classifier" in caplog.text
 
 
 def test_every_class_reads_foreign_checkpoints(tmp_path):
@@ -644,7 +641,9 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
         ("transformers", {"position_embedding": "sincos_2d"}, "position_embedding"),
         ("torchvision", {"layer_scale_init_value": 1e-5}, "layer_scale"),
         ("torchvision", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
-        ("timm", {"position_embedding": "learned_2d"}, "row_weight"),
+        ("timm", {"position_embedding": "learned_2d"}, "learned_2d"),
+        ("timm", {"use_gated_mlp": True}, "use_gated_mlp"),
+        ("transformers", {"pooling": "map"}, "pooling='cls'"),
         ("transformers", {"stem_layers": [1], "image_size": 32}, "stem"),
         ("onnx", {}, "onnx"),
     ):
@@ -733,7 +732,8 @@ def test_configurations_that_cannot_work():
     for fields, reason in (
         ({"use_distillation_head": True}, "use_distillation_token"),
         ({"use_distillation_token": True, "pooling": "mean"}, "class token"),
-        ({"norm_after_pooling": True}, "pooling='mean'"),
+        ({"norm_after_pooling": True, "pooling": "map"}, "'map'"),
+        ({"position_embedding": "rope_2d", "num_attention_heads": 16}, "4 divides"),
     ):
         with pytest.raises(ValueError, match=reason):
             ViTScratchConfig.from_variant("test/4", **fields)

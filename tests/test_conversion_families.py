@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.checkpoint.architecture import usual_heads
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
 from modeling_vit_scratch.checkpoint.families import TIMM_ROWS, TRANSFORMERS_ROWS, find_family
@@ -63,7 +63,7 @@ def test_what_was_exact_is_read_as_it_was(found):
         fields = family.row.fields
         assert fields.get("num_attention_heads", usual_heads(int(width))) == int(heads), name
         assert fields.get("hidden_act", "gelu") == activation, name
-        assert float(epsilon) == ViTScratchConfig().layer_norm_eps
+        assert float(epsilon) == fields.get("layer_norm_eps", ViTScratchConfig().layer_norm_eps)
 
 
 @pytest.mark.parametrize("reason", ZOO["refused"])
@@ -80,8 +80,8 @@ def test_what_was_refused_is_refused_for_its_reason(reason, tmp_path):
 
 def test_the_stored_table_is_whole():
     assert not ZOO["WRONG"]
-    assert sum(map(len, ZOO["exact"].values())) > 100
-    assert sum(map(len, ZOO["refused"].values())) > 300
+    assert sum(map(len, ZOO["exact"].values())) > 170
+    assert sum(map(len, ZOO["refused"].values())) > 280
     known = [*ZOO["exact"].values(), *ZOO["refused"].values()]
     used = {find_family({"architecture": name}, "").row.pattern for names in known for name in names}
     assert used == {row.pattern for row in TIMM_ROWS}
@@ -92,8 +92,7 @@ def test_the_stored_table_is_whole():
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("siglip_vision_model", "pools by attention"), ("clip_vision_model", "before the first layer"),
-     ("dinov3_vit", "rotary"), ("beit", "relative positions"), ("resnet", "no architecture that this package knows")],
+    [("mlcd", "rotary"), ("beit", "relative positions"), ("resnet", "no architecture that this package knows")],
 )  # fmt: skip
 def test_transformers_models_are_refused_by_their_own_name(model_type, reason, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not even a file of tensors")
@@ -101,14 +100,6 @@ def test_transformers_models_are_refused_by_their_own_name(model_type, reason, t
     with pytest.raises(CheckpointError, match=f"{model_type} of transformers .*{reason}"):
         ViTScratchForImageClassification.from_pretrained(tmp_path)
     assert {row.refused for row in TRANSFORMERS_ROWS} > {""}
-
-
-def test_siglip_is_not_taken_for_torchvision(tmp_path):
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = transformers.SiglipVisionConfig(image_size=16, patch_size=4, **small)
-    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="siglip_vision_model of transformers pools by attention"):
-        ViTScratchModel.from_pretrained(tmp_path)
 
 
 def test_what_names_say_is_in_the_configuration(tmp_path):

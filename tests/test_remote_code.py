@@ -64,8 +64,8 @@ def test_the_folder_holds_weights_configs_and_all_code_files(folder):
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "photo.png", "compatibility_vit_scratch.py",
         "configuration_vit_scratch.py", "encoder_vit_scratch.py", "image_decoding_vit_scratch.py",
-        "image_processing_vit_scratch.py", "modeling_vit_scratch.py", "positions_vit_scratch.py",
-        "stem_vit_scratch.py",
+        "image_processing_vit_scratch.py", "modeling_vit_scratch.py", "parts_vit_scratch.py",
+        "positions_vit_scratch.py", "stem_vit_scratch.py", "variants_vit_scratch.py",
     }  # fmt: skip
 
 

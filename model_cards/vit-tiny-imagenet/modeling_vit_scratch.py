@@ -41,12 +41,13 @@ from .encoder_vit_scratch import (
     ViTScratchEmbeddings,
     ViTScratchEncoder,
     ViTScratchLayer,
-    ViTScratchLayerScale,
     ViTScratchMLP,
     ViTScratchPooler,
 )
+from .parts_vit_scratch import ViTScratchAttentionPooling, ViTScratchGatedMLP, ViTScratchLayerScale
 from .positions_vit_scratch import ViTScratchPositionEmbeddings, ViTScratchRelativePositions
 from .stem_vit_scratch import ViTScratchStem  # noqa: F401 (up to 5.0, only what this file imports is found with a folder)
+from .variants_vit_scratch import VARIANTS  # noqa: F401 (the same)
 
 
 make_importable(__name__)
@@ -112,10 +113,10 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As in transformers; first, dense layers that start in a way of their own are marked for `_init_weights`."""
         for module in self.modules():
-            if isinstance(module, ViTScratchAttention):
+            if isinstance(module, (ViTScratchAttention, ViTScratchAttentionPooling)):
                 # The gain makes up for fusing: xavier's bound is that of three separate D x D matrices.
                 module.qkv.kernel_init = partial(init.xavier_uniform_, gain=math.sqrt(2))
-            elif isinstance(module, ViTScratchMLP):
+            elif isinstance(module, (ViTScratchMLP, ViTScratchGatedMLP)):
                 module.fc1.bias_std = module.fc2.bias_std = 1e-6
             elif isinstance(module, ViTScratchPooler) and module.dense is not None:
                 module.dense.kernel_init = lecun_normal_
@@ -145,6 +146,8 @@ class ViTScratchPreTrainedModel(PreTrainedModel):
                     init.zeros_(token)
             if module.register_tokens is not None:
                 init.normal_(module.register_tokens, std=std)  # equal registers would stay equal
+        elif isinstance(module, ViTScratchAttentionPooling):
+            init.normal_(module.probe, std=std)
         elif isinstance(module, ViTScratchLayerScale):
             init.constant_(module.weight, module.init_value)
         else:
@@ -181,7 +184,7 @@ class ViTScratchModel(ViTScratchPreTrainedModel, ViTScratchEncoder):
                 every size works.
 
         Returns:
-            `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D) or (B, representation_size).
+            `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` as `ViTScratchPooler` makes it.
 
         Raises:
             ValueError: if `pixel_values` have the wrong type or shape, or a mask doesn't fit them.
@@ -263,7 +266,7 @@ class ViTScratchForImageClassification(ViTScratchPreTrainedModel):
 
     def __init__(self, config: ViTScratchConfig) -> None:
         super().__init__(config)
-        self.num_labels, width = config.num_labels, config.representation_size or config.hidden_size
+        self.num_labels, width = config.num_labels, config.representation_size or config.pooled_width
         self.vit = ViTScratchModel(config)
         self.classifier = nn.Linear(width, self.num_labels) if self.num_labels else nn.Identity()
         has_second = config.use_distillation_head and self.num_labels

@@ -22,7 +22,8 @@ def resample_positions(positions: Tensor, rows: int, columns: int, interpolation
 
     `interpolation`: `"bilinear"` with corners aligned, which is the `scipy.ndimage.zoom(order=1)` of the paper's code;
     `"bicubic"`, as transformers; `"bicubic_antialias"`, as timm; `"bicubic_align_corners"`, as torchvision;
-    `"bicubic_offset"`, as the authors of DINO and DINOv2, who scale as if to 0.1 patches more.
+    `"bicubic_offset"`, as the authors of DINO and DINOv2, who scale as if to 0.1 patches more;
+    `"bilinear_antialias"`, as NaFlex.
     """
     values = (positions if positions.dtype == torch.float64 else positions.float()).permute(0, 3, 1, 2)
     if interpolation == "bicubic_offset":
@@ -30,7 +31,7 @@ def resample_positions(positions: Tensor, rows: int, columns: int, interpolation
         resampled = torch.ops.aten.upsample_bicubic2d(values, (rows, columns), False, *scales)
     else:
         align_corners = interpolation in ("bilinear", "bicubic_align_corners")
-        options = {"mode": interpolation.split("_")[0], "antialias": interpolation == "bicubic_antialias"}
+        options = {"mode": interpolation.split("_")[0], "antialias": interpolation.endswith("antialias")}
         resampled = F.interpolate(values, size=(rows, columns), align_corners=align_corners, **options)
     return resampled.permute(0, 2, 3, 1).to(positions.dtype)
 
@@ -91,6 +92,31 @@ class ViTScratchPositionEmbeddings(nn.Module):
         if self.num_placed:
             positions = torch.cat([self.weight[:, : self.num_placed], positions], dim=1)
         return hidden_states + positions.to(hidden_states.dtype)
+
+
+class ViTScratchRotaryPositions(nn.Module):
+    """
+    DINOv3's rotary positions (Siméoni et al., arXiv:2508.10104): each pair of channels of a query or key is turned by
+    an angle, for half of the pairs proportional to the row of the patch, for the others to the column. Both go from -1
+    to 1 over the image, whatever the grid. Tokens that are not patches stay as they are.
+    """
+
+    def __init__(self, config: ViTScratchConfig) -> None:
+        super().__init__()
+        self.grid, self.num_prefix_tokens, self.theta = config.grid_hw, config.num_prefix_tokens, config.rope_theta
+
+    def forward(self, states: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Queries or keys (B, A, T, E) -> (B, A, T, E)"""
+        (rows, columns), width = grid or self.grid, states.shape[-1]
+        y, x = ((2 * torch.arange(size, device=states.device) + 1) / size - 1 for size in (rows, columns))
+        frequencies = 2 * math.pi / self.theta ** (torch.arange(width // 4, device=states.device) * (4 / width))
+        angles = torch.stack([y[:, None].expand(-1, columns), x.expand(rows, -1)], dim=-1)[..., None] * frequencies
+        angles = angles.flatten(2).flatten(0, 1).tile(2)  # (rows, columns, 2, E / 4) -> (N, E)
+        patches = states[:, :, self.num_prefix_tokens :]
+        first, second = patches.chunk(2, dim=-1)  # the pairs: channels that lie E / 2 apart
+        turned = patches * angles.cos().to(states.dtype)
+        turned = turned + torch.cat([-second, first], dim=-1) * angles.sin().to(states.dtype)
+        return torch.cat([states[:, :, : self.num_prefix_tokens], turned], dim=2)
 
 
 class ViTScratchRelativePositions(nn.Module):

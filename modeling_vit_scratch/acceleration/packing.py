@@ -72,11 +72,12 @@ def classify_packed(
         `logits` (N, K), and with labels the `loss`.
 
     Raises:
-        ValueError: if there is no image, or one that the model can't take; for relative positions; for drop path.
+        ValueError: if there is no image, or one that the model can't take; for positions inside the attention, relative
+            or rotary; for drop path.
     """
     config, vit = model.config, model.vit
-    if config.position_embedding == "relative_1d":
-        raise ValueError("position_embedding='relative_1d' can't pack images: it needs a batch for each size.")
+    if (kind := config.position_embedding) in ("relative_1d", "rope_2d"):
+        raise ValueError(f"position_embedding={kind!r} can't pack images: it needs a batch for each size.")
     if model.training and config.drop_path_rate:
         raise ValueError(
             f"drop_path_rate={config.drop_path_rate:g} leaves out whole images, and packed ones are one sequence. Set "

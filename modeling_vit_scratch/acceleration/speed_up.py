@@ -110,8 +110,8 @@ def _has_class_token_to_compute_alone(encoder: nn.Module) -> bool:
     if type(encoder) is not ViTScratchModel or encoder.pooler is None or encoder.config.pooling != "cls":
         return False
     last = encoder.layers[-1]
-    # The last layer's relative positions would have no gradient, which DDP refuses.
-    is_relative = encoder.config.position_embedding == "relative_1d"
+    # The last layer's relative positions would have no gradient, which DDP refuses; rotary ones need all tokens.
+    is_relative = encoder.config.position_embedding in ("relative_1d", "rope_2d")
     return type(last) is ViTScratchLayer and type(last.attention) is ViTScratchAttention and not is_relative
 
 

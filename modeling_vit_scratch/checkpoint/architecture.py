@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What model a foreign checkpoint holds: configuration and image processor, from names, shapes and config.json; and back,
-the files that make other libraries load what `save_checkpoint` writes.
+What model a foreign checkpoint holds: configuration and image processor, from names, shapes and config.json.
 """
 
 import math
@@ -19,18 +18,10 @@ from .formats import NPZ, TIMM, TORCHVISION, TRANSFORMERS, Format
 
 
 BILINEAR, BICUBIC = 2, 3
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": BILINEAR, "bicubic": BICUBIC}
-_ARCHITECTURES = {  # of an encoder, a classifier, masked image modeling
-    "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
-    "vit_msn": ("ViTMSNModel", "ViTMSNForImageClassification", "ViTMSNModel"),
-    "vit_mae": ("ViTMAEModel",) * 3,
-    "ijepa": ("IJepaModel", "IJepaForImageClassification", "IJepaModel"),
-    "deit": ("DeiTModel", "DeiTForImageClassification", "DeiTForMaskedImageModeling"),
-    "dinov2": ("Dinov2Model",) * 3,
-    "dinov2_with_registers": ("Dinov2WithRegistersModel",) * 3,
-}
-_TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
-_TIMM_ACTIVATIONS = {
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": BILINEAR, "bicubic": BICUBIC}
+# Where one configuration is of text and images, that of the images alone.
+_TOWERS = {name: f"{name}_vision_model" for name in ("clip", "metaclip_2", "siglip", "siglip2", "aimv2")}
+TIMM_ACTIVATIONS = {
     "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu",
 }  # fmt: skip
 
@@ -46,11 +37,16 @@ _TIMM_ARGUMENTS = {
     "weight_init", "fix_init",
 }  # fmt: skip
 # Settings that transformers' configurations and image processors have too.
-_SHARED_FIELDS = (
+SHARED_FIELDS = (
     "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
     "initializer_range", "attention_probs_dropout_prob", "problem_type",
 )  # fmt: skip
-_SHARED_SETTINGS = (
+# Of some of transformers' configurations, and what two of them are called here.
+_SOME_FIELDS = (
+    "drop_path_rate", "rope_theta", "proj_bias", "mlp_bias", "key_bias", "attention_dropout", "rms_norm_eps",
+)  # fmt: skip
+OUR_NAMES = {"attention_dropout": "attention_probs_dropout_prob", "rms_norm_eps": "layer_norm_eps"}
+SHARED_SETTINGS = (
     "size", "resample", "do_resize", "do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std",
     "do_center_crop", "crop_size",
 )  # fmt: skip
@@ -125,16 +121,32 @@ def _from_shapes(evidence: Evidence) -> dict[str, Any]:
         fields.update(stem_layers=_count_units(evidence), num_channels=root[2], stem_width_factor=root[3] / 64)
         stride = 4 * 2 ** max(len(fields["stem_layers"]) - 1, 0)
         height, width = stride * height, stride * width
-    fields["patch_size"] = _shorten([height, width])
+    fields["patch_size"] = shorten([height, width])
     fields["num_hidden_layers"] = _count_layers(evidence)
-    fields["intermediate_size"] = evidence.need("vit.layers.{i}.mlp.fc1.bias")[-1]
+    # Kernels of Flax are (inputs, outputs), those of PyTorch (outputs, inputs).
+    (*_, first), (second, *_) = (
+        evidence.need(f"vit.layers.{{i}}.mlp.fc{n}.weight")[:: 1 if is_npz else -1] for n in (1, 2)
+    )
+    fields["use_gated_mlp"] = first == 2 * second
+    fields["intermediate_size"] = second
+    fields["mlp_bias"] = evidence.find("vit.layers.{i}.mlp.fc2.bias") is not None
+    has_bias = evidence.find("vit.layers.{i}.layernorm_before.bias") is not None
+    fields["norm_type"] = "layernorm" if has_bias else "rmsnorm"
+    fields["use_patch_norm"] = evidence.find(f"{patch}layernorm.weight") is not None
+    fields["use_pre_norm"] = evidence.find("vit.embeddings.layernorm.weight") is not None
+    fields["patch_bias"] = not fields["use_pre_norm"] or evidence.find(f"{patch}projection.bias") is not None
     fields["use_cls_token"] = evidence.find("vit.embeddings.cls_token") is not None
     fields["pooling"] = "cls" if fields["use_cls_token"] else "mean"
+    if evidence.find("vit.pooler.attention.probe") is not None:
+        fields["pooling"] = "map"
     fields["use_distillation_token"] = evidence.find("vit.embeddings.distillation_token") is not None
     fields["use_distillation_head"] = evidence.find("distillation_classifier.weight") is not None
     fields["use_mask_token"] = evidence.find("vit.embeddings.mask_token") is not None
     registers = evidence.find("vit.embeddings.register_tokens")
     fields["num_register_tokens"] = registers[1] if registers else 0
+    if registers and not registers[1]:  # DINOv3's default
+        name = next(name for name in evidence.shapes if name.endswith("register_tokens"))
+        evidence.left_out[name] = "it has no elements"
     fields["qkv_bias"] = evidence.find("vit.layers.{i}.attention.qkv.bias") is not None
     fields["qk_norm"] = evidence.find("vit.layers.{i}.attention.q_norm.weight") is not None
     if evidence.find("vit.layers.{i}.layer_scale_attention.weight") is not None:
@@ -171,9 +183,9 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     stored = evidence.find("vit.embeddings.position_embeddings.weight")
     if stored is None:
         size = given.get("source_image_size") or fields.get("_image_size") or given.get("image_size")
-        kind = _without_positions(evidence, fields)
+        kind = fields.get("position_embedding") or _without_positions(evidence, fields)
         # By default the paper's 224 pixels, or the nearest below that the patch divides.
-        default = _shorten([max(224 // side, 1) * side for side in patch])
+        default = shorten([max(224 // side, 1) * side for side in patch])
         return {"position_embedding": kind, "image_size": size or default}
     tokens, registers = stored[1], fields["num_register_tokens"]
     num_prefix = int(fields["use_cls_token"]) + int(fields["use_distillation_token"])
@@ -201,7 +213,7 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
                 evidence.notes.append(
                     f"Positions: {rows} x {columns}, which is not the grid of config.json's {fields['_image_size']}."
                 )
-            stored_size = _shorten([rows * patch[0], columns * patch[1]])
+            stored_size = shorten([rows * patch[0], columns * patch[1]])
             return {"image_size": stored_size, "cls_token_position": placed >= num_prefix}
     if said:
         raise evidence.fail(
@@ -265,11 +277,13 @@ def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     config, family = evidence.config, evidence.family
     arguments, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     unknown = {name: value for name, value in arguments.items() if value and name not in _TIMM_ARGUMENTS}
-    if not unknown and arguments.get("norm_layer") not in (None, "layernorm"):
+    if not unknown and arguments.get("norm_layer") not in (None, fields["norm_type"]):
         unknown = {"norm_layer": arguments["norm_layer"]}
     if unknown:
         raise evidence.fail(f"its config.json has model_args that this package doesn't know: {unknown}.")
     added: dict[str, Any] = {"position_embedding_interpolation": "bicubic_antialias"}
+    if fields["use_gated_mlp"]:
+        added["hidden_act"] = "silu"
     if family is None:
         evidence.notes.append(
             "Architecture: no config.json beside the file names it, and the file is not called as one of timm's; read"
@@ -289,10 +303,10 @@ def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("num_heads"):
         added["num_attention_heads"] = arguments["num_heads"]
     if activation := arguments.get("act_layer"):
-        if activation not in _TIMM_ACTIVATIONS:
-            known = ", ".join(_TIMM_ACTIVATIONS)
+        if activation not in TIMM_ACTIVATIONS:
+            known = ", ".join(TIMM_ACTIVATIONS)
             raise evidence.fail(f"its activation {activation!r} is unknown here. Known: {known}.")
-        added["hidden_act"] = _TIMM_ACTIVATIONS[activation]
+        added["hidden_act"] = TIMM_ACTIVATIONS[activation]
     is_dino = evidence.shapes.get("mask_token") == (1, fields["hidden_size"]) and fields["use_mask_token"]
     if is_dino and not config and not fields["num_register_tokens"]:  # DINOv2 as its authors publish it
         added["position_embedding_interpolation"] = "bicubic_offset"
@@ -300,8 +314,8 @@ def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     pooling = arguments.get("global_pool") or config.get("global_pool") or ("avg" if comes_last else None)
     if pooling == "avg" or (pooling == "token" and fields["use_cls_token"]):
         added["pooling"] = "mean" if pooling == "avg" else "cls"
-    elif pooling not in (None, ""):
-        raise evidence.fail(f"it pools by {pooling!r}. This package's models take the class token or the mean.")
+    elif pooling not in (None, "", fields["pooling"]):
+        raise evidence.fail(f"it pools by {pooling!r}. This package knows 'token', 'avg' and 'map'.")
     added["norm_after_pooling"] = comes_last and added.get("pooling", fields["pooling"]) == "mean"
     size = arguments.get("img_size") or (pretrained.get("input_size") or [None])[1:]
     if size:
@@ -314,49 +328,70 @@ def _of_timm(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_transformers(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
-    model_type = evidence.config.get("model_type")
+    model_type, dialect = evidence.config.get("model_type"), evidence.dialect
     if model_type is None:
         is_dino, has_registers = fields.get("layer_scale_init_value"), fields["num_register_tokens"]
         model_type = "dinov2_with_registers" if has_registers else "dinov2" if is_dino else "vit"
         model_type = "deit" if fields["use_distillation_token"] else model_type
         model_type = model_type if fields["use_cls_token"] else "ijepa"
+        patches = {"patch_embeddings": "dinov3_vit", "patch_embed": "aimv2", "patch_embedding": "siglip"}
+        model_type = "clip" if dialect["cls"] == "class_embedding" else patches.get(dialect["patch"], model_type)
         evidence.notes.append(
             f"There is no config.json beside it: read as model_type {model_type!r} with its defaults."
         )
-    theirs = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in evidence.config.items() if k != "model_type"})
+    whole = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in evidence.config.items() if k != "model_type"})
+    theirs = getattr(whole, "vision_config", whole)
     has_config = "model_type" in evidence.config
     unknown = () if has_config else ("num_hidden_layers", "num_attention_heads")
-    known = [k for k in (*_SHARED_FIELDS, "drop_path_rate") if hasattr(theirs, k) and k not in unknown]
-    added = {k: getattr(theirs, k) for k in known}
+    known = [k for k in (*SHARED_FIELDS, *_SOME_FIELDS) if hasattr(theirs, k) and k not in unknown]
+    added = {OUR_NAMES.get(k, k): getattr(theirs, k) for k in known}
     added["position_embedding_interpolation"] = "bicubic"
-    added.update(find_family({"model_type": model_type}, "").row.fields)
+    row = find_family({"model_type": model_type}, "").row
+    added.update(row.fields)
     if has_config:
-        added["_image_size"] = theirs.image_size
+        added["_image_size"] = getattr(theirs, "image_size", None)
         is_classifier = any("ForImageClassification" in name for name in evidence.config.get("architectures") or [])
         if fields["num_labels"] or is_classifier:
-            added.update(id2label=theirs.id2label, label2id=theirs.label2id)
+            added.update(id2label=whole.id2label, label2id=whole.label2id)
     if "decoder.0.weight" in evidence.shapes:
         added["use_mask_token"] = False  # masked image modeling has one in any case
+    prefix = re.escape(dialect["prefix"])
     if fields["num_labels"] or "decoder.0.weight" in evidence.shapes or model_type == "ijepa":
-        added["representation_size"] = None
-        reason = "transformers' models with a head compute no pooler"
-        poolers = [name for name in evidence.shapes if re.search(r"(^|\.)pooler\.dense\.", name)]
-        evidence.left_out.update(dict.fromkeys(poolers, reason))
+        added.update(row.classifier if fields["num_labels"] else {}, representation_size=None)
+        unused = rf"{prefix}(pooler\.dense|head)\."
+        if not added.get("use_final_norm", True):
+            unused += rf"|{prefix}{dialect['norm']}\."
+        reason = "transformers' models with a head do not compute it"
+        evidence.left_out.update({name: reason for name in evidence.shapes if re.match(unused, name)})
     elif fields["representation_size"] and getattr(theirs, "pooler_act", "tanh") != "tanh":
         raise evidence.fail(f"its pooler's activation is {theirs.pooler_act!r}; the representation layer's is tanh.")
     if getattr(theirs, "layerscale_value", None) is not None and fields.get("layer_scale_init_value"):
         added["layer_scale_init_value"] = theirs.layerscale_value
     head = evidence.find("classifier.weight")
-    if head and head[1] == 2 * fields["hidden_size"]:
-        reason = "DINOv2's classifier takes class token and mean together, as no model of this package"
-        evidence.left_out.update({name: reason for name in evidence.shapes if name.startswith("classifier.")})
-        fields["num_labels"] = 0
-        added.pop("id2label", None)
-        added.pop("label2id", None)
+    if head and added.get("pooling") == "cls_mean" and head[1] == fields["hidden_size"]:
+        added["pooling"] = "cls"
+    if model_type.startswith("dinov2") and fields["use_gated_mlp"]:
+        added["hidden_act"] = "silu"
+    elif model_type.startswith(("siglip", "aimv2")):
+        _of_poolings(evidence, theirs, added)
     if "id2label" in added:
         del fields["num_labels"]
-    evidence.dialect["model_type"] = model_type
+    dialect["model_type"] = _TOWERS.get(model_type, model_type) if not fields.get("num_labels", 1) else model_type
     return added
+
+
+def _of_poolings(evidence: Evidence, theirs: Any, added: dict[str, Any]) -> None:
+    """What SigLIP's and AIMv2's encoders do without their attention pooling."""
+    if getattr(theirs, "is_native", False):
+        raise evidence.fail("it computes its positions for the size of each image. No model of this package does that.")
+    if added.get("pooling") == "map" and evidence.find("vit.pooler.attention.probe") is None:
+        added["pooling"] = "mean"
+    if hasattr(theirs, "rms_norm_eps"):
+        added["proj_bias"] = theirs.qkv_bias
+    prefix = re.escape(evidence.dialect["prefix"])
+    heads = [name for name in evidence.shapes if re.match(rf"{prefix}head\.(cls_token|[kv]_proj|output_proj)\b", name)]
+    reason = "AIMv2's pooling, whose query has no projection; the mean over patches stands for the image"
+    evidence.left_out.update(dict.fromkeys(heads, reason))
 
 
 def _grid(size: int | list[int], patch: tuple[int, int]) -> tuple[int, int]:
@@ -368,7 +403,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _shorten(size: Sequence[int]) -> int | list[int]:
+def shorten(size: Sequence[int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
@@ -377,12 +412,12 @@ def infer_processor(evidence: Evidence, config: ViTScratchConfig) -> dict[str, A
     height, width = config.image_hw
     settings: dict[str, Any] = {"size": {"height": height, "width": width}, "num_channels": config.num_channels}
     if evidence.preprocessor:
-        given = {key: evidence.preprocessor.get(key) for key in (*_SHARED_SETTINGS, "crop_pct")}
+        given = {key: evidence.preprocessor.get(key) for key in (*SHARED_SETTINGS, "crop_pct")}
         return settings | {key: value for key, value in given.items() if value is not None}
     pretrained = evidence.config.get("pretrained_cfg") or {}
     if pretrained.get("mean"):
         settings.update(image_mean=list(pretrained["mean"]), image_std=list(pretrained["std"]))
-        settings["resample"] = _RESAMPLE.get(pretrained.get("interpolation"), BICUBIC)
+        settings["resample"] = RESAMPLE.get(pretrained.get("interpolation"), BICUBIC)
         settings["crop_pct"] = pretrained.get("crop_pct") if pretrained.get("crop_mode", "center") == "center" else None
         return settings
     # Of what is trained without labels or by Facebook, the statistics of ImageNet; of what Google trained, one half.
@@ -403,94 +438,3 @@ def infer_processor(evidence: Evidence, config: ViTScratchConfig) -> dict[str, A
             + ", as is usual for such a model. Check it against where the file came from."
         )
     return settings
-
-
-def their_configs(
-    form: Format, config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any, state: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """What other libraries read beside the weights: file names to contents (JSON), none for some formats."""
-    if form is TRANSFORMERS:
-        return _transformers_files(config, dialect["model_type"], processor, state)
-    return {"config.json": _timm_config(config, dialect, processor)} if form is TIMM else {}
-
-
-def _transformers_files(
-    config: ViTScratchConfig, model_type: str, processor: Any, state: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    names = ("hidden_size", "num_channels", "qkv_bias", *_SHARED_FIELDS)
-    fields = {name: getattr(config, name) for name in names}
-    fields.update(image_size=_shorten(config.image_hw), patch_size=_shorten(config.patch_hw))
-    if model_type.startswith("dinov2"):
-        ratio = config.intermediate_size / config.hidden_size
-        fields.update(mlp_ratio=int(ratio) if ratio == int(ratio) else ratio, drop_path_rate=config.drop_path_rate)
-        fields["layerscale_value"] = config.layer_scale_init_value
-        if config.num_register_tokens:
-            fields["num_register_tokens"] = config.num_register_tokens
-    else:
-        fields["intermediate_size"] = config.intermediate_size
-    if model_type in ("vit", "deit"):
-        fields["encoder_stride"] = config.patch_hw[0]
-    if config.num_labels:
-        fields.update(id2label=config.id2label, label2id=config.label2id)
-    kind = 1 if "classifier.weight" in state else 2 if "decoder.weight" in state else 0
-    architecture = _ARCHITECTURES[model_type][kind]
-    if config.use_distillation_head:
-        architecture = "DeiTForImageClassificationWithTeacher"
-    contents = {**CONFIG_MAPPING[model_type](**fields).to_dict(), "architectures": [architecture]}
-    files = {"config.json": contents}
-    if processor is not None:
-        settings = processor.to_dict()
-        settings = {key: settings[key] for key in _SHARED_SETTINGS if settings.get(key) is not None}
-        files["preprocessor_config.json"] = {**settings, "image_processor_type": "ViTImageProcessor"}
-    return files
-
-
-def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor: Any) -> dict[str, Any]:
-    size = _TIMM_SIZES.get(config.hidden_size, "base")
-    family, distilled = ("deit", "_distilled") if config.use_distillation_token else ("vit", "")
-    arguments: dict[str, Any] = {
-        "img_size": list(config.image_hw),
-        "patch_size": list(config.patch_hw),
-        "in_chans": config.num_channels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "init_values": config.layer_scale_init_value,
-        "act_layer": next(name for name, ours in _TIMM_ACTIVATIONS.items() if ours == config.hidden_act),
-    }
-    if not distilled:
-        # of all tokens before the patches, or of none
-        has_positions = dialect.get("registers_placed") if config.num_register_tokens else config.cls_token_position
-        arguments.update(
-            class_token=config.use_cls_token,
-            no_embed_class=not has_positions,
-            reg_tokens=config.num_register_tokens,
-            global_pool="token" if config.pooling == "cls" else "avg",
-            fc_norm=config.norm_after_pooling,
-        )
-    if config.position_embedding == "none":
-        arguments["pos_embed"] = "none"
-    settings = {} if processor is None else processor.to_dict()
-    names = {number: name for name, number in _RESAMPLE.items()}
-    pretrained = {
-        "input_size": [config.num_channels, *config.image_hw],
-        "mean": list(settings.get("image_mean") or [0.5] * config.num_channels),
-        "std": list(settings.get("image_std") or [0.5] * config.num_channels),
-        "interpolation": names.get(settings.get("resample"), "bicubic"),
-        "crop_pct": settings.get("crop_pct") or 1.0,
-        "crop_mode": "center" if settings.get("crop_pct") else "squash",
-        "num_classes": config.num_labels,
-        "first_conv": "patch_embed.proj",
-        "classifier": ["head", "head_dist"] if config.use_distillation_head else "head",
-    }
-    return {
-        "architecture": dialect.get("architecture") or f"{family}_{size}{distilled}_patch16_224",
-        "num_classes": config.num_labels,
-        "num_features": config.hidden_size,
-        "global_pool": "token" if config.pooling == "cls" else "avg",
-        "model_args": arguments,
-        "pretrained_cfg": pretrained,
-    }

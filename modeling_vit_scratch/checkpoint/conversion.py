@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
-from .architecture import Evidence, infer_config, infer_processor, their_configs
-from .families import find_family
+from .architecture import Evidence, infer_config, infer_processor
+from .families import Row, find_family
 from .files import CheckpointError, TensorFile, find_files, open_tensors, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
-from .layouts import fold_registers, join_biases, unstack, unwrap
+from .layouts import add_axes, drop_axes, fold_registers, join, split, unstack, unwrap
+from .their_files import their_configs
 
 
 @dataclass
@@ -103,8 +104,16 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
     if form is NATIVE:
         return _native(path, file, their_config, notes)
     is_scanned = form is NPZ and any("Transformer/encoderblock/" in name for name in file)
-    file = unstack(file) if is_scanned else join_biases(file) if form is TIMM else file
+    row, joins = family.row if family is not None and family.row is not None else Row(""), {}
+    if is_scanned:
+        file = unstack(file)
+    elif form in (TIMM, TRANSFORMERS):
+        file, joins = join(file, row.fields.get("key_bias", True))
+    if form is TRANSFORMERS:
+        file = add_axes(file, (their_config.get("vision_config") or their_config).get("patch_size", 16))
     shapes, dialect = file.shapes, _dialect(form, file)
+    if joins:
+        dialect["joins"] = joins
     if form is NPZ:
         dialect["scanned"] = is_scanned
     evidence = Evidence(path, family, form, dialect, shapes, their_config, preprocessor, dict(given or {}), notes)
@@ -134,7 +143,9 @@ def _dialect(form: Format, names: TensorFile) -> dict[str, Any]:
         dialect["norm_axes"] = max((len(names.shapes[name]) for name in norms), default=1)
     elif form is TRANSFORMERS:
         pattern = re.compile(r"((?:\w+\.)?)(embeddings|encoder|layers|layernorm)\.")
-        dialect["prefix"] = next((match[1] for name in names if (match := pattern.match(name))), "")
+        prefix = dialect["prefix"] = next((match[1] for name in names if (match := pattern.match(name))), "")
+        norms = form.dialects["norm"]  # other parts have one too
+        dialect["norm"] = next((norm for norm in norms if f"{prefix}{norm}.weight" in names.shapes), norms[0])
     return dialect
 
 
@@ -244,6 +255,8 @@ def save_checkpoint(
         heads = ("classifier.", "distillation_classifier.")
         state = {name: state[name] / config.temperature if name.startswith(heads) else state[name] for name in state}
     dialect = _writing_dialect(form, origin, config, state)
+    if exact:
+        _refuse_other_numbers(form, dialect, config, "classifier.weight" in state)
     state = _with_places(state, form, config, dialect)
     tensors, leftover = {}, set(state)
     for ours, theirs, rule in expand(form, config, dialect):
@@ -254,7 +267,10 @@ def save_checkpoint(
         for name in tensors:
             if re.search(r"(gn_root|gn\d|gn_proj)/(scale|bias)$", name):
                 tensors[name] = tensors[name].reshape(1, 1, 1, -1)
-    _refuse_loss(form, origin, config, leftover, exact)
+    _refuse_loss(form, origin, config, leftover)
+    tensors = split(tensors, dialect.get("joins", {}))
+    if form is TRANSFORMERS:
+        tensors = drop_axes(tensors, dialect["model_type"].startswith("siglip2"))
     if dialect.get("scanned"):
         tensors = _stacked(tensors, config.num_hidden_layers)
     path = Path(path)
@@ -303,7 +319,8 @@ def _writing_dialect(
         model_type = "deit" if config.use_distillation_token else model_type
         dialect.update(prefix="", model_type=model_type)
         if is_dino:
-            dialect.update(norm1="norm1", norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+            parts = ("weights_in", "weights_out") if config.use_gated_mlp else ("fc1", "fc2")
+            dialect.update(norm1="norm1", norm2="norm2", fc1=f"mlp.{parts[0]}", fc2=f"mlp.{parts[1]}")
         if config.use_distillation_head:
             dialect["classifier"] = "cls_classifier"
     dialect.update({key: value for key, value in origin.items() if key != "name"})
@@ -311,13 +328,14 @@ def _writing_dialect(
         dialect["registers_placed"] = False
     has_head = any(name.startswith(("classifier", "decoder")) for name in state)
     if form is TRANSFORMERS and not dialect["prefix"] and has_head:
-        dialect["prefix"] = "vit." if dialect["model_type"] in ("vit_msn", "vit_mae") else f"{dialect['model_type']}."
+        model_type = dialect["model_type"].removesuffix("_vision_model")
+        is_tower = model_type != dialect["model_type"]
+        prefix = "vision_model." if is_tower else "vit." if model_type in ("vit_msn", "vit_mae") else f"{model_type}."
+        dialect.update(model_type=model_type, prefix=prefix)
     return dialect
 
 
-def _refuse_loss(
-    form: Format, origin: Mapping[str, Any], config: ViTScratchConfig, leftover: set[str], exact: bool
-) -> None:
+def _refuse_loss(form: Format, origin: Mapping[str, Any], config: ViTScratchConfig, leftover: set[str]) -> None:
     if leftover:
         names = sorted(leftover)
         raise ValueError(
@@ -326,10 +344,35 @@ def _refuse_loss(
         )
     if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
-    fixed = {**form.fixed, "pooling": ("mean",)} if origin.get("model_type") == "ijepa" else form.fixed
-    for name, values in fixed.items():
+
+
+# Fields that the config.json of a model type of transformers has.
+_SAID_BY_CONFIG = {
+    "dinov2": ("use_gated_mlp",),
+    "dinov2_with_registers": ("use_gated_mlp",),
+    "dinov3_vit": ("key_bias", "use_gated_mlp", "mlp_bias", "proj_bias"),
+    "aimv2_vision_model": ("mlp_bias", "proj_bias"),
+    "siglip_vision_model": ("pooling",),
+    "siglip2_vision_model": ("pooling",),
+}
+
+
+def _refuse_other_numbers(
+    form: Format, dialect: Mapping[str, Any], config: ViTScratchConfig, has_classifier: bool
+) -> None:
+    """What a format's code computes with, where neither tensors nor the files beside them say it."""
+    named = {"model_type": dialect["model_type"]} if form is TRANSFORMERS else {}
+    named = {"architecture": dialect["architecture"]} if dialect.get("architecture") else named
+    family = find_family(named, "")
+    row = family.row if family is not None and family.row is not None else Row("")
+    said = {**row.fields, **(row.classifier if has_classifier else {})}
+    free = _SAID_BY_CONFIG.get(dialect.get("model_type", ""), ())
+    if form is TIMM:  # model_args say it
+        said = {name: value for name, value in said.items() if name not in ("hidden_act", "pooling")}
+    for name, values in form.fixed.items():
+        values = (said[name],) if name in said else values
         value = getattr(config, name)
-        if value not in values and exact:
+        if value not in values and name not in free:
             raise ValueError(
                 f"The {form.name} format's own code computes with {name}={values[0]!r}, the model with {value!r}: the"
                 " numbers would differ. exact=False writes it all the same."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_vit_scratch import ViTScratchConfig
-from .families import ATTENTION_POOLING, GATED_MLP, NORM_FIRST, RELATIVE, ROTARY, TIMM_STEM
+from .families import RELATIVE, ROTARY, TIMM_STEM
 
 
 class Rule(NamedTuple):
@@ -36,8 +36,10 @@ SAME = Rule(lambda t, c: t[0], lambda t, c: [t])
 TRANSPOSED = Rule(lambda t, c: t[0].T.contiguous(), lambda t, c: [t.T.contiguous()])
 # (height, width, inputs, outputs) <-> (outputs, inputs, height, width)
 CONVOLUTION = Rule(lambda t, c: _copy(t[0].permute(3, 2, 0, 1)), lambda t, c: [_copy(t.permute(2, 3, 1, 0))])
-# query, key, value apart <-> one after another
-FUSED = Rule(lambda t, c: torch.cat(t), lambda t, c: list(t.chunk(3)))
+# query, key, value apart (keys may have no bias) <-> one after another
+FUSED = Rule(lambda t, c: torch.cat(t), lambda t, c: list(t.split(c.hidden_size)))
+# a query apart from keys and values <-> one after another
+QUERY_APART = Rule(lambda t, c: torch.cat(t), lambda t, c: list(t.split([c.hidden_size, 2 * c.hidden_size])))
 # three of (D, heads, head width) <-> (3 D, D)
 FUSED_HEADS = Rule(
     lambda t, c: torch.cat([kernel.flatten(1).T for kernel in t]),
@@ -54,8 +56,11 @@ MERGED_HEADS = Rule(
 ONE_TOKEN = Rule(lambda t, c: t[0][None], lambda t, c: [t[0]])
 # of any rank <-> a vector: Flax before 0.3.6 kept the axes that GroupNorm averages over, (1, 1, 1, C)
 VECTOR = Rule(lambda t, c: t[0].flatten(), lambda t, c: [t])
-# DINOv2's mask token is (1, D), ViT's (1, 1, D)
-MASK_TOKEN = Rule(lambda t, c: t[0].reshape(1, 1, -1), lambda t, c: [t if c.layer_scale_init_value is None else t[0]])
+# DINOv2's mask token is (1, D), that of ViT and DINOv3 (1, 1, D)
+MASK_TOKEN = Rule(
+    lambda t, c: t[0].reshape(1, 1, -1),
+    lambda t, c: [t if c.layer_scale_init_value is None or c.position_embedding == "rope_2d" else t[0]],
+)
 # a 1 x 1 convolution <-> a dense layer
 POINTWISE = Rule(lambda t, c: t[0].flatten(1), lambda t, c: [t[:, :, None, None]])
 Row = tuple[str, str | tuple[str, ...], Rule]
@@ -76,6 +81,8 @@ _FLAX = ("kernel", "bias")
 _SCALE = ("scale", "bias")
 _FLAX_QKV = ("query", "key", "value")
 _BLOCK = "{prefix}Transformer/encoderblock_{i}/"
+_MAP = "{prefix}MAPHead_0/"
+_MAP_ATTENTION = _MAP + "MultiHeadDotProductAttention_0/"
 _UNIT = "vit.embeddings.patch_embeddings.stem.stages.{s}.{u}"
 _THEIR_UNIT = "{prefix}block{s1}/unit{u1}/"
 
@@ -103,6 +110,13 @@ NPZ_ROWS: list[Row] = [
     *_both("vit.layers.{i}.mlp.fc1", _BLOCK + "{mlp}/Dense_0/", TRANSPOSED, _FLAX),
     *_both("vit.layers.{i}.mlp.fc2", _BLOCK + "{mlp}/Dense_1/", TRANSPOSED, _FLAX),
     *_both("vit.layernorm", "{prefix}Transformer/encoder_norm/", SAME, _SCALE),
+    ("vit.pooler.attention.probe", _MAP + "probe", SAME),
+    ("vit.pooler.attention.qkv.weight", _three(_MAP_ATTENTION + "*/kernel", _FLAX_QKV), FUSED_HEADS),
+    ("vit.pooler.attention.qkv.bias", _three(_MAP_ATTENTION + "*/bias", _FLAX_QKV), FUSED_HEADS_BIAS),
+    *_both("vit.pooler.attention.proj", _MAP_ATTENTION + "out/", MERGED_HEADS, _FLAX),
+    *_both("vit.pooler.attention.layernorm", _MAP + "LayerNorm_0/", SAME, _SCALE),
+    *_both("vit.pooler.attention.mlp.fc1", _MAP + "MlpBlock_0/Dense_0/", TRANSPOSED, _FLAX),
+    *_both("vit.pooler.attention.mlp.fc2", _MAP + "MlpBlock_0/Dense_1/", TRANSPOSED, _FLAX),
     *_both("vit.pooler.dense", "{prefix}pre_logits/", TRANSPOSED, _FLAX),
     *_both("classifier", "{prefix}head/", TRANSPOSED, _FLAX),
 ]
@@ -115,6 +129,8 @@ TIMM_ROWS: list[Row] = [
     ("vit.embeddings.mask_token", "mask_token", ONE_TOKEN),
     ("vit.embeddings.position_embeddings.weight", "pos_embed", SAME),
     *_both("vit.embeddings.patch_embeddings.projection", "patch_embed.proj."),
+    *_both("vit.embeddings.patch_embeddings.layernorm", "patch_embed.norm."),
+    *_both("vit.embeddings.layernorm", "norm_pre."),
     *_both("vit.layers.{i}.layernorm_before", "blocks.{i}.norm1."),
     *_both("vit.layers.{i}.attention.qkv", "blocks.{i}.attn.qkv."),
     *_both("vit.layers.{i}.attention.q_norm", "blocks.{i}.attn.q_norm."),
@@ -122,26 +138,35 @@ TIMM_ROWS: list[Row] = [
     *_both("vit.layers.{i}.attention.proj", "blocks.{i}.attn.proj."),
     ("vit.layers.{i}.layer_scale_attention.weight", "blocks.{i}.{scale1}", SAME),
     *_both("vit.layers.{i}.layernorm_after", "blocks.{i}.norm2."),
-    *_both("vit.layers.{i}.mlp.fc1", "blocks.{i}.mlp.fc1."),
-    *_both("vit.layers.{i}.mlp.fc2", "blocks.{i}.mlp.fc2."),
+    *_both("vit.layers.{i}.mlp.fc1", "blocks.{i}.{fc1}."),
+    *_both("vit.layers.{i}.mlp.fc2", "blocks.{i}.{fc2}."),
     ("vit.layers.{i}.layer_scale_mlp.weight", "blocks.{i}.{scale2}", SAME),
     *_both("vit.layernorm", "norm."),
     *_both("vit.pooler.layernorm", "fc_norm."),
+    ("vit.pooler.attention.probe", "attn_pool.latent", SAME),
+    ("vit.pooler.attention.qkv.weight", ("attn_pool.q.weight", "attn_pool.kv.weight"), QUERY_APART),
+    ("vit.pooler.attention.qkv.bias", ("attn_pool.q.bias", "attn_pool.kv.bias"), QUERY_APART),
+    *_both("vit.pooler.attention.proj", "attn_pool.proj."),
+    *_both("vit.pooler.attention.layernorm", "attn_pool.norm."),
+    *_both("vit.pooler.attention.mlp.fc1", "attn_pool.mlp.fc1."),
+    *_both("vit.pooler.attention.mlp.fc2", "attn_pool.mlp.fc2."),
     *_both("vit.pooler.dense", "pre_logits.fc."),
     *_both("classifier", "{head}."),
     *_both("distillation_classifier", "head_dist."),
 ]
 
-# transformers: ViT, DeiT, ViTMAE, ViTMSN, DINOv2 with and without registers
+# transformers: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2 with and without registers, DINOv3, CLIP, SigLIP, AIMv2
 _LAYER = "{prefix}{layers}.{i}."
 
 TRANSFORMERS_ROWS: list[Row] = [
-    ("vit.embeddings.cls_token", "{prefix}embeddings.cls_token", SAME),
+    ("vit.embeddings.cls_token", "{prefix}embeddings.{cls}", SAME),
     ("vit.embeddings.distillation_token", "{prefix}embeddings.distillation_token", SAME),
     ("vit.embeddings.register_tokens", "{prefix}embeddings.register_tokens", SAME),
     ("vit.embeddings.mask_token", "{prefix}embeddings.mask_token", MASK_TOKEN),
-    ("vit.embeddings.position_embeddings.weight", "{prefix}embeddings.position_embeddings", SAME),
-    *_both("vit.embeddings.patch_embeddings.projection", "{prefix}embeddings.patch_embeddings.projection."),
+    ("vit.embeddings.position_embeddings.weight", "{prefix}embeddings.{positions}", SAME),
+    *_both("vit.embeddings.patch_embeddings.projection", "{prefix}embeddings.{patch}."),
+    *_both("vit.embeddings.patch_embeddings.layernorm", "{prefix}embeddings.rms_norm."),
+    *_both("vit.embeddings.layernorm", "{prefix}pre_layrnorm."),
     *_both("vit.layers.{i}.layernorm_before", _LAYER + "{norm1}."),
     ("vit.layers.{i}.attention.qkv.weight", _three(_LAYER + "{attention}.*.weight", ("{q}", "{k}", "{v}")), FUSED),
     ("vit.layers.{i}.attention.qkv.bias", _three(_LAYER + "{attention}.*.bias", ("{q}", "{k}", "{v}")), FUSED),
@@ -151,8 +176,15 @@ TRANSFORMERS_ROWS: list[Row] = [
     *_both("vit.layers.{i}.mlp.fc1", _LAYER + "{fc1}."),
     *_both("vit.layers.{i}.mlp.fc2", _LAYER + "{fc2}."),
     ("vit.layers.{i}.layer_scale_mlp.weight", _LAYER + "layer_scale2.lambda1", SAME),
-    *_both("vit.layernorm", "{prefix}layernorm."),
+    *_both("vit.layernorm", "{prefix}{norm}."),
+    *_both("vit.pooler.layernorm", "{prefix}{norm}."),
     *_both("vit.pooler.dense", "{prefix}pooler.dense."),
+    ("vit.pooler.attention.probe", "{prefix}head.probe", SAME),
+    *_both("vit.pooler.attention.qkv", "{prefix}head.attention.in_proj_"),
+    *_both("vit.pooler.attention.proj", "{prefix}head.attention.out_proj."),
+    *_both("vit.pooler.attention.layernorm", "{prefix}head.layernorm."),
+    *_both("vit.pooler.attention.mlp.fc1", "{prefix}head.mlp.fc1."),
+    *_both("vit.pooler.attention.mlp.fc2", "{prefix}head.mlp.fc2."),
     *_both("classifier", "{classifier}."),
     *_both("distillation_classifier", "distillation_classifier."),
     *_both("decoder", "decoder.0.", POINTWISE),
@@ -189,7 +221,20 @@ class Format(NamedTuple):
     fixed: Mapping[str, tuple[Any, ...]] = {}  # what their code computes with and no file says
 
 
-_PLAIN = {"norm_after_pooling": (False,), "position_embedding_placement": ("stem",)}
+# The paper's network, and what it would have with another value: other networks have it, or not, by their names.
+_PLAIN = {
+    "use_gated_mlp": (False,),
+    "mlp_bias": (True,),
+    "proj_bias": (True,),
+    "key_bias": (True,),
+    "patch_bias": (True,),
+    "norm_type": ("layernorm",),
+    "use_patch_norm": (False,),
+    "use_pre_norm": (False,),
+    "use_final_norm": (True,),
+    "norm_after_pooling": (False,),
+    "position_embedding_placement": ("stem",),
+}
 _MAE_DECODER = "MAE's decoder, which only pre-training uses"
 
 NPZ = Format(
@@ -205,12 +250,13 @@ NPZ = Format(
         "positions": ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding"),
     },
     leftovers={r"^(opt|chrono|states?|step)(/|$)": "the optimizer's state"},
-    unsupported={r"MAPHead_0/|^probe$": ATTENTION_POOLING, r"(MixerBlock|token_mixing)": "is an MLP-Mixer"},
+    unsupported={r"(MixerBlock|token_mixing)": "is an MLP-Mixer"},
     fixed={
         **_PLAIN,
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
         "layer_norm_eps": (1e-6,),
         "position_embedding": ("learned_1d", "sincos_2d"),
+        "pooling": ("cls", "mean", "map"),
     },
 )
 TIMM = Format(
@@ -223,24 +269,25 @@ TIMM = Format(
         "scale1": ("ls1.gamma", "gamma_1"),
         "scale2": ("ls2.gamma", "gamma_2"),
         "head": ("head", "head.0", "head.1"),  # users' own, of dropout and one linear layer
+        "fc1": ("mlp.fc1", "mlp.w12"),  # DINOv2's giant, as its authors publish it
+        "fc2": ("mlp.fc2", "mlp.w3"),
     },
     leftovers={
         r"^decoder_(embed|blocks|norm|pred|pos_embed)\b": _MAE_DECODER,
         r"^head\.(mlp|last_layer)\.": "DINO's projection head, which only pre-training uses",
     },
     unsupported={
-        r"^attn_pool\.": ATTENTION_POOLING,
-        r"^norm_pre\.": NORM_FIRST,
         r"^patch_embed\.backbone\.": TIMM_STEM,
-        r"\.mlp\.(w12|w3|fc1_g|fc1_x)\.": GATED_MLP,
         r"relative_position|rel_pos": RELATIVE,
         r"^rope\b|\.rope\b": ROTARY,
     },
     fixed={
+        **_PLAIN,
         "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"),
         "layer_norm_eps": (1e-6,),
         "position_embedding": ("learned_1d", "none"),
-        "position_embedding_placement": ("stem",),
+        "norm_after_pooling": (False, True),
+        "pooling": ("cls", "mean", "map"),
     },
 )
 TRANSFORMERS = Format(
@@ -249,28 +296,36 @@ TRANSFORMERS = Format(
     TRANSFORMERS_ROWS,
     marks=(
         "embeddings.patch_embeddings.projection.weight",
+        "embeddings.patch_embeddings.weight",
+        "embeddings.patch_embedding.weight",
+        "embeddings.patch_embed.weight",
         "embeddings.position_embeddings",
+        "embeddings.position_embedding.weight",
         "query.weight",
-        "attention.q_proj.weight",
+        "q_proj.weight",
     ),
     dialects={
-        "layers": ("encoder.layer", "layers"),
-        "norm1": ("layernorm_before", "norm1"),
-        "norm2": ("layernorm_after", "norm2"),
-        "attention": ("attention.attention", "attention"),
+        "cls": ("cls_token", "class_embedding"),
+        "positions": ("position_embeddings", "position_embedding.weight"),
+        "patch": ("patch_embeddings.projection", "patch_embeddings", "patch_embedding", "patch_embed"),
+        "layers": ("encoder.layer", "encoder.layers", "layers", "model.layer", "layer"),
+        "norm1": ("layernorm_before", "norm1", "layer_norm1", "rms_norm1"),
+        "norm2": ("layernorm_after", "norm2", "layer_norm2", "rms_norm2"),
+        "norm": ("layernorm", "post_layernorm", "norm", "rms_norm"),
+        "attention": ("attention.attention", "attention", "self_attn"),
         "q": ("query", "q_proj"),
         "k": ("key", "k_proj"),
         "v": ("value", "v_proj"),
-        "out": ("attention.output.dense", "attention.o_proj"),
-        "fc1": ("intermediate.dense", "mlp.fc1"),
-        "fc2": ("output.dense", "mlp.fc2"),
+        "out": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj", "attention.out_proj"),
+        "fc1": ("intermediate.dense", "mlp.fc1", "mlp.weights_in", "mlp.up_proj"),
+        "fc2": ("output.dense", "mlp.fc2", "mlp.weights_out", "mlp.down_proj", "ffn.down_proj"),
         "classifier": ("classifier", "cls_classifier", "classifier.0", "classifier.1"),
     },
     leftovers={
         r"^decoder\.(mask_token|decoder_\w+)": _MAE_DECODER,
         r"embeddings\.position_ids$": "a counter, no weight",
     },
-    unsupported={r"\.mlp\.(weights_in|weights_out)\.": GATED_MLP, r"relative_position": RELATIVE},
+    unsupported={r"relative_position": RELATIVE},
     fixed={**_PLAIN, "position_embedding": ("learned_1d",), "pooling": ("cls",)},
 )
 TORCHVISION = Format(
@@ -339,6 +394,8 @@ def expand(form: Format, config: ViTScratchConfig, dialect: Mapping[str, str]) -
     layers = [{"i": i} for i in range(config.num_hidden_layers)]
     for ours, theirs, rule in form.rows:
         counters = layers if "{i}" in ours else units if "{u}" in ours else [{}]
+        names = [theirs] if isinstance(theirs, str) else list(theirs)
+        if len(names) == 3 and ours.endswith("qkv.bias") and not config.key_bias:
+            del names[1]
         for counter in counters:
-            names = [theirs] if isinstance(theirs, str) else theirs
             yield ours.format(**counter), [name.format(**dialect, **counter) for name in names], rule

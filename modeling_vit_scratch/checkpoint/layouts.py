@@ -6,7 +6,9 @@ before it is asked for.
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from .files import CheckpointError, TensorFile
 
 
 # The patch projection of every format but the official one, with whatever is before it.
-_PROJECTION = re.compile(r"((?:.*\.)?)(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection|conv_proj)\.weight")
+_PROJECTION = re.compile(
+    r"((?:.*\.)?)(?:patch_embed\.proj|embeddings\.patch_embed(?:dings\.projection|dings?)?|conv_proj)\.weight"
+)
 # What transformers' classifiers call their encoder; their heads stand beside it.
-_ENCODER = re.compile(r"(?:^|(?<=\.))(?:vit|deit|dinov2|dinov2_with_registers|ijepa)\.$")
+_ENCODER = re.compile(r"(?:^|(?<=\.))(?:vit|deit|dinov2|dinov2_with_registers|ijepa|vision_model)\.$")
 _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 _PRETRAINING_HEAD = re.compile(r"(^|[._])head\.(mlp|last_layer)\.")
 # Where training scripts keep a network, best first: an average or a teacher is what is published.
@@ -106,23 +110,79 @@ def unstack(file: TensorFile) -> TensorFile:
     return TensorFile(file.path, shapes, read)
 
 
-def join_biases(file: TensorFile) -> TensorFile:
-    """EVA's biases for queries and values, whose keys have none, as one bias (3 D,) with zeros for the keys."""
-    shapes, parts = dict(file.shapes), {}
-    for name in file:
-        value = name.removesuffix("q_bias") + "v_bias"
-        if name.endswith(".attn.q_bias") and file.shapes.get(value) == file.shapes[name]:
-            joined = name.removesuffix("q_bias") + "qkv.bias"
-            parts[joined], shapes[joined] = (name, value), (3 * file.shapes[name][0],)
-            del shapes[name], shapes[value]
+# What some networks keep in several tensors: the end of the table's name, and of theirs. EVA's keys have no bias, which
+# without rotary positions is a bias of zeros.
+_GATED = ("mlp.gate_proj", "mlp.up_proj"), ("ffn.gate_proj", "ffn.up_proj"), ("mlp.fc1_g", "mlp.fc1_x")
+_JOINS = [
+    (f"mlp.fc1.{kind}", tuple(f"{part}.{kind}" for part in parts)) for parts in _GATED for kind in ("weight", "bias")
+] + [("attn.qkv.bias", ("attn.q_bias", "attn.v_bias"))]
+# Names of tensors without the leading axes that others have, and how many are lacking.
+_LACKING = {"embeddings.class_embedding": 2, "embeddings.position_embedding.weight": 1}
+
+
+def join(file: TensorFile, has_key_bias: bool) -> tuple[TensorFile, dict[str, tuple[str, ...]]]:
+    """The tensors of `_JOINS` as one each, and the joins that were found, for `split`."""
+    shapes, parts, found = dict(file.shapes), {}, {}
+    for end, ends in _JOINS:
+        for stem in [name.removesuffix(ends[0]) for name in file if name.endswith(ends[0])]:
+            names = tuple(stem + each for each in ends)
+            if any(file.shapes.get(name) != file.shapes[names[0]] for name in names):
+                continue
+            is_bias = end == "attn.qkv.bias" and has_key_bias
+            rows, *rest = file.shapes[names[0]] or (0,)
+            parts[stem + end], shapes[stem + end] = (names, is_bias), ((2 + is_bias) * rows, *rest)
+            found |= {} if is_bias else {end: ends}
+            for name in names:
+                del shapes[name]
 
     def read(name: str) -> Tensor:
         if name not in parts:
             return file[name]
-        query, value = (file[part] for part in parts[name])
-        return torch.cat([query, torch.zeros_like(query), value])
+        names, is_bias = parts[name]
+        first, second = (file[part] for part in names)
+        return torch.cat([first, torch.zeros_like(first), second] if is_bias else [first, second])
 
-    return TensorFile(file.path, shapes, read) if parts else file
+    return (TensorFile(file.path, shapes, read) if parts else file), found
+
+
+def split(tensors: dict[str, Tensor], joins: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """What `join` undoes."""
+    apart = {}
+    for name, tensor in tensors.items():
+        end = next((end for end in joins if name.endswith(end)), None)
+        names = [name] if end is None else [name.removesuffix(end) + part for part in joins[end]]
+        apart.update(zip(names, tensor.chunk(len(names))))
+    return apart
+
+
+def add_axes(file: TensorFile, patch_size: Any) -> TensorFile:
+    """CLIP's vectors and tables with the axes that ViT's have, and the dense layer of NaFlex's patches as a kernel."""
+    shapes = dict(file.shapes)
+    for name, shape in file.shapes.items():
+        lacking = next((count for end, count in _LACKING.items() if name.endswith(end)), 0)
+        shapes[name] = (1,) * lacking + shape
+        is_dense = name.endswith("embeddings.patch_embedding.weight") and len(shape) == 2
+        if is_dense and isinstance(patch_size, int) and patch_size > 0 and shape[1] % patch_size**2 == 0:
+            shapes[name] = (shape[0], shape[1] // patch_size**2, patch_size, patch_size)
+
+    def read(name: str) -> Tensor:
+        tensor, shape = file[name], shapes[name]
+        if len(shape) == 4 and tensor.dim() == 2:  # (D, height * width * C)
+            return tensor.unflatten(1, (*shape[2:], shape[1])).permute(0, 3, 1, 2).contiguous()
+        return tensor.reshape(shape)
+
+    return TensorFile(file.path, shapes, read)
+
+
+def drop_axes(tensors: dict[str, Tensor], has_dense_patches: bool) -> dict[str, Tensor]:
+    """What `add_axes` undoes."""
+    dropped = {}
+    for name, tensor in tensors.items():
+        lacking = next((count for end, count in _LACKING.items() if name.endswith(end)), 0)
+        dropped[name] = tensor.reshape(tensor.shape[lacking:])
+        if has_dense_patches and name.endswith("embeddings.patch_embedding.weight"):
+            dropped[name] = tensor.permute(0, 2, 3, 1).flatten(1)
+    return dropped
 
 
 def fold_registers(file: TensorFile, registers: str, positions: str, before: int) -> TensorFile:

@@ -7,9 +7,10 @@ import os
 import torch
 from torch import Tensor, nn
 
-from .architecture import their_configs
 from .conversion import Checkpoint
 from .formats import TIMM, TORCHVISION, TRANSFORMERS
+from .layouts import drop_axes, split
+from .their_files import their_configs
 
 
 def largest_difference(checkpoint: Checkpoint, model: nn.Module) -> tuple[float, float] | str:
@@ -49,13 +50,17 @@ def model_output(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return {name: checkpoint.file[name] for theirs, _ in checkpoint.rows.values() for name in theirs}
+    tensors = {name: checkpoint.file[name] for theirs, _ in checkpoint.rows.values() for name in theirs}
+    tensors = split(tensors, checkpoint.config.source_format.get("joins", {}))
+    return drop_axes(tensors, has_dense_patches=False)
 
 
-def _transformers_model(checkpoint: Checkpoint) -> nn.Module:
+def _transformers_model(checkpoint: Checkpoint) -> nn.Module | str:
     import transformers
 
     folder, dialect = os.path.dirname(checkpoint.source), checkpoint.config.source_format
+    if dialect["model_type"].startswith("siglip2"):
+        return "SigLIP 2's code takes patches, not images"
     written = their_configs(TRANSFORMERS, checkpoint.config, dialect, None, checkpoint.rows)["config.json"]
     model_class = getattr(transformers, written["architectures"][0])
     if os.path.isfile(os.path.join(folder, "config.json")):

@@ -77,7 +77,9 @@ class Viewer:
         if patch is None or height % patch[0] or width % patch[1]:
             return explanation
         grid = (height // patch[0], width // patch[1])
-        pools_mean = getattr(self.config, "pooling", None) == "mean" or getattr(self.config, "use_mean_pooling", False)
+        pools_mean = getattr(self.config, "pooling", None) in ("mean", "map") or getattr(
+            self.config, "use_mean_pooling", False
+        )
         rollout, heads = attention_maps(outputs.get("attentions"), grid, pools_mean)
         positions = position_similarity(self.model, grid)
         return replace(explanation, patch=patch, rollout=rollout, heads=heads, positions=positions)

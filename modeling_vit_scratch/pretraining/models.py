@@ -124,7 +124,7 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
     ) -> None:
         super().__init__(config)
         _check_patches_are_hidden(config, "MAE")
-        if config.position_embedding == "relative_1d" or config.position_embedding_placement != "stem":
+        if config.position_embedding in ("relative_1d", "rope_2d") or config.position_embedding_placement != "stem":
             raise ValueError(
                 "MAE encodes some of the patches, so positions must enter once, with the embeddings: take "
                 "position_embedding='learned_1d', 'learned_2d' or 'sincos_2d', and position_embedding_placement='stem'."

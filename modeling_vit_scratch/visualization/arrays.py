@@ -151,7 +151,8 @@ def _pooled_rows(model: ViTScratchPreTrainedModel, weights: Tensor) -> Tensor:
     """The attention to patches of the pooled tokens, (B, ..., T, T) -> (B, ..., N): a row, or the mean of rows."""
     config = model.base_model.config
     prefix = config.num_prefix_tokens
-    rows = weights[..., 0, :] if config.pooling == "cls" else weights[..., prefix:, :].mean(dim=-2)
+    is_token = config.pooling in ("cls", "cls_mean")
+    rows = weights[..., 0, :] if is_token else weights[..., prefix:, :].mean(dim=-2)
     return rows[..., prefix:]
 
 
@@ -268,6 +269,7 @@ def position_similarity(model: ViTScratchPreTrainedModel, grid: tuple[int, int] 
         why = {
             "none": "it does not know where a patch is",
             "relative_1d": "it embeds distances between patches, inside its attention",
+            "rope_2d": "it turns queries and keys, inside its attention",
         }[kind]
         raise InputError(
             f"The model has position_embedding={kind!r}: {why}, and there are no position embeddings to compare. "

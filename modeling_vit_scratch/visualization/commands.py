@@ -169,7 +169,7 @@ def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
     """Figures 6 and 14, and D.8 of the paper."""
     pixel_values = list(subject.read(limit))
     maps = [arrays.rollout_maps(subject.model, one)[0] for one in pixel_values]
-    represents = "the class token" if subject.config.pooling == "cls" else "the mean of the patches"
+    represents = "the class token" if subject.config.pooling in ("cls", "cls_mean") else "the mean of the patches"
     caption = (
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
         "counts twice the mean."
@@ -237,7 +237,7 @@ def heads(subject: Subject) -> Picture:
     pixel_values = next(subject.read(1))
     maps, photo = arrays.head_maps(subject.model, pixel_values)[0], subject.as_photo(pixel_values)
     layers, count, rows, columns = maps.shape
-    looks = "the class token" if subject.config.pooling == "cls" else "all patches, on average,"
+    looks = "the class token" if subject.config.pooling in ("cls", "cls_mean") else "all patches, on average,"
     caption = f"{subject.name}: where {looks} looked, by layer and head. Each map is scaled by its largest weight."
     photo_part = max(0.18, 1.2 / count)  # the width of the photo, as a fraction of that of the maps
 

@@ -87,16 +87,12 @@ def has_tensor(*parts: str) -> Callable[[torch.nn.Module], bool]:
 EVIDENCE: dict[str, Callable[[torch.nn.Module], bool]] = {
     "rotary position": has_layer("Rotary", "Rope"),
     "relative positions": has_tensor("rel", "pos_embed.table", "position_table", "position_embedding_table"),
-    "pools by attention": has_layer("AttentionPool", "AttentionPoolingHead"),
-    "before the first layer": has_tensor("norm_pre.weight", "pre_layrnorm.weight", "pre_layernorm.weight"),
-    "gated MLPs": has_layer("Glu", "GLU", "imv2MLP"),
+    "pools over": lambda network: network.pool_include_prefix,
     "res-post-norm": has_layer("ResPost", "PostNorm"),
     "inside of attention": has_tensor("attn.norm.weight"),
     "side by side": has_layer("Parallel"),
     "differential attention": has_layer("Diff"),
     "NaFlex": has_layer("NaFlex"),
-    "no LayerNorm after": lambda network: not {"norm.weight", "fc_norm.weight"} & set(network.state_dict()),
-    "RMSNorm": has_layer("RmsNorm"),
     "convolutional stem": has_tensor("patch_embed.backbone."),
     "objects that it detects": has_tensor("detection_tokens"),
     "is no plain": lambda network: True,
@@ -169,7 +165,13 @@ def transformers_saver(model_type: str, name: str) -> Callable[[Path], torch.nn.
 
     def save(folder: Path) -> torch.nn.Module:
         default = transformers.CONFIG_MAPPING[model_type]()
-        config = type(default)(**{key: value for key, value in small.items() if hasattr(default, key)})
+        vision = getattr(default, "vision_config", default)
+        options = {key: value for key, value in small.items() if hasattr(vision, key)}
+        options |= {"num_patches": 16} if hasattr(vision, "num_patches") else {}
+        if vision is not default:
+            texts = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+            options = {"vision_config": options, "text_config": texts, "num_labels": 5}
+        config = type(default)(**options)
         model = getattr(transformers, name)(config)
         shake(model)
         model.save_pretrained(folder)
@@ -199,7 +201,14 @@ def compare(folder: Path, theirs: torch.nn.Module) -> tuple[str, float]:
     if kind is ViTScratchForImageClassification and not ours.config.num_labels:  # their head was left out
         ours, theirs = ours.vit, theirs.base_model
     options = {"noise": torch.arange(16.0).expand(2, -1)} if "ViTMAE" in name else {}
-    got, expected = ours(images), theirs(images, **options)
+    if hasattr(theirs, "text_model"):
+        theirs = theirs.vision_model
+    if naflex := name.startswith("Siglip2"):  # takes patches, of channels last
+        patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        mask, grid = torch.ones(2, 16, dtype=torch.long), torch.tensor([[4, 4]] * 2)
+        images_of_theirs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": grid}
+    got = ours(images)
+    expected = theirs(**images_of_theirs) if naflex else theirs(images, **options)
     field = next(field for field in ("logits", "reconstruction", "last_hidden_state") if hasattr(got, field))
     wanted = expected if torch.is_tensor(expected) else expected[field]
     return field, ((got[field] - wanted).abs().max() / wanted.abs().max()).item()
@@ -226,7 +235,7 @@ def try_case(case: Case, folder: Path) -> tuple[str, str]:
         message = str(error)
     if family.name not in message:
         return "WRONG", f"refused without its name: {message}"
-    if reason is None:
+    if not reason:
         return "refused", OTHER if case.save is None else message
     is_seen = next(look for words, look in EVIDENCE.items() if words in reason)
     if case.network is not None and not is_seen(case.network):
@@ -239,8 +248,8 @@ def describe(network: torch.nn.Module | None) -> str:
     if not hasattr(network, "blocks"):
         return ""
     block = network.blocks[0]
-    activation = "gelu_pytorch_tanh" if "Tanh" in type(block.mlp.act).__name__ else "gelu"
-    epsilon = next(layer.eps for layer in network.modules() if isinstance(layer, torch.nn.LayerNorm))
+    kinds = {"GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+    activation, epsilon = kinds[type(block.mlp.act).__name__], block.norm1.eps
     return f"width {network.embed_dim}, heads {block.attn.num_heads}, {activation}, epsilon {epsilon:g}"
 
 

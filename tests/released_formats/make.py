@@ -61,6 +61,17 @@ FORMATS = {
     ),
     "temperature": ("c3f5a03", CLASSIFIER, {"temperature": 1.75}, {}),
     "fast_resize": ("8c7e83f", CLASSIFIER, {}, {"do_fast_resize": True}),
+    "rotary": (
+        "87e6d56", CLASSIFIER,
+        {"position_embedding": "rope_2d", "rope_theta": 50.0, "key_bias": False, "num_register_tokens": 2,
+         "pooling": "cls_mean", "use_gated_mlp": True, "mlp_bias": False, "proj_bias": False, "norm_type": "rmsnorm"},
+        {},
+    ),
+    "attention_pooling": (
+        "87e6d56", CLASSIFIER,
+        {"pooling": "map", "use_patch_norm": True, "use_pre_norm": True, "use_final_norm": False, "patch_bias": False},
+        {},
+    ),
 }  # fmt: skip
 
 
