@@ -120,10 +120,10 @@ def test_the_demo_and_then_the_python_blocks_in_the_order_of_the_page(workplace)
 
 
 def demo_ends_with_labels_from_a_process_without_the_package(workplace):
-    # This environment in place of a new one, and half of the budget.
+    # This environment in place of a new one, half of the budget, and no launcher: another test starts it.
     places = [f"VENV={sys.prefix}", f"SERVE={workplace / 'serve'}", f"DEMO={workplace / 'outputs' / 'demo'}"]
     shorter = "BUDGET=--image_size 24 --num_train_epochs 2 --learning_rate 1e-3"
-    demo = run(["make", "demo", shorter, "-o", f"{sys.prefix}/installed", *places], ROOT)
+    demo = run(["make", "demo", shorter, f"LAUNCH={sys.executable}", "-o", f"{sys.prefix}/installed", *places], ROOT)
     found = re.findall(r"Held-out accuracy: ([\d.]+) % on ([\d,]+) images", demo)
     (scratch, accuracy), (count, _) = (column for column in zip(*found))
     assert float(accuracy) >= 85
