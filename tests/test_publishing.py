@@ -354,8 +354,10 @@ def test_links_out_of_the_folder_and_what_is_hidden_in_pictures_are_refused(fold
 
 def as_saved_earlier(folder: Path, eps: str = "eps=config.layer_norm_eps") -> dict[str, bytes]:
     """The folder as an older version would have saved it: other code, and no version. What is in it now."""
-    encoder = folder / "encoder_vit_scratch.py"
-    encoder.write_text("# older\n" + encoder.read_text().replace("eps=config.layer_norm_eps", eps))
+    encoder, parts = folder / "encoder_vit_scratch.py", folder / "parts_vit_scratch.py"
+    encoder.write_text("# older\n" + encoder.read_text())
+    assert "eps=config.layer_norm_eps" in parts.read_text()
+    parts.write_text(parts.read_text().replace("eps=config.layer_norm_eps", eps))
     config = json.loads((folder / "config.json").read_text())
     del config["code_version"]
     (folder / "config.json").write_text(json.dumps(config))

@@ -256,6 +256,7 @@ def test_the_update_is_that_of_the_whole_batch_however_it_is_cut(pets, tmp_path,
         more += ["--label_smoothing_factor", "0.1"] if kind == "smoothed" else []
         trainer = build(tmp_path / f"{batch}", *flags(pets, *more))
         trainer.train_dataset = Labelled(kind)
+        trainer.try_evaluation = lambda: None  # the held-out images have labels of one kind
         if kind == "multi":
             trainer.model.config.problem_type = "multi_label_classification"
         before = weights(trainer)
