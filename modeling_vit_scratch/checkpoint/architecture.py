@@ -27,6 +27,14 @@ TIMM_ACTIVATIONS = {
 
 # Heads by width where a head has not 64 channels: the paper's H (Table 1) and Zhai et al., arXiv:2106.04560, Table 2.
 _HEADS_BY_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
+# Fields that are true if there is a tensor.
+_SHOWN_BY = {
+    "mlp_bias": "vit.layers.{i}.mlp.fc2.bias", "use_patch_norm": "vit.embeddings.patch_embeddings.layernorm.weight",
+    "use_pre_norm": "vit.embeddings.layernorm.weight", "use_cls_token": "vit.embeddings.cls_token",
+    "use_distillation_token": "vit.embeddings.distillation_token", "use_mask_token": "vit.embeddings.mask_token",
+    "use_distillation_head": "distillation_classifier.weight", "qkv_bias": "vit.layers.{i}.attention.qkv.bias",
+    "qk_norm": "vit.layers.{i}.attention.q_norm.weight",
+}  # fmt: skip
 # Arguments of timm's models that are read below, that tensors show, or that matter in training alone.
 _TIMM_ARGUMENTS = {
     "img_size", "num_heads", "global_pool", "act_layer", "norm_layer", "pos_embed",
@@ -129,26 +137,17 @@ def _from_shapes(evidence: Evidence) -> dict[str, Any]:
     )
     fields["use_gated_mlp"] = first == 2 * second
     fields["intermediate_size"] = second
-    fields["mlp_bias"] = evidence.find("vit.layers.{i}.mlp.fc2.bias") is not None
+    fields |= {name: evidence.find(ours) is not None for name, ours in _SHOWN_BY.items()}
     has_bias = evidence.find("vit.layers.{i}.layernorm_before.bias") is not None
     fields["norm_type"] = "layernorm" if has_bias else "rmsnorm"
-    fields["use_patch_norm"] = evidence.find(f"{patch}layernorm.weight") is not None
-    fields["use_pre_norm"] = evidence.find("vit.embeddings.layernorm.weight") is not None
     fields["patch_bias"] = not fields["use_pre_norm"] or evidence.find(f"{patch}projection.bias") is not None
-    fields["use_cls_token"] = evidence.find("vit.embeddings.cls_token") is not None
-    fields["pooling"] = "cls" if fields["use_cls_token"] else "mean"
-    if evidence.find("vit.pooler.attention.probe") is not None:
-        fields["pooling"] = "map"
-    fields["use_distillation_token"] = evidence.find("vit.embeddings.distillation_token") is not None
-    fields["use_distillation_head"] = evidence.find("distillation_classifier.weight") is not None
-    fields["use_mask_token"] = evidence.find("vit.embeddings.mask_token") is not None
+    has_probe = evidence.find("vit.pooler.attention.probe") is not None
+    fields["pooling"] = "map" if has_probe else "cls" if fields["use_cls_token"] else "mean"
     registers = evidence.find("vit.embeddings.register_tokens")
     fields["num_register_tokens"] = registers[1] if registers else 0
     if registers and not registers[1]:  # DINOv3's default
         name = next(name for name in evidence.shapes if name.endswith("register_tokens"))
         evidence.left_out[name] = "it has no elements"
-    fields["qkv_bias"] = evidence.find("vit.layers.{i}.attention.qkv.bias") is not None
-    fields["qk_norm"] = evidence.find("vit.layers.{i}.attention.q_norm.weight") is not None
     if evidence.find("vit.layers.{i}.layer_scale_attention.weight") is not None:
         fields["layer_scale_init_value"] = 1e-5
     head, pooler = evidence.find("classifier.weight"), evidence.find("vit.pooler.dense.bias")
@@ -195,7 +194,7 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
     # What is said, if anything is; else a square (None); else what is wanted: so many positions may be for it.
     said = given.get("source_image_size")
     for size in [said] if said else [fields.get("_image_size"), None, given.get("image_size")]:
-        grid = _grid(size, patch) if size else None
+        grid = tuple(length // side for length, side in zip(_pair(size), patch)) if size else None
         for placed in placements:
             patches = tokens - placed
             side = math.isqrt(max(patches, 0))
@@ -264,7 +263,7 @@ def _num_heads(evidence: Evidence, fields: dict[str, Any]) -> int:
             f"the number of heads is not in the file, and a width of {width} is no multiple of 64, the usual width of a"
             " head. Say num_attention_heads=…"
         )
-    if evidence.family is not None and evidence.family.row is not None:
+    if evidence.family and evidence.family.row:
         return heads  # rows say where a name means another number
     evidence.notes.append(
         f"Heads: {heads}, as usual for a width of {width}; the file doesn't say. If it is another number, say"
@@ -392,11 +391,6 @@ def _of_poolings(evidence: Evidence, theirs: Any, added: dict[str, Any]) -> None
     heads = [name for name in evidence.shapes if re.match(rf"{prefix}head\.(cls_token|[kv]_proj|output_proj)\b", name)]
     reason = "AIMv2's pooling, whose query has no projection; the mean over patches stands for the image"
     evidence.left_out.update(dict.fromkeys(heads, reason))
-
-
-def _grid(size: int | list[int], patch: tuple[int, int]) -> tuple[int, int]:
-    height, width = _pair(size)
-    return height // patch[0], width // patch[1]
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

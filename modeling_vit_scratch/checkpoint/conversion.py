@@ -92,8 +92,9 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
     """
     path, their_config, preprocessor = find_files(source, **hub)
     family = find_family(their_config, path)
-    if family is not None and family.row is not None and family.row.refused:
-        raise CheckpointError(f"{path}: {family} {family.row.refused}. No model of this package does that.")
+    row = (family and family.row) or Row("")
+    if row.refused:
+        raise CheckpointError(f"{path}: {family} {row.refused}. No model of this package does that.")
     file, notes = unwrap(open_tensors(path))
     form = recognise(file)
     if form is None:
@@ -104,7 +105,7 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
     if form is NATIVE:
         return _native(path, file, their_config, notes)
     is_scanned = form is NPZ and any("Transformer/encoderblock/" in name for name in file)
-    row, joins = family.row if family is not None and family.row is not None else Row(""), {}
+    joins = {}
     if is_scanned:
         file = unstack(file)
     elif form in (TIMM, TRANSFORMERS):
@@ -267,7 +268,14 @@ def save_checkpoint(
         for name in tensors:
             if re.search(r"(gn_root|gn\d|gn_proj)/(scale|bias)$", name):
                 tensors[name] = tensors[name].reshape(1, 1, 1, -1)
-    _refuse_loss(form, origin, config, leftover)
+    if leftover:
+        names = sorted(leftover)
+        raise ValueError(
+            f"The {form.name} format has no place for {', '.join(names[:8])}{', …' if len(names) > 8 else ''}: the"
+            " model can't be written in it."
+        )
+    if form is TIMM and config.representation_size and not origin:
+        raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
     tensors = split(tensors, dialect.get("joins", {}))
     if form is TRANSFORMERS:
         tensors = drop_axes(tensors, dialect["model_type"].startswith("siglip2"))
@@ -288,9 +296,8 @@ def _with_places(
     name = "vit.embeddings.position_embeddings.weight"
     if config.position_embedding != "learned_1d" or form is NPZ:
         return state
-    tokens = int(config.use_cls_token) + int(config.use_distillation_token)
-    placed = tokens if config.cls_token_position else 0
-    wanted = tokens
+    wanted = int(config.use_cls_token) + int(config.use_distillation_token)
+    placed = wanted if config.cls_token_position else 0
     if form is TIMM and not config.use_distillation_token:
         wanted = config.num_prefix_tokens if dialect.get("registers_placed") else placed
     if wanted <= placed:
@@ -311,9 +318,8 @@ def _writing_dialect(
             dialect["positions"] = "pos_embedding"
     elif form is TIMM:
         # timm gives a position to every token before the patches, or to none of them.
-        dialect["registers_placed"] = (
-            config.num_register_tokens > 0 and config.use_cls_token and config.cls_token_position
-        )
+        has_positions = config.use_cls_token and config.cls_token_position
+        dialect["registers_placed"] = config.num_register_tokens > 0 and has_positions
     elif form is TRANSFORMERS:
         model_type = "dinov2_with_registers" if config.num_register_tokens else "dinov2" if is_dino else "vit"
         model_type = "deit" if config.use_distillation_token else model_type
@@ -335,26 +341,13 @@ def _writing_dialect(
     return dialect
 
 
-def _refuse_loss(form: Format, origin: Mapping[str, Any], config: ViTScratchConfig, leftover: set[str]) -> None:
-    if leftover:
-        names = sorted(leftover)
-        raise ValueError(
-            f"The {form.name} format has no place for {', '.join(names[:8])}{', …' if len(names) > 8 else ''}: the"
-            " model can't be written in it."
-        )
-    if form is TIMM and config.representation_size and not origin:
-        raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
-
-
 # Fields that the config.json of a model type of transformers has.
 _SAID_BY_CONFIG = {
-    "dinov2": ("use_gated_mlp",),
-    "dinov2_with_registers": ("use_gated_mlp",),
+    "dinov2": ("use_gated_mlp",), "dinov2_with_registers": ("use_gated_mlp",),
     "dinov3_vit": ("key_bias", "use_gated_mlp", "mlp_bias", "proj_bias"),
     "aimv2_vision_model": ("mlp_bias", "proj_bias"),
-    "siglip_vision_model": ("pooling",),
-    "siglip2_vision_model": ("pooling",),
-}
+    "siglip_vision_model": ("pooling",), "siglip2_vision_model": ("pooling",),
+}  # fmt: skip
 
 
 def _refuse_other_numbers(
@@ -364,14 +357,13 @@ def _refuse_other_numbers(
     named = {"model_type": dialect["model_type"]} if form is TRANSFORMERS else {}
     named = {"architecture": dialect["architecture"]} if dialect.get("architecture") else named
     family = find_family(named, "")
-    row = family.row if family is not None and family.row is not None else Row("")
+    row = (family and family.row) or Row("")
     said = {**row.fields, **(row.classifier if has_classifier else {})}
-    free = _SAID_BY_CONFIG.get(dialect.get("model_type", ""), ())
+    free = _SAID_BY_CONFIG.get(dialect.get("model_type"), ())
     if form is TIMM:  # model_args say it
         said = {name: value for name, value in said.items() if name not in ("hidden_act", "pooling")}
     for name, values in form.fixed.items():
-        values = (said[name],) if name in said else values
-        value = getattr(config, name)
+        values, value = (said[name],) if name in said else values, getattr(config, name)
         if value not in values and name not in free:
             raise ValueError(
                 f"The {form.name} format's own code computes with {name}={values[0]!r}, the model with {value!r}: the"

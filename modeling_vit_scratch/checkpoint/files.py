@@ -300,10 +300,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as unfinished:
         if path.suffix == ".npz":
-            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for name in tensors:
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, to_array(tensors[name]), allow_pickle=False)
+            with open(unfinished, "wb") as file:  # to a name numpy may add a suffix
+                np.savez(file, **{name: to_array(tensor) for name, tensor in tensors.items()})
         elif path.suffix == ".safetensors":
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
         else:

@@ -223,24 +223,15 @@ class Format(NamedTuple):
 
 # The paper's network, and what it would have with another value: other networks have it, or not, by their names.
 _PLAIN = {
-    "use_gated_mlp": (False,),
-    "mlp_bias": (True,),
-    "proj_bias": (True,),
-    "key_bias": (True,),
-    "patch_bias": (True,),
-    "norm_type": ("layernorm",),
-    "use_patch_norm": (False,),
-    "use_pre_norm": (False,),
-    "use_final_norm": (True,),
-    "norm_after_pooling": (False,),
-    "position_embedding_placement": ("stem",),
-}
+    "use_gated_mlp": (False,), "mlp_bias": (True,), "proj_bias": (True,), "key_bias": (True,), "patch_bias": (True,),
+    "norm_type": ("layernorm",), "use_patch_norm": (False,), "use_pre_norm": (False,), "use_final_norm": (True,),
+    "norm_after_pooling": (False,), "position_embedding_placement": ("stem",), "position_embedding": ("learned_1d",),
+    "pooling": ("cls",),
+}  # fmt: skip
 _MAE_DECODER = "MAE's decoder, which only pre-training uses"
 
 NPZ = Format(
-    "npz",
-    "official JAX checkpoint",
-    NPZ_ROWS,
+    "npz", "official JAX checkpoint", NPZ_ROWS,
     marks=("embedding/kernel", "encoder_norm/scale", "query/kernel", "pos_embedding"),
     dialects={
         # Flax numbered layers by their place in a block before 2020, and by their kind since.
@@ -251,18 +242,13 @@ NPZ = Format(
     },
     leftovers={r"^(opt|chrono|states?|step)(/|$)": "the optimizer's state"},
     unsupported={r"(MixerBlock|token_mixing)": "is an MLP-Mixer"},
-    fixed={
-        **_PLAIN,
-        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
-        "layer_norm_eps": (1e-6,),
-        "position_embedding": ("learned_1d", "sincos_2d"),
-        "pooling": ("cls", "mean", "map"),
+    fixed=_PLAIN | {
+        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "layer_norm_eps": (1e-6,),
+        "position_embedding": ("learned_1d", "sincos_2d"), "pooling": ("cls", "mean", "map"),
     },
-)
+)  # fmt: skip
 TIMM = Format(
-    "timm",
-    "timm checkpoint",
-    TIMM_ROWS,
+    "timm", "timm checkpoint", TIMM_ROWS,
     marks=("patch_embed.proj.weight", "norm1.weight", "attn.qkv.weight", "pos_embed"),
     dialects={
         "registers": ("reg_token", "register_tokens"),
@@ -277,32 +263,20 @@ TIMM = Format(
         r"^head\.(mlp|last_layer)\.": "DINO's projection head, which only pre-training uses",
     },
     unsupported={
-        r"^patch_embed\.backbone\.": TIMM_STEM,
-        r"relative_position|rel_pos": RELATIVE,
-        r"^rope\b|\.rope\b": ROTARY,
+        r"^patch_embed\.backbone\.": TIMM_STEM, r"relative_position|rel_pos": RELATIVE, r"^rope\b|\.rope\b": ROTARY,
     },
-    fixed={
-        **_PLAIN,
-        "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"),
-        "layer_norm_eps": (1e-6,),
-        "position_embedding": ("learned_1d", "none"),
-        "norm_after_pooling": (False, True),
+    fixed=_PLAIN | {
+        "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"), "layer_norm_eps": (1e-6,),
+        "position_embedding": ("learned_1d", "none"), "norm_after_pooling": (False, True),
         "pooling": ("cls", "mean", "map"),
     },
-)
+)  # fmt: skip
 TRANSFORMERS = Format(
-    "transformers",
-    "transformers checkpoint",
-    TRANSFORMERS_ROWS,
+    "transformers", "transformers checkpoint", TRANSFORMERS_ROWS,
     marks=(
-        "embeddings.patch_embeddings.projection.weight",
-        "embeddings.patch_embeddings.weight",
-        "embeddings.patch_embedding.weight",
-        "embeddings.patch_embed.weight",
-        "embeddings.position_embeddings",
-        "embeddings.position_embedding.weight",
-        "query.weight",
-        "q_proj.weight",
+        "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
+        "embeddings.patch_embedding.weight", "embeddings.patch_embed.weight", "embeddings.position_embeddings",
+        "embeddings.position_embedding.weight", "query.weight", "q_proj.weight",
     ),
     dialects={
         "cls": ("cls_token", "class_embedding"),
@@ -322,37 +296,24 @@ TRANSFORMERS = Format(
         "classifier": ("classifier", "cls_classifier", "classifier.0", "classifier.1"),
     },
     leftovers={
-        r"^decoder\.(mask_token|decoder_\w+)": _MAE_DECODER,
-        r"embeddings\.position_ids$": "a counter, no weight",
+        r"^decoder\.(mask_token|decoder_\w+)": _MAE_DECODER, r"embeddings\.position_ids$": "a counter, no weight",
     },
     unsupported={r"relative_position": RELATIVE},
-    fixed={**_PLAIN, "position_embedding": ("learned_1d",), "pooling": ("cls",)},
-)
+    fixed=_PLAIN,
+)  # fmt: skip
 TORCHVISION = Format(
-    "torchvision",
-    "torchvision checkpoint",
-    TORCHVISION_ROWS,
+    "torchvision", "torchvision checkpoint", TORCHVISION_ROWS,
     marks=("conv_proj.weight", "encoder.pos_embedding", "in_proj_weight", "class_token"),
     dialects={
-        "fc1": ("0", "linear_1"),
-        "fc2": ("3", "linear_2"),
-        "head": ("heads.head", "heads", "heads.0", "heads.1"),
+        "fc1": ("0", "linear_1"), "fc2": ("3", "linear_2"), "head": ("heads.head", "heads", "heads.0", "heads.1"),
     },
     unsupported={r"^conv_proj\.conv_bn_relu": "has a convolutional stem with BatchNorm"},
-    fixed={
-        **_PLAIN,
-        "hidden_act": ("gelu",),
-        "layer_norm_eps": (1e-6,),
-        "position_embedding": ("learned_1d",),
-        "pooling": ("cls",),
-    },
-)
+    fixed=_PLAIN | {"hidden_act": ("gelu",), "layer_norm_eps": (1e-6,)},
+)  # fmt: skip
 NATIVE = Format(
-    "vit_scratch",
-    "checkpoint of this package",
-    [],  # every name stands for itself
+    "vit_scratch", "checkpoint of this package", [],  # every name stands for itself
     marks=("position_embeddings.weight", "attention.qkv.weight", "attention.proj.weight"),
-)
+)  # fmt: skip
 
 FORMATS = {form.name: form for form in (NPZ, TIMM, TRANSFORMERS, TORCHVISION, NATIVE)}
 

@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from ..common.errors import InputError
 from ..common.files import share
+from ..common.pretrained import load_processor
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
@@ -57,7 +58,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     is_own, own_config = (False, None) if isinstance(source, Checkpoint) else _is_own(source, hub)
     if is_own:
-        stored = None if own_config is None else ViTScratchConfig.from_dict(own_config)
+        stored = own_config and ViTScratchConfig.from_dict(own_config)
         if stored is not None and kwargs.get("variant") is None:
             _refuse_absurd(source, stored, hub)
         differences = _differences(cls, stored, kwargs)
@@ -82,12 +83,8 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     model = load(None, *args, config=config, state_dict=state, **rest)
     result = model[0] if isinstance(model, tuple) else model
     result.config.name_or_path = result.name_or_path = str(getattr(source, "source", source))
-    if checkpoint.format == NATIVE.name:
-        try:
-            processor = ViTScratchImageProcessor.from_pretrained(os.path.dirname(checkpoint.source))
-        except (OSError, ValueError):  # a folder without one, as checkpoints of training can be
-            size = dict(zip(("height", "width"), checkpoint.config.image_hw))
-            processor = ViTScratchImageProcessor(num_channels=checkpoint.config.num_channels, size=size)
+    if checkpoint.format == NATIVE.name:  # a checkpoint of training can be a folder without one
+        processor = load_processor(os.path.dirname(checkpoint.source) or os.curdir, {}, checkpoint.config)
     else:
         processor = ViTScratchImageProcessor(**checkpoint.processor)
     result.image_processor = adapted_processor(processor, checkpoint.config, config)

@@ -6,33 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from .architecture import OUR_NAMES, RESAMPLE, SHARED_FIELDS, SHARED_SETTINGS, TIMM_ACTIVATIONS, shorten
 from .formats import TIMM, TRANSFORMERS, Format
 
 
-_ARCHITECTURES = {  # of an encoder, a classifier, masked image modeling
-    "vit": ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
-    "vit_msn": ("ViTMSNModel", "ViTMSNForImageClassification", "ViTMSNModel"),
-    "vit_mae": ("ViTMAEModel",) * 3,
-    "ijepa": ("IJepaModel", "IJepaForImageClassification", "IJepaModel"),
-    "deit": ("DeiTModel", "DeiTForImageClassification", "DeiTForMaskedImageModeling"),
-    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification", "Dinov2Model"),
-    "dinov2_with_registers": (
-        "Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel",
-    ),
-    "dinov3_vit": ("DINOv3ViTModel",) * 3,
-    "clip_vision_model": ("CLIPVisionModel",) * 3,
-    "clip": ("CLIPModel", "CLIPForImageClassification", "CLIPModel"),
-    "metaclip_2_vision_model": ("MetaClip2VisionModel",) * 3,
-    "metaclip_2": ("MetaClip2Model", "MetaClip2ForImageClassification", "MetaClip2Model"),
-    "siglip_vision_model": ("SiglipVisionModel",) * 3,
-    "siglip": ("SiglipModel", "SiglipForImageClassification", "SiglipModel"),
-    "siglip2_vision_model": ("Siglip2VisionModel",) * 3,
-    "siglip2": ("Siglip2Model", "Siglip2ForImageClassification", "Siglip2Model"),
-    "aimv2_vision_model": ("Aimv2VisionModel",) * 3,
-}  # fmt: skip
 _TIMM_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 # Fields of some of transformers' configurations that we have too.
 _SAVED_FIELDS = (
@@ -65,8 +45,7 @@ def _transformers_files(
         fields["use_swiglu_ffn"] = config.use_gated_mlp
     else:
         fields["intermediate_size"] = config.intermediate_size
-    if model_type in ("vit", "deit"):
-        fields["encoder_stride"] = config.patch_hw[0]
+    fields["encoder_stride"] = config.patch_hw[0]
     if config.layer_scale_init_value is not None:
         fields["layerscale_value"] = config.layer_scale_init_value
     default = CONFIG_MAPPING[model_type]()
@@ -79,12 +58,17 @@ def _transformers_files(
         fields = {"vision_config": fields}
     if config.num_labels:
         fields.update(id2label=config.id2label, label2id=config.label2id)
-    kind = 1 if "classifier.weight" in state else 2 if "decoder.weight" in state else 0
-    architecture = _ARCHITECTURES[model_type][kind]
+    # MetaCLIP 2's tower is in none of transformers' tables.
+    architecture = modeling_auto.MODEL_MAPPING_NAMES.get(model_type, "MetaClip2VisionModel")
     if config.use_distillation_head:
         architecture = "DeiTForImageClassificationWithTeacher"
-    contents = {**CONFIG_MAPPING[model_type](**fields).to_dict(), "architectures": [architecture]}
-    files = {"config.json": contents}
+    elif model_type == "deit" and "classifier.weight" in state:  # which has two classes
+        architecture = "DeiTForImageClassification"
+    elif "classifier.weight" in state:
+        architecture = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(model_type, architecture)
+    elif "decoder.weight" in state:
+        architecture = modeling_auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES.get(model_type, architecture)
+    files = {"config.json": {**CONFIG_MAPPING[model_type](**fields).to_dict(), "architectures": [architecture]}}
     if processor is not None:
         settings = processor.to_dict()
         settings = {key: settings[key] for key in SHARED_SETTINGS if settings.get(key) is not None}
@@ -98,18 +82,12 @@ def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor
     pooling = {"cls": "token", "mean": "avg"}.get(config.pooling, config.pooling)
     family, distilled = ("deit", "_distilled") if config.use_distillation_token else ("vit", "")
     arguments: dict[str, Any] = {
-        "img_size": list(config.image_hw),
-        "patch_size": list(config.patch_hw),
-        "in_chans": config.num_channels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
+        "img_size": list(config.image_hw), "patch_size": list(config.patch_hw), "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size, "depth": config.num_hidden_layers, "num_heads": config.num_attention_heads,
         "mlp_ratio": config.intermediate_size / config.hidden_size * (2 if has_packed_mlp else 1),
-        "qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "init_values": config.layer_scale_init_value,
+        "qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm, "init_values": config.layer_scale_init_value,
         "act_layer": next(name for name, ours in TIMM_ACTIVATIONS.items() if ours == config.hidden_act),
-    }
+    }  # fmt: skip
     if not distilled:
         # of all tokens before the patches, or of none
         has_positions = dialect.get("registers_placed") if config.num_register_tokens else config.cls_token_position
@@ -140,9 +118,6 @@ def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor
     }
     return {
         "architecture": dialect.get("architecture") or f"{family}_{size}{distilled}_patch16_224",
-        "num_classes": config.num_labels,
-        "num_features": config.hidden_size,
-        "global_pool": pooling,
-        "model_args": arguments,
-        "pretrained_cfg": pretrained,
-    }
+        "num_classes": config.num_labels, "num_features": config.hidden_size, "global_pool": pooling,
+        "model_args": arguments, "pretrained_cfg": pretrained,
+    }  # fmt: skip
