@@ -31,13 +31,9 @@ class Block:
     length: int
     grid: tuple[int, int]
 
-    @property
-    def end(self) -> int:
-        return self.start + self.count * self.length
-
     def of(self, sequence: Tensor) -> Tensor:
-        """The block's part of a sequence (1, T, D) as a batch (count, length, D)."""
-        return sequence[0, self.start : self.end].unflatten(0, (self.count, self.length))
+        """The block's part of a sequence (1, T, ...) as a batch (count, length, ...)."""
+        return sequence[0, self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
 
 
 def packed_attention_forward(
@@ -47,8 +43,7 @@ def packed_attention_forward(
     """Attention within each image: queries, keys and values (1, A, T, E) of all of them -> (1, T, A, E)."""
     attended = []
     for block in blocks:
-        parts = (part[0, :, block.start : block.end] for part in (query, key, value))  # (A, count * length, E)
-        batch = (part.unflatten(1, (block.count, block.length)).transpose(0, 1) for part in parts)  # (count, A, ., E)
+        batch = (block.of(part.transpose(1, 2)).transpose(1, 2) for part in (query, key, value))  # (count, A, ., E)
         result = F.scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
         attended.append(result.transpose(1, 2).flatten(0, 1))  # (count * length, A, E)
     return torch.cat(attended)[None], None
@@ -85,8 +80,10 @@ def classify_packed(
         )
     if not images:
         raise ValueError("There is no image to pack.")
-    order, batches = _sort_by_size(images)
-    hidden_states, blocks = _embed(vit, batches)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(tuple(image.shape), []).append(index)
+    hidden_states, blocks = _embed(vit, [torch.stack([images[index] for index in same]) for same in by_size.values()])
     implementation = config._attn_implementation
     config._attn_implementation = PACKED
     try:
@@ -102,30 +99,19 @@ def classify_packed(
     logits = model.classifier(torch.cat([vit.pooler(part) for part in parts]))
     if model.distillation_classifier is not None:
         logits = (logits + model.distillation_classifier(torch.cat([part[:, 1] for part in parts]))) / 2
-    logits = logits[torch.argsort(torch.tensor(order, device=logits.device))]
+    order = torch.tensor([index for same in by_size.values() for index in same], device=logits.device)
+    logits = logits[torch.argsort(order)]
     loss = None if labels is None else model.loss_function(labels, logits, config)
     if config.calibrated and not model.training:
         logits = logits / config.temperature
     return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def _sort_by_size(images: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """The index of each image in its new order, and a batch (count, C, H, W) for each size."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for index, image in enumerate(images):
-        by_size.setdefault(tuple(image.shape), []).append(index)
-    order = [index for indices in by_size.values() for index in indices]
-    return order, [torch.stack([images[index] for index in indices]) for indices in by_size.values()]
-
-
 def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Block]]:
     """Equation 1 for each size: all tokens (1, T, D), and their blocks."""
     patches, tokens, blocks, start = vit.embeddings.patch_embeddings, [], [], 0
     for batch in batches:
-        grid = patches.grid(batch)
-        embedded = vit.embeddings(batch.to(patches.projection.weight.dtype))
-        block = Block(start, embedded.shape[0], embedded.shape[1], grid)
-        tokens.append(embedded.flatten(0, 1))
-        blocks.append(block)
-        start = block.end
-    return torch.cat(tokens)[None], blocks
+        tokens.append(vit.embeddings(batch.to(patches.projection.weight.dtype)))
+        blocks.append(Block(start, *tokens[-1].shape[:2], patches.grid(batch)))
+        start += len(batch) * blocks[-1].length
+    return torch.cat([batch.flatten(0, 1) for batch in tokens])[None], blocks

@@ -28,11 +28,9 @@ _LIBRARIES = ("torch.", "transformers.", "accelerate.")
 # Layers of these compute each token by itself. Others may scale all tokens of a batch by the largest.
 _LAYERS = ("torch.nn.", "transformers.activations", "peft.", __name__.partition(".")[0])
 _GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+    torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+)  # fmt: skip
 
 
 # Hooks are looked for in every pass, so that those added after `speed_up` count too: a microsecond for a layer.
@@ -125,9 +123,7 @@ def only_pooled_output(encoder: ViTScratchModel) -> dict[str, int]:
         return {}
     if last.training and (attention.attention_dropout or attention.dropout.p or last.mlp.dropout.p):
         return {}  # dropout would draw other numbers for fewer tokens
-    if config.output_hidden_states or config.output_attentions:
-        return {}
-    if any(map(is_quantised, last.modules())):
+    if config.output_hidden_states or config.output_attentions or any(map(is_quantised, last.modules())):
         return {}
     if has_user_hooks([encoder, encoder.layernorm, *encoder.pooler.modules(), *last.modules()]):
         return {}

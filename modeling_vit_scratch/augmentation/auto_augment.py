@@ -28,14 +28,8 @@ def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample=BILINEAR, fillcolor=_grey(image))
 
 
-def _add_to_dark(image: Image.Image, amount: float) -> Image.Image:
-    table = [min(255, level + int(amount)) if level < 128 else level for level in range(256)]
-    return image.point(table * len(image.getbands()))
-
-
-def _posterized(image: Image.Image, bits: int) -> Image.Image:
-    kept = ~(2 ** (8 - bits) - 1) & 255  # PIL's refuses to keep no bit
-    return image.point([level & kept for level in range(256)] * len(image.getbands()))
+def _map_levels(image: Image.Image, to: Callable[[int], int]) -> Image.Image:
+    return image.point([to(level) for level in range(256)] * len(image.getbands()))
 
 
 def _erased(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
@@ -56,9 +50,10 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "TranslateX": lambda image, pixels: _affine(image, 1, 0, pixels, 0, 1, 0),
     "TranslateY": lambda image, pixels: _affine(image, 1, 0, 0, 0, 1, pixels),
     "Rotate": lambda image, degrees: image.rotate(degrees, resample=BILINEAR, fillcolor=_grey(image)),
-    "Posterize": lambda image, bits: image if bits >= 8 else _posterized(image, int(bits)),
+    # PIL's refuses to keep no bit.
+    "Posterize": lambda image, bits: _map_levels(image, lambda level: level >> 8 - int(bits) << 8 - int(bits)),
     "Solarize": lambda image, threshold: ImageOps.solarize(image, threshold),
-    "SolarizeAdd": _add_to_dark,
+    "SolarizeAdd": lambda image, by: _map_levels(image, lambda level: min(255, level + int(by) * (level < 128))),
     "Color": lambda image, change: ImageEnhance.Color(image).enhance(1 + change),
     "Contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
     "Brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
@@ -76,14 +71,11 @@ def _scales(
     shear: float, shift: Callable[[int], float], rotation: float, change: float, whole: Callable[[float], float] = float
 ) -> dict[str, _Scale]:
     """Operations that grow with the magnitude and have a random sign. `whole` rounds shifts."""
-    shears: _Scale = (lambda fraction, side: shear * fraction, True)
-    shifts: _Scale = (lambda fraction, side: float(whole(shift(side) * fraction)), True)
-    changes: _Scale = (lambda fraction, side: change * fraction, True)
     return {
-        **dict.fromkeys(("ShearX", "ShearY"), shears),
-        **dict.fromkeys(("TranslateX", "TranslateY"), shifts),
+        **dict.fromkeys(("ShearX", "ShearY"), (lambda fraction, side: shear * fraction, True)),
+        **dict.fromkeys(("TranslateX", "TranslateY"), (lambda fraction, side: whole(shift(side) * fraction), True)),
         "Rotate": (lambda fraction, side: rotation * fraction, True),
-        **dict.fromkeys(_FACTORS, changes),
+        **dict.fromkeys(_FACTORS, (lambda fraction, side: change * fraction, True)),
     }
 
 
@@ -132,8 +124,7 @@ def _operate(
     if is_signed and generator.random() < 0.5:
         strength = -strength
     if name == "Cutout":
-        x, y = int(generator.integers(image.width)), int(generator.integers(image.height))
-        half = int(strength)
+        x, y, half = int(generator.integers(image.width)), int(generator.integers(image.height)), int(strength)
         return _erased(image, x - half, y - half, x + half, y + half)
     return OPERATIONS[name](image, strength)
 
@@ -155,13 +146,9 @@ class RandAugment:
     }
 
     def __init__(
-        self,
-        dialect: str,
-        num_operations: int = 2,
-        magnitude: float = 9.0,
-        magnitude_std: float = 0.0,
+        self, dialect: str, num_operations: int = 2, magnitude: float = 9.0, magnitude_std: float = 0.0,
         probability: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.dialect, self.num_operations, self.magnitude = dialect, num_operations, magnitude
         self.magnitude_std, self.probability = magnitude_std, probability
         _, _, most = self.SCALES[dialect]
@@ -205,7 +192,7 @@ class ThreeAugment:
     description = "one of grey, solarised and blurred (3-Augment)"
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        choice = int(generator.integers(3))
+        choice = generator.integers(3)
         if choice == 0:
             return image.convert("L").convert(image.mode)
         if choice == 1:

@@ -135,7 +135,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
-    kept = 255 - (2 ** (8 - bits.clamp(max=8).int()) - 1)
+    kept = 256 - 2 ** (8 - bits.clamp(max=8).int())
     return images & kept.to(torch.uint8)[:, None, None, None]
 
 
@@ -178,13 +178,17 @@ def operate(images: Tensor, names: tuple[str, ...], chosen: np.ndarray, strength
 # (B, num_draws), float32, on the host.
 
 
-class BatchPhoto:
+class _BatchStep:
+    """What one step of an augmentation, `one`, does, for batches."""
+
+    def __init__(self, one: Any) -> None:
+        self.one = one
+
+
+class BatchPhoto(_BatchStep):
     """`PhotoAugmentation`, bilinear; the size stays."""
 
     num_draws = 2 * _ATTEMPTS + 3
-
-    def __init__(self, photo: PhotoAugmentation) -> None:
-        self.smallest_area = photo.smallest_area
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         height, width = images.shape[-2:]
@@ -201,7 +205,7 @@ class BatchPhoto:
         """(B, 4) float32, whole numbers: left, top, right, bottom of the part of images of this (height, width)."""
         height, width = size
         areas, shapes = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS : 2 * _ATTEMPTS]
-        areas = height * width * (self.smallest_area + (1 - self.smallest_area) * areas)
+        areas = height * width * (self.one.smallest_area + (1 - self.one.smallest_area) * areas)
         shapes = width / height * np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * shapes)
         widths, heights = np.round(np.sqrt(areas * shapes)), np.round(np.sqrt(areas / shapes))
         is_inside = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
@@ -209,13 +213,10 @@ class BatchPhoto:
         return np.where(is_inside.any(1)[:, None], boxes, np.float32([0, 0, width, height]))
 
 
-class BatchErasing:
+class BatchErasing(_BatchStep):
     """`RandomErasing`."""
 
     num_draws = 2 * _ATTEMPTS + 3
-
-    def __init__(self, erasing: policies.RandomErasing) -> None:
-        self.probability = erasing.probability
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         height, width = images.shape[-2:]
@@ -232,7 +233,7 @@ class BatchErasing:
         heights, widths = np.round(np.sqrt(areas * shapes)), np.round(np.sqrt(areas / shapes))
         is_inside = (widths < width) & (heights < height)
         boxes = _first_inside(size, widths, heights, is_inside, draws[:, -2:])
-        happens = (draws[:, -3] < self.probability) & is_inside.any(1)
+        happens = (draws[:, -3] < self.one.probability) & is_inside.any(1)
         return np.where(happens[:, None], boxes, np.float32(0))
 
 
@@ -289,28 +290,22 @@ class BatchRandAugment:
         return (magnitudes.clip(0.0, most) / unit).tolist()
 
 
-class BatchColorJitter:
+class BatchColorJitter(_BatchStep):
     """`ColorJitter`."""
 
     num_draws = 6
 
-    def __init__(self, jitter: policies.ColorJitter) -> None:
-        self.strength = jitter.strength
-
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         orders, names = draws[:, :3].argsort(1), ("Brightness", "Contrast", "Color")
         for step in range(3):
-            images = operate(images, names, orders[:, step], self.strength * (2 * draws[:, 3 + step] - 1))
+            images = operate(images, names, orders[:, step], self.one.strength * (2 * draws[:, 3 + step] - 1))
         return images
 
 
 _BATCH_KINDS = {
-    PhotoAugmentation: BatchPhoto,
-    policies.RandAugment: BatchRandAugment,
-    policies.TrivialAugmentWide: BatchRandAugment,
-    policies.ColorJitter: BatchColorJitter,
-    policies.RandomErasing: BatchErasing,
-}
+    PhotoAugmentation: BatchPhoto, policies.ColorJitter: BatchColorJitter, policies.RandomErasing: BatchErasing,
+    policies.RandAugment: BatchRandAugment, policies.TrivialAugmentWide: BatchRandAugment,
+}  # fmt: skip
 
 
 class BatchChain:
@@ -379,11 +374,9 @@ class DeviceImages(ImageClassificationDataset):
 
 
 def build_device_images(
-    train: ImageClassificationDataset,
-    held_out: ImageClassificationDataset,
-    augmentation: Augmentation,
+    train: ImageClassificationDataset, held_out: ImageClassificationDataset, augmentation: Augmentation,
     arguments: TrainingArguments,
-) -> tuple[DeviceImages, DeviceImages]:
+) -> tuple[DeviceImages, DeviceImages]:  # fmt: skip
     """
     Decodes the images of two data sets without augmentation. Afterwards the run needs no worker processes. Raises
     InputError if they don't fit, an image is broken, or the augmentation is not made for batches.

@@ -26,9 +26,9 @@ def build_pretraining(
     """The trainer, and lines for the user on the initial model. Raises InputError if model, flags or data don't fit."""
     channels = data.source.num_channels
     if options.is_supervised:
-        labels = {"label_names": data.label_names, "is_multi_label": data.is_multi_label}
+        labels, is_multi_label = data.label_names, data.is_multi_label
         model, processor, lines = build_model(
-            model_arguments, num_channels=channels, seed=arguments.seed, has_representation=True, **labels
+            model_arguments, labels, channels, arguments.seed, has_representation=True, is_multi_label=is_multi_label
         )
         return build_trainer(model, processor, data, arguments), lines
     if arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
@@ -79,7 +79,6 @@ def build_masked_model(
     width = options.decoder_hidden_size or max(min(512, config.hidden_size * 2 // 3 // 32 * 32), 32)
     layers = options.decoder_num_hidden_layers or max(min(8, config.num_hidden_layers * 2 // 3), 1)
     heads = options.decoder_num_attention_heads or max(width // 32, 1)
-    model = MaskedAutoencoder(config, width, layers, heads, options.norm_pix_loss)
-    return model, MaskingCollator(
-        visible_patches(ratio), patch, f"{share} of patches hidden, their pixels predicted (MAE)"
-    )
+    description = f"{share} of patches hidden, their pixels predicted (MAE)"
+    collator = MaskingCollator(visible_patches(ratio), patch, description)
+    return MaskedAutoencoder(config, width, layers, heads, options.norm_pix_loss), collator

@@ -115,13 +115,9 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
     """
 
     def __init__(
-        self,
-        config: ViTScratchConfig,
-        decoder_hidden_size: int = 512,
-        decoder_num_hidden_layers: int = 8,
-        decoder_num_attention_heads: int = 16,
-        norm_pix_loss: bool = True,
-    ) -> None:
+        self, config: ViTScratchConfig, decoder_hidden_size: int = 512, decoder_num_hidden_layers: int = 8,
+        decoder_num_attention_heads: int = 16, norm_pix_loss: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(config)
         _check_patches_are_hidden(config, "MAE")
         if config.position_embedding in ("relative_1d", "rope_2d") or config.position_embedding_placement != "stem":
@@ -130,8 +126,8 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
                 "position_embedding='learned_1d', 'learned_2d' or 'sincos_2d', and position_embedding_placement='stem'."
             )
         small = copy.deepcopy(config)
-        small.hidden_size, small.num_hidden_layers = decoder_hidden_size, decoder_num_hidden_layers
-        small.intermediate_size, small.num_attention_heads = 4 * decoder_hidden_size, decoder_num_attention_heads
+        small.hidden_size, small.intermediate_size = decoder_hidden_size, 4 * decoder_hidden_size
+        small.num_hidden_layers, small.num_attention_heads = decoder_num_hidden_layers, decoder_num_attention_heads
         small.drop_path_rate = 0.0
         small.validate_vit()
         self.norm_pix_loss = norm_pix_loss
@@ -176,12 +172,11 @@ class MaskedAutoencoder(ViTScratchPreTrainedModel):
     def decode(self, states: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, prefix tokens + V, D) -> (B, N, P)"""
         states, prefix = self.decoder_embed(states), self.config.num_prefix_tokens
-        width, count = states.shape[2], grid[0] * grid[1]
+        width, count = states.shape[2], math.prod(grid)
         patches = self.mask_token.to(states.dtype).expand(states.shape[0], count, -1)
         patches = patches.scatter(1, visible[..., None].expand(-1, -1, width), states[:, prefix:])
         positions = sincos_positions(*grid_places(self.config.grid_hw, grid, states.device), width)
-        patches = patches + positions.to(states.dtype)
-        states = torch.cat([states[:, :prefix], patches], dim=1)
+        states = torch.cat([states[:, :prefix], patches + positions.to(states.dtype)], dim=1)
         for layer in self.decoder_layers:
             states = layer(states)
         return self.decoder_pred(self.decoder_norm(states))[:, prefix:]
