@@ -106,16 +106,9 @@ def adapt(
     patch_resize: str = "pseudo_inverse",
 ) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
     """
-    The state dict of a model, from a checkpoint of another size; it lacks only what is new and can't come from the
-    checkpoint. And a line for each thing done.
-
-    Args:
-        source: a `Checkpoint`.
-        config, cls, arguments: the new model's configuration and class, and what else its constructor takes.
-        patch_resize: one of `PATCH_RESIZES`.
-
-    Raises:
-        ValueError: if a tensor has another shape than the model's and there is no way to adapt it.
+    The state dict for `cls(config, **arguments)`, from a `Checkpoint` of another size; it lacks only what is new and
+    can't come from the checkpoint. And a line for each thing done. Raises ValueError if a tensor has another shape than
+    the model's and there is no way to adapt it.
     """
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in cls(config, **(arguments or {})).state_dict().items()}

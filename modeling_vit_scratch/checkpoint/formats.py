@@ -94,14 +94,8 @@ NPZ_ROWS: list[Row] = [
     *_both("vit.embeddings.patch_embeddings.stem.root_norm", "{prefix}gn_root/", VECTOR, _SCALE),
     (f"{_UNIT}.shortcut_conv.weight", f"{_THEIR_UNIT}conv_proj/kernel", CONVOLUTION),
     *_both(f"{_UNIT}.shortcut_norm", f"{_THEIR_UNIT}gn_proj/", VECTOR, _SCALE),
-    *(
-        row
-        for n in (1, 2, 3)
-        for row in (
-            (f"{_UNIT}.conv{n}.weight", f"{_THEIR_UNIT}conv{n}/kernel", CONVOLUTION),
-            *_both(f"{_UNIT}.norm{n}", f"{_THEIR_UNIT}gn{n}/", VECTOR, _SCALE),
-        )
-    ),
+    *((f"{_UNIT}.conv{n}.weight", f"{_THEIR_UNIT}conv{n}/kernel", CONVOLUTION) for n in (1, 2, 3)),
+    *(row for n in (1, 2, 3) for row in _both(f"{_UNIT}.norm{n}", f"{_THEIR_UNIT}gn{n}/", VECTOR, _SCALE)),
     *_both("vit.layers.{i}.layernorm_before", _BLOCK + "LayerNorm_0/", SAME, _SCALE),
     ("vit.layers.{i}.attention.qkv.weight", _three(_BLOCK + "{attention}/*/kernel", _FLAX_QKV), FUSED_HEADS),
     ("vit.layers.{i}.attention.qkv.bias", _three(_BLOCK + "{attention}/*/bias", _FLAX_QKV), FUSED_HEADS_BIAS),

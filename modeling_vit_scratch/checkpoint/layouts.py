@@ -48,7 +48,7 @@ def unwrap(file: TensorFile) -> tuple[TensorFile, list[str]]:
         )
     prefix = prefixes[0]
     parent = _ENCODER.sub("", prefix)
-    encoder = prefix[len(parent) :]
+    encoder = prefix.removeprefix(parent)
     beside = [name[len(parent) :] for name in file if name.startswith(parent) and not name.startswith(prefix)]
     if not beside or any(name.startswith(_HEADS) for name in beside):
         prefix = parent

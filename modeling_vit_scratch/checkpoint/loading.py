@@ -95,18 +95,14 @@ def _is_own(source: Any, hub: Mapping[str, Any]) -> tuple[bool, dict[str, Any] |
     """Whether to leave a source to transformers, to load it or to say what is wrong with it; and its config.json."""
     if os.path.isfile(source) or os.fspath(source).endswith(SUFFIXES):
         return False, None
-    if os.path.isdir(source):
-        folder = os.path.join(source, hub.get("subfolder") or "")
-        path = os.path.join(folder, "config.json")
-        if is_sharded(folder):
-            return False, None
-        if not os.path.isfile(path):
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            is_foreign = any(name.endswith(SUFFIXES) for name in names) and "adapter_config.json" not in names
-            return not is_foreign, None
+    folder = os.path.join(source, hub.get("subfolder") or "")
+    if is_sharded(folder):
+        return False, None
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if "config.json" not in names and any(name.endswith(SUFFIXES) for name in names):
+        return "adapter_config.json" in names, None
     try:
-        if not os.path.isdir(source):
-            path = cached_file(source, "config.json", **hub)
+        path = cached_file(source, "config.json", **hub)
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return True, None
@@ -202,15 +198,9 @@ def convert(
     inexact: bool = False, overwrite: bool = False, **overrides: Any,
 ) -> None:  # fmt: skip
     """
-    Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each.
-
-    Args:
-        verify: print the largest difference to the source's own implementation, if it is installed.
-        inexact: write a format whose own code computes other numbers.
-        overrides: as `from_pretrained` takes them.
-
-    Raises:
-        ValueError: as `load_checkpoint` and `save_checkpoint`, and if the output is the source or is there already.
+    Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each. The options are those of
+    `scripts/convert.py`, and `overrides` as `from_pretrained` takes them. Raises ValueError as `load_checkpoint` and
+    `save_checkpoint`, and if the output is the source or is there already.
     """
     output = Path(output)
     _check_output(source, output, overwrite)

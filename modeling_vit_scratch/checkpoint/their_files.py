@@ -91,13 +91,10 @@ def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor
     if not distilled:
         # of all tokens before the patches, or of none
         has_positions = dialect.get("registers_placed") if config.num_register_tokens else config.cls_token_position
-        arguments.update(
-            class_token=config.use_cls_token,
-            no_embed_class=not has_positions,
-            reg_tokens=config.num_register_tokens,
-            global_pool=pooling,
-            fc_norm=config.norm_after_pooling,
-        )
+        arguments |= {
+            "class_token": config.use_cls_token, "no_embed_class": not has_positions,
+            "reg_tokens": config.num_register_tokens, "global_pool": pooling, "fc_norm": config.norm_after_pooling,
+        }  # fmt: skip
     if config.position_embedding == "none":
         arguments["pos_embed"] = "none"
     if config.position_embedding == "rope_2d":  # another class in timm
