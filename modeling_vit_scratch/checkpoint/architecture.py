@@ -80,8 +80,7 @@ class Evidence:
         theirs = next((theirs for name, theirs, _ in self.form.rows if name == ours), None)
         if theirs is None:
             return None
-        template = theirs if isinstance(theirs, str) else theirs[0]
-        name = template.format(i="COUNT", s="", u="", s1="1", u1="1", **self.dialect)
+        name = theirs[0].format(i="COUNT", s="", u="", s1="1", u1="1", **self.dialect)
         name = re.escape(name).replace("COUNT", r"\d+")
         found = (their for their in self.shapes if re.fullmatch(name, their) and their not in self.left_out)
         return next(map(self.shapes.get, found), None)
@@ -159,8 +158,8 @@ def _from_shapes(evidence: Evidence) -> dict[str, Any]:
 
 def _count_layers(evidence: Evidence) -> int:
     name = "vit.layers.{i}.layernorm_before.weight"
-    template = next(theirs for ours, theirs, _ in evidence.form.rows if ours == name)
-    before = re.escape(template.split("{i}")[0].format(**evidence.dialect))
+    theirs = next(theirs for ours, theirs, _ in evidence.form.rows if ours == name)
+    before = re.escape(theirs[0].split("{i}")[0].format(**evidence.dialect))
     found = [int(match[1]) for name in evidence.shapes if (match := re.match(rf"{before}(\d+)[./]", name))]
     if not found:
         raise evidence.fail("there is not one encoder layer in it.")

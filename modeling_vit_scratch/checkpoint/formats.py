@@ -63,143 +63,93 @@ MASK_TOKEN = Rule(
 )
 # a 1 x 1 convolution <-> a dense layer
 POINTWISE = Rule(lambda t, c: t[0].flatten(1), lambda t, c: [t[:, :, None, None]])
-Row = tuple[str, str | tuple[str, ...], Rule]
+# What "*" stands for in a name, and the rule for the bias of a weight with this rule.
+_PARTS = {FUSED_HEADS: ("query", "key", "value"), FUSED: ("{q}", "{k}", "{v}"), QUERY_APART: ("q", "kv")}
+_BIAS_RULES = {FUSED_HEADS: FUSED_HEADS_BIAS, FUSED: FUSED, QUERY_APART: QUERY_APART, VECTOR: VECTOR}
+
+# Ours, and theirs: the official code and big_vision (.npz of Flax's parameters); timm, and what has its names (DeiT,
+# DeiT III, DINO, MAE, DINOv2 as their authors publish them); transformers (ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2
+# with and without registers, DINOv3, CLIP, SigLIP, AIMv2); torchvision. The first line of a group is what its names
+# begin with. A name that ends in weight, kernel or scale stands for the bias, too. The rule is SAME, and TRANSPOSED for
+# a kernel, where none is given.
+_GROUPS: list[list[tuple[Any, ...]]] = [
+    [
+        ("vit.embeddings.", "{prefix}", "", "{prefix}", ""),
+        ("cls_token", "cls", "cls_token", "embeddings.{cls}", "class_token"),
+        ("distillation_token", None, "dist_token", "embeddings.distillation_token", None),
+        ("register_tokens", None, "{registers}", "embeddings.register_tokens", None),
+        ("mask_token", None, ("mask_token", ONE_TOKEN), ("embeddings.mask_token", MASK_TOKEN), None),
+        ("position_embeddings.weight", "{positions}", "pos_embed", "embeddings.{positions}", "encoder.pos_embedding"),
+        ("patch_embeddings.projection.weight", ("embedding/kernel", CONVOLUTION), "patch_embed.proj.weight",
+         "embeddings.{patch}.weight", "conv_proj.weight"),
+        ("patch_embeddings.layernorm.weight", None, "patch_embed.norm.weight", "embeddings.rms_norm.weight", None),
+        ("layernorm.weight", None, "norm_pre.weight", "pre_layrnorm.weight", None),
+        ("patch_embeddings.stem.root_conv.weight", ("conv_root/kernel", CONVOLUTION), None, None, None),
+        ("patch_embeddings.stem.root_norm.weight", ("gn_root/scale", VECTOR), None, None, None),
+    ],
+    [
+        ("vit.embeddings.patch_embeddings.stem.stages.{s}.{u}.", "{prefix}block{s1}/unit{u1}/", None, None, None),
+        ("shortcut_conv.weight", ("conv_proj/kernel", CONVOLUTION), None, None, None),
+        ("shortcut_norm.weight", ("gn_proj/scale", VECTOR), None, None, None),
+        *((f"conv{n}.weight", (f"conv{n}/kernel", CONVOLUTION), None, None, None) for n in (1, 2, 3)),
+        *((f"norm{n}.weight", (f"gn{n}/scale", VECTOR), None, None, None) for n in (1, 2, 3)),
+    ],
+    [
+        ("vit.layers.{i}.", "{prefix}Transformer/encoderblock_{i}/", "blocks.{i}.", "{prefix}{layers}.{i}.",
+         "encoder.layers.encoder_layer_{i}."),
+        ("layernorm_before.weight", "LayerNorm_0/scale", "norm1.weight", "{norm1}.weight", "ln_1.weight"),
+        ("attention.qkv.weight", ("{attention}/*/kernel", FUSED_HEADS), "attn.qkv.weight",
+         ("{attention}.*.weight", FUSED), "self_attention.in_proj_weight"),
+        ("attention.q_norm.weight", None, "attn.q_norm.weight", None, None),
+        ("attention.k_norm.weight", None, "attn.k_norm.weight", None, None),
+        ("attention.proj.weight", ("{attention}/out/kernel", MERGED_HEADS), "attn.proj.weight", "{out}.weight",
+         "self_attention.out_proj.weight"),
+        ("layer_scale_attention.weight", None, "{scale1}", "layer_scale1.lambda1", None),
+        ("layernorm_after.weight", "{norm2}/scale", "norm2.weight", "{norm2}.weight", "ln_2.weight"),
+        ("mlp.fc1.weight", "{mlp}/Dense_0/kernel", "{fc1}.weight", "{fc1}.weight", "mlp.{fc1}.weight"),
+        ("mlp.fc2.weight", "{mlp}/Dense_1/kernel", "{fc2}.weight", "{fc2}.weight", "mlp.{fc2}.weight"),
+        ("layer_scale_mlp.weight", None, "{scale2}", "layer_scale2.lambda1", None),
+    ],
+    [
+        ("vit.pooler.attention.", "{prefix}MAPHead_0/", "attn_pool.", "{prefix}head.", None),
+        ("probe", "probe", "latent", "probe", None),
+        ("qkv.weight", ("MultiHeadDotProductAttention_0/*/kernel", FUSED_HEADS), ("*.weight", QUERY_APART),
+         "attention.in_proj_weight", None),
+        ("proj.weight", ("MultiHeadDotProductAttention_0/out/kernel", MERGED_HEADS), "proj.weight",
+         "attention.out_proj.weight", None),
+        ("layernorm.weight", "LayerNorm_0/scale", "norm.weight", "layernorm.weight", None),
+        ("mlp.fc1.weight", "MlpBlock_0/Dense_0/kernel", "mlp.fc1.weight", "mlp.fc1.weight", None),
+        ("mlp.fc2.weight", "MlpBlock_0/Dense_1/kernel", "mlp.fc2.weight", "mlp.fc2.weight", None),
+    ],
+    [
+        ("", "{prefix}", "", "", ""),
+        ("vit.layernorm.weight", "Transformer/encoder_norm/scale", "norm.weight", "{prefix}{norm}.weight",
+         "encoder.ln.weight"),
+        ("vit.pooler.layernorm.weight", None, "fc_norm.weight", "{prefix}{norm}.weight", None),
+        ("vit.pooler.dense.weight", "pre_logits/kernel", "pre_logits.fc.weight", "{prefix}pooler.dense.weight",
+         "heads.pre_logits.weight"),
+        ("classifier.weight", "head/kernel", "{head}.weight", "{classifier}.weight", "{head}.weight"),
+        ("distillation_classifier.weight", None, "head_dist.weight", "distillation_classifier.weight", None),
+        ("decoder.weight", None, None, ("decoder.0.weight", POINTWISE), None),
+    ],
+]  # fmt: skip
+Row = tuple[str, tuple[str, ...], Rule]
 
 
-def _both(ours: str, theirs: str, rule: Rule = SAME, names: tuple[str, str] = ("weight", "bias")) -> list[Row]:
-    """The rows of a layer with weight and bias."""
-    bias_rule = VECTOR if rule is VECTOR else SAME
-    return [(f"{ours}.weight", f"{theirs}{names[0]}", rule), (f"{ours}.bias", f"{theirs}{names[1]}", bias_rule)]
-
-
-def _three(template: str, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(template.replace("*", name) for name in names)
-
-
-# The official code and big_vision: .npz of Flax's parameters
-_FLAX = ("kernel", "bias")
-_SCALE = ("scale", "bias")
-_FLAX_QKV = ("query", "key", "value")
-_BLOCK = "{prefix}Transformer/encoderblock_{i}/"
-_MAP = "{prefix}MAPHead_0/"
-_MAP_ATTENTION = _MAP + "MultiHeadDotProductAttention_0/"
-_UNIT = "vit.embeddings.patch_embeddings.stem.stages.{s}.{u}"
-_THEIR_UNIT = "{prefix}block{s1}/unit{u1}/"
-
-NPZ_ROWS: list[Row] = [
-    ("vit.embeddings.cls_token", "{prefix}cls", SAME),
-    ("vit.embeddings.position_embeddings.weight", "{prefix}{positions}", SAME),
-    *_both("vit.embeddings.patch_embeddings.projection", "{prefix}embedding/", CONVOLUTION, _FLAX),
-    ("vit.embeddings.patch_embeddings.stem.root_conv.weight", "{prefix}conv_root/kernel", CONVOLUTION),
-    *_both("vit.embeddings.patch_embeddings.stem.root_norm", "{prefix}gn_root/", VECTOR, _SCALE),
-    (f"{_UNIT}.shortcut_conv.weight", f"{_THEIR_UNIT}conv_proj/kernel", CONVOLUTION),
-    *_both(f"{_UNIT}.shortcut_norm", f"{_THEIR_UNIT}gn_proj/", VECTOR, _SCALE),
-    *((f"{_UNIT}.conv{n}.weight", f"{_THEIR_UNIT}conv{n}/kernel", CONVOLUTION) for n in (1, 2, 3)),
-    *(row for n in (1, 2, 3) for row in _both(f"{_UNIT}.norm{n}", f"{_THEIR_UNIT}gn{n}/", VECTOR, _SCALE)),
-    *_both("vit.layers.{i}.layernorm_before", _BLOCK + "LayerNorm_0/", SAME, _SCALE),
-    ("vit.layers.{i}.attention.qkv.weight", _three(_BLOCK + "{attention}/*/kernel", _FLAX_QKV), FUSED_HEADS),
-    ("vit.layers.{i}.attention.qkv.bias", _three(_BLOCK + "{attention}/*/bias", _FLAX_QKV), FUSED_HEADS_BIAS),
-    *_both("vit.layers.{i}.attention.proj", _BLOCK + "{attention}/out/", MERGED_HEADS, _FLAX),
-    *_both("vit.layers.{i}.layernorm_after", _BLOCK + "{norm2}/", SAME, _SCALE),
-    *_both("vit.layers.{i}.mlp.fc1", _BLOCK + "{mlp}/Dense_0/", TRANSPOSED, _FLAX),
-    *_both("vit.layers.{i}.mlp.fc2", _BLOCK + "{mlp}/Dense_1/", TRANSPOSED, _FLAX),
-    *_both("vit.layernorm", "{prefix}Transformer/encoder_norm/", SAME, _SCALE),
-    ("vit.pooler.attention.probe", _MAP + "probe", SAME),
-    ("vit.pooler.attention.qkv.weight", _three(_MAP_ATTENTION + "*/kernel", _FLAX_QKV), FUSED_HEADS),
-    ("vit.pooler.attention.qkv.bias", _three(_MAP_ATTENTION + "*/bias", _FLAX_QKV), FUSED_HEADS_BIAS),
-    *_both("vit.pooler.attention.proj", _MAP_ATTENTION + "out/", MERGED_HEADS, _FLAX),
-    *_both("vit.pooler.attention.layernorm", _MAP + "LayerNorm_0/", SAME, _SCALE),
-    *_both("vit.pooler.attention.mlp.fc1", _MAP + "MlpBlock_0/Dense_0/", TRANSPOSED, _FLAX),
-    *_both("vit.pooler.attention.mlp.fc2", _MAP + "MlpBlock_0/Dense_1/", TRANSPOSED, _FLAX),
-    *_both("vit.pooler.dense", "{prefix}pre_logits/", TRANSPOSED, _FLAX),
-    *_both("classifier", "{prefix}head/", TRANSPOSED, _FLAX),
-]
-
-# timm, and what has its names: DeiT, DeiT III, DINO, MAE, DINOv2 as their authors publish them
-TIMM_ROWS: list[Row] = [
-    ("vit.embeddings.cls_token", "cls_token", SAME),
-    ("vit.embeddings.distillation_token", "dist_token", SAME),
-    ("vit.embeddings.register_tokens", "{registers}", SAME),
-    ("vit.embeddings.mask_token", "mask_token", ONE_TOKEN),
-    ("vit.embeddings.position_embeddings.weight", "pos_embed", SAME),
-    *_both("vit.embeddings.patch_embeddings.projection", "patch_embed.proj."),
-    *_both("vit.embeddings.patch_embeddings.layernorm", "patch_embed.norm."),
-    *_both("vit.embeddings.layernorm", "norm_pre."),
-    *_both("vit.layers.{i}.layernorm_before", "blocks.{i}.norm1."),
-    *_both("vit.layers.{i}.attention.qkv", "blocks.{i}.attn.qkv."),
-    *_both("vit.layers.{i}.attention.q_norm", "blocks.{i}.attn.q_norm."),
-    *_both("vit.layers.{i}.attention.k_norm", "blocks.{i}.attn.k_norm."),
-    *_both("vit.layers.{i}.attention.proj", "blocks.{i}.attn.proj."),
-    ("vit.layers.{i}.layer_scale_attention.weight", "blocks.{i}.{scale1}", SAME),
-    *_both("vit.layers.{i}.layernorm_after", "blocks.{i}.norm2."),
-    *_both("vit.layers.{i}.mlp.fc1", "blocks.{i}.{fc1}."),
-    *_both("vit.layers.{i}.mlp.fc2", "blocks.{i}.{fc2}."),
-    ("vit.layers.{i}.layer_scale_mlp.weight", "blocks.{i}.{scale2}", SAME),
-    *_both("vit.layernorm", "norm."),
-    *_both("vit.pooler.layernorm", "fc_norm."),
-    ("vit.pooler.attention.probe", "attn_pool.latent", SAME),
-    ("vit.pooler.attention.qkv.weight", ("attn_pool.q.weight", "attn_pool.kv.weight"), QUERY_APART),
-    ("vit.pooler.attention.qkv.bias", ("attn_pool.q.bias", "attn_pool.kv.bias"), QUERY_APART),
-    *_both("vit.pooler.attention.proj", "attn_pool.proj."),
-    *_both("vit.pooler.attention.layernorm", "attn_pool.norm."),
-    *_both("vit.pooler.attention.mlp.fc1", "attn_pool.mlp.fc1."),
-    *_both("vit.pooler.attention.mlp.fc2", "attn_pool.mlp.fc2."),
-    *_both("vit.pooler.dense", "pre_logits.fc."),
-    *_both("classifier", "{head}."),
-    *_both("distillation_classifier", "head_dist."),
-]
-
-# transformers: ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2 with and without registers, DINOv3, CLIP, SigLIP, AIMv2
-_LAYER = "{prefix}{layers}.{i}."
-
-TRANSFORMERS_ROWS: list[Row] = [
-    ("vit.embeddings.cls_token", "{prefix}embeddings.{cls}", SAME),
-    ("vit.embeddings.distillation_token", "{prefix}embeddings.distillation_token", SAME),
-    ("vit.embeddings.register_tokens", "{prefix}embeddings.register_tokens", SAME),
-    ("vit.embeddings.mask_token", "{prefix}embeddings.mask_token", MASK_TOKEN),
-    ("vit.embeddings.position_embeddings.weight", "{prefix}embeddings.{positions}", SAME),
-    *_both("vit.embeddings.patch_embeddings.projection", "{prefix}embeddings.{patch}."),
-    *_both("vit.embeddings.patch_embeddings.layernorm", "{prefix}embeddings.rms_norm."),
-    *_both("vit.embeddings.layernorm", "{prefix}pre_layrnorm."),
-    *_both("vit.layers.{i}.layernorm_before", _LAYER + "{norm1}."),
-    ("vit.layers.{i}.attention.qkv.weight", _three(_LAYER + "{attention}.*.weight", ("{q}", "{k}", "{v}")), FUSED),
-    ("vit.layers.{i}.attention.qkv.bias", _three(_LAYER + "{attention}.*.bias", ("{q}", "{k}", "{v}")), FUSED),
-    *_both("vit.layers.{i}.attention.proj", _LAYER + "{out}."),
-    ("vit.layers.{i}.layer_scale_attention.weight", _LAYER + "layer_scale1.lambda1", SAME),
-    *_both("vit.layers.{i}.layernorm_after", _LAYER + "{norm2}."),
-    *_both("vit.layers.{i}.mlp.fc1", _LAYER + "{fc1}."),
-    *_both("vit.layers.{i}.mlp.fc2", _LAYER + "{fc2}."),
-    ("vit.layers.{i}.layer_scale_mlp.weight", _LAYER + "layer_scale2.lambda1", SAME),
-    *_both("vit.layernorm", "{prefix}{norm}."),
-    *_both("vit.pooler.layernorm", "{prefix}{norm}."),
-    *_both("vit.pooler.dense", "{prefix}pooler.dense."),
-    ("vit.pooler.attention.probe", "{prefix}head.probe", SAME),
-    *_both("vit.pooler.attention.qkv", "{prefix}head.attention.in_proj_"),
-    *_both("vit.pooler.attention.proj", "{prefix}head.attention.out_proj."),
-    *_both("vit.pooler.attention.layernorm", "{prefix}head.layernorm."),
-    *_both("vit.pooler.attention.mlp.fc1", "{prefix}head.mlp.fc1."),
-    *_both("vit.pooler.attention.mlp.fc2", "{prefix}head.mlp.fc2."),
-    *_both("classifier", "{classifier}."),
-    *_both("distillation_classifier", "distillation_classifier."),
-    *_both("decoder", "decoder.0.", POINTWISE),
-]
-
-_TV_LAYER = "encoder.layers.encoder_layer_{i}."
-
-TORCHVISION_ROWS: list[Row] = [
-    ("vit.embeddings.cls_token", "class_token", SAME),
-    ("vit.embeddings.position_embeddings.weight", "encoder.pos_embedding", SAME),
-    *_both("vit.embeddings.patch_embeddings.projection", "conv_proj."),
-    *_both("vit.layers.{i}.layernorm_before", _TV_LAYER + "ln_1."),
-    *_both("vit.layers.{i}.attention.qkv", _TV_LAYER + "self_attention.in_proj_"),
-    *_both("vit.layers.{i}.attention.proj", _TV_LAYER + "self_attention.out_proj."),
-    *_both("vit.layers.{i}.layernorm_after", _TV_LAYER + "ln_2."),
-    *_both("vit.layers.{i}.mlp.fc1", _TV_LAYER + "mlp.{fc1}."),
-    *_both("vit.layers.{i}.mlp.fc2", _TV_LAYER + "mlp.{fc2}."),
-    *_both("vit.layernorm", "encoder.ln."),
-    *_both("vit.pooler.dense", "heads.pre_logits."),
-    *_both("classifier", "{head}."),
-]
+def _rows(column: int) -> list[Row]:
+    """The rows of the format in a column of the table, those of biases beside their weights."""
+    rows, has_bias = [], re.compile(r"(weight|kernel|scale)$")
+    for prefixes, *group in _GROUPS:
+        for line in (line for line in group if line[column] is not None):
+            name, rule = line[column] if isinstance(line[column], tuple) else (line[column], SAME)
+            rule = TRANSPOSED if rule is SAME and name.endswith("kernel") else rule
+            ours, name = prefixes[0] + line[0], prefixes[column] + name
+            theirs = tuple(name.replace("*", part) for part in _PARTS.get(rule, ("*",)))
+            rows.append((ours, theirs, rule))
+            if has_bias.search(name):
+                biases = tuple(has_bias.sub("bias", each) for each in theirs)
+                rows.append((has_bias.sub("bias", ours), biases, _BIAS_RULES.get(rule, SAME)))
+    return rows
 
 
 class Format(NamedTuple):
@@ -225,7 +175,7 @@ _PLAIN = {
 _MAE_DECODER = "MAE's decoder, which only pre-training uses"
 
 NPZ = Format(
-    "npz", "official JAX checkpoint", NPZ_ROWS,
+    "npz", "official JAX checkpoint", _rows(1),
     marks=("embedding/kernel", "encoder_norm/scale", "query/kernel", "pos_embedding"),
     dialects={
         # Flax numbered layers by their place in a block before 2020, and by their kind since.
@@ -242,7 +192,7 @@ NPZ = Format(
     },
 )  # fmt: skip
 TIMM = Format(
-    "timm", "timm checkpoint", TIMM_ROWS,
+    "timm", "timm checkpoint", _rows(2),
     marks=("patch_embed.proj.weight", "norm1.weight", "attn.qkv.weight", "pos_embed"),
     dialects={
         "registers": ("reg_token", "register_tokens"),
@@ -266,7 +216,7 @@ TIMM = Format(
     },
 )  # fmt: skip
 TRANSFORMERS = Format(
-    "transformers", "transformers checkpoint", TRANSFORMERS_ROWS,
+    "transformers", "transformers checkpoint", _rows(3),
     marks=(
         "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
         "embeddings.patch_embedding.weight", "embeddings.patch_embed.weight", "embeddings.position_embeddings",
@@ -296,7 +246,7 @@ TRANSFORMERS = Format(
     fixed=_PLAIN,
 )  # fmt: skip
 TORCHVISION = Format(
-    "torchvision", "torchvision checkpoint", TORCHVISION_ROWS,
+    "torchvision", "torchvision checkpoint", _rows(4),
     marks=("conv_proj.weight", "encoder.pos_embedding", "in_proj_weight", "class_token"),
     dialects={
         "fc1": ("0", "linear_1"), "fc2": ("3", "linear_2"), "head": ("heads.head", "heads", "heads.0", "heads.1"),
@@ -326,7 +276,7 @@ def recognise(names: Iterable[str]) -> Format | None:
 def find_dialect(form: Format, names: Iterable[str]) -> dict[str, str]:
     """The value of each field of the table with which a row's name occurs; the usual one if none does."""
     text, dialect = "\n".join(names), {}
-    templates = [name for _, theirs, _ in form.rows for name in ([theirs] if isinstance(theirs, str) else theirs)]
+    templates = [name for _, theirs, _ in form.rows for name in theirs]
     for field_name, values in form.dialects.items():
         used = [name for name in templates if f"{{{field_name}}}" in name]
         found = (v for v in values if any(re.search(_pattern(name, field_name, v), text, re.M) for name in used))
@@ -349,7 +299,7 @@ def expand(form: Format, config: ViTScratchConfig, dialect: Mapping[str, str]) -
     layers = [{"i": i} for i in range(config.num_hidden_layers)]
     for ours, theirs, rule in form.rows:
         counters = layers if "{i}" in ours else units if "{u}" in ours else [{}]
-        names = [theirs] if isinstance(theirs, str) else list(theirs)
+        names = list(theirs)
         if len(names) == 3 and ours.endswith("qkv.bias") and not config.key_bias:
             del names[1]
         for counter in counters:
