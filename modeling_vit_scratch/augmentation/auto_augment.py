@@ -41,10 +41,8 @@ def _erased(image: Image.Image, left: int, top: int, right: int, bottom: int) ->
 # Each takes the image and a strength: a slope, pixels, degrees, bits to keep, a threshold, or the change of a factor
 # from 1.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Identity": lambda image, _: image,
-    "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
-    "Equalize": lambda image, _: ImageOps.equalize(image),
-    "Invert": lambda image, _: ImageOps.invert(image),
+    "Identity": lambda image, _: image, "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
+    "Equalize": lambda image, _: ImageOps.equalize(image), "Invert": lambda image, _: ImageOps.invert(image),
     "ShearX": lambda image, slope: _affine(image, 1, slope, 0, 0, 1, 0),
     "ShearY": lambda image, slope: _affine(image, 1, 0, 0, slope, 1, 0),
     "TranslateX": lambda image, pixels: _affine(image, 1, 0, pixels, 0, 1, 0),
@@ -58,7 +56,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Contrast": lambda image, change: ImageEnhance.Contrast(image).enhance(1 + change),
     "Brightness": lambda image, change: ImageEnhance.Brightness(image).enhance(1 + change),
     "Sharpness": lambda image, change: ImageEnhance.Sharpness(image).enhance(1 + change),
-}
+}  # fmt: skip
 
 
 # Strength at a fraction of the greatest magnitude on an image whose side is given, and whether its sign is random.

@@ -145,23 +145,18 @@ def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Identity": lambda images, _: images,
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
+    "Identity": lambda images, _: images, "AutoContrast": _auto_contrast, "Equalize": _equalize,
     "Invert": lambda images, _: 255 - images,
     "ShearX": lambda images, slope: _affine(images, 1.0, slope, 0.0, 0.0, 1.0, 0.0),
     "ShearY": lambda images, slope: _affine(images, 1.0, 0.0, 0.0, slope, 1.0, 0.0),
     "TranslateX": lambda images, pixels: _affine(images, 1.0, 0.0, pixels, 0.0, 1.0, 0.0),
     "TranslateY": lambda images, pixels: _affine(images, 1.0, 0.0, 0.0, 0.0, 1.0, pixels),
-    "Rotate": _rotate,
-    "Posterize": _posterize,
+    "Rotate": _rotate, "Posterize": _posterize,
     "Solarize": lambda images, threshold: torch.where(images < threshold[:, None, None, None], images, 255 - images),
     "SolarizeAdd": _solarize_add,
     "Color": lambda images, change: _blend(images, _luma(images).float(), change),
-    "Contrast": _contrast,
-    "Brightness": lambda images, change: _blend(images, 0.0, change),
-    "Sharpness": _sharpness,
-}
+    "Contrast": _contrast, "Brightness": lambda images, change: _blend(images, 0.0, change), "Sharpness": _sharpness,
+}  # fmt: skip
 
 
 def operate(images: Tensor, names: tuple[str, ...], chosen: np.ndarray, strengths: np.ndarray) -> Tensor:

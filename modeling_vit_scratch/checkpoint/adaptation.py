@@ -13,6 +13,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..positions_vit_scratch import resample_positions
+from .files import shortlist
 
 
 PATCH_RESIZES = ("pseudo_inverse", "bilinear")
@@ -127,9 +128,9 @@ def adapt(
     if issubclass(cls, ViTScratchForImageClassification):
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
-        notes.append(f"New, initialised at random: {', '.join(fresh[:6])}{', …' if len(fresh) > 6 else ''}.")
+        notes.append(f"New, initialised at random: {shortlist(fresh, 6)}.")
     if unused := [name for name in source if name.removeprefix(prefix) not in wanted]:
-        notes.append(f"Not used by {cls.__name__}: {', '.join(unused[:6])}{', …' if len(unused) > 6 else ''}.")
+        notes.append(f"Not used by {cls.__name__}: {shortlist(unused, 6)}.")
     return state, notes
 
 

@@ -25,7 +25,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from .architecture import Evidence, infer_config, infer_processor
 from .families import Row, find_family
-from .files import CheckpointError, TensorFile, find_files, open_tensors, write_tensors
+from .files import CheckpointError, TensorFile, find_files, open_tensors, shortlist, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
 from .layouts import add_axes, drop_axes, fold_registers, join, split, unstack, unwrap
 from .their_files import their_configs
@@ -196,16 +196,13 @@ def _match(evidence: Evidence, config: ViTScratchConfig) -> dict[str, tuple[list
         if shape != expected[ours]:
             their_shapes = " and ".join(f"{name} {tuple(evidence.shapes[name])}" for name in theirs)
             wrong.append(f"{their_shapes} (wanted for {ours} {tuple(expected[ours])})")
-    problems = [
-        f"{what} ({len(names)}): {', '.join(names[:20])}{', …' if len(names) > 20 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
-        if names
-    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
+    problems = [f"{what} ({len(names)}): {shortlist(names, 20)}" for what, names in problems.items() if names]
     if problems:
         raise evidence.fail(f"looks like a {evidence.form.title}, but keys are {'; '.join(problems)}.")
     for reason in dict.fromkeys(evidence.left_out.values()):
         names = [name for name, why in evidence.left_out.items() if why == reason]
-        evidence.notes.append(f"Left out: {', '.join(names[:4])}{', …' if len(names) > 4 else ''} ({reason}).")
+        evidence.notes.append(f"Left out: {shortlist(names, 4)} ({reason}).")
     return rows
 
 
@@ -269,11 +266,8 @@ def save_checkpoint(
             if re.search(r"(gn_root|gn\d|gn_proj)/(scale|bias)$", name):
                 tensors[name] = tensors[name].reshape(1, 1, 1, -1)
     if leftover:
-        names = sorted(leftover)
-        raise ValueError(
-            f"The {form.name} format has no place for {', '.join(names[:8])}{', …' if len(names) > 8 else ''}: the"
-            " model can't be written in it."
-        )
+        names = shortlist(sorted(leftover), 8)
+        raise ValueError(f"The {form.name} format has no place for {names}: the model can't be written in it.")
     if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
     tensors = split(tensors, dialect.get("joins", {}))

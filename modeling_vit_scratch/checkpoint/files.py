@@ -60,6 +60,11 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be read, or not exactly. The message has the file's name, the reason and a way out."""
 
 
+def shortlist(names: list[str], most: int) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 class TensorFile(Mapping[str, Tensor]):
     """Names to tensors, each read when it is asked for. `shapes` has all shapes without reading one."""
 
@@ -301,7 +306,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
     with atomic_write(path) as unfinished:
         if path.suffix == ".npz":
             with open(unfinished, "wb") as file:  # to a name numpy may add a suffix
-                np.savez(file, **{name: to_array(tensor) for name, tensor in tensors.items()})
+                np.savez(file, **{name: to_array(tensors[name]) for name in tensors})
         elif path.suffix == ".safetensors":
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
         else:

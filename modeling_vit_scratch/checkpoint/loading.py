@@ -22,7 +22,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
 from .adaptation import adapt, adapted_processor
 from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors, shortlist
 from .formats import FORMATS, NATIVE
 
 
@@ -181,7 +181,7 @@ def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> N
             raise InputError(f"{output} is, holds or is part of {source}, which is read. Give another name.")
     names = sorted(os.listdir(output)) if output.is_dir() else []
     if not overwrite and (names or output.is_file()):
-        listed = f", with {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+        listed = f", with {shortlist(names, 8)}" if names else ""
         raise InputError(
             f"{output} is there already{listed}. Give another name, or --overwrite to write over what has the same"
             " names."
