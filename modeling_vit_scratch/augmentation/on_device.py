@@ -318,10 +318,9 @@ class BatchChain:
         self.num_draws = sum(step.num_draws for step in self.steps)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        first = 0
-        for step in self.steps:
-            images = step(images, draws[:, first : first + step.num_draws])
-            first += step.num_draws
+        ends = np.cumsum([step.num_draws for step in self.steps])
+        for step, own in zip(self.steps, np.split(draws, ends, axis=1)):
+            images = step(images, own)
         return images
 
 

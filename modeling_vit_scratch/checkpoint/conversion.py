@@ -112,7 +112,7 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
         file, joins = join(file, row.fields.get("key_bias", True))
     if form is TRANSFORMERS:
         file = add_axes(file, (their_config.get("vision_config") or their_config).get("patch_size", 16))
-    shapes, dialect = file.shapes, _dialect(form, file)
+    shapes, dialect = file.shapes, find_dialect(form, file.shapes)
     if joins:
         dialect["joins"] = joins
     if form is NPZ:
@@ -132,22 +132,6 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
     rows = _match(evidence, config)
     processor = infer_processor(evidence, config)
     return Checkpoint(path, form.name, config, processor, file, rows, evidence.notes)
-
-
-def _dialect(form: Format, names: TensorFile) -> dict[str, Any]:
-    dialect: dict[str, Any] = find_dialect(form, names)
-    if form is NPZ:
-        prefixes = [name.removesuffix("embedding/kernel") for name in names if name.endswith("embedding/kernel")]
-        prefixes += [name.split("Transformer/")[0] for name in names if "Transformer/" in name]
-        dialect["prefix"] = min(prefixes, key=len, default="")
-        norms = [name for name in names if re.search(r"(gn_root|gn\d|gn_proj)/scale$", name)]
-        dialect["norm_axes"] = max((len(names.shapes[name]) for name in norms), default=1)
-    elif form is TRANSFORMERS:
-        pattern = re.compile(r"((?:\w+\.)?)(embeddings|encoder|layers|layernorm)\.")
-        prefix = dialect["prefix"] = next((match[1] for name in names if (match := pattern.match(name))), "")
-        norms = form.dialects["norm"]  # other parts have one too
-        dialect["norm"] = next((norm for norm in norms if f"{prefix}{norm}.weight" in names.shapes), norms[0])
-    return dialect
 
 
 def _expected_shapes(config: ViTScratchConfig) -> tuple[dict[str, torch.Size], set[str]]:

@@ -32,6 +32,7 @@ from ..common.files import atomic_write
 WEIGHT_NAMES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_BESIDE = ("config.json", "preprocessor_config.json")
 # The folder in a checkpoint of accelerate in which each process of FSDP keeps its part of the weights.
 SHARDS = "pytorch_model_fsdp_0"
 # A file may hold so many numbers for each of its bytes, and so many more: a compressed .npz of zeros has 256 of float32
@@ -323,7 +324,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
         folder, name = os.path.split(source)
         # Of the files in a folder of downloads, config.json is about none that can be told.
         is_its_own = name in WEIGHT_NAMES or _weight_files(folder) == [name]
-        return source, *_read_jsons(lambda wanted: os.path.join(folder, wanted) if is_its_own else None)
+        return source, *(_read_json(os.path.join(folder, name) if is_its_own else None) for name in _BESIDE)
     if os.path.isdir(source):
         folder = os.path.join(source, hub.get("subfolder") or "")
         usual = [name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))]
@@ -331,8 +332,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
         if len(found) != 1:
             what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
             raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
-        return os.path.join(folder, found[0]), *_read_jsons(lambda wanted: os.path.join(folder, wanted))
-
+        return os.path.join(folder, found[0]), *(_read_json(os.path.join(folder, name)) for name in _BESIDE)
     if source.endswith(SUFFIXES):
         raise CheckpointError(f"{source}: there is no such file.")
 
@@ -349,7 +349,7 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
 
     try:
         weights = next(filter(None, map(fetch, WEIGHT_NAMES)), None)
-        beside = _read_jsons(fetch)
+        beside = [_read_json(fetch(name)) for name in _BESIDE]
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: neither a file nor a folder, and the Hub does not give it ({error})"
@@ -375,16 +375,13 @@ def is_sharded(folder: str) -> bool:
     return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
 
 
-def _read_jsons(locate: Callable[[str], str | None]) -> tuple[dict, dict]:
-    contents = []
-    for path in map(locate, ("config.json", "preprocessor_config.json")):
-        content = {}
-        if path and os.path.isfile(path):
-            try:
-                content = json.loads(Path(path).read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"{path}: not JSON ({error}).") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: holds no dictionary of settings.")
-        contents.append(content)
-    return contents[0], contents[1]
+def _read_json(path: str | None) -> dict[str, Any]:
+    if not path or not os.path.isfile(path):
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no dictionary of settings.")
+    return content

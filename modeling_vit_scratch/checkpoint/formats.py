@@ -273,14 +273,25 @@ def recognise(names: Iterable[str]) -> Format | None:
     return best if count(best) else None
 
 
-def find_dialect(form: Format, names: Iterable[str]) -> dict[str, str]:
+def find_dialect(form: Format, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The value of each field of the table with which a row's name occurs; the usual one if none does."""
-    text, dialect = "\n".join(names), {}
+    text, dialect = "\n".join(shapes), {}
     templates = [name for _, theirs, _ in form.rows for name in theirs]
     for field_name, values in form.dialects.items():
         used = [name for name in templates if f"{{{field_name}}}" in name]
         found = (v for v in values if any(re.search(_pattern(name, field_name, v), text, re.M) for name in used))
         dialect[field_name] = next(found, values[0])
+    if form is NPZ:
+        prefixes = [name.removesuffix("embedding/kernel") for name in shapes if name.endswith("embedding/kernel")]
+        prefixes += [name.split("Transformer/")[0] for name in shapes if "Transformer/" in name]
+        dialect["prefix"] = min(prefixes, key=len, default="")
+        norms = [shape for name, shape in shapes.items() if re.search(r"(gn_root|gn\d|gn_proj)/scale$", name)]
+        dialect["norm_axes"] = max(map(len, norms), default=1)
+    elif form is TRANSFORMERS:
+        pattern = re.compile(r"((?:\w+\.)?)(embeddings|encoder|layers|layernorm)\.")
+        prefix = dialect["prefix"] = next((match[1] for name in shapes if (match := pattern.match(name))), "")
+        norms = form.dialects["norm"]  # other parts have one too
+        dialect["norm"] = next((norm for norm in norms if f"{prefix}{norm}.weight" in shapes), norms[0])
     return dialect
 
 

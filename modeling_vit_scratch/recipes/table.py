@@ -127,7 +127,7 @@ _SGD = {
     "optim_args": "momentum=0.9", "weight_decay": 0.0, "max_grad_norm": 1.0, "smallest_area": 0.05,
 }  # fmt: skip
 _CIFAR100 = "--dataset_name uoft-cs/cifar100 --label_column_name fine_label"
-_FOLDERS = "--train_dir {0}/train --validation_dir {0}/test".format
+_folders = "--train_dir {0}/train --validation_dir {0}/test".format
 _MOMENTUM = "the momentum is float32, GV's bfloat16"
 _NOT_PUBLISHED = "not published for this data"
 add_rows({
@@ -140,9 +140,9 @@ add_rows({
      "91.97, L/16 93.44, L/32 93.04, H/14 93.82 % (Table 5)", _MOMENTUM),
     ("cifar10", "CIFAR-10", "--dataset_name uoft-cs/cifar10", 10_000, 0.02, 0.03, 500.0, "from ImageNet-21k: B/16 "
      "98.95, B/32 98.79, L/16 99.16, L/32 99.13, H/14 99.27 % (Table 5)", _MOMENTUM),
-    ("pets", "Oxford Pets", _FOLDERS("pets"), 500, 0.1, 0.003, 100.0, _NOT_PUBLISHED, _MOMENTUM),
-    ("flowers", "Flowers", _FOLDERS("flowers"), 500, 0.1, 0.003, 100.0, _NOT_PUBLISHED, _MOMENTUM),
-    ("vtab", "a VTAB task", _FOLDERS("task"), 2500, 0.2, 0.01, 500.0, _NOT_PUBLISHED, f"{_MOMENTUM}; the warm-up is "
+    ("pets", "Oxford Pets", _folders("pets"), 500, 0.1, 0.003, 100.0, _NOT_PUBLISHED, _MOMENTUM),
+    ("flowers", "Flowers", _folders("flowers"), 500, 0.1, 0.003, 100.0, _NOT_PUBLISHED, _MOMENTUM),
+    ("vtab", "a VTAB task", _folders("task"), 2500, 0.2, 0.01, 500.0, _NOT_PUBLISHED, f"{_MOMENTUM}; the warm-up is "
      "GV's, and a fifth held out VTAB's own habit: the table has neither"),
 )  # fmt: skip
 # Table 2: a higher resolution, with Polyak averaging of 0.9999 (section 4.1).
@@ -194,8 +194,8 @@ add_rows({
      "the crop is a random part of the image, BV's one of 384 out of 448 pixels; "),
     ("cifar100", "CIFAR-100", _CIFAR100, 10_000, 500.0, 0.02, 0.01, "91.35 (91.09 to 91.62)",
      "the crop is a random part of the image, BV's one of 384 out of 448 pixels; "),
-    ("pets", "Oxford Pets", _FOLDERS("pets"), 500, 100.0, 0.1, 0.003, "93.78 (93.62 to 94.00)", ""),
-    ("flowers", "Flowers", _FOLDERS("flowers"), 500, 100.0, 0.1, 0.003, "99.43 (99.42 to 99.45)", ""),
+    ("pets", "Oxford Pets", _folders("pets"), 500, 100.0, 0.1, 0.003, "93.78 (93.62 to 94.00)", ""),
+    ("flowers", "Flowers", _folders("flowers"), 500, 100.0, 0.1, 0.003, "99.43 (99.42 to 99.45)", ""),
 )  # fmt: skip
 
 # --- DeiT III: Touvron et al., arXiv:2204.07118; facebookresearch/deit, README_revenge.md -----------------------------
