@@ -111,7 +111,8 @@ def _embed(vit: ViTScratchModel, batches: list[Tensor]) -> tuple[Tensor, list[Bl
     """Equation 1 for each size: all tokens (1, T, D), and their blocks."""
     patches, tokens, blocks, start = vit.embeddings.patch_embeddings, [], [], 0
     for batch in batches:
+        grid = patches.grid(batch)  # or an error
         tokens.append(vit.embeddings(batch.to(patches.projection.weight.dtype)))
-        blocks.append(Block(start, *tokens[-1].shape[:2], patches.grid(batch)))
+        blocks.append(Block(start, *tokens[-1].shape[:2], grid))
         start += len(batch) * blocks[-1].length
     return torch.cat([batch.flatten(0, 1) for batch in tokens])[None], blocks

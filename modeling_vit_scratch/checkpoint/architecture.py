@@ -119,6 +119,10 @@ def infer_config(evidence: Evidence) -> ViTScratchConfig:
 def _from_shapes(evidence: Evidence) -> dict[str, Any]:
     patch = "vit.embeddings.patch_embeddings."
     is_npz, kernel = evidence.form is NPZ, evidence.need(f"{patch}projection.weight")
+    side = (evidence.config.get("vision_config") or evidence.config).get("patch_size", 16)
+    is_flat = evidence.form is TRANSFORMERS and len(kernel) == 2 and isinstance(side, int) and side > 0
+    if is_flat and kernel[1] % side**2 == 0:  # SigLIP 2's dense layer: (D, height * width * C)
+        kernel = (kernel[0], kernel[1] // side**2, side, side)
     if len(kernel) != 4:
         raise evidence.fail(f"its patch projection has the shape {kernel}, which is that of no convolution.")
     height, width, channels, hidden = kernel if is_npz else (*kernel[2:], kernel[1], kernel[0])
@@ -185,7 +189,7 @@ def _positions(evidence: Evidence, fields: dict[str, Any]) -> dict[str, Any]:
         # By default the paper's 224 pixels, or the nearest below that the patch divides.
         default = shorten([max(224 // side, 1) * side for side in patch])
         return {"position_embedding": kind, "image_size": size or default}
-    tokens, registers = stored[1], fields["num_register_tokens"]
+    tokens, registers = stored[-2:][0], fields["num_register_tokens"]
     num_prefix = int(fields["use_cls_token"]) + int(fields["use_distillation_token"])
     placements = [num_prefix, 0]
     if evidence.dialect.get("registers") == "reg_token":  # timm gives a position to all tokens, or to patches only

@@ -27,7 +27,7 @@ from .architecture import Evidence, infer_config, infer_processor
 from .families import Row, find_family
 from .files import CheckpointError, TensorFile, find_files, open_tensors, shortlist, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
-from .layouts import add_axes, drop_axes, fold_registers, join, split, unstack, unwrap
+from .layouts import drop_axes, fold_registers, join, split, unstack, unwrap
 from .their_files import their_configs
 
 
@@ -110,8 +110,6 @@ def load_checkpoint(source: str | os.PathLike, given: Mapping[str, Any] | None =
         file = unstack(file)
     elif form in (TIMM, TRANSFORMERS):
         file, joins = join(file, row.fields.get("key_bias", True))
-    if form is TRANSFORMERS:
-        file = add_axes(file, (their_config.get("vision_config") or their_config).get("patch_size", 16))
     shapes, dialect = file.shapes, find_dialect(form, file.shapes)
     if joins:
         dialect["joins"] = joins

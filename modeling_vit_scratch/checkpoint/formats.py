@@ -61,6 +61,13 @@ MASK_TOKEN = Rule(
     lambda t, c: t[0].reshape(1, 1, -1),
     lambda t, c: [t if c.layer_scale_init_value is None or c.position_embedding == "rope_2d" else t[0]],
 )
+# CLIP's class token (D,) and positions (N, D) -> (1, ., D), and SigLIP 2's patches (D, height * width * C) -> a kernel;
+# `layouts.drop_axes` goes back
+TOKENS = Rule(lambda t, c: t[0].reshape((1,) * (3 - t[0].dim()) + t[0].shape), lambda t, c: [t])
+PATCHES = Rule(
+    lambda t, c: t[0] if t[0].dim() == 4 else _copy(t[0].unflatten(1, (*c.patch_hw, -1)).permute(0, 3, 1, 2)),
+    lambda t, c: [t],
+)
 # a 1 x 1 convolution <-> a dense layer
 POINTWISE = Rule(lambda t, c: t[0].flatten(1), lambda t, c: [t[:, :, None, None]])
 # What "*" stands for in a name, and the rule for the bias of a weight with this rule.
@@ -70,85 +77,84 @@ _BIAS_RULES = {FUSED_HEADS: FUSED_HEADS_BIAS, FUSED: FUSED, QUERY_APART: QUERY_A
 # Ours, and theirs: the official code and big_vision (.npz of Flax's parameters); timm, and what has its names (DeiT,
 # DeiT III, DINO, MAE, DINOv2 as their authors publish them); transformers (ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, DINOv2
 # with and without registers, DINOv3, CLIP, SigLIP, AIMv2); torchvision. The first line of a group is what its names
-# begin with. A name that ends in weight, kernel or scale stands for the bias, too. The rule is SAME, and TRANSPOSED for
-# a kernel, where none is given.
+# begin with. Of ours, a name with a dot at the end stands for a weight and a bias. Where no rule is given it is SAME,
+# and TRANSPOSED for the kernels of Flax.
 _GROUPS: list[list[tuple[Any, ...]]] = [
     [
         ("vit.embeddings.", "{prefix}", "", "{prefix}", ""),
-        ("cls_token", "cls", "cls_token", "embeddings.{cls}", "class_token"),
+        ("cls_token", "cls", "cls_token", ("embeddings.{cls}", TOKENS), "class_token"),
         ("distillation_token", None, "dist_token", "embeddings.distillation_token", None),
         ("register_tokens", None, "{registers}", "embeddings.register_tokens", None),
         ("mask_token", None, ("mask_token", ONE_TOKEN), ("embeddings.mask_token", MASK_TOKEN), None),
-        ("position_embeddings.weight", "{positions}", "pos_embed", "embeddings.{positions}", "encoder.pos_embedding"),
-        ("patch_embeddings.projection.weight", ("embedding/kernel", CONVOLUTION), "patch_embed.proj.weight",
-         "embeddings.{patch}.weight", "conv_proj.weight"),
-        ("patch_embeddings.layernorm.weight", None, "patch_embed.norm.weight", "embeddings.rms_norm.weight", None),
-        ("layernorm.weight", None, "norm_pre.weight", "pre_layrnorm.weight", None),
-        ("patch_embeddings.stem.root_conv.weight", ("conv_root/kernel", CONVOLUTION), None, None, None),
-        ("patch_embeddings.stem.root_norm.weight", ("gn_root/scale", VECTOR), None, None, None),
+        ("position_embeddings.weight", "{positions}", "pos_embed", ("embeddings.{positions}", TOKENS),
+         "encoder.pos_embedding"),
+        ("patch_embeddings.projection.", ("embedding/", CONVOLUTION), "patch_embed.proj.",
+         ("embeddings.{patch}.", PATCHES), "conv_proj."),
+        ("patch_embeddings.layernorm.", None, "patch_embed.norm.", "embeddings.rms_norm.", None),
+        ("layernorm.", None, "norm_pre.", "pre_layrnorm.", None),
+        ("patch_embeddings.stem.root_conv.", ("conv_root/", CONVOLUTION), None, None, None),
+        ("patch_embeddings.stem.root_norm.", ("gn_root/", VECTOR), None, None, None),
     ],
     [
         ("vit.embeddings.patch_embeddings.stem.stages.{s}.{u}.", "{prefix}block{s1}/unit{u1}/", None, None, None),
-        ("shortcut_conv.weight", ("conv_proj/kernel", CONVOLUTION), None, None, None),
-        ("shortcut_norm.weight", ("gn_proj/scale", VECTOR), None, None, None),
-        *((f"conv{n}.weight", (f"conv{n}/kernel", CONVOLUTION), None, None, None) for n in (1, 2, 3)),
-        *((f"norm{n}.weight", (f"gn{n}/scale", VECTOR), None, None, None) for n in (1, 2, 3)),
+        ("shortcut_conv.", ("conv_proj/", CONVOLUTION), None, None, None),
+        ("shortcut_norm.", ("gn_proj/", VECTOR), None, None, None),
+        *((f"conv{n}.", (f"conv{n}/", CONVOLUTION), None, None, None) for n in (1, 2, 3)),
+        *((f"norm{n}.", (f"gn{n}/", VECTOR), None, None, None) for n in (1, 2, 3)),
     ],
     [
         ("vit.layers.{i}.", "{prefix}Transformer/encoderblock_{i}/", "blocks.{i}.", "{prefix}{layers}.{i}.",
          "encoder.layers.encoder_layer_{i}."),
-        ("layernorm_before.weight", "LayerNorm_0/scale", "norm1.weight", "{norm1}.weight", "ln_1.weight"),
-        ("attention.qkv.weight", ("{attention}/*/kernel", FUSED_HEADS), "attn.qkv.weight",
-         ("{attention}.*.weight", FUSED), "self_attention.in_proj_weight"),
-        ("attention.q_norm.weight", None, "attn.q_norm.weight", None, None),
-        ("attention.k_norm.weight", None, "attn.k_norm.weight", None, None),
-        ("attention.proj.weight", ("{attention}/out/kernel", MERGED_HEADS), "attn.proj.weight", "{out}.weight",
-         "self_attention.out_proj.weight"),
+        ("layernorm_before.", "LayerNorm_0/", "norm1.", "{norm1}.", "ln_1."),
+        ("attention.qkv.", ("{attention}/*/", FUSED_HEADS), "attn.qkv.", ("{attention}.*.", FUSED),
+         "self_attention.in_proj_"),
+        ("attention.q_norm.", None, "attn.q_norm.", None, None),
+        ("attention.k_norm.", None, "attn.k_norm.", None, None),
+        ("attention.proj.", ("{attention}/out/", MERGED_HEADS), "attn.proj.", "{out}.", "self_attention.out_proj."),
         ("layer_scale_attention.weight", None, "{scale1}", "layer_scale1.lambda1", None),
-        ("layernorm_after.weight", "{norm2}/scale", "norm2.weight", "{norm2}.weight", "ln_2.weight"),
-        ("mlp.fc1.weight", "{mlp}/Dense_0/kernel", "{fc1}.weight", "{fc1}.weight", "mlp.{fc1}.weight"),
-        ("mlp.fc2.weight", "{mlp}/Dense_1/kernel", "{fc2}.weight", "{fc2}.weight", "mlp.{fc2}.weight"),
+        ("layernorm_after.", "{norm2}/", "norm2.", "{norm2}.", "ln_2."),
+        ("mlp.fc1.", "{mlp}/Dense_0/", "{fc1}.", "{fc1}.", "mlp.{fc1}."),
+        ("mlp.fc2.", "{mlp}/Dense_1/", "{fc2}.", "{fc2}.", "mlp.{fc2}."),
         ("layer_scale_mlp.weight", None, "{scale2}", "layer_scale2.lambda1", None),
     ],
     [
         ("vit.pooler.attention.", "{prefix}MAPHead_0/", "attn_pool.", "{prefix}head.", None),
         ("probe", "probe", "latent", "probe", None),
-        ("qkv.weight", ("MultiHeadDotProductAttention_0/*/kernel", FUSED_HEADS), ("*.weight", QUERY_APART),
-         "attention.in_proj_weight", None),
-        ("proj.weight", ("MultiHeadDotProductAttention_0/out/kernel", MERGED_HEADS), "proj.weight",
-         "attention.out_proj.weight", None),
-        ("layernorm.weight", "LayerNorm_0/scale", "norm.weight", "layernorm.weight", None),
-        ("mlp.fc1.weight", "MlpBlock_0/Dense_0/kernel", "mlp.fc1.weight", "mlp.fc1.weight", None),
-        ("mlp.fc2.weight", "MlpBlock_0/Dense_1/kernel", "mlp.fc2.weight", "mlp.fc2.weight", None),
+        ("qkv.", ("MultiHeadDotProductAttention_0/*/", FUSED_HEADS), ("*.", QUERY_APART), "attention.in_proj_", None),
+        ("proj.", ("MultiHeadDotProductAttention_0/out/", MERGED_HEADS), "proj.", "attention.out_proj.", None),
+        ("layernorm.", "LayerNorm_0/", "norm.", "layernorm.", None),
+        ("mlp.fc1.", "MlpBlock_0/Dense_0/", "mlp.fc1.", "mlp.fc1.", None),
+        ("mlp.fc2.", "MlpBlock_0/Dense_1/", "mlp.fc2.", "mlp.fc2.", None),
     ],
     [
         ("", "{prefix}", "", "", ""),
-        ("vit.layernorm.weight", "Transformer/encoder_norm/scale", "norm.weight", "{prefix}{norm}.weight",
-         "encoder.ln.weight"),
-        ("vit.pooler.layernorm.weight", None, "fc_norm.weight", "{prefix}{norm}.weight", None),
-        ("vit.pooler.dense.weight", "pre_logits/kernel", "pre_logits.fc.weight", "{prefix}pooler.dense.weight",
-         "heads.pre_logits.weight"),
-        ("classifier.weight", "head/kernel", "{head}.weight", "{classifier}.weight", "{head}.weight"),
-        ("distillation_classifier.weight", None, "head_dist.weight", "distillation_classifier.weight", None),
-        ("decoder.weight", None, None, ("decoder.0.weight", POINTWISE), None),
+        ("vit.layernorm.", "Transformer/encoder_norm/", "norm.", "{prefix}{norm}.", "encoder.ln."),
+        ("vit.pooler.layernorm.", None, "fc_norm.", "{prefix}{norm}.", None),
+        ("vit.pooler.dense.", "pre_logits/", "pre_logits.fc.", "{prefix}pooler.dense.", "heads.pre_logits."),
+        ("classifier.", "head/", "{head}.", "{classifier}.", "{head}."),
+        ("distillation_classifier.", None, "head_dist.", "distillation_classifier.", None),
+        ("decoder.", None, None, ("decoder.0.", POINTWISE), None),
     ],
 ]  # fmt: skip
 Row = tuple[str, tuple[str, ...], Rule]
 
 
 def _rows(column: int) -> list[Row]:
-    """The rows of the format in a column of the table, those of biases beside their weights."""
-    rows, has_bias = [], re.compile(r"(weight|kernel|scale)$")
+    """The rows of the format in a column of the table."""
+    rows: list[Row] = []
     for prefixes, *group in _GROUPS:
-        for line in (line for line in group if line[column] is not None):
-            name, rule = line[column] if isinstance(line[column], tuple) else (line[column], SAME)
-            rule = TRANSPOSED if rule is SAME and name.endswith("kernel") else rule
-            ours, name = prefixes[0] + line[0], prefixes[column] + name
-            theirs = tuple(name.replace("*", part) for part in _PARTS.get(rule, ("*",)))
-            rows.append((ours, theirs, rule))
-            if has_bias.search(name):
-                biases = tuple(has_bias.sub("bias", each) for each in theirs)
-                rows.append((has_bias.sub("bias", ours), biases, _BIAS_RULES.get(rule, SAME)))
+        for ours, *formats in group:
+            name, rule = cell if isinstance(cell := formats[column], tuple) else (cell, SAME)
+            if name is None:
+                continue
+            theirs = tuple(prefixes[column + 1] + name.replace("*", part) for part in _PARTS.get(rule, ("*",)))
+            if not ours.endswith("."):
+                rows.append((prefixes[0] + ours, theirs, rule))
+                continue
+            weight = "weight" if not name.endswith("/") else "scale" if "norm" in ours else "kernel"
+            rule = TRANSPOSED if rule is SAME and weight == "kernel" else rule
+            for kind, their_kind, its_rule in (("weight", weight, rule), ("bias", "bias", _BIAS_RULES.get(rule, SAME))):
+                rows.append((prefixes[0] + ours + kind, tuple(each + their_kind for each in theirs), its_rule))
     return rows
 
 
@@ -175,7 +181,7 @@ _PLAIN = {
 _MAE_DECODER = "MAE's decoder, which only pre-training uses"
 
 NPZ = Format(
-    "npz", "official JAX checkpoint", _rows(1),
+    "npz", "official JAX checkpoint", _rows(0),
     marks=("embedding/kernel", "encoder_norm/scale", "query/kernel", "pos_embedding"),
     dialects={
         # Flax numbered layers by their place in a block before 2020, and by their kind since.
@@ -192,7 +198,7 @@ NPZ = Format(
     },
 )  # fmt: skip
 TIMM = Format(
-    "timm", "timm checkpoint", _rows(2),
+    "timm", "timm checkpoint", _rows(1),
     marks=("patch_embed.proj.weight", "norm1.weight", "attn.qkv.weight", "pos_embed"),
     dialects={
         "registers": ("reg_token", "register_tokens"),
@@ -216,7 +222,7 @@ TIMM = Format(
     },
 )  # fmt: skip
 TRANSFORMERS = Format(
-    "transformers", "transformers checkpoint", _rows(3),
+    "transformers", "transformers checkpoint", _rows(2),
     marks=(
         "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
         "embeddings.patch_embedding.weight", "embeddings.patch_embed.weight", "embeddings.position_embeddings",
@@ -246,7 +252,7 @@ TRANSFORMERS = Format(
     fixed=_PLAIN,
 )  # fmt: skip
 TORCHVISION = Format(
-    "torchvision", "torchvision checkpoint", _rows(4),
+    "torchvision", "torchvision checkpoint", _rows(3),
     marks=("conv_proj.weight", "encoder.pos_embedding", "in_proj_weight", "class_token"),
     dialects={
         "fc1": ("0", "linear_1"), "fc2": ("3", "linear_2"), "head": ("heads.head", "heads", "heads.0", "heads.1"),

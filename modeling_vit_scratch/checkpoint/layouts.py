@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,27 +154,8 @@ def split(tensors: dict[str, Tensor], joins: Mapping[str, tuple[str, ...]]) -> d
     return apart
 
 
-def add_axes(file: TensorFile, patch_size: Any) -> TensorFile:
-    """CLIP's vectors and tables with the axes that ViT's have, and the dense layer of NaFlex's patches as a kernel."""
-    shapes = dict(file.shapes)
-    for name, shape in file.shapes.items():
-        lacking = next((count for end, count in _LACKING.items() if name.endswith(end)), 0)
-        shapes[name] = (1,) * lacking + shape
-        is_dense = name.endswith("embeddings.patch_embedding.weight") and len(shape) == 2
-        if is_dense and isinstance(patch_size, int) and patch_size > 0 and shape[1] % patch_size**2 == 0:
-            shapes[name] = (shape[0], shape[1] // patch_size**2, patch_size, patch_size)
-
-    def read(name: str) -> Tensor:
-        tensor, shape = file[name], shapes[name]
-        if len(shape) == 4 and tensor.dim() == 2:  # (D, height * width * C)
-            return tensor.unflatten(1, (*shape[2:], shape[1])).permute(0, 3, 1, 2).contiguous()
-        return tensor.reshape(shape)
-
-    return TensorFile(file.path, shapes, read)
-
-
 def drop_axes(tensors: dict[str, Tensor], has_dense_patches: bool) -> dict[str, Tensor]:
-    """What `add_axes` undoes."""
+    """CLIP's vectors and tables without the axes that ViT's have, and SigLIP 2's kernel of patches as a dense layer."""
     dropped = {}
     for name, tensor in tensors.items():
         lacking = next((count for end, count in _LACKING.items() if name.endswith(end)), 0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .conversion import Checkpoint
 from .formats import TIMM, TORCHVISION, TRANSFORMERS
-from .layouts import drop_axes, split
+from .layouts import split
 from .their_files import their_configs
 
 
@@ -51,8 +51,7 @@ def model_output(model: nn.Module, images: Tensor) -> Tensor:
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     tensors = {name: checkpoint.file[name] for theirs, _ in checkpoint.rows.values() for name in theirs}
-    tensors = split(tensors, checkpoint.config.source_format.get("joins", {}))
-    return drop_axes(tensors, has_dense_patches=False)
+    return split(tensors, checkpoint.config.source_format.get("joins", {}))
 
 
 def _transformers_model(checkpoint: Checkpoint) -> nn.Module | str:
