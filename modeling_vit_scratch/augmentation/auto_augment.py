@@ -127,9 +127,6 @@ def _operate(
     return OPERATIONS[name](image, strength)
 
 
-# --- Policies ---------------------------------------------------------------------------------------------------------
-
-
 class RandAugment:
     """
     Random operations, drawn with replacement, all at the same magnitude (Cubuk et al., arXiv:1909.13719). Timm's `mstd`

@@ -27,7 +27,7 @@ from .architecture import Evidence, infer_config, infer_processor
 from .families import Row, find_family
 from .files import CheckpointError, TensorFile, find_files, open_tensors, shortlist, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
-from .layouts import drop_axes, fold_registers, join, split, unstack, unwrap
+from .layouts import fold_registers, join, split, unstack, unwrap
 from .their_files import their_configs
 
 
@@ -243,18 +243,12 @@ def save_checkpoint(
         if ours in state:
             leftover.discard(ours)
             tensors.update(zip(theirs, rule.write(state[ours], config)))
-    if form is NPZ and dialect["norm_axes"] == 4:
-        for name in tensors:
-            if re.search(r"(gn_root|gn\d|gn_proj)/(scale|bias)$", name):
-                tensors[name] = tensors[name].reshape(1, 1, 1, -1)
     if leftover:
         names = shortlist(sorted(leftover), 8)
         raise ValueError(f"The {form.name} format has no place for {names}: the model can't be written in it.")
     if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")
     tensors = split(tensors, dialect.get("joins", {}))
-    if form is TRANSFORMERS:
-        tensors = drop_axes(tensors, dialect["model_type"].startswith("siglip2"))
     if dialect.get("scanned"):
         tensors = _stacked(tensors, config.num_hidden_layers)
     path = Path(path)

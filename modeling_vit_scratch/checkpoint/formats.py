@@ -26,6 +26,11 @@ def _heads(config: ViTScratchConfig) -> tuple[int, int]:
     return config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
 
+def _origin(config: ViTScratchConfig) -> dict[str, Any]:
+    """What the checkpoint that a model came from differs in from others of its format."""
+    return getattr(config, "source_format", None) or {}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """In memory as its shape says: `contiguous` leaves odd strides on axes of one."""
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -55,18 +60,26 @@ MERGED_HEADS = Rule(
 # (1, D) <-> (1, 1, D)
 ONE_TOKEN = Rule(lambda t, c: t[0][None], lambda t, c: [t[0]])
 # of any rank <-> a vector: Flax before 0.3.6 kept the axes that GroupNorm averages over, (1, 1, 1, C)
-VECTOR = Rule(lambda t, c: t[0].flatten(), lambda t, c: [t])
+VECTOR = Rule(
+    lambda t, c: t[0].flatten(), lambda t, c: [t.reshape((1,) * (_origin(c).get("norm_axes", 1) - 1) + (-1,))]
+)
 # DINOv2's mask token is (1, D), that of ViT and DINOv3 (1, 1, D)
 MASK_TOKEN = Rule(
     lambda t, c: t[0].reshape(1, 1, -1),
     lambda t, c: [t if c.layer_scale_init_value is None or c.position_embedding == "rope_2d" else t[0]],
 )
-# CLIP's class token (D,) and positions (N, D) -> (1, ., D), and SigLIP 2's patches (D, height * width * C) -> a kernel;
-# `layouts.drop_axes` goes back
-TOKENS = Rule(lambda t, c: t[0].reshape((1,) * (3 - t[0].dim()) + t[0].shape), lambda t, c: [t])
+# CLIP's class token is (D,), that of ViT (1, 1, D); the positions of CLIP and SigLIP are (N, D), those of ViT (1, N, D)
+CLASS_TOKEN = Rule(
+    lambda t, c: t[0].reshape((1,) * (3 - t[0].dim()) + t[0].shape),
+    lambda t, c: [t[0, 0] if _origin(c).get("cls") == "class_embedding" else t],
+)
+POSITIONS = Rule(
+    CLASS_TOKEN.read, lambda t, c: [t[0] if _origin(c).get("positions") == "position_embedding.weight" else t]
+)
+# SigLIP 2's patches have a dense layer, (D, height * width * C) <-> (D, C, height, width)
 PATCHES = Rule(
     lambda t, c: t[0] if t[0].dim() == 4 else _copy(t[0].unflatten(1, (*c.patch_hw, -1)).permute(0, 3, 1, 2)),
-    lambda t, c: [t],
+    lambda t, c: [t.permute(0, 2, 3, 1).flatten(1) if _origin(c).get("model_type", "")[:7] == "siglip2" else t],
 )
 # a 1 x 1 convolution <-> a dense layer
 POINTWISE = Rule(lambda t, c: t[0].flatten(1), lambda t, c: [t[:, :, None, None]])
@@ -82,11 +95,11 @@ _BIAS_RULES = {FUSED_HEADS: FUSED_HEADS_BIAS, FUSED: FUSED, QUERY_APART: QUERY_A
 _GROUPS: list[list[tuple[Any, ...]]] = [
     [
         ("vit.embeddings.", "{prefix}", "", "{prefix}", ""),
-        ("cls_token", "cls", "cls_token", ("embeddings.{cls}", TOKENS), "class_token"),
+        ("cls_token", "cls", "cls_token", ("embeddings.{cls}", CLASS_TOKEN), "class_token"),
         ("distillation_token", None, "dist_token", "embeddings.distillation_token", None),
         ("register_tokens", None, "{registers}", "embeddings.register_tokens", None),
         ("mask_token", None, ("mask_token", ONE_TOKEN), ("embeddings.mask_token", MASK_TOKEN), None),
-        ("position_embeddings.weight", "{positions}", "pos_embed", ("embeddings.{positions}", TOKENS),
+        ("position_embeddings.weight", "{positions}", "pos_embed", ("embeddings.{positions}", POSITIONS),
          "encoder.pos_embedding"),
         ("patch_embeddings.projection.", ("embedding/", CONVOLUTION), "patch_embed.proj.",
          ("embeddings.{patch}.", PATCHES), "conv_proj."),

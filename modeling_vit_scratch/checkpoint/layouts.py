@@ -115,8 +115,6 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj"), ("ffn.gate_proj", "ffn.up_proj"), ("m
 _JOINS = [
     (f"mlp.fc1.{kind}", tuple(f"{part}.{kind}" for part in parts)) for parts in _GATED for kind in ("weight", "bias")
 ] + [("attn.qkv.bias", ("attn.q_bias", "attn.v_bias"))]
-# Names of tensors without the leading axes that others have, and how many are lacking.
-_LACKING = {"embeddings.class_embedding": 2, "embeddings.position_embedding.weight": 1}
 
 
 def join(file: TensorFile, has_key_bias: bool) -> tuple[TensorFile, dict[str, tuple[str, ...]]]:
@@ -152,17 +150,6 @@ def split(tensors: dict[str, Tensor], joins: Mapping[str, tuple[str, ...]]) -> d
         names = [name] if end is None else [name.removesuffix(end) + part for part in joins[end]]
         apart.update(zip(names, tensor.chunk(len(names))))
     return apart
-
-
-def drop_axes(tensors: dict[str, Tensor], has_dense_patches: bool) -> dict[str, Tensor]:
-    """CLIP's vectors and tables without the axes that ViT's have, and SigLIP 2's kernel of patches as a dense layer."""
-    dropped = {}
-    for name, tensor in tensors.items():
-        lacking = next((count for end, count in _LACKING.items() if name.endswith(end)), 0)
-        dropped[name] = tensor.reshape(tensor.shape[lacking:])
-        if has_dense_patches and name.endswith("embeddings.patch_embedding.weight"):
-            dropped[name] = tensor.permute(0, 2, 3, 1).flatten(1)
-    return dropped
 
 
 def fold_registers(file: TensorFile, registers: str, positions: str, before: int) -> TensorFile:

@@ -107,12 +107,10 @@ def _timm_config(config: ViTScratchConfig, dialect: Mapping[str, Any], processor
         "mean": list(settings.get("image_mean") or [0.5] * config.num_channels),
         "std": list(settings.get("image_std") or [0.5] * config.num_channels),
         "interpolation": names.get(settings.get("resample"), "bicubic"),
-        "crop_pct": settings.get("crop_pct") or 1.0,
-        "crop_mode": "center" if settings.get("crop_pct") else "squash",
-        "num_classes": config.num_labels,
-        "first_conv": "patch_embed.proj",
+        "crop_pct": settings.get("crop_pct") or 1.0, "crop_mode": "center" if settings.get("crop_pct") else "squash",
+        "num_classes": config.num_labels, "first_conv": "patch_embed.proj",
         "classifier": ["head", "head_dist"] if config.use_distillation_head else "head",
-    }
+    }  # fmt: skip
     return {
         "architecture": dialect.get("architecture") or f"{family}_{size}{distilled}_patch16_224",
         "num_classes": config.num_labels, "num_features": config.hidden_size, "global_pool": pooling,
