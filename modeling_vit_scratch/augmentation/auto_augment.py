@@ -146,9 +146,11 @@ class RandAugment:
     ) -> None:  # fmt: skip
         self.dialect, self.num_operations, self.magnitude = dialect, num_operations, magnitude
         self.magnitude_std, self.probability = magnitude_std, probability
-        _, _, most = self.SCALES[dialect]
-        if not 0 <= magnitude <= most:
-            raise ValueError(f"The magnitude {magnitude:g} must be between 0 and {most:g} for {dialect}'s RandAugment.")
+        self.scales, self.unit, self.most = self.SCALES[dialect]
+        if not 0 <= magnitude <= self.most:
+            raise ValueError(
+                f"The magnitude {magnitude:g} must be between 0 and {self.most:g} for {dialect}'s RandAugment."
+            )
         if num_operations < 1 or not 0 <= probability <= 1 or magnitude_std < 0:
             raise ValueError(
                 f"RandAugment needs at least 1 operation, a probability from 0 to 1 and a spread of at least 0, not "
@@ -161,13 +163,12 @@ class RandAugment:
         )
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        scales, unit, most = self.SCALES[self.dialect]
-        for name in generator.choice(list(scales), size=self.num_operations):
+        for name in generator.choice(list(self.scales), size=self.num_operations):
             if generator.random() < self.probability:
                 magnitude = self.magnitude
                 if self.magnitude_std:
-                    magnitude = min(max(generator.normal(magnitude, self.magnitude_std), 0.0), most)
-                image = _operate(image, str(name), scales[name], magnitude / unit, generator)
+                    magnitude = min(max(generator.normal(magnitude, self.magnitude_std), 0.0), self.most)
+                image = _operate(image, str(name), self.scales[name], magnitude / self.unit, generator)
         return image
 
 
@@ -175,10 +176,11 @@ class TrivialAugmentWide:
     """One random operation at one of 31 random magnitudes: no settings (Müller and Hutter, arXiv:2103.10158)."""
 
     description = "TrivialAugment (wide) as in torchvision"
+    scales, num_operations, probability = TORCHVISION_TRIVIALAUGMENT, 1, 1.0
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        name = str(generator.choice(list(TORCHVISION_TRIVIALAUGMENT)))
-        return _operate(image, name, TORCHVISION_TRIVIALAUGMENT[name], int(generator.integers(31)) / 30, generator)
+        name = str(generator.choice(list(self.scales)))
+        return _operate(image, name, self.scales[name], int(generator.integers(31)) / 30, generator)
 
 
 class ThreeAugment:

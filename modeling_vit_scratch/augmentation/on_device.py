@@ -243,15 +243,12 @@ def _first_inside(
     return np.stack((left, top, left + width, top + height), axis=1).astype(np.float32)
 
 
-class BatchRandAugment:
+class BatchRandAugment(_BatchStep):
     """`RandAugment`, all dialects but big_vision's, which has Cutout; and `TrivialAugmentWide`."""
 
     def __init__(self, policy: policies.RandAugment | policies.TrivialAugmentWide) -> None:
-        self.policy, self.scales, num_operations, self.probability = policy, policies.TORCHVISION_TRIVIALAUGMENT, 1, 1.0
-        if isinstance(policy, policies.RandAugment):
-            self.scales, num_operations = policy.SCALES[policy.dialect][0], policy.num_operations
-            self.probability = policy.probability
-        self.names, self.num_draws = tuple(self.scales), 4 * num_operations
+        super().__init__(policy)
+        self.names, self.num_draws = tuple(policy.scales), 4 * policy.num_operations
         if missing := [name for name in self.names if name not in OPERATIONS]:
             raise InputError(
                 f"--images_on_device: {policy.description} has {', '.join(missing)}, which is not made for whole "
@@ -271,18 +268,17 @@ class BatchRandAugment:
         strengths = np.zeros(len(draws))
         for row, (number, fraction, sign) in enumerate(zip(chosen, self._fractions(draws[:, 1]), draws[:, 2])):
             name = self.names[number - 1]
-            strength_at, is_signed = self.scales[name]
+            strength_at, is_signed = self.one.scales[name]
             strength = strength_at(fraction, height if name == "TranslateY" else width)
             strengths[row] = -strength if is_signed and sign < 0.5 else strength
-        return np.where(draws[:, 3] < self.probability, chosen, 0), strengths
+        return np.where(draws[:, 3] < self.one.probability, chosen, 0), strengths
 
     def _fractions(self, draws: np.ndarray) -> list[float]:
-        if isinstance(self.policy, policies.TrivialAugmentWide):
+        if isinstance(self.one, policies.TrivialAugmentWide):
             return (np.floor(draws * 31) / 30).tolist()
-        _, unit, most = self.policy.SCALES[self.policy.dialect]
         noise = torch.special.ndtri(torch.from_numpy(draws.astype(np.float64)).clamp(1e-9, 1 - 1e-9)).numpy()
-        magnitudes = self.policy.magnitude + self.policy.magnitude_std * noise
-        return (magnitudes.clip(0.0, most) / unit).tolist()
+        magnitudes = self.one.magnitude + self.one.magnitude_std * noise
+        return (magnitudes.clip(0.0, self.one.most) / self.one.unit).tolist()
 
 
 class BatchColorJitter(_BatchStep):
