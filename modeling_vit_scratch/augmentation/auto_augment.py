@@ -139,6 +139,7 @@ class RandAugment:
         "timm": (TIMM_RANDAUGMENT, 10.0, 10.0),
         "big_vision": (BIG_VISION_RANDAUGMENT, 10.0, math.inf),
     }
+    scales = property(lambda self: self.SCALES[self.dialect][0])  # a policy is pickled, and its functions can't be
 
     def __init__(
         self, dialect: str, num_operations: int = 2, magnitude: float = 9.0, magnitude_std: float = 0.0,
@@ -146,7 +147,7 @@ class RandAugment:
     ) -> None:  # fmt: skip
         self.dialect, self.num_operations, self.magnitude = dialect, num_operations, magnitude
         self.magnitude_std, self.probability = magnitude_std, probability
-        self.scales, self.unit, self.most = self.SCALES[dialect]
+        _, self.unit, self.most = self.SCALES[dialect]
         if not 0 <= magnitude <= self.most:
             raise ValueError(
                 f"The magnitude {magnitude:g} must be between 0 and {self.most:g} for {dialect}'s RandAugment."
