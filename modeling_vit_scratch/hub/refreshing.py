@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Renews the code of a model's folder, here or on the Hub, after a check that its numbers stay the same: newer
-transformers may not run the code that the folder was saved with.
-"""
+"""Renews the code of a model's folder, which newer transformers may not run, if its numbers stay the same."""
 
 import json
 import os
@@ -69,10 +66,7 @@ class Renewal:
 
 
 def plan_renewal(source: str, revision: str | None = None) -> Renewal:
-    """
-    Compares the outputs of a folder, or of USER/NAME on the Hub, under its own code and under this one. Raises
-    InputError if it is no model of ours, if the new code does not run it, or if it gives other numbers.
-    """
+    """Compares the outputs of a folder, or of USER/NAME on the Hub, under its own code and under this one."""
     folder = Path(source)
     if not folder.is_dir():
         if source.count("/") != 1:
@@ -85,29 +79,25 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         raise InputError(f"{source} is no folder of a vit_scratch model: its config.json does not say so.")
     old_version = config.get("code_version", "unknown")
     new_config = {**config, "auto_map": config.get("auto_map", {}) | AUTO_MAP, "code_version": CODE_VERSION}
-    changed = changed_code(folder)
-    uploads = [Upload(path.name, path) for path in CODE if path.name in changed]
+    uploads = [Upload(path.name, path) for path in CODE if path.name in changed_code(folder)]
     if config != new_config:
         uploads.append(Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode()))
     if not uploads:
         return Renewal(folder, [], old_version)
 
     with tempfile.TemporaryDirectory() as temporary:
-        renewed = Path(temporary) / "renewed"
-        renewed.mkdir()
+        renewed = Path(temporary)
         for path in folder.iterdir():
             if path.name not in {upload.path for upload in uploads}:
                 (renewed / path.name).symlink_to(path.resolve())
         for upload in uploads:
             (renewed / upload.path).write_text(upload.text(), encoding="utf-8")
-        try:
-            new = _outputs(renewed)
-        except RuntimeError as error:
-            raise InputError(f"{source} does not run with the code of version {CODE_VERSION}: {error}") from error
-        try:
-            old = _outputs(folder)
-        except RuntimeError as error:
-            return Renewal(folder, uploads, old_version, error=str(error))
+        new = _outputs(renewed)
+        if isinstance(new, str):
+            raise InputError(f"{source} does not run with the code of version {CODE_VERSION}: {new}")
+        old = _outputs(folder)
+        if isinstance(old, str):
+            return Renewal(folder, uploads, old_version, error=old)
     difference = max(float((a - b).abs().max()) for a, b in zip(old, new, strict=True))
     if not difference <= TOLERANCE:
         raise InputError(
@@ -128,13 +118,13 @@ def renew(source: str, renewal: Renewal, revision: str | None = None, create_pr:
     return commit(replace(remote, files=()), renewal.uploads, f"Code of {CODE_VERSION}", create_pr)
 
 
-def _outputs(folder: Path) -> list[torch.Tensor]:
-    """The outputs of a folder's model under its own code. Raises RuntimeError with the last line of what it prints."""
+def _outputs(folder: Path) -> list[torch.Tensor] | str:
+    """The outputs of a folder's model under its own code; or, if that fails, the last line of what it prints."""
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "outputs.pt"
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-c", _RUN, str(folder.resolve()), str(result)]
         run = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True)
         if run.returncode:
-            raise RuntimeError((run.stderr.strip().splitlines() or ["it was killed"])[-1])
+            return (run.stderr.strip().splitlines() or ["it was killed"])[-1]
         return torch.load(result, weights_only=True)
