@@ -86,18 +86,21 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         return Renewal(folder, [], old_version)
 
     with tempfile.TemporaryDirectory() as temporary:
-        renewed = Path(temporary)
+        renewed = Path(temporary) / "renewed"
+        renewed.mkdir()
         for path in folder.iterdir():
             if path.name not in {upload.path for upload in uploads}:
                 (renewed / path.name).symlink_to(path.resolve())
         for upload in uploads:
             (renewed / upload.path).write_text(upload.text(), encoding="utf-8")
-        new = _outputs(renewed)
-        if isinstance(new, str):
-            raise InputError(f"{source} does not run with the code of version {CODE_VERSION}: {new}")
-        old = _outputs(folder)
-        if isinstance(old, str):
-            return Renewal(folder, uploads, old_version, error=old)
+        try:
+            new = _outputs(renewed)
+        except RuntimeError as error:
+            raise InputError(f"{source} does not run with the code of version {CODE_VERSION}: {error}") from error
+        try:
+            old = _outputs(folder)
+        except RuntimeError as error:
+            return Renewal(folder, uploads, old_version, error=str(error))
     difference = max(float((a - b).abs().max()) for a, b in zip(old, new, strict=True))
     if not difference <= TOLERANCE:
         raise InputError(
@@ -118,13 +121,13 @@ def renew(source: str, renewal: Renewal, revision: str | None = None, create_pr:
     return commit(replace(remote, files=()), renewal.uploads, f"Code of {CODE_VERSION}", create_pr)
 
 
-def _outputs(folder: Path) -> list[torch.Tensor] | str:
-    """The outputs of a folder's model under its own code; or, if that fails, the last line of what it prints."""
+def _outputs(folder: Path) -> list[torch.Tensor]:
+    """The outputs of a folder's model under its own code. Raises RuntimeError with the last line of what it prints."""
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "outputs.pt"
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-c", _RUN, str(folder.resolve()), str(result)]
         run = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True)
         if run.returncode:
-            return (run.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise RuntimeError((run.stderr.strip().splitlines() or ["it was killed"])[-1])
         return torch.load(result, weights_only=True)
