@@ -61,7 +61,6 @@ class CardOptions:
     hub_model_id: str | None = None
 
     def check(self) -> None:
-        """Raises InputError for a value that the Hub doesn't take."""
         if self.license and (problem := license_problem(self.license, self.license_name, self.license_link)):
             raise InputError(f"--license {self.license}: {problem}")
         for key in ("base_model", "hub_model_id"):

@@ -47,10 +47,6 @@ class Problems:
         if message not in self.messages:
             self.messages.append(message)
 
-    def require(self, condition: bool, message: str) -> None:
-        if not condition:
-            self.add(message)
-
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
         """Adds a ValueError, such as an InputError, as a mistake."""

@@ -123,7 +123,6 @@ class HubPusher:
         return self._thread is None or not self._thread.is_alive()
 
     def wait_until_done(self) -> None:
-        """Waits for the push that is under way, and says so."""
         if not self.is_done():
             self.log(f"Waiting for the push to {self.remote.repo_id} that is under way.")
             self._thread.join()

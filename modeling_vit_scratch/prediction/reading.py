@@ -57,7 +57,8 @@ class Inputs:
                 for item in self._list(given):
                     count += 1
                     yield item
-                problems.require(count > 0, f"INPUT {given}: no images in it.")
+                if not count:
+                    problems.add(f"INPUT {given}: no images in it.")
             except InputError as error:
                 problems.add(f"INPUT {error}")
         if problems.messages:
@@ -72,12 +73,11 @@ class Inputs:
         elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
             yield from self._list_path(given)
         elif any(sign in given for sign in "*?["):
-            found = False
-            for path in listing.match(given):
-                found = True
-                yield from self._list_path(path)
-            if not found:
+            paths = listing.match(given)
+            if (first := next(paths, None)) is None:
                 raise InputError(f"{given}: nothing matches this pattern.")
+            for path in itertools.chain([first], paths):
+                yield from self._list_path(path)
         elif ending in listing.image_endings():
             yield Item(given, given)  # one missing photo among others is no reason to stop
         elif _HUB_NAME.fullmatch(given) and ending not in (*listing.TABLES, *listing.LISTS, ".parquet", ".tar"):

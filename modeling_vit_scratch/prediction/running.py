@@ -21,15 +21,12 @@ from .model import Predictor, fingerprint
 from .reading import Inputs, build_loader
 
 
-# Processes wait for the slowest at the end of the run.
-_PATIENCE_SECONDS = 7 * 24 * 3600
-
-
 def open_job(
     predictor: Predictor, inputs: Inputs, arguments: PredictionArguments, accelerator: Accelerator
 ) -> tuple[Job, list[tuple[int, int]], Processes]:
     """Begins or continues a job, in one process for all. The job, its missing batches, and who shares them."""
-    job, processes = Job(arguments.output, arguments.per_device_eval_batch_size), Processes(_PATIENCE_SECONDS)
+    job = Job(arguments.output, arguments.per_device_eval_batch_size)
+    processes = Processes(timeout=7 * 24 * 3600)  # they wait for the slowest at the end of the run
     state: tuple[int, list[tuple[int, int]], int] | str | None = None
     if accelerator.is_main_process:
         names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 From a model and `pixel_values` (B, C, H, W) to arrays: attention, patch filters, position embeddings, and Grad-CAM.
-
 Attention weights are exact under every attention implementation: hooks make each layer compute them with eager
 attention, one layer in memory at a time. Half precision rounds them, so rows are divided by their sum, in float32.
 """
@@ -24,10 +23,6 @@ from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchPreTrainedModel
 from ..page import attention as any_model
 from ..page import pictures
-
-
-# Figure 7 shows 28: 4 rows of 7.
-NUM_COMPONENTS = 28
 
 
 @contextmanager
@@ -203,7 +198,7 @@ class Filters(NamedTuple):
     num_filters: int
 
 
-def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_COMPONENTS) -> Filters:
+def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = 28) -> Filters:
     """
     Up to `num_components` principal components of the patch embedding's filters (Figure 7, left, of the paper): the
     rows of E in equation 1; in a hybrid of the stem's root convolution, standardised as in the forward pass.
