@@ -25,14 +25,7 @@ def main() -> int:
 
     from modeling_vit_scratch.prediction.model import load_predictor
     from modeling_vit_scratch.prediction.reading import Inputs
-    from modeling_vit_scratch.prediction.running import (
-        finish,
-        open_job,
-        print_table,
-        result_message,
-        run_job,
-        wait_for_all,
-    )
+    from modeling_vit_scratch.prediction.running import finish, open_job, print_table, run_job, wait_for_all
 
     logging.disable_progress_bar()
     inputs = Inputs(arguments)
@@ -47,8 +40,7 @@ def main() -> int:
     wait_for_all(processes)
     broken = 0
     if accelerator.is_main_process:
-        predicted, broken = finish(job, predictor)
-        print(result_message(job, predicted, broken))
+        _, broken = finish(job, predictor)
     wait_for_all(processes)
     accelerator.end_training()
     return int(broken > arguments.max_broken_images)

@@ -420,6 +420,14 @@ def runner(place):
     return run
 
 
+def test_an_embedding_is_as_wide_as_what_the_classifier_sees(here, tmp_path, monkeypatch):
+    model = save_model(tmp_path / "model", pooling="cls_mean")
+    assert predict(monkeypatch, model, "photos/0.JPG", "--output", tmp_path / "o.parquet", "--embeddings") == 0
+    (row,) = table_in(tmp_path / "o.parquet")
+    classifier = load_predictor(parse_arguments([str(model), "x"])).model.classifier
+    assert len(row["embedding"]) == classifier.in_features == 64
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

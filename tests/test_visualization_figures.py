@@ -34,6 +34,7 @@ from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
 
 matplotlib = pytest.importorskip("matplotlib")
 agg = pytest.importorskip("matplotlib.backends.backend_agg")
+pytest.importorskip("matplotlib.figure")
 script = load_script("visualize")
 
 
@@ -174,7 +175,7 @@ def test_images_of_several_sizes_are_batched_with_their_like():
 
 def drawn(name: str, subject: Subject):
     picture = FIGURES[name](subject)
-    figure = figures.new_figure(picture.size)
+    figure = matplotlib.figure.Figure(figsize=picture.size, layout="constrained")
     picture.draw(figure, picture.size[0])
     return picture, figure
 

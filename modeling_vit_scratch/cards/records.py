@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The records that a card is written from, read and checked: of the training, evaluations, a transfer table, emissions,
-and what a person adds. Without a record there is no number.
-"""
+"""The records that a card is written from, read and checked. Without a record there is no number."""
 
 import csv
 import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +61,6 @@ class CardOptions:
     hub_model_id: str | None = None
 
     def check(self) -> None:
-        """Raises InputError for a value that the Hub doesn't take."""
         if self.license and (problem := license_problem(self.license, self.license_name, self.license_link)):
             raise InputError(f"--license {self.license}: {problem}")
         for key in ("base_model", "hub_model_id"):
@@ -90,20 +86,17 @@ class ModelRecords:
     training: dict[str, Any] | None
     # Each report with `folder` (relative to the model's), `title`, and `figures` (names of the pictures in its folder).
     evaluations: list[dict[str, Any]]
-    transfer: dict[str, Any] | None
-    emissions: dict[str, Any] | None  # `grams` of CO2 equivalent, `kwh`, `country` and codecarbon's `version`
-    figures: frozenset[str]  # of the model and of the transfer table, as paths within the folder
-    sheet_credit: str | None  # whose photos figures/sheet.png shows, as Markdown
     options: CardOptions
+    transfer: dict[str, Any] | None = None
+    emissions: dict[str, Any] | None = None  # `grams` of CO2 equivalent, `kwh`, `country` and codecarbon's `version`
+    figures: frozenset[str] = frozenset()  # of the model and of the transfer table, as paths within the folder
+    sheet_credit: str | None = None  # whose photos figures/sheet.png shows, as Markdown
 
 
 def read_records(
     folder: Path, options: CardOptions, reports: Iterable[Path] = (), transfer: Path | None = None
 ) -> ModelRecords:
-    """
-    Reads the folder of a finished model, and folders of reports and of a transfer table that lie elsewhere. Raises
-    InputError if a file is missing or can't be read, and as `gather`.
-    """
+    """Reads the folder of a finished model, and folders of reports and of a transfer table that lie elsewhere."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json: it is no finished model. Train or convert one into it.")
     try:
@@ -124,19 +117,12 @@ def read_records(
     ]
     if transfer is None and (folder / TRANSFER / TRANSFER_RECORD).is_file():
         transfer = folder / TRANSFER
-    return gather(folder, config, processor, training, evaluations, options, transfer)
+    return gather(ModelRecords(folder, config, processor, training, evaluations, options), transfer)
 
 
-def gather(
-    folder: Path,
-    config: ViTScratchConfig,
-    processor: BaseImageProcessor | None,
-    training: dict[str, Any] | None,
-    evaluations: list[dict[str, Any]],
-    options: CardOptions,
-    transfer: Path | None = None,
-) -> ModelRecords:
-    """The records, if they are complete and about this model; else InputError with everything that is missing."""
+def gather(records: ModelRecords, transfer: Path | None = None) -> ModelRecords:
+    """Checks that records are whole and about this model, and adds what else the folder has."""
+    folder, training, evaluations = records.folder, records.training, records.evaluations
     if training is None and not evaluations:
         raise InputError(
             f"No card without a record: {folder} has neither {RECORD} of a training nor an evaluation. Run "
@@ -150,7 +136,7 @@ def gather(
             raise InputError(f"No card without a record: {RECORD} lacks {', '.join(missing)}. Train or evaluate again.")
         training = _completed(training)
     for one in evaluations:
-        _check_evaluation(one, config, training, folder)
+        _check_evaluation(one, records.config, training, folder)
     names = [one["dataset"]["name"] for one in evaluations]
     titles = [
         name if names.count(name) == 1 else f"{name}, {one['folder'].removeprefix(f'{EVALUATIONS}/')}"
@@ -170,17 +156,14 @@ def gather(
             )
         figures |= {f"{TRANSFER}/{name}" for name in _pictures(transfer)}
     credit = folder / SHEET_CREDIT
-    return ModelRecords(
-        folder=folder,
-        config=config,
-        processor=processor,
+    return replace(
+        records,
         training=training,
         evaluations=[{**_completed(one), "title": title} for title, one in zip(titles, evaluations)],
         transfer=transfer_record,
         emissions=_read_emissions(folder / EMISSIONS, training),
         figures=frozenset(figures),
         sheet_credit=" ".join(credit.read_text(encoding="utf-8").split()) if credit.is_file() else None,
-        options=options,
     )
 
 
@@ -205,7 +188,6 @@ def _read_emissions(file: Path, training: dict[str, Any] | None) -> dict[str, An
 
 
 def report_folder(report: Path, folder: Path) -> Path:
-    """Where a report belongs in the folder of the model. Raises InputError if it is none, or another is there."""
     if not (report / RECORD).is_file():
         raise InputError(f"{report} has no {RECORD}: give the --output_dir of scripts/evaluate.py.")
     inside = (folder / EVALUATIONS).resolve()
@@ -218,7 +200,6 @@ def report_folder(report: Path, folder: Path) -> Path:
 
 
 def copy_records(folder: Path, reports: Sequence[Path], transfer: Path | None) -> None:
-    """Copies reports and a transfer table, with the pictures beside them, into the folder of the model."""
     copies = [(report, RECORD, report_folder(report, folder)) for report in reports]
     copies += [] if transfer is None else [(transfer, TRANSFER_RECORD, folder / TRANSFER)]
     for source, record, target in copies:
@@ -229,7 +210,6 @@ def copy_records(folder: Path, reports: Sequence[Path], transfer: Path | None) -
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A record. Raises InputError if it is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -34,21 +34,7 @@ class Absent(StrictUndefined):
 
 
 class CardEnvironment(ImmutableSandboxedEnvironment):
-    """
-    Jinja's sandbox, since a template may be somebody else's. In that of `ModelCard.from_template` a misspelt name
-    prints nothing, and a name from a record may be HTML.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            loader=FileSystemLoader(Path(__file__).parent),
-            undefined=StrictUndefined,
-            autoescape=True,  # so that macros and blocks return Markup, which _escaped leaves alone
-            finalize=_escaped,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self.filters |= FILTERS
+    """Jinja's sandbox. In that of `ModelCard` a misspelt name prints nothing, and a name from a record may be HTML."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """As in Jinja; None, which JSON has for what is not known, becomes `Absent`."""
@@ -59,11 +45,12 @@ class CardEnvironment(ImmutableSandboxedEnvironment):
 
 
 def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | None = None) -> str:
-    """
-    Fills in a template of this folder, or the `text` of one that `template` is the name of in messages. Raises
-    InputError, with the line, if it has a mistake or prints a value that is not there.
-    """
-    environment = CardEnvironment()
+    """Fills in a template of this folder, or the `text` of another one. InputError, with the line, for a mistake."""
+    environment = CardEnvironment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, finalize=_escaped, trim_blocks=True,
+        lstrip_blocks=True, autoescape=True,  # so that macros and blocks return Markup, which _escaped leaves alone
+    )  # fmt: skip
+    environment.filters |= FILTERS
     values = {name: Absent(name=name) if value is None else value for name, value in values.items()}
     try:
         chosen = environment.get_template(template) if text is None else environment.from_string(text)
@@ -74,13 +61,11 @@ def render(values: dict[str, Any], template: str = CARD_TEMPLATE, text: str | No
 
 
 def _where(error: Exception, template: str) -> str:
-    if isinstance(error, TemplateSyntaxError):
-        file, line = error.filename, error.lineno
-    else:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
-        if not frames:
-            return template
-        file, line = frames[-1].filename, frames[-1].lineno
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
+    place = error if isinstance(error, TemplateSyntaxError) else frames[-1] if frames else None
+    if place is None:
+        return template
+    file, line = place.filename, place.lineno
     return f"{template if not file or file.startswith('<') else Path(file).name}, line {line}"
 
 
@@ -133,7 +118,6 @@ def url(address: str) -> Markup:
 
 
 def code(text: Any) -> Markup:
-    """A word of code within a sentence or a table."""
     return Markup("`" + " ".join(str(text).split()).replace("`", "'").replace("|", r"\|") + "`")
 
 

@@ -19,19 +19,13 @@ from ..training.trainer import ImageTrainer, ImageTrainingArguments
 
 
 def build_record(
-    trainer: ImageTrainer,
-    data: ImageData,
-    model_arguments: ModelArguments,
-    scores: dict[str, float],
-    wall_time: float,
-    pretraining: PretrainingArguments | None = None,
-) -> dict[str, Any]:
+    trainer: ImageTrainer, data: ImageData, model_arguments: ModelArguments, scores: dict[str, float],
+    wall_time: float, pretraining: PretrainingArguments | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """
     The record of a run, without secrets and paths of this machine. `scores` are those of `Trainer.evaluate`,
-    `wall_time` is that of training with its evaluations, in seconds, or of the part after `resumed_from`.
-
-    Without labels, the main result is the loss on held-out images with the masks of the first epoch, and the parameters
-    are the encoder's. The probes of the last step of pretraining are among the `metrics`.
+    `wall_time` is that of training with its evaluations, in seconds, or of the part after `resumed_from`. Without
+    labels, the main result is the loss on held-out images with the masks of the first epoch.
     """
     if pretraining is None or pretraining.is_supervised:
         # Without the loss: with label smoothing or mixing it is no number to compare.
@@ -72,13 +66,9 @@ def build_record(
 
 
 def build_probe_record(
-    probes: dict[str, Any],
-    data: ImageData,
-    model: PreTrainedModel,
-    model_arguments: ModelArguments,
-    seed: int,
+    probes: dict[str, Any], data: ImageData, model: PreTrainedModel, model_arguments: ModelArguments, seed: int,
     random_weights: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The record of scripts/probe.py, from the result of `run_probes` on the features of a model."""
     return {
         "probes": probes,

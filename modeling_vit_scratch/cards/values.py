@@ -48,10 +48,7 @@ SHOWN_PROBES = {"fewshot_5": "5 images a class", "fewshot_10": "10 images a clas
 
 
 def template_values(records: ModelRecords) -> dict[str, Any]:
-    """
-    Every name that a template may use, as scripts/card.py --help lists them: plain values without methods that do
-    anything, since a template may be somebody else's.
-    """
+    """Every name that a template may use, as scripts/card.py --help lists them: plain values, without methods."""
     options, training, config, folder = records.options, records.training, records.config, records.folder
     main_record = training or records.evaluations[0]
     if training is None:
@@ -200,9 +197,6 @@ def _calibration(record: dict[str, Any]) -> str | None:
     return "overconfident" if confidence > accuracy else "underconfident"
 
 
-# --- Metadata ---------------------------------------------------------------------------------------------------------
-
-
 def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
     training, license, results = records.training, values["license"], _hub_results(records)
     sources = [training["dataset"]] if training else [one["dataset"] for one in records.evaluations]
@@ -278,9 +272,6 @@ def _emissions(records: ModelRecords) -> dict[str, Any] | None:
         "hardware_used": training["hardware"],
     }
     return emissions | ({"geographical_location": found["country"]} if found["country"] else {})
-
-
-# --- The table of scripts/transfer.py ---------------------------------------------------------------------------------
 
 
 def find(record: dict[str, Any], data: str, how: str) -> dict[str, dict[str, Any]]:

@@ -29,10 +29,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 def card_text(records: ModelRecords, template: Path | None = None) -> str:
-    """
-    README.md, by the `template`, that of the model's folder, or the default. Raises InputError if it can't be read or
-    has a mistake, or if the Hub would not take its metadata.
-    """
+    """README.md, by the `template`, that of the model's folder, or the default."""
     template = template or records.folder / OWN_TEMPLATE
     try:
         own = template.read_text(encoding="utf-8") if template.is_file() else None
@@ -68,19 +65,12 @@ def stored_options(folder: Path) -> dict[str, Any] | None:
 
 
 def write_card(
-    folder: Path,
-    options: CardOptions,
-    reports: Sequence[Path] = (),
-    overwrite: bool = False,
-    dry_run: bool = False,
-    transfer: Path | None = None,
-    template: Path | None = None,
-) -> str:
+    folder: Path, options: CardOptions, reports: Sequence[Path] = (), overwrite: bool = False, dry_run: bool = False,
+    transfer: Path | None = None, template: Path | None = None,
+) -> str:  # fmt: skip
     """
     Writes README.md and the learning curves into the folder of a finished model, and returns the text. Where `options`
-    are None, those of the earlier card stay. Reports, a transfer table and a template that lie elsewhere are copied
-    into the folder, so that later cards have them. Raises InputError if a record is missing or of another model, if the
-    template has a mistake, or, without `overwrite`, if the card was changed by hand.
+    are None, those of the earlier card stay. What lies elsewhere is copied into the folder, for later cards.
     """
     earlier = stored_options(folder)
     if earlier is None and not overwrite and not dry_run:
@@ -107,10 +97,7 @@ def write_card(
 
 
 def refresh_card(model: str, report: str) -> str | None:
-    """
-    Writes a card again, after an evaluation into the folder `report`. Returns a message for the user; None if the
-    report lies elsewhere, or if there is no card.
-    """
+    """Writes a card again, after an evaluation into the folder of its model. Returns a message for the user."""
     folder = Path(model)
     if not (folder / CARD).is_file() or not Path(report).resolve().is_relative_to((folder / EVALUATIONS).resolve()):
         return None
@@ -132,8 +119,8 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
     try:
         draw_curves(trainer.state.log_history, folder / CURVES)
         # Evaluations that are there are of weights that this run has replaced.
-        records = gather(folder, trainer.model.config, trainer.processing_class, record, [], options)
-        write_text(folder / CARD, card_text(records))
+        records = ModelRecords(folder, trainer.model.config, trainer.processing_class, record, [], options)
+        write_text(folder / CARD, card_text(gather(records)))
     except Exception as error:
         print(f"warning: no card was written ({type(error).__name__}: {error}). Try scripts/card.py {folder} later.")
 
@@ -150,10 +137,7 @@ def card_to_publish(folder: Path, options: CardOptions) -> str | None:
 
 
 def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
-    """
-    Draws the losses and the scores on held-out images, where a curve has two points or more, from the `log_history` of
-    the Trainer's state. Without matplotlib it draws nothing.
-    """
+    """Draws losses and scores of the Trainer's `log_history`, with two points or more. Nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -164,11 +148,8 @@ def draw_curves(history: list[dict[str, Any]], file: Path) -> None:
     history = history[: end + 1]
     probes = sorted({key for log in history for key in log if key.startswith("probe_")})
     scores = {title_of(metric): f"eval_{metric}" for metric in METRIC_TITLES} | dict(zip(probes, probes))
-    panels = {}
-    for title, keys in (
-        ("loss", {"training": "loss", "held-out images": "eval_loss"}),
-        ("score on held-out images", scores),
-    ):
+    panels, losses = {}, {"training": "loss", "held-out images": "eval_loss"}
+    for title, keys in (("loss", losses), ("score on held-out images", scores)):
         # Of each step the last value: a resumed run may have logged one twice.
         curves = {
             name: sorted({log["step"]: log[key] for log in history if key in log}.items()) for name, key in keys.items()

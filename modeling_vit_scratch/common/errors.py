@@ -38,20 +38,14 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Problems:
-    """Collects mistakes for one message."""
+    """Collects mistakes for one message, each once."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Adds a mistake once."""
         if message not in self.messages:
             self.messages.append(message)
-
-    def require(self, condition: bool, message: str) -> None:
-        """Adds a mistake unless the condition holds."""
-        if not condition:
-            self.add(message)
 
     @contextmanager
     def collected(self, prefix: str = "") -> Iterator[None]:
@@ -62,7 +56,6 @@ class Problems:
             self.add(f"{prefix}{error}")
 
     def as_error(self) -> InputError:
-        """All mistakes in one error."""
         if len(self.messages) == 1:
             return InputError(self.messages[0])
         lines = [f"  {number}. {message}" for number, message in enumerate(self.messages, start=1)]
@@ -76,10 +69,7 @@ def on_screen(text: str) -> str:
 
 
 def run_command_line(main: Callable[[], int | None]) -> int:
-    """
-    Runs a script's main. Returns its exit status or 0; 2 for a mistake that the user can fix; 1 if training had to stop
-    or the disk is full; 130 after Ctrl-C, 143 after SIGTERM. Other exceptions are bugs and keep their traceback.
-    """
+    """Runs a script's main, and returns its exit status. Exceptions that are bugs keep their traceback."""
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         if half_set := _half_set_cluster():

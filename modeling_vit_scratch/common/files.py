@@ -24,10 +24,7 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 
 
 def lock(file: Path, what: str) -> IO[str] | None:
-    """
-    A lock that ends with this process, however that ends; worker processes do not inherit it. None where the system or
-    the disk has no locks. Raises InputError if another process has it; `what` both write into is in the message.
-    """
+    """A lock that ends with this process; None where there are none. InputError if another process has it."""
     if fcntl is None:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +76,6 @@ def share(*paths: Path) -> None:
 
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8, atomically."""
     with atomic_write(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
@@ -159,8 +155,7 @@ def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     sync(*folder.rglob("*"), folder)
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     sizes = {name: file.stat().st_size for name, file in files.items()}
-    checksums = {name: checksum(file) for name, file in files.items()}
-    content = {**metadata, "files": sizes, "checksums": checksums}
+    content = {**metadata, "files": sizes, "checksums": {name: checksum(file) for name, file in files.items()}}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2), encoding="utf-8")
     sync(folder / MANIFEST, folder)
 

@@ -57,10 +57,8 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 
 class Parser(argparse.ArgumentParser):
     """
-    A parser whose flags are the fields of dataclasses (`kinds`), made by `flag`. A subclass that changes only a default
-    keeps the help text. Mistakes are collected in `problems`, and `instead_of_invalid` has the defaults of these flags.
-
-    --help shows the fields in `groups`, by title; `more_help` gets their names and returns what `--help all` adds.
+    Flags from the fields of dataclasses (`kinds`), made by `flag`. Mistakes are collected in `problems`. --help shows
+    the fields in `groups`, by title; `more_help` gets their names and returns what `--help all` adds.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         form = functools.partial(HelpFormatter, max_help_position=30)  # a longer flag has a line of its own
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=form, **kwargs)
-        self.problems, self.instead_of_invalid = Problems(), {}
+        self.problems, self.instead_of_invalid = Problems(), {}  # the defaults of flags with a mistake
         self.more_help, self.shown = more_help, {name for names in groups.values() for name in names}
         fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.init}
         hints = {kind: typing.get_type_hints(kind) for kind in kinds}
@@ -87,12 +85,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does it. ~ is the home folder, also in --flag=~/folder, which shells leave as it is."""
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([re.sub(r"(^|^--\w+=)~(?=/|$)", _home, word) for word in words], namespace)
+        home, words = os.path.expanduser("~"), sys.argv[1:] if args is None else args
+        words = [re.sub(r"(^|^--\w+=)~(?=/|$)", lambda found: found[1] + home, word) for word in words]
+        return super().parse_known_args(words, namespace)
 
     def parse(self, kind: type[_Arguments], argv: list[str] | None = None) -> _Arguments:
         """Parses a command line (default: of this process) into a dataclass, positional arguments included."""
-        namespace, unknown = self.parse_known_args(sys.argv[1:] if argv is None else argv)
+        namespace, unknown = self.parse_known_args(argv)
         refuse_unknown(unknown, self.known_flags(), self.problems)
         values = {**vars(namespace), **self.instead_of_invalid}
         arguments = fill(kind, values)
@@ -101,7 +100,6 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def known_flags(self) -> list[str]:
-        """All flags in the spelling with underscores."""
         return [option for option in self._option_string_actions if "-" not in option[2:]]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -122,10 +120,6 @@ class Parser(argparse.ArgumentParser):
         raise self.problems.as_error()
 
 
-def _home(match: re.Match[str]) -> str:
-    return match[1] + os.path.expanduser("~")
-
-
 class _Help(argparse.Action):
     """--help, and --help all."""
 
@@ -133,7 +127,7 @@ class _Help(argparse.Action):
         text = parser.format_help()
         if values == "all" and parser.more_help is not None:
             text += f"\n{parser.more_help(parser.shown)}"
-        show(text.rstrip())
+        print(text.rstrip(), flush=True)
         parser.exit()
 
 
@@ -157,14 +151,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         values = default if isinstance(default, list) else [default]
         text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
         return f"{action.help} (default: {text})"
-
-
-def show(text: str) -> None:
-    """Prints, also to a pipe that ends early, such as `| head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes there at exit
 
 
 def flag_metadata(kind: type, name: str) -> dict[str, Any]:
@@ -252,24 +238,18 @@ PHOTO_SMALLEST_AREA = 0.35
 
 @dataclass
 class HubFlags:
-    """Flags of downloads."""
-
     model_revision: str = flag("main", "Branch, tag or commit.", metavar="REVISION")
     cache_dir: str | None = flag(None, "Folder for downloads. Default: Hugging Face's.", metavar="DIR")
 
 
 @dataclass
 class ImageFlags:
-    """Flags of the columns of images."""
-
     dataset_config_name: str | None = flag(None, "Configuration of a data set of the Hub.", metavar="NAME")
     image_column_name: str | None = flag(None, "Column of the images. Default: detected.", metavar="NAME")
 
 
 @dataclass
 class LabelFlags(ImageFlags):
-    """Flags of labels and held-out images."""
-
     label_column_name: str | None = flag(None, "Column of the labels. Default: detected.", metavar="NAME")
     label_separator: str | None = flag(
         None, "Separator of labels in a text column, for images with several. Example: '|'", metavar="TEXT"
@@ -285,8 +265,6 @@ class LabelFlags(ImageFlags):
 
 @dataclass
 class ReadingFlags:
-    """Flags of reading images in batches."""
-
     per_device_eval_batch_size: int = flag(128, "Batch size per device, without gradients.", at_least=1)
     dataloader_num_workers: int | None = flag(
         None, "Worker processes per device that decode images; if not set, as many as the cores allow.", at_least=0
@@ -296,8 +274,6 @@ class ReadingFlags:
 
 @dataclass
 class FastDecodeFlag:
-    """The flag of fast decoding."""
-
     fast_decode: bool = flag(
         True,
         "Decode JPEG photos at reduced scale and resize with 8-bit kernels: faster, and pixels differ by up to about 1 "
@@ -307,8 +283,6 @@ class FastDecodeFlag:
 
 @dataclass
 class SeedFlag:
-    """The flag of the random seed."""
-
     seed: int = flag(42, "Random seed.", at_least=0)
 
 

@@ -28,10 +28,7 @@ def loading(what: str) -> Iterator[None]:
 def load_pretrained(
     kind: type[ViTScratchPreTrainedModel], what: str, name: str, hub: dict[str, Any], **overrides: Any
 ) -> tuple[Any, ViTScratchImageProcessor, set[str]]:
-    """
-    The model of a folder, a file or an id on the Hub, its image processor, and the names of missing weights. `what`
-    names it in messages, `hub` is `revision` and `cache_dir`. Raises InputError if it can't be loaded.
-    """
+    """The model, its image processor, and the names of missing weights. `what` is the model's name in messages."""
     refuse_missing_path(what, name)
     with loading(what):
         model, info = kind.from_pretrained(name, output_loading_info=True, **hub, **overrides)
@@ -72,6 +69,5 @@ def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> 
 
 
 def default_processor(config: ViTScratchConfig) -> ViTScratchImageProcessor:
-    """An image processor with the size and channels of a network."""
     height, width = config.image_hw
     return ViTScratchImageProcessor(num_channels=config.num_channels, size={"height": height, "width": width})

@@ -28,10 +28,7 @@ LAUNCHERS = (
 
 
 def launcher(child: int | None = None) -> int | None:
-    """
-    The id of the parent of this process (or of `child`), if that is accelerate's or torch's launcher. A shell is none:
-    under nohup, setsid or tmux its runs continue when it ends.
-    """
+    """The id of the parent of this process (or of `child`), if that is accelerate's or torch's launcher, no shell."""
     try:
         parent = psutil.Process(child).parent()
         words = [] if parent is None else parent.cmdline()
@@ -42,10 +39,7 @@ def launcher(child: int | None = None) -> int | None:
 
 
 class Processes:
-    """
-    Communication between the processes of a run, which make the same calls in the same order. It has a gloo group of
-    its own, on the host: a call does not wait for an accelerator that still computes.
-    """
+    """Communication between the processes of a run, on the host: it does not wait for an accelerator's work."""
 
     def __init__(self, timeout: int) -> None:
         self.timeout = timedelta(seconds=timeout)
@@ -56,7 +50,6 @@ class Processes:
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
     def maximum(self, value: int) -> int:
-        """The largest value of all processes."""
         if not self.are_several:
             return value
         values = torch.tensor(value)
@@ -64,7 +57,6 @@ class Processes:
         return int(values)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order."""
         if not self.are_several:
             return [value]
         values: list[Any] = [None] * distributed.get_world_size()
@@ -72,7 +64,6 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Waits for all processes."""
         if self.are_several:
             distributed.barrier(group=self._gloo())
 
@@ -83,7 +74,6 @@ class Processes:
 
 
 def has_lost_contact(error: RuntimeError) -> bool:
-    """Whether the error is that another process has ended."""
     messages = r"closed by peer|connection reset|gloo/transport|broken pipe"
     return isinstance(error, distributed.DistError) or re.search(messages, str(error), re.I) is not None
 
@@ -94,11 +84,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 
 class StopSignals:
     """
-    Handles SIGNALS between `start` and `restore`, or inside of `with`. The first signal sets `number`
-    and calls `on_request` with a description. The second, or with `at_once` the first, sets `is_urgent` and raises.
-
-    A launcher, `timeout` or a terminal may send a signal twice: signals within a second count once. `accelerate launch`
-    of one process passes no signal on; it ends, and nobody could stop its run. So its end counts as SIGTERM.
+    Handles SIGNALS between `start` and `restore`, or inside of `with`. The first signal sets `number` and calls
+    `on_request` with a description. The second, or with `at_once` the first, sets `is_urgent` and raises. `timeout` or
+    a terminal may send a signal twice: within a second they count once. `accelerate launch` of one process passes none
+    on, so its end counts as SIGTERM.
     """
 
     def __init__(self, on_request: Callable[[str], None] | None = None, at_once: bool = False) -> None:
@@ -117,7 +106,6 @@ class StopSignals:
         return self
 
     def restore(self) -> None:
-        """Restores the previous handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 

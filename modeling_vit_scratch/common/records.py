@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What records and cards share: titles of metrics, licence names, and the provenance of a result. Imports no torch."""
 
-import hashlib
 import os
 import platform
 import re
@@ -100,11 +99,10 @@ def hardware() -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of weights in a folder, by name."""
+    from huggingface_hub.utils.sha import sha_fileobj  # here: tools that only read records start without it
+
     found = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        digest = hashlib.sha256()
         with open(file, "rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-        found[file.name] = digest.hexdigest()
+            found[file.name] = sha_fileobj(stream).hex()
     return found

@@ -32,13 +32,6 @@ def take_in_hand(name: str) -> None:
         _IN_HAND[start : start + _SLOT] = text[:_SLOT].ljust(_SLOT, b"\0")
 
 
-def in_hand(process: int) -> str | None:
-    """The image that a worker process of this id has taken in hand last."""
-    slots = (_IN_HAND[start : start + _SLOT] for start in range(0, _SLOT * _SLOTS, _SLOT))
-    pairs = (slot.rstrip(b"\0").decode(errors="replace").partition(" ") for slot in slots)
-    return next((name for number, _, name in pairs if number == str(process)), None)
-
-
 def lost_worker(error: Exception, when: str = "") -> str | None:
     """A message if a worker process has ended, or could not start or share its images; else None."""
     text = str(error)
@@ -51,7 +44,9 @@ def lost_worker(error: Exception, when: str = "") -> str | None:
         return None
     killed = re.search(r"killed by signal: (\w+)", text)
     reason = f"was killed by the system ({killed[1]})" if killed else "ended unexpectedly"
-    images = list(filter(None, (in_hand(int(number)) for number in ended[1].split(","))))
+    slots = (_IN_HAND[start : start + _SLOT] for start in range(0, _SLOT * _SLOTS, _SLOT))
+    notes = (slot.rstrip(b"\0").decode(errors="replace").partition(" ") for slot in slots)
+    images = [name for number, _, name in notes if name and number in ended[1].split(", ")]
     reading = f" while it read {', '.join(images)}" if images else ""
     return (
         f"A process that reads images {reason}{when}{reading}. Usually the memory was full, or in a container the "

@@ -204,7 +204,8 @@ class _Reader:
             return self._read_class_folders(flag, path)
         if path.is_dir():
             images = self._images_below(flag, path)
-            self.problems.require(bool(images), f"{flag} {path} has no images in it.")
+            if not images:
+                self.problems.add(f"{flag} {path} has no images in it.")
             features = datasets.Features({"image": datasets.Image()})
             return datasets.Dataset.from_dict({"image": images}, features=features) if images else None
         reader, files = self._find_files(flag, given)

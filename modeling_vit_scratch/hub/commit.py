@@ -9,15 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    errors,
-    get_token,
-    is_offline_mode,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token, is_offline_mode
+from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..common.errors import InputError
@@ -69,10 +62,7 @@ def check_can_publish(name: str) -> None:
 
 
 def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Remote:
-    """
-    The state of a repository; asks again when the connection is lost. Raises InputError if the Hub refuses, or if the
-    repository holds something else than a model or Space of this library.
-    """
+    """As `_look_up`; asks again when the connection is lost."""
     for number in range(1, ATTEMPTS):
         with contextlib.suppress(ConnectionLost):
             return _look_up(repo_id, revision, repo_type)
@@ -81,6 +71,7 @@ def look_up(repo_id: str, revision: str | None = None, repo_type: str = "model")
 
 
 def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
+    """Raises InputError if the repository holds something else than a model or Space of this library."""
     api = HfApi()
     with _explained(repo_id):
         try:
@@ -127,10 +118,7 @@ def prepare(
     name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
     repo_type: str = "model",
 ) -> Remote:  # fmt: skip
-    """
-    The repository to commit to, NAME or USER/NAME, and its branch, which are created if they don't exist. Raises
-    InputError without permission to write, if it holds something else, or if it is public and should be private.
-    """
+    """The repository to commit to, NAME or USER/NAME, and its branch, which are created if they don't exist."""
     check_can_publish(name)
     api = HfApi()
     with _explained(name):
@@ -157,23 +145,20 @@ def prepare(
 
 def commit(remote: Remote, uploads: list[Upload], message: str, create_pr: bool = False, strict: bool = True) -> str:
     """
-    Publishes files in one commit, or as a pull request, and returns its URL. Weights of earlier versions that are not
-    among the uploads are removed. If `strict`, refuses when somebody else has committed since `remote` was looked up.
+    Publishes files in one commit, or as a pull request, and returns its URL; outdated files are removed. If `strict`,
+    refuses when somebody else has committed since `remote` was looked up.
     """
     disable_progress_bars()  # here: libraries that were imported meanwhile may have enabled them
     api, outdated = HfApi(), remote.outdated(uploads)
     branch = {"repo_type": remote.repo_type, "revision": remote.revision}
+    options = {"create_pr": create_pr, "parent_commit": remote.head if strict and not create_pr else None}
     for number in range(1, ATTEMPTS + 1):
         # New objects for each attempt: they remember what they have uploaded.
         operations = [CommitOperationAdd(upload.path, upload.content) for upload in uploads]
         operations += [CommitOperationDelete(path) for path in outdated]
-        parent = remote.head if strict and not create_pr else None
         try:
             with _explained(remote.repo_id):
-                info = api.create_commit(
-                    remote.repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=parent,
-                    **branch,
-                )  # fmt: skip
+                info = api.create_commit(remote.repo_id, operations, commit_message=message, **options, **branch)
             return str(info.pr_url if create_pr else info.commit_url)
         except ConnectionLost as error:
             # A pull request may have been opened even if the response was lost: never open a second one.

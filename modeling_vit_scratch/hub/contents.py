@@ -98,7 +98,6 @@ class Upload:
 
     @property
     def size(self) -> int:
-        """In bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def text(self) -> str:
@@ -130,11 +129,10 @@ def _text_of_image(content: Path | bytes) -> str:
     return "\n".join([*values, *gps])
 
 
-def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
+def collect(folder: Path, card: Upload | None = None) -> tuple[list[Upload], dict[str, str]]:
     """
-    The files of a model's folder to publish, with this version's `code` and, in place of its README.md, the `card`; and
-    the paths that are left out with the reasons. The path of a folder ends with a slash. Raises InputError for a link
-    that leads out of the folder: nobody sees in its name what would be published.
+    The files of a model's folder to publish, with this version's code and, in place of its README.md, the `card`; and
+    the paths that are left out with the reasons. A link that leads out of the folder is an InputError.
     """
     uploads, left_out, shown = [], {}, _shown_figures(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -155,8 +153,7 @@ def collect(folder: Path, code: bool = True, card: Upload | None = None) -> tupl
         path if "/" not in path or path.split("/")[0] in tops else f"{path.split('/')[0]}/": reason
         for path, reason in left_out.items()
     }
-    if code:
-        uploads += [Upload(module.name, module.read_bytes()) for module in CODE]
+    uploads += [Upload(module.name, module.read_bytes()) for module in CODE]
     return sorted(uploads, key=lambda upload: upload.path), left_out
 
 
@@ -222,10 +219,7 @@ def check_model(folder: Path) -> list[str]:
 def prepare_card(
     folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
 ) -> tuple[Upload | None, list[str]]:
-    """
-    The card to publish, None if it can't be read, and its problems, a line each. `text` replaces the folder's
-    README.md, `license` the card's. Its example loads the model from `repo_id`.
-    """
+    """The card to publish, None if it can't be read, and its problems. `text` replaces the folder's README.md."""
     file = folder / "README.md"
     if text is None and not file.is_file():
         return None, ["There is no README.md. Write one, or run scripts/card.py, which writes it from the records."]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Pushes a training run to the Hub, without the tokens, local paths, pickles and logs that the stock Trainer pushes. Each
-push is one commit, in a thread of its own during training. One that fails is a warning; the next one has it all.
-"""
+"""Pushes a training run to the Hub, without the tokens, paths, pickles and logs that the stock Trainer pushes."""
 
 import contextlib
 import json
@@ -30,8 +27,8 @@ _COPIES = "_upload-"
 
 class HubPusher:
     """
-    The pushes of a run, in its first process. To transformers' Trainer it is a `PushInProgress`. `copy_model` copies
-    the model of a checkpoint into a new folder.
+    The pushes of a run, in its first process; to transformers' Trainer it is a `PushInProgress`. Each is one commit, in
+    a thread of its own during training. One that fails is a warning; the next one has it all.
     """
 
     def __init__(
@@ -57,7 +54,6 @@ class HubPusher:
         return self.remote.repo_id
 
     def describe(self) -> str | None:
-        """A line on where and when it pushes; None if it does not."""
         if self.remote is None:
             return None
         is_at_the_end = self.arguments.hub_strategy == HubStrategy.END or self.arguments.save_strategy == "no"
@@ -124,11 +120,9 @@ class HubPusher:
             shutil.rmtree(copies, ignore_errors=True)
 
     def is_done(self) -> bool:
-        """Whether no push is under way."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait_until_done(self) -> None:
-        """Waits for the push that is under way, and says so."""
         if not self.is_done():
             self.log(f"Waiting for the push to {self.remote.repo_id} that is under way.")
             self._thread.join()
@@ -175,10 +169,7 @@ class HubPusher:
 
 
 def checkpoint_uploads(folder: Path, name: str) -> list[Upload]:
-    """
-    All files of a checkpoint to resume from, by its name in the repository. Local paths and tokens in its JSON files
-    become shorter words and spaces: the sizes in its manifest stay right.
-    """
+    """All files of a checkpoint to resume from. Its JSON files keep their sizes, which are in its manifest."""
     uploads = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path = f"{name}/{file.relative_to(folder).as_posix()}"

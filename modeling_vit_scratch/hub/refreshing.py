@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Renews the code of a model's folder, here or on the Hub, after a check that its numbers stay the same: newer
-transformers may not run the code that the folder was saved with.
-"""
+"""Renews the code of a model's folder, which newer transformers may not run, if its numbers stay the same."""
 
 import json
 import os
@@ -69,10 +66,7 @@ class Renewal:
 
 
 def plan_renewal(source: str, revision: str | None = None) -> Renewal:
-    """
-    Compares the outputs of a folder, or of USER/NAME on the Hub, under its own code and under this one. Raises
-    InputError if it is no model of ours, if the new code does not run it, or if it gives other numbers.
-    """
+    """Compares the outputs of a folder, or of USER/NAME on the Hub, under its own code and under this one."""
     folder = Path(source)
     if not folder.is_dir():
         if source.count("/") != 1:
@@ -85,8 +79,7 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         raise InputError(f"{source} is no folder of a vit_scratch model: its config.json does not say so.")
     old_version = config.get("code_version", "unknown")
     new_config = {**config, "auto_map": config.get("auto_map", {}) | AUTO_MAP, "code_version": CODE_VERSION}
-    changed = changed_code(folder)
-    uploads = [Upload(path.name, path) for path in CODE if path.name in changed]
+    uploads = [Upload(path.name, path) for path in CODE if path.name in changed_code(folder)]
     if config != new_config:
         uploads.append(Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode()))
     if not uploads:

@@ -32,10 +32,7 @@ transformers=={transformers}
 
 
 def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]:
-    """
-    The files of a Space `repo_id`, the problems, a line each, and the Hub id of its model: `source`, or if that is a
-    folder, `repo_id`, which it is published under. Raises InputError if there is neither.
-    """
+    """The files of a Space, the problems, and the Hub id of its model: `source`, or if that is a folder, `repo_id`."""
     folder, problems = Path(source), []
     model, has_code, revision = repo_id, True, "main"
     if folder.is_dir():

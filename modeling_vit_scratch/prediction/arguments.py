@@ -14,7 +14,6 @@ from ..common.workers import available_cores
 
 # What --output may end in.
 FORMATS = (".parquet", ".csv", ".jsonl")
-DTYPES = ("float32", "bfloat16", "float16")
 # --help: the groups of the flags, in their order.
 GROUPS = {
     "most used": (
@@ -28,8 +27,6 @@ GROUPS = {
 
 @dataclass
 class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
-    """What to predict with MODEL for every INPUT."""
-
     per_device_eval_batch_size: int = 64
     output: str | None = flag(
         None,
@@ -44,7 +41,7 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
     )
     embeddings: bool = flag(False, "Also write the encoder's pooled output, which the classifier sees.")
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
-    dtype: str = flag("float32", "Precision of the network.", choices=DTYPES)
+    dtype: str = flag("float32", "Precision of the network.", choices=("float32", "bfloat16", "float16"))
     max_broken_images: int | None = flag(
         None,
         "Exit with status 1 if more than N images are broken; the others are predicted. Default: no limit; 0 for a "

@@ -40,11 +40,8 @@ BLOCK, SECONDS = 512, 30.0
 ROW_GROUP = 16_384  # rows of OUTPUT: about 50 MB with the embeddings of B/16
 _PART = re.compile(r"(\d+)-(\d+)\.part")
 _PART_COLUMNS = pyarrow.schema({
-    "image": pyarrow.string(),
-    "fault": pyarrow.string(),
-    "labels": pyarrow.list_(pyarrow.int32()),
-    "scores": pyarrow.list_(pyarrow.float32()),
-    "embedding": pyarrow.list_(pyarrow.float32()),
+    "image": pyarrow.string(), "fault": pyarrow.string(), "labels": pyarrow.list_(pyarrow.int32()),
+    "scores": pyarrow.list_(pyarrow.float32()), "embedding": pyarrow.list_(pyarrow.float32()),
 })  # fmt: skip
 
 
@@ -60,12 +57,13 @@ class Job:
     def start(
         self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool, inputs: Iterable[str] = ()
     ) -> bool:
-        """
-        Lists all images in one process, and begins the job or continues the one in the folder; returns whether it was
-        there. `settings` decide the bytes of the output. Raises InputError if there are no images, another run is at
-        work, a file or a job with other settings is in the way and must not be overwritten, or the output is an input.
-        """
-        self._check_foreign_files(overwrite)
+        """Lists all images, and begins the job or, with the same `settings`, continues it; whether it was there."""
+        if not self.settings() and not overwrite:
+            for path in filter(os.path.exists, (self.output, self.errors)):
+                raise InputError(f"--output {self.output}: {path} is there already. Give --overwrite to replace it, or "
+                                 "another name.")  # fmt: skip
+        if self.errors.exists() and not self.errors.read_bytes().startswith(b"image,reason\n"):
+            raise InputError(f"{self.errors} is no list of errors of this command, and is kept. Give another --output.")
         for path in filter(os.path.exists, inputs):
             self._check_not_written(path, os.stat(path))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +82,12 @@ class Job:
         before = self.settings()
         if before and before != settings and not overwrite:
             names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-            lines = [f"    {name}: {settings.get(name)} now, {before.get(name)} then" for name in names]
-            raise InputError(
-                f"{self.folder} belongs to a run with other settings, which this command can't continue:\n"
-                + "\n".join(lines)
-                + "\nGive its settings and inputs again, or --overwrite to start anew, or another --output."
-            )
+            lines = [
+                f"{self.folder} belongs to a run with other settings, which this command can't continue:",
+                *(f"    {name}: {settings.get(name)} now, {before.get(name)} then" for name in names),
+                "Give its settings and inputs again, or --overwrite to start anew, or another --output.",
+            ]
+            raise InputError("\n".join(lines))
         if before != settings:
             self._clear()
         os.replace(listed, self.folder / ITEMS)
@@ -98,15 +96,6 @@ class Job:
         for file in self.folder.glob(".*.unfinished"):  # of a process that was killed as it wrote
             file.unlink()
         return before == settings
-
-    def _check_foreign_files(self, overwrite: bool) -> None:
-        """Raises InputError if something is in the way that no run of this job has written."""
-        if not self.settings() and not overwrite:
-            for path in filter(os.path.exists, (self.output, self.errors)):
-                raise InputError(f"--output {self.output}: {path} is there already. Give --overwrite to replace it, or "
-                                 "another name.")  # fmt: skip
-        if self.errors.exists() and not self.errors.read_bytes().startswith(b"image,reason\n"):
-            raise InputError(f"{self.errors} is no list of errors of this command, and is kept. Give another --output.")
 
     def _check_not_written(self, path: str, status: os.stat_result) -> None:
         for written in (self.output, self.errors):
@@ -134,7 +123,6 @@ class Job:
         return count, digest.hexdigest(), files.hexdigest()
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of the job in the folder; None if there is none."""
         try:
             return json.loads((self.folder / JOB).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -159,17 +147,13 @@ class Job:
         return ranges
 
     def num_predicted(self) -> int:
-        """Images whose rows are on the disk."""
         missing = sum(min(end * self.batch_size, self.count) - first * self.batch_size for first, end in self.missing())
         return self.count - missing
 
     def share(
         self, missing: list[tuple[int, int]], rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[int, list[Item]]]:
-        """
-        Numbers and items of the batches that a process predicts. All processes pass the same `missing` ranges, which
-        are dealt out in blocks, one to each process in turn.
-        """
+        """Numbers and items of the batches of a process: `missing` ranges are dealt out in blocks, in turn."""
         dealt, block = itertools.count(), max(1, BLOCK // self.batch_size)
         with open(self.folder / ITEMS, encoding="ascii") as file:
             position = 0
@@ -205,7 +189,6 @@ class Job:
             position = end
 
     def remove(self) -> None:
-        """Removes the job after the output is written; foreign files in the folder stay."""
         self._clear()
         (self.folder / ITEMS).unlink(missing_ok=True)
         self._remove_if_empty()
@@ -269,45 +252,36 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def output_columns(top_k: int, has_embeddings: bool, width: int) -> pyarrow.Schema:
-    """image, label, score, label_2, score_2 and so on, embedding."""
-    fields = [("image", pyarrow.string())]
-    for rank in range(1, top_k + 1):
-        end = "" if rank == 1 else f"_{rank}"
-        fields += [(f"label{end}", pyarrow.string()), (f"score{end}", pyarrow.float32())]
-    if has_embeddings:
-        fields.append(("embedding", pyarrow.list_(pyarrow.float32(), width)))
-    return pyarrow.schema(fields)
-
-
-def to_output(rows: pyarrow.Table, label_names: list[str], schema: pyarrow.Schema) -> pyarrow.Table:
-    """The readable images of a part, in the columns of the output."""
+def to_output(rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None) -> pyarrow.Table:
+    """The readable images of a part, in the columns of the output. `width` is that of embeddings, if it has them."""
     rows = rows.filter(pyarrow.compute.is_null(rows["fault"]))
-    top_k = sum(name.startswith("label") for name in schema.names)
     labels, scores = (
         rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), top_k)
         for name in ("labels", "scores")
     )
-    names, columns = np.array(label_names, dtype=object), [rows["image"].combine_chunks()]
+    names, columns = np.array(label_names, dtype=object), {"image": rows["image"].combine_chunks()}
     for rank in range(top_k):
-        columns += [pyarrow.array(names[labels[:, rank]], pyarrow.string()), pyarrow.array(scores[:, rank])]
-    if "embedding" in schema.names:
+        end = f"_{rank + 1}" if rank else ""
+        columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
+        columns[f"score{end}"] = pyarrow.array(scores[:, rank])
+    if width is not None:
         values = rows["embedding"].combine_chunks().flatten()
-        columns.append(pyarrow.FixedSizeListArray.from_arrays(values, schema.field("embedding").type.list_size))
-    return pyarrow.table(columns, schema=schema)
+        columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(values, width)
+    return pyarrow.table(columns)
 
 
-def write_output(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
+def write_output(file: Path, tables: Iterator[pyarrow.Table]) -> None:
     """Parquet, CSV, with embeddings as JSON lists, or JSON lines; the same bytes however rows are split into tables."""
-    ending = file.suffix.lower()
+    ending, first = file.suffix.lower(), next(tables)
+    tables = itertools.chain([first], tables)
     with atomic_write(file) as unfinished:
         if ending == ".parquet":
-            _write_parquet(unfinished, tables, schema)
+            _write_parquet(unfinished, tables, first.schema)
             return
         with open(unfinished, "w", newline="", encoding="utf-8") as opened:
             writer = csv.writer(opened, lineterminator="\n")
             if ending == ".csv":
-                writer.writerow(schema.names)
+                writer.writerow(first.column_names)
             for row in _rows(tables):
                 if ending == ".csv":
                     writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])

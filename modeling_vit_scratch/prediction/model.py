@@ -36,35 +36,24 @@ class Predictor:
     """Predicts `top_k` labels and embeddings of batches of images. With `top_k` 0 the model may be an encoder."""
 
     def __init__(
-        self,
-        model: ViTScratchForImageClassification | ViTScratchModel,
-        processor: ViTScratchImageProcessor,
-        top_k: int,
-        has_embeddings: bool,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+        self, model: ViTScratchForImageClassification | ViTScratchModel, processor: ViTScratchImageProcessor,
+        top_k: int, has_embeddings: bool, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self.model, self.processor = speed_up(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
+        indices = range(self.config.num_labels if top_k else 0)
+        self.label_names = [str(self.config.id2label[index]) for index in indices]
+        self.width = self.config.representation_size or self.config.pooled_width  # of an embedding
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
             model.classifier.register_forward_pre_hook(
                 lambda classifier, inputs: setattr(self._pooled, "value", inputs[0])
             )
 
-    @property
-    def label_names(self) -> list[str]:
-        return [str(self.config.id2label[index]) for index in range(self.config.num_labels)] if self.top_k else []
-
-    @property
-    def width(self) -> int:
-        """Length of an embedding."""
-        return self.config.representation_size or self.config.hidden_size
-
     def __call__(self, pixels: torch.Tensor) -> Prediction:
-        """The prediction for pixels (B, C, H, W), uint8."""
+        """Of pixels (B, C, H, W), uint8."""
         if torch.device(self.device).type != "cpu":
             return self._predict(pixels)
         # Each thread computes its own images. If all shared each operation, they would wait each time for the slowest,

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-From the INPUTs of a command line to batches of pixels, in an order that never changes. The main process lists the
-images and reads the rows of tables; worker processes read and decode the files.
-"""
+"""From INPUTs to batches of pixels. The main process reads the rows of tables; workers read and decode the files."""
 
 import itertools
 import math
@@ -27,30 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments
 from ..common.workers import take_in_hand
+from ..data import listing
 from ..data.collation import prepare_workers
-from ..data.listing import (
-    LISTS,
-    TABLES,
-    URLS,
-    Item,
-    image_column_of,
-    image_endings,
-    item_of_file,
-    list_folder,
-    list_lines,
-    list_shard,
-    list_table,
-    list_text_file,
-    match,
-    path_beside,
-)
+from ..data.listing import Item, image_column_of
 from ..data.sources import read_source
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .arguments import PredictionArguments
 
 
-STANDARD_INPUT = "-"
 MAX_BYTES = 1 << 30  # of an encoded image in a shard or a table
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ROWS_AT_A_TIME = 64  # of a Parquet file
@@ -75,7 +57,8 @@ class Inputs:
                 for item in self._list(given):
                     count += 1
                     yield item
-                problems.require(count > 0, f"INPUT {given}: no images in it.")
+                if not count:
+                    problems.add(f"INPUT {given}: no images in it.")
             except InputError as error:
                 problems.add(f"INPUT {error}")
         if problems.messages:
@@ -83,46 +66,43 @@ class Inputs:
 
     def _list(self, given: str) -> Iterator[Item]:
         ending = Path(given).suffix.lower()
-        if given == STANDARD_INPUT:
-            yield from list_lines(sys.stdin, "")
-        elif given.startswith(URLS):
+        if given == "-":
+            yield from listing.list_lines(sys.stdin, "")
+        elif given.startswith(listing.URLS):
             yield Item(given, given)
         elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
             yield from self._list_path(given)
         elif any(sign in given for sign in "*?["):
-            found = False
-            for path in match(given):
-                found = True
-                yield from self._list_path(path)
-            if not found:
+            paths = listing.match(given)
+            if (first := next(paths, None)) is None:
                 raise InputError(f"{given}: nothing matches this pattern.")
-        elif ending in image_endings():
+            for path in itertools.chain([first], paths):
+                yield from self._list_path(path)
+        elif ending in listing.image_endings():
             yield Item(given, given)  # one missing photo among others is no reason to stop
-        elif _HUB_NAME.fullmatch(given) and ending not in (*TABLES, *LISTS, ".parquet", ".tar"):
-            yield from _list_rows(given, len(self._hub(given)[0]))
+        elif _HUB_NAME.fullmatch(given) and ending not in (*listing.TABLES, *listing.LISTS, ".parquet", ".tar"):
+            yield from (Item(f"{given}#{row}", given, row) for row in range(len(self._hub(given)[0])))
         else:
             raise InputError(f"{given} does not exist.")
 
     def _list_path(self, path: str) -> Iterator[Item]:
         ending = Path(path).suffix.lower()
         if os.path.isdir(path):
-            yield from list_folder(path, self.left_out)
+            yield from listing.list_folder(path, self.left_out)
         elif ending == ".parquet":
-            yield from _list_rows(path, self._parquet(path)[0].metadata.num_rows)
+            rows = range(self._parquet(path)[0].metadata.num_rows)
+            yield from (Item(f"{path}#{row}", path, row) for row in rows)
         elif ending == ".tar":
-            yield from list_shard(path)
-        elif ending in TABLES:
-            yield from list_table(path, self._arguments.image_column_name)
-        elif ending in LISTS:
-            yield from list_text_file(path)
+            yield from listing.list_shard(path)
+        elif ending in listing.TABLES:
+            yield from listing.list_table(path, self._arguments.image_column_name)
+        elif ending in listing.LISTS:
+            yield from listing.list_text_file(path)
         else:
-            yield item_of_file(path, path)
+            yield listing.item_of_file(path, path)
 
     def read(self, item: Item) -> bytes | str | None:
-        """
-        The file in a row of a table as bytes, or its path. Rows of Parquet files are best read in their order. Raises
-        ValueError if the row is in a damaged part of its file, or too large.
-        """
+        """The file in a row of a table as bytes, or its path. ValueError if the row is damaged or too large."""
         path, row, folder = item.path, item.start, ""
         if path.lower().endswith(".parquet"):
             folder = os.path.dirname(path)
@@ -142,7 +122,7 @@ class Inputs:
             _check_size(len(value), "table")
         if not isinstance(value, str | bytes | None):
             raise ValueError(f"the row holds {str(value)[:80]}, and not a path or the bytes of a file")
-        return path_beside(folder, value) if isinstance(value, str) else value
+        return listing.path_beside(folder, value) if isinstance(value, str) else value
 
     def _parquet(self, path: str) -> tuple[pyarrow.parquet.ParquetFile, str]:
         if path not in self._tables:
@@ -201,18 +181,10 @@ class Inputs:
         return splits[options.split]
 
 
-def _list_rows(table: str, count: int) -> Iterator[Item]:
-    return (Item(f"{table}#{row}", table, row) for row in range(count))
-
-
 def _first_line(error: Exception, name: str = "") -> str:
     """Of a message, without the name of the image, which has a column of its own."""
     message = str(error).removeprefix(name).removeprefix(" cannot be read as an image").lstrip(": ").strip()
     return (message.splitlines() or [type(error).__name__])[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
 
 
 class Batch(NamedTuple):
@@ -225,10 +197,7 @@ class Batch(NamedTuple):
 
 
 class ItemDataset(Dataset):
-    """
-    Batches of pixels, resized and cropped by the processor, with `fast_decode` as by its `do_fast_resize`, and not yet
-    normalised. Raises InputError if the processor makes images of different sizes.
-    """
+    """Batches of pixels, resized and cropped by the processor, and not yet normalised."""
 
     def __init__(self, processor: ViTScratchImageProcessor, fast_decode: bool) -> None:
         self.processor, self.fast_decode = processor, fast_decode
@@ -287,16 +256,10 @@ def _read_member(item: Item) -> bytes:
 
 
 def build_loader(
-    batches: Iterable[tuple[int, list[Item]]],
-    inputs: Inputs,
-    processor: ViTScratchImageProcessor,
-    arguments: PredictionArguments,
-    pin_memory: bool = False,
-) -> Iterable[Batch]:
-    """
-    Batches, given by their numbers and items, in their order; worker processes read ahead. Raises InputError if a batch
-    needs more than half of the memory.
-    """
+    batches: Iterable[tuple[int, list[Item]]], inputs: Inputs, processor: ViTScratchImageProcessor,
+    arguments: PredictionArguments, pin_memory: bool = False,
+) -> Iterable[Batch]:  # fmt: skip
+    """Batches, given by their numbers and items, in their order; worker processes read ahead."""
     # Pillow warns of large photos; those that are too large are errors anyway.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     dataset, size = ItemDataset(processor, arguments.fast_decode), arguments.per_device_eval_batch_size
@@ -308,27 +271,22 @@ def build_loader(
             f"{size} of them {needed / 1e9:,.1f} GB; this machine has {memory / 1e9:,.1f} GB. Take fewer, or another "
             "size in its preprocessor_config.json."
         )
-    loader = DataLoader(
-        dataset, None, sampler=_with_rows(batches, inputs), num_workers=arguments.dataloader_num_workers,
-        pin_memory=pin_memory,
-    )  # fmt: skip
-    if arguments.dataloader_num_workers:
-        prepare_workers(loader)
+    workers, with_rows = arguments.dataloader_num_workers, _with_rows(batches, inputs)
+    loader = DataLoader(dataset, None, sampler=with_rows, num_workers=workers, pin_memory=pin_memory)
+    prepare_workers(loader)
     return loader
 
 
 def _with_rows(
     batches: Iterable[tuple[int, list[Item]]], inputs: Inputs
 ) -> Iterator[tuple[int, list[tuple[Item, Any]]]]:
-    """Adds what is in the rows of tables, or why they can't be read."""
-
-    def content(item: Item) -> bytes | str | ValueError | None:
-        if item.start is None or item.size is not None or item.error is not None:
-            return None
-        try:
-            return inputs.read(item)
-        except ValueError as error:
-            return ValueError(str(error))
-
+    """Adds what is in the rows of tables, or a ValueError if they can't be read."""
     for number, items in batches:
-        yield number, [(item, content(item)) for item in items]
+        contents: list[Any] = [None] * len(items)
+        for index, item in enumerate(items):
+            if item.start is not None and item.size is None and item.error is None:
+                try:
+                    contents[index] = inputs.read(item)
+                except ValueError as error:
+                    contents[index] = ValueError(str(error))
+        yield number, list(zip(items, contents))

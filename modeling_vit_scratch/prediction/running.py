@@ -16,24 +16,17 @@ from ..common.processes import Processes, StopSignals
 from ..common.workers import lost_worker
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
-from .job import Job, Writer, output_columns, to_output, write_errors, write_output
+from .job import Job, Writer, to_output, write_errors, write_output
 from .model import Predictor, fingerprint
 from .reading import Inputs, build_loader
-
-
-THREADS = "threads"
-# Processes wait for the slowest at the end of the run.
-_PATIENCE_SECONDS = 7 * 24 * 3600
 
 
 def open_job(
     predictor: Predictor, inputs: Inputs, arguments: PredictionArguments, accelerator: Accelerator
 ) -> tuple[Job, list[tuple[int, int]], Processes]:
-    """
-    Begins or continues the job of the command line, in one process for all. Returns the job, its missing batches, and
-    the processes that share them. Raises InputError, in all, for mistakes in the inputs or the output.
-    """
-    job, processes = Job(arguments.output, arguments.per_device_eval_batch_size), Processes(_PATIENCE_SECONDS)
+    """Begins or continues a job, in one process for all. The job, its missing batches, and who shares them."""
+    job = Job(arguments.output, arguments.per_device_eval_batch_size)
+    processes = Processes(timeout=7 * 24 * 3600)  # they wait for the slowest at the end of the run
     state: tuple[int, list[tuple[int, int]], int] | str | None = None
     if accelerator.is_main_process:
         names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")
@@ -43,7 +36,7 @@ def open_job(
                 "MODEL (SHA-256)": fingerprint(predictor),
                 "device": str(predictor.device).partition(":")[0],
                 # Decides the last bits of a CPU's results: a job keeps the number that it began with.
-                THREADS: (job.settings() or {THREADS: torch.get_num_threads()})[THREADS],
+                "threads": (job.settings() or {}).get("threads", torch.get_num_threads()),
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
             }
@@ -51,7 +44,7 @@ def open_job(
                 print(f"Going on with {job.folder}.")
             if line := left_out_line(inputs.left_out):
                 print(line, file=sys.stderr)
-            state = job.count, job.missing(), settings[THREADS]
+            state = job.count, job.missing(), settings["threads"]
         except InputError as error:
             state = str(error)
     state = processes.gather(state)[0]
@@ -63,18 +56,10 @@ def open_job(
 
 
 def run_job(
-    job: Job,
-    missing: list[tuple[int, int]],
-    predictor: Predictor,
-    inputs: Inputs,
-    arguments: PredictionArguments,
+    job: Job, missing: list[tuple[int, int]], predictor: Predictor, inputs: Inputs, arguments: PredictionArguments,
     accelerator: Accelerator,
-) -> None:
-    """
-    Predicts this process's share of the missing batches, and writes it into the job. Raises TrainingInterrupted after
-    Ctrl-C or SIGTERM, when the finished batches are on the disk; TrainingStopped if the memory is full, or a worker
-    process was lost.
-    """
+) -> None:  # fmt: skip
+    """Predicts this process's share of the missing batches. After Ctrl-C, the finished ones are on the disk."""
     share = job.share(missing, accelerator.process_index, accelerator.num_processes)
     writer, is_alone, shown_at = Writer(job), accelerator.num_processes == 1, 0.0
     bar = tqdm(
@@ -118,7 +103,6 @@ def run_job(
 
 
 def wait_for_all(processes: Processes) -> None:
-    """Returns when all processes have done their share. Raises TrainingStopped if one of them was lost."""
     try:
         processes.wait()
     except RuntimeError as error:
@@ -128,22 +112,17 @@ def wait_for_all(processes: Processes) -> None:
 
 
 def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
-    """Writes OUTPUT and OUTPUT.errors.csv, and removes the job. Returns the number of images in each."""
-    schema = output_columns(predictor.top_k, predictor.has_embeddings, predictor.width)
+    """Writes OUTPUT and OUTPUT.errors.csv, says so, and removes the job. Returns the number of images in each."""
     predicted, broken = write_errors(job.errors, job.read_parts())
     if predicted + broken != job.count:
         raise RuntimeError(f"{job.folder} accounts for {predicted + broken} of {job.count} images: this is a bug.")
-    write_output(job.output, (to_output(rows, predictor.label_names, schema) for rows in job.read_parts()), schema)
+    names, width = predictor.label_names, predictor.width if predictor.has_embeddings else None
+    write_output(job.output, (to_output(rows, names, predictor.top_k, width) for rows in job.read_parts()))
     job.remove()
-    return predicted, broken
-
-
-def result_message(job: Job, predicted: int, broken: int) -> str:
-    """The last lines for the screen."""
-    message = f"Written: {job.output} ({predicted:,} images)."
+    print(f"Written: {job.output} ({predicted:,} images).")
     if broken:
-        message += f"\n{broken:,} broken image{'s' if broken > 1 else ''}, with the reasons: {job.errors}"
-    return message
+        print(f"{broken:,} broken image{'s' if broken > 1 else ''}, with the reasons: {job.errors}")
+    return predicted, broken
 
 
 def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArguments) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole, writing_problem
-from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown, show
+from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
     DATA_SETS,
@@ -121,7 +121,7 @@ def parse_arguments(
         argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe"
     )
     if given.recipe == "list":
-        show(recipe_table(RECIPES.values()))
+        print(recipe_table(RECIPES.values()), flush=True)
         raise SystemExit(0)
     source = given.dataset_name or ("digits" if given.train_dir is None else "")
     parser = build_parser(script, description)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 From a model and `pixel_values` (B, C, H, W) to arrays: attention, patch filters, position embeddings, and Grad-CAM.
-
 Attention weights are exact under every attention implementation: hooks make each layer compute them with eager
 attention, one layer in memory at a time. Half precision rounds them, so rows are divided by their sum, in float32.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +23,6 @@ from ..data.listing import URLS, list_folder
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchPreTrainedModel
 from ..page import attention as any_model
 from ..page import pictures
-
-
-# Figure 7 shows 28: 4 rows of 7.
-NUM_COMPONENTS = 28
 
 
 @contextmanager
@@ -45,15 +40,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def open_model(
     source: str, revision: str = "main", image_size: tuple[int, int] | None = None
 ) -> tuple[ViTScratchPreTrainedModel, Any]:
-    """
-    What `from_pretrained` reads, in float32 on the GPU, if there is one, and its image processor; an encoder, where the
-    checkpoint has no classifier. `image_size`: height and width, if not the model's. InputError if it can't be loaded.
-    """
-    overrides = {} if image_size is None else {"image_size": list(image_size)}
-    model, processor, missing = load_pretrained(
-        ViTScratchForImageClassification, f"The model {source}", source, {"revision": revision}, dtype=torch.float32,
-        **overrides,
-    )  # fmt: skip
+    """A model in float32, on the GPU if there is one, without its head if that has no weights; and its processor."""
+    options: dict[str, Any] = {"dtype": torch.float32} | ({"image_size": list(image_size)} if image_size else {})
+    kind, hub = ViTScratchForImageClassification, {"revision": revision}
+    model, processor, missing = load_pretrained(kind, f"The model {source}", source, hub, **options)
     needed = {key for key in missing if not key.startswith(("classifier.", "vit.pooler."))}
     if needed:
         raise InputError(f"{source} lacks {len(needed)} of the network's weights, e.g. {min(needed)}.")
@@ -62,10 +52,7 @@ def open_model(
 
 
 def find_photos(sources: list[str]) -> list[str]:
-    """
-    Images by path or URL; for a folder all images below it, in the order of their names. Raises InputError if a path
-    does not exist, or a folder has no image.
-    """
+    """Images by path or URL; for a folder all images below it, in the order of their names."""
     found = []
     for source in sources:
         if os.path.isdir(source):
@@ -78,10 +65,7 @@ def find_photos(sources: list[str]) -> list[str]:
 
 
 def read_photo(file: str, model: ViTScratchPreTrainedModel, processor: Any) -> Tensor:
-    """
-    `pixel_values` (1, C, H, W) of an image. Raises ImageDecodeError if it can't be read; InputError if the model can't
-    take it, e.g. because the processor's size is not divisible into patches.
-    """
+    """`pixel_values` (1, C, H, W) of an image. InputError if the patches do not divide the processor's size."""
     pixel_values = processor(file, return_tensors="pt")["pixel_values"]
     try:
         patch_grid(model, pixel_values)
@@ -97,14 +81,9 @@ def patch_grid(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> tuple[
 
 def batches(tensors: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """Batches of up to `size` consecutive images (1, C, H, W) of the same shape."""
-    batch: list[Tensor] = []
-    for tensor in tensors:
-        if batch and (len(batch) == size or tensor.shape != batch[0].shape):
+    for _, same in itertools.groupby(tensors, key=lambda tensor: tensor.shape):
+        while batch := list(itertools.islice(same, size)):
             yield torch.cat(batch)
-            batch = []
-        batch.append(tensor)
-    if batch:
-        yield torch.cat(batch)
 
 
 def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
@@ -112,18 +91,11 @@ def as_pixels(pixel_values: Tensor, processor: Any) -> np.ndarray:
     return pictures.as_pixels(pixel_values.double().cpu().numpy(), processor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
 @torch.no_grad()
 def watch_attention(
     model: ViTScratchPreTrainedModel, pixel_values: Tensor, callback: Callable[[int, Tensor], None]
 ) -> None:
-    """
-    Runs the encoder in evaluation mode, and calls `callback` with the index of each layer, from 0, and its attention
-    weights (B, A, T, T), float32, with rows that sum to 1.
-    """
+    """Runs the encoder. `callback` gets each layer's index, from 0, and attention weights (B, A, T, T), float32."""
     base = model.base_model
 
     def ask(module: nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -173,12 +145,10 @@ def patch_distances(grid: tuple[int, int], patch: tuple[int, int]) -> np.ndarray
 
 
 def mean_distance(weights: Tensor, distances: Tensor, num_prefix_tokens: int) -> Tensor:
-    """
-    Mean attention distance, (B, A, T, T) weights and (N, N) distances -> (B, A). Only attention between patches counts,
-    with rows divided by their sum; a patch that attends to no patch counts as 0.
-    """
+    """Mean attention distance between patches: (B, A, T, T) weights, (N, N) distances -> (B, A)."""
     weights = weights[..., num_prefix_tokens:, num_prefix_tokens:]
     means = torch.einsum("baqk,qk->baq", weights, distances.to(weights))
+    # A patch that attends to no patch counts as 0.
     return (means / weights.sum(dim=-1).clamp(min=torch.finfo(weights.dtype).tiny)).mean(dim=-1)
 
 
@@ -215,31 +185,20 @@ def attention_rollout(model: ViTScratchPreTrainedModel, pixel_values: Tensor) ->
 
 
 def rollout_maps(model: ViTScratchPreTrainedModel, pixel_values: Tensor) -> np.ndarray:
-    """
-    How much of each patch is in the pooled tokens, by `attention_rollout` (Figures 6 and 14 of the paper): (B, rows,
-    columns), float64. The rest of the sum 1 comes from the tokens before the patches.
-    """
+    """How much of each patch is in the pooled tokens (the paper, Figures 6 and 14): (B, rows, columns), float64."""
     rollout = torch.from_numpy(attention_rollout(model, pixel_values))
     return _pooled_rows(model, rollout).unflatten(-1, patch_grid(model, pixel_values)).numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters, positions and Grad-CAM
+class Filters(NamedTuple):
+    """The n strongest principal components of filters."""
 
-
-@dataclass(frozen=True)
-class Filters:
-    """
-    The n strongest principal components of filters, (n, height, width, C), float64, of length 1 and with a positive
-    largest entry; the fractions of variance they explain, (n,); and the number of filters.
-    """
-
-    components: np.ndarray
-    explained: np.ndarray
+    components: np.ndarray  # (n, height, width, C), float64, of length 1, with a positive largest entry
+    explained: np.ndarray  # (n,), the fractions of variance
     num_filters: int
 
 
-def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = NUM_COMPONENTS) -> Filters:
+def patch_filters(model: ViTScratchPreTrainedModel, num_components: int = 28) -> Filters:
     """
     Up to `num_components` principal components of the patch embedding's filters (Figure 7, left, of the paper): the
     rows of E in equation 1; in a hybrid of the stem's root convolution, standardised as in the forward pass.
@@ -286,8 +245,6 @@ def grad_cam(
     (B, rows, columns), float32, not below 0; the classes (B,); the logits (B, K). Channels of the last layer's tokens
     after its first LayerNorm are weighted by the mean gradient of the class's logit over patches, and summed. (After
     that layer's attention, patches have no gradient in a model that pools by the class token.)
-
-    Raises InputError if the model has no classifier, or no such class.
     """
     if not hasattr(model, "classifier") or not model.num_labels:
         raise InputError("Grad-CAM explains a class, and the model has no classifier. Fine-tune it first.")

@@ -25,9 +25,6 @@ from .descriptions import LIMITS
 from .figures import TITLES
 
 
-MAX_PHOTOS_IN_SHEET = 3
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model with its image processor and name, the files of photos, and options of the command line."""
@@ -174,8 +171,7 @@ def rollout(subject: Subject, limit: int = LIMITS["rollout"]) -> Picture:
         f"{subject.name}: how much of each patch is in {represents}, by attention of all layers. Right: a patch of 2 "
         "counts twice the mean."
     )
-    photos = list(map(subject.as_photo, pixel_values))
-    return _picture_of_photos("rollout", caption, photos, maps, figures.lit, "attention")
+    return _picture_of_photos("rollout", caption, list(map(subject.as_photo, pixel_values)), maps)
 
 
 def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
@@ -192,19 +188,14 @@ def gradcam(subject: Subject, limit: int = LIMITS["gradcam"]) -> Picture:
         f"{subject.name}: which patches speak for {chosen}, with the score of each photo. Last layer, before its "
         "attention. Right: a patch of 2 counts twice the mean."
     )
-    return _picture_of_photos("gradcam", caption, photos, maps, figures.coloured, "Grad-CAM", labels)
+    return _picture_of_photos("gradcam", caption, photos, maps, labels)
 
 
 def _picture_of_photos(
-    name: str,
-    caption: str,
-    photos: list[np.ndarray],
-    maps: list[np.ndarray],
-    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    overlay_title: str,
-    labels: list[str] | None = None,
+    name: str, caption: str, photos: list[np.ndarray], maps: list[np.ndarray], labels: list[str] | None = None
 ) -> Picture:
     """A row for each photo: itself with its label, the overlay of photo and map, and the map divided by its mean."""
+    overlay, title = (figures.lit, "attention") if name == "rollout" else (figures.coloured, "Grad-CAM")
 
     def paint(figure: Any) -> None:
         grid = figure.subplots(len(photos), 3, squeeze=False)
@@ -224,7 +215,7 @@ def _picture_of_photos(
             for axes in grid[row]:
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
-        for axes, column in zip(grid[0], ("input", overlay_title, "patches, mean = 1")):
+        for axes, column in zip(grid[0], ("input", title, "patches, mean = 1")):
             axes.set_title(column, fontsize=8)
 
     heights = [min(2.0 * photo.shape[0] / photo.shape[1], 3.0) + 0.2 for photo in photos]
@@ -264,10 +255,9 @@ def heads(subject: Subject) -> Picture:
 
 def sheet(subject: Subject) -> Picture:
     """All figures of a model on one page; where it has no such figure, the reason."""
-    subject.read(1)  # raises at once if there is no photo
     pictures: dict[str, Picture | str] = {}
     for name in ("filters", "positions", "distance", "rollout", "gradcam", "heads"):
-        options = {"limit": MAX_PHOTOS_IN_SHEET} if name in ("rollout", "gradcam") else {}
+        options = {"limit": 3} if name in ("rollout", "gradcam") else {}
         try:
             pictures[name] = FIGURES[name](subject, **options)
         except InputError as error:
@@ -325,10 +315,7 @@ def _label_text(model: ViTScratchPreTrainedModel, label: int, logits: np.ndarray
 
 
 def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.ndarray:
-    """
-    Training images as the run sees them, with its random numbers: (rows, 1 + epochs, H, W, 3), uint8, without
-    augmentation, then as in each epoch; mixed, if the run mixes, with the image of the row above.
-    """
+    """Training images, (rows, 1 + epochs, H, W, 3), uint8: without augmentation, then as the run sees them."""
     train_set, collate = trainer.train_dataset, trainer.data_collator
     if isinstance(train_set, StreamDataset):
         raise InputError(
@@ -347,7 +334,6 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
 
 
 def draw_grid(grid: np.ndarray, title: str, file: Path) -> None:
-    """Writes the grid as a PNG. Raises InputError without matplotlib."""
     rows, columns = grid.shape[:2]
 
     def draw(figure: Any) -> None:

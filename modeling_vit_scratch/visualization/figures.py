@@ -13,14 +13,10 @@ from ..common.errors import InputError
 
 
 STYLE = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "figure.titlesize": 11.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "vit",  # names within the file that are the same every time
-}
+    "font.size": 9.0, "axes.titlesize": 9.0, "figure.titlesize": 11.0, "axes.spines.top": False,
+    "axes.spines.right": False, "savefig.dpi": 150, "figure.constrained_layout.w_pad": 0.08,  # inches
+    "figure.constrained_layout.h_pad": 0.08, "svg.hashsalt": "vit",  # the same names in the file every time
+}  # fmt: skip
 CAPTION_POINTS = 7.5
 TITLES = {
     "filters": "Patch embedding filters: principal components",
@@ -47,28 +43,17 @@ def check_drawing(file: Path, arrays: Path | None = None) -> None:
 
 
 def save_figure(draw: Callable[[Any], None], size: tuple[float, float], file: Path) -> None:
-    """
-    Writes what `draw` draws into an empty figure, `size` in inches, as .png, .pdf or .svg; the same figure gives the
-    same file. Raises InputError as `check_drawing`.
-    """
+    """Writes what `draw` draws into an empty figure, `size` in inches; the same figure gives the same file."""
     check_drawing(file)
     import matplotlib
+    from matplotlib.figure import Figure
 
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix.lower())
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(size)
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata=undated)
-
-
-def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure, `size` in inches, that leaves room for every label."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # inches
-    return figure
 
 
 def tiles(images: np.ndarray, gap: int = 1) -> np.ndarray:
