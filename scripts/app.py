@@ -24,6 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model of others")
     parser.add_argument(
+        "--examples", nargs="+", metavar="PHOTO", help="photos or folders to click on (default: two of scikit-learn)"
+    )
+    parser.add_argument(
         "--server_name", default="127.0.0.1", help="0.0.0.0 for the whole network (default: this machine)"
     )
     parser.add_argument("--server_port", type=int, help="default: the first free one from 7860")
@@ -38,18 +41,35 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.errors import InputError
 
     try:
+        from httpx import HTTPError  # of gradio
+
         from modeling_vit_scratch.page.layout import build, launch
     except ModuleNotFoundError as error:
         raise InputError(f'{error}. The page needs gradio: pip install -e ".[app]"') from error
+    examples = example_photos(arguments.examples)
     viewer = open_viewer(arguments.model, arguments.revision, arguments.trust_remote_code)
+    card = Path(arguments.model, "README.md")
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    link = None if Path(arguments.model).exists() else f"https://huggingface.co/{arguments.model}"
     where = {"server_name": arguments.server_name, "server_port": arguments.server_port}
     try:
-        launch(build(viewer), share=arguments.share, **where)
-    except OSError as error:  # the port is taken
+        launch(build(viewer, link, examples, text), share=arguments.share, allowed_paths=examples, **where)
+    except (OSError, ValueError, HTTPError) as error:  # the port is taken; the server does not answer in time
         port = f" --server_port {arguments.server_port}" if arguments.server_port else ""
         raise InputError(
             f"--server_name {arguments.server_name}{port}: no page can be served there. {error}"
         ) from error
+
+
+def example_photos(given: list[str] | None) -> list[str]:
+    """Up to eight photos to click on. Raises InputError if there is none."""
+    from modeling_vit_scratch.visualization.arrays import find_photos
+
+    if given:
+        return find_photos(given)[:8]
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().filenames
 
 
 def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:

@@ -23,6 +23,7 @@ def main() -> None:
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
+    from modeling_vit_scratch.training.progress import undecided_line
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     with training_arguments.main_process_first(desc="reading the data"):
@@ -47,7 +48,8 @@ def main() -> None:
     trainer.save_model()
     if is_first:
         example = export_examples(data, data_arguments.export_examples)
-        print(result_message(record, training_arguments.output_dir, example))
+        warning = undecided_line(trainer, scores["eval_loss"])
+        print(result_message(record, training_arguments.output_dir, example, warning))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
 

@@ -12,6 +12,7 @@ images and are tested on held-out ones. The record goes to results.json in --out
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from startup.quick import before_torch, run_command_line
@@ -66,12 +67,13 @@ def main() -> None:
                 training_arguments.per_device_eval_batch_size,
                 training_arguments.dataloader_num_workers,
                 processor,
+                desc=name,
             )
-            for examples in (data.train, data.validation)
+            for name, examples in (("Training images", data.train), ("Held-out images", data.validation))
         )
         if is_first:
             kinds = [kind for kind in KINDS if kind != "linear" or not own.skip_linear]
-            found = run_probes(train, test, len(data.label_names), kinds, seed)
+            found = run_probes(train, test, len(data.label_names), kinds, seed, report=partial(print, flush=True))
             folder.mkdir(parents=True, exist_ok=True)
             record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
             write_record(record, folder)

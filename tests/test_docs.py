@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -172,10 +173,37 @@ def test_the_measured_table_is_that_of_the_record(name):
     assert {"none", "learned_1d", "learned_2d", "relative_1d"} <= {key.split(", ")[2] for key in found}
 
 
+def test_notebooks_run_and_have_pictures(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import run_notebooks
+
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    for name, notebook in run_notebooks.run_all(tmp_path).items():
+        file = run_notebooks.FOLDER / f"{name}.ipynb"
+        kept = nbformat.read(file, as_version=4)
+        assert file.stat().st_size < 300_000
+        for cell, saved in zip(notebook.cells, kept.cells, strict=True):
+            kinds = [[o.output_type for o in c.get("outputs", ())] for c in (cell, saved)]
+            assert set(kinds[0]) == set(kinds[1]), cell.source  # a picture where one is kept
+        text = file.read_text(encoding="utf-8")
+        assert text.count("image/png") >= 1
+        badge = r"\(https://colab.research.google.com/github/[\w-]+/modeling_vit_scratch/blob/main/docs/notebooks/"
+        assert re.search(rf"{badge}{name}.ipynb\)", text)
+        assert str(ROOT) not in text
+        for page in (ROOT / "README.md", DOCS / "index.md"):
+            assert f"{name}.ipynb" in page.read_text(encoding="utf-8")
+        prose = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
+        links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", prose)
+        assert [link for link in links if not (file.parent / link).exists()] == []
+    assert {path.stem for path in run_notebooks.FOLDER.glob("*.ipynb")} == set(run_notebooks.NAMES)
+
+
 def test_pictures_are_small_and_used():
     pictures = sorted((DOCS / "pictures").glob("*.png"))
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
-    sizes = [path.stat().st_size for path in pictures]
+    assert (DOCS / "pictures" / "strip.png").stat().st_size < 300_000
+    sizes = [path.stat().st_size for path in pictures if path.stem != "strip"]
     assert len(sizes) >= 10
     assert max(sizes) <= 80_000
     assert sum(sizes) <= 1_000_000

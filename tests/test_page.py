@@ -4,6 +4,7 @@
 import socket
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -175,6 +176,35 @@ def test_a_port_that_is_taken_is_said(layout, folder):
         port = str(taken.getsockname()[1])
         with pytest.raises(InputError, match=f"--server_port {port}: no page can be served there"):
             load_script("app").main([str(folder), "--server_port", port])
+
+
+def test_a_server_that_does_not_start_in_time_is_said(layout, folder, monkeypatch):
+    def late(page, **options):
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(layout, "launch", late)
+    with pytest.raises(InputError, match=r"no page can be served there\. timed out"):
+        load_script("app").main([str(folder)])
+
+
+def test_the_page_has_photos_to_click_on_and_the_card(layout, folder, tmp_path):
+    names = [Path(path).name for path in load_script("app").example_photos(None)]
+    assert names == ["china.jpg", "flower.jpg"]
+    for number in range(9):
+        photo().save(tmp_path / f"{number}.png")
+    examples = load_script("app").example_photos([str(tmp_path)])
+    assert len(examples) == 8
+    viewer = Viewer(*tiny(id2label={0: "brown_bear", 1: "cat", 2: "zebra"}), "pets")
+    page = layout.build(viewer, None, examples, "---\nlicense: mit\n---\n# pets\n![curves](figures/a.png)\nKnows them.")
+    kinds = {block.get_block_name(): block for block in page.blocks.values()}
+    assert len(kinds["dataset"].samples) == 8
+    assert kinds["markdown"].value == "# pets\n\nKnows them."
+    scores = layout.see(viewer, (examples[0], "0.png"))[2]
+    assert "brown bear" in scores
+    assert {block.get_block_name() for block in layout.build(viewer).blocks.values()} & {
+        "dataset",
+        "accordion",
+    } == set()
 
 
 def test_colours_are_those_of_magma():

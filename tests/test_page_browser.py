@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.page.model import Viewer
@@ -48,8 +49,10 @@ def site(viewer, tmp_path_factory) -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page = build(viewer)
-        _, url, _ = launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        examples = load_sample_images().filenames[1:]
+        page = build(viewer, examples=examples, card="A model of pets.")
+        options = {"server_name": "127.0.0.1", "allowed_paths": examples}
+        _, url, _ = launch(page, **options, prevent_thread_lock=True, quiet=True)
         yield url
         page.close(verbose=False)
 
@@ -140,6 +143,15 @@ def test_a_photo_its_classes_and_what_the_model_looks_at(tab, viewer, photos):
     sync_api.expect(tab.get_by_role("radio", name="2", exact=True)).to_be_checked()
     for name in ("The photo cut into patches", "Similarity of position embeddings"):
         assert tab.get_by_alt_text(name).evaluate("image => image.naturalWidth") > 300
+
+
+def test_an_example_and_the_card_are_a_click_away(tab, photos):
+    tab.locator("[class*=gallery] button, .gallery-item").first.click()
+    tab.locator(".bars").wait_for()
+    tab.get_by_alt_text(LIT).wait_for()
+    tab.get_by_role("button", name="Model card").click()
+    tab.get_by_text("A model of pets.").wait_for()
+    give(tab, photos[1])  # a visitor's own comes after
 
 
 def test_a_broken_file_is_named_and_the_next_one_works(tab, photos, tmp_path):

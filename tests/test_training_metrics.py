@@ -185,5 +185,8 @@ def test_what_a_user_sees_last():
     ):
         assert part in text
     assert "could not be read" not in text
+    assert "(the last step).\nHardly apart.\nThe model is in" in result_message(
+        record, "outputs/digits", None, "Hardly apart."
+    )
     record["training"]["broken_images"] = 2
     assert "2 training images could not be read" in result_message(record, "outputs/digits")

@@ -327,6 +327,7 @@ def test_the_script_probes_a_checkpoint(pets, tmp_path, monkeypatch, capsys):
     assert len(record["probes"]["fewshot_5"]["accuracies"]) == 3
     assert record["probes"]["linear"]["accuracy"] > 0.9  # the colours tell the classes
     printed = capsys.readouterr().out
+    assert printed.index("Nearest neighbours of 6 images among 18.") < printed.index("--skip_linear leaves it out.")
     assert f"linear      {100 * record['probes']['linear']['accuracy']:>8.2f} %" in printed
     with pytest.raises(InputError, match="results of another run"):
         main()

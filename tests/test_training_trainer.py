@@ -18,7 +18,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.augmentation.photo import DigitAugmentation, PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.training.build import input_size
-from modeling_vit_scratch.training.progress import Progress, time_line
+from modeling_vit_scratch.training.progress import Progress, time_line, undecided_line
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 
@@ -308,3 +308,20 @@ def test_arguments_are_saved_without_a_token(pets, tmp_path, monkeypatch):
     for file in Path(tmp_path / "out").iterdir():
         assert b"hf_secret" not in file.read_bytes(), file
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_scores_that_are_hardly_apart_are_told(pets, tmp_path):
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "2", "--learning_rate", "1e-6"))
+    torch.nn.init.zeros_(trainer.model.classifier.weight)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert abs(loss - np.log(3)) < 0.1  # three classes
+    told = (
+        f"The scores of the 3 classes are hardly apart: the loss is {loss:.3g} on held-out images, and that of a guess"
+    )
+    assert undecided_line(trainer, loss).startswith(told)
+    assert undecided_line(trainer, 0.6) is None
+    trainer.state.log_history += [{"loss": 0.01}] * 10  # sure of itself, and wrong on held-out images
+    assert undecided_line(trainer, loss) is None
+    other = build(tmp_path / "other", *flags(pets, "--max_steps", "2", "--loss", "sigmoid"))
+    assert undecided_line(other, np.log(3)) is None

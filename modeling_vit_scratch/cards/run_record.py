@@ -85,11 +85,14 @@ def write_record(record: dict[str, Any], folder: str | os.PathLike[str]) -> None
     write_text(Path(folder, "results.json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def result_message(record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None) -> str:
-    """The last lines that training prints: the result, where the model is, and how to use it or to go on from it."""
+def result_message(
+    record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None, warning: str | None = None
+) -> str:
+    """The last lines that training prints: the result, a warning about it, where the model is, and how to use it."""
     value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
+    warned = "" if warning is None else f"\n{warning}"
     if "pretraining" in record:
         use = f"""To go on from it:
 
@@ -101,7 +104,7 @@ def result_message(record: dict[str, Any], folder: str | os.PathLike[str], examp
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
     print(classify("{example or "image.png"}"))"""
     return f"""
-Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}{warned}
 The model is in {folder}. {use}
 """
 

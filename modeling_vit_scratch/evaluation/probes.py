@@ -5,7 +5,7 @@ features of labelled images (train) and evaluated on those of others (test). The
 can log them during training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -66,12 +67,13 @@ def extract_features(
     batch_size: int = 128,
     num_workers: int = 0,
     processor: BaseImageProcessor | None = None,
+    desc: str | None = None,
 ) -> Features:
     """
     Features of all images of a map-style dataset, in its order, in evaluation mode. Several processes share the work,
     and each gets all features. The modes of the model's modules and the random state do not change. Without a
-    `processor`, pixel values have to be normalised. Raises ValueError for an empty dataset, or features that are not
-    finite.
+    `processor`, pixel values have to be normalised. `desc` names a progress bar, where there is a terminal. Raises
+    ValueError for an empty dataset, or features that are not finite.
     """
     count, state = len(dataset), PartialState()
     if count == 0:
@@ -88,7 +90,7 @@ def extract_features(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch in loader:
+        for batch in tqdm(loader, desc=desc, unit="batch", disable=None if desc and state.is_main_process else True):
             pixel_values = to_float(batch["pixel_values"].to(device))
             values.append(image_features(model, pixel_values).float())
             labels.append(batch["labels"].to(device))
@@ -203,16 +205,27 @@ def linear_probe(train: Features, test: Features, l2_grid: tuple[float, ...] = L
 
 
 def run_probes(
-    train: Features, test: Features, num_classes: int, kinds: Sequence[str] = KINDS, seed: int = 0
+    train: Features,
+    test: Features,
+    num_classes: int,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """The results of probes, by name: `accuracy` on the test images, and more. Different seeds share no draw."""
+    """
+    The results of probes, by name: `accuracy` on the test images, and more. Different seeds share no draw. `report`
+    gets a line before each probe.
+    """
     found: dict[str, dict[str, Any]] = {}
     if "knn" in kinds:
+        report(f"Nearest neighbours of {len(test.labels):,} images among {len(train.labels):,}.")
         found["knn"] = {"accuracy": knn_accuracy(train, test)}
     if "fewshot" in kinds:
+        report("Least squares on a few images of each class.")
         for shots, accuracies in few_shot_accuracies(train, test, num_classes, FEW_SHOT_SEEDS * seed).items():
             found[f"fewshot_{shots}"] = {"accuracy": float(np.mean(accuracies)), "accuracies": accuracies}
     if "linear" in kinds:
+        report(f"Logistic regression, {len(L2_GRID) + 1} times: this takes longest, and --skip_linear leaves it out.")
         linear = linear_probe(train, test, seed=seed)
         tried = {f"{l2:g}": accuracy for l2, accuracy in linear.held_out_accuracies.items()}
         found["linear"] = linear._asdict() | {"held_out_accuracies": tried}

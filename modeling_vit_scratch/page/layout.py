@@ -5,6 +5,8 @@ import base64
 import csv
 import io
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -50,6 +52,7 @@ PROGRESS = gr.Progress()
 DROP = "# Drop a photo here\nor click to choose one"
 NO_MAPS = "This model has no attention from patch to patch that could be shown."
 FORGOTTEN = "Photos are deleted after an hour. Choose this one again to go on."
+NOT_SHOWN = r"\A---\n.*?\n---\n|!\[.*?\]\(.*?\)"  # of a card: its metadata, and figures beside it
 SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can be downloaded."
 
 
@@ -57,8 +60,8 @@ SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can 
 Shown = tuple[Explanation, pictures.Overview]
 
 
-def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
-    """The page of a model, with a link to where it comes from."""
+def build(viewer: Viewer, link: str | None = None, examples: Sequence[str] = (), card: str = "") -> gr.Blocks:
+    """The page of a model, with a link to where it comes from, photos to try, and the Markdown of its card."""
     quiet = {"api_visibility": "private"}  # a page for people
     # gr.Image would open the file itself, and say nothing of a broken one that helps: `uploaded` takes its place.
     heavy = {"preprocess": False, "concurrency_id": "model", **quiet}
@@ -69,6 +72,11 @@ def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
             with gr.Row():
                 with gr.Column(min_width=300):
                     photo = gr.Image(label="Photo", alt_text="Your photo", height=400, buttons=[], placeholder=DROP)
+                    if examples:
+                        tried = gr.Dataset(
+                            components=[gr.Image(visible=False)], samples=[[path] for path in examples],
+                            type="index", label="Or try one of these",
+                        )  # fmt: skip
                 with gr.Column(min_width=300):
                     scores = gr.HTML(markup.welcome(WELCOME))
             with gr.Column(visible=False) as looking:
@@ -93,12 +101,21 @@ def build(viewer: Viewer, link: str | None = None) -> gr.Blocks:
             gr.HTML(markup.note(SEVERAL))
             files = gr.File(file_count="multiple", file_types=["image"], label="Photos", height=180)
             table = gr.HTML()
+        if card:
+            with gr.Accordion("Model card", open=False):
+                gr.Markdown(re.sub(NOT_SHOWN, "", card, flags=re.DOTALL))
 
         drawn = [seen, overview, caption]
+        outputs = [photo, shown, scores, looking, seeing, placing, layer, head, *drawn, patches, positions]
+        if examples:
+            tried.click(
+                lambda index: see(viewer, (examples[index], PurePath(examples[index]).name)), tried, outputs,
+                concurrency_id="model", **quiet,
+            )  # fmt: skip
         photo.input(
             lambda payload: see(viewer, uploaded(payload)),
             photo,
-            [photo, shown, scores, looking, seeing, placing, layer, head, *drawn, patches, positions],
+            outputs,
             trigger_mode="multiple",  # people don't wait; each answer puts its own photo there
             **heavy,
         )

@@ -15,6 +15,8 @@ from .trainer import ImageTrainer
 _WARM_STEPS, _TIMED_STEPS = 2, 8
 _LONG_SECONDS = 30 * 60
 _HEARTBEAT_SECONDS = 10 * 60
+_UNDECIDED = 0.1  # how much of ln K the losses of a guess differ by
+_LAST_LOSSES = 10  # one batch can be far from the mean
 _NAMES = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
 
 
@@ -118,6 +120,26 @@ def time_line(seconds: float, steps: int, image_hw: tuple[int, int]) -> str:
         f"{line} Shorter: smaller images (--image_size, now {height} x {width}: half of it takes about a quarter of "
         "the time), fewer epochs (--num_train_epochs), a smaller network (--variant) or pretrained weights "
         "(--model_name_or_path), which need fewer epochs."
+    )
+
+
+def undecided_line(trainer: ImageTrainer, held_out_loss: float) -> str | None:
+    """
+    What to say of a classifier whose scores hardly differ: under the plain softmax the loss of a guess is ln K, on
+    training images too. None for scores that differ and for other losses.
+    """
+    config = trainer.model.config
+    is_plain = trainer.objective is None and trainer.compute_loss_func is None
+    if not is_plain or config.problem_type != "single_label_classification" or config.num_labels < 2:
+        return None
+    guess, losses = math.log(config.num_labels), [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    losses = losses[-_LAST_LOSSES:] or [guess]
+    if abs(held_out_loss / guess - 1) > _UNDECIDED or sum(losses) / len(losses) / guess < 1 - _UNDECIDED:
+        return None
+    return (
+        f"The scores of the {config.num_labels} classes are hardly apart: the loss is {held_out_loss:.3g} on held-out "
+        f"images, and that of a guess is {guess:.3g}. Train longer (--num_train_epochs), try another --learning_rate "
+        f"({trainer.args.learning_rate:g} now), or start from pretrained weights (--model_name_or_path)."
     )
 
 
