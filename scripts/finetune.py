@@ -23,18 +23,19 @@ def main() -> None:
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
+    from modeling_vit_scratch.visualization.commands import draw_near_copies
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
-    with training_arguments.main_process_first(desc="reading the data"):
-        start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
-        earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
-        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, is_first, earlier=earlier)
+    start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     model, processor, origin = build_model(
         model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
     )
     trainer = build_trainer(model, processor, data, training_arguments)
     if is_first:
-        print(data.describe(), *origin, *trainer.describe(), sep="\n")
+        sheet = draw_near_copies(data.near_copies, training_arguments.output_dir)
+        print(data.describe(), *sheet, *origin, *trainer.describe(), sep="\n")
 
     outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     scores = trainer.evaluate()

@@ -100,6 +100,7 @@ def result_message(record: dict[str, Any], folder: str | os.PathLike[str], examp
     value = f"{record['value']:.4f}" if record["metric"] == "loss" else f"{100 * record['value']:.2f} %"
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
+    overlap = f"\n{record['dataset']['overlap']['sentence']}" if record["dataset"]["overlap"] else ""
     if "pretraining" in record:
         use = f"""To go on from it:
 
@@ -111,7 +112,7 @@ def result_message(record: dict[str, Any], folder: str | os.PathLike[str], examp
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
     print(classify("{example or "image.png"}"))"""
     return f"""
-Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}{overlap}
 The model is in {folder}. {use}
 """
 
@@ -125,6 +126,7 @@ def _dataset_metadata(data: ImageData) -> dict[str, Any]:
         "num_held_out_images": len(data.validation),
         "held_out": data.split,
         "images": data.images,
+        "overlap": data.overlap or None,
     }
 
 

@@ -45,8 +45,9 @@ MOST_USED = (
 GROUPS = {
     "data": (
         "validation_dir", "train_val_split", "dataset_config_name", "image_column_name", "label_column_name",
-        "label_separator", "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images",
-        "export_examples", "streaming", "shuffle_buffer_size", "label_names_file",
+        "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap", "max_train_samples",
+        "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
+        "streaming", "shuffle_buffer_size", "label_names_file",
     ),
     "model": (
         "patch_size", "config_overrides", "config_name", "image_processor_name", "model_revision", "cache_dir",
