@@ -9,6 +9,13 @@ Trains a Vision Transformer to classify images, from scratch or from a saved mod
 Ends with the held-out accuracy, the model's folder and three lines that use it.
 """
 
+import copy
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
 from startup.quick import before_torch, run_command_line
 
 
@@ -16,8 +23,77 @@ def main() -> None:
     with before_torch():
         from modeling_vit_scratch.training.command_line import parse_arguments
 
-        model_arguments, data_arguments, training_arguments, problems = parse_arguments(description=__doc__)
+        arguments = parse_arguments(description=__doc__)
+    if arguments[1].folds:
+        train_folds(*arguments)
+    else:
+        train(*arguments)
 
+
+def train_folds(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> None:
+    """A run for each fold, in FOLDER/fold1 and so on; then the table of all, FOLDER/folds.json and out_of_fold.csv."""
+    from modeling_vit_scratch.common.files import latest_whole
+
+    folder = Path(training_arguments.output_dir)
+    places = [folder / f"fold{number + 1}" for number in range(data_arguments.folds)]
+    resumes = str(training_arguments.resume_from_checkpoint).lower() in ("true", "auto")
+    if not resumes and any(place.exists() for place in places):
+        problems.add(f"{folder} has folds of another run. Go on with --resume_from_checkpoint True, or remove them.")
+        raise problems.as_error()
+    if training_arguments.push_to_hub:
+        problems.add("--folds trains several models, and --push_to_hub is for one. Keep one of them.")
+    for fold, place in enumerate(places):
+        if (place / "out_of_fold.csv").is_file():
+            continue
+        own, data_arguments.fold = copy.copy(training_arguments), fold
+        checkpoint = latest_whole(place, read=True)[0] if resumes and place.is_dir() else None
+        own.output_dir, own.resume_from_checkpoint = str(place), checkpoint and str(checkpoint)
+        write_predictions(*train(model_arguments, data_arguments, own, problems), place)
+    if training_arguments.process_index == 0:
+        print(fold_table(places, folder))
+
+
+def write_predictions(data: Any, accelerator: Any, place: Path) -> None:
+    """Writes PLACE/out_of_fold.csv: the probabilities of each held-out image, by the model that is saved there."""
+    from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+    from modeling_vit_scratch.evaluation.metrics import probabilities
+    from modeling_vit_scratch.evaluation.predictions import load_model, predict
+
+    accelerator.wait_for_everyone()
+    options = EvaluationArguments()
+    options.model = str(place)
+    model, processor = load_model(options)
+    logits = predict(model, processor, data.validation, accelerator, options).logits
+    if accelerator.is_main_process:
+        values, labels = probabilities(logits, 1.0, data.is_multi_label), data.validation.labels
+        with open(place / "out_of_fold.part", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "label", *data.label_names])
+            for index, row in enumerate(values):
+                has = [labels[index]] if isinstance(labels, list) else labels[index].nonzero()[0]
+                names = "|".join(data.label_names[one] for one in has)
+                table.writerow([data.validation.name(index), names, *(f"{value:.8f}" for value in row)])
+        (place / "out_of_fold.part").rename(place / "out_of_fold.csv")
+    accelerator.wait_for_everyone()
+
+
+def fold_table(places: list[Path], folder: Path) -> str:
+    """Joins the results of all folds: the mean, the standard deviation, and the predictions of every image."""
+    records = [json.loads((place / "results.json").read_text(encoding="utf-8")) for place in places]
+    values, metric = [record["value"] for record in records], records[0]["metric"]
+    result = {"metric": metric, "values": values, "n": [record["n"] for record in records]}
+    result |= {"mean": statistics.mean(values), "standard_deviation": statistics.stdev(values)}
+    (folder / "folds.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    tables = [(place / "out_of_fold.csv").read_text(encoding="utf-8").split("\n", 1) for place in places]
+    text = "\n".join([tables[0][0], "".join(rows for _, rows in tables)])
+    (folder / "out_of_fold.csv").write_text(text, encoding="utf-8")
+    lines = [f"{place.name:<8}{one['value']:>10.4f}{one['n']:>8,} images" for place, one in zip(places, records)]
+    lines.append(f"{metric} {result['mean']:.4f}, standard deviation {result['standard_deviation']:.4f} of the folds")
+    return "\n".join([*lines, f"Each image by the model that has not seen it: {folder / 'out_of_fold.csv'}"])
+
+
+def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> tuple[Any, Any]:
+    """A run from the data to the saved model. Returns the data and the accelerator."""
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.held_out import read_earlier
@@ -51,6 +127,7 @@ def main() -> None:
         print(result_message(record, training_arguments.output_dir, example))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
+    return data, trainer.accelerator
 
 
 if __name__ == "__main__":

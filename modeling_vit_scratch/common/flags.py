@@ -351,6 +351,10 @@ class DataArguments(LabelFlags):
         None, "With --streaming: a text file with one label per line, where the data have only numbers.", metavar="FILE"
     )
     max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.", at_least=1)
+    folds: int | None = flag(
+        None, "Train N models, each in a folder of its own. Every image is held out once. Example: 5", at_least=2
+    )
+    fold: int = dataclasses.field(init=False, default=0)  # which of them
     drop_overlap: bool = flag(
         False, "Train without copies and near copies of given held-out images, and without images with two labels."
     )
@@ -367,6 +371,10 @@ class DataArguments(LabelFlags):
             problems.add("--dataset_config_name goes with a --dataset_name of the Hub. Leave it out.")
         if self.streaming and self.dataset_name in BUILT_IN:
             problems.add(f"--streaming: {self.dataset_name} is small and here already. Leave it out.")
+        if self.folds and (self.validation_dir or self.streaming or self.export_examples):
+            problems.add(
+                "--folds does not go with --validation_dir, --streaming and --export_examples. Leave them out."
+            )
         if self.allow_overlap and self.drop_overlap:
             problems.add("--allow_overlap and --drop_overlap are two answers to one question. Keep one of them.")
         if self.group_column_name and self.group_from:

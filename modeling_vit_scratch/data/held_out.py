@@ -193,6 +193,17 @@ def choose_held_out(
     return [index for index, group in enumerate(ids if groups is None else groups) if group in held]
 
 
+def choose_folds(rows: list[list[int]], ids: list[str], folds: int, split_seed: int, groups: Any) -> list[list[int]]:
+    """The sorted indices of each fold. As `choose_held_out`, from the images that no fold before has held out."""
+    rest, found = list(range(len(ids))), []
+    for left in range(folds, 1, -1):
+        some = groups and [groups[index] for index in rest]
+        of_rest = [rows[i] for i in rest], [ids[i] for i in rest]
+        found.append([rest[i] for i in choose_held_out(*of_rest, 1 / left, split_seed, groups=some)])
+        rest = sorted(set(rest).difference(found[-1]))
+    return [*found, rest]
+
+
 # --- As it was until the record had identities ------------------------------------------------------------------------
 
 

@@ -18,11 +18,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
-from ..common.flags import DataArguments, LabelFlags
+from ..common.flags import DataArguments
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .copies import find_copies
 from .dataset import Examples, StoredImage, multi_hot
-from .held_out import Earlier, choose_held_out, images_record, notes
+from .held_out import Earlier, choose_folds, choose_held_out, images_record, notes
 from .listing import is_class_label, is_label_list, left_out_line, path_beside, split_labels
 from .overlap import ImagesOfBothSides, read_groups
 from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
@@ -90,6 +90,8 @@ def read_data(
     train, validation = source.train, None
     if isinstance(train, datasets.Dataset):
         train = read_split("training", train, arguments, problems, needs_labels)
+    if arguments.folds:
+        source = replace(source, validation=None)
     if source.validation is not None:
         has_names = train is None or bool(train.label_names)
         validation = read_split("validation", source.validation, arguments, problems, needs_labels and has_names)
@@ -135,7 +137,10 @@ def read_data(
     if validation is None:
         of_each = f" of each {'label' if train.is_multi_label else 'class'}" if train.label_names else ""
         other = f", split seed {arguments.split_seed}" if arguments.split_seed else ""
-        split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen by a hash of each file{other}"
+        share = f"{100 * arguments.train_val_split:.3g} %"
+        if arguments.folds:
+            share = f"fold {arguments.fold + 1} of {arguments.folds}, {100 / arguments.folds:.3g} %"
+        split = f"{share}{of_each}, chosen by a hash of each file{other}"
     record, lines = None, [*filter(None, [left_out_line(source.left_out)])]
     if copies is not None:
         labels = images.labels
@@ -334,7 +339,7 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
 def hold_out(
     split: LabelledSplit,
     ids: list[str],
-    arguments: LabelFlags,
+    arguments: DataArguments,
     problems: Problems,
     earlier: Earlier | None = None,
     groups: list[Any] | None = None,
@@ -343,7 +348,7 @@ def hold_out(
     The indices of the images that `choose_held_out` holds out. If that can't be done, there are none, and the reason is
     among the problems.
     """
-    fraction, rows = arguments.train_val_split, split.rows()
+    fraction, rows = 1 / arguments.folds if arguments.folds else arguments.train_val_split, split.rows()
     different = {(identity, label) for identity, row in zip(ids, rows) for label in row}
     counts = Counter(label for _, label in different)
     parts = Counter(label for _, label in {(g, label) for g, row in zip(groups or ids, rows) for label in row})
@@ -364,7 +369,10 @@ def hold_out(
                 f"Choose {1 - 1 / count:.2g} at most, or give --validation_dir."
             )
             return []
-    chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier, groups)
+    if arguments.folds:
+        chosen = choose_folds(rows, ids, arguments.folds, arguments.split_seed, groups)[arguments.fold]
+    else:
+        chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier, groups)
     if not 0 < len(chosen) < len(ids):
         problems.add(
             f"--train_val_split {fraction:g} of {len(ids)} images leaves none to "

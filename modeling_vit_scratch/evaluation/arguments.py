@@ -20,6 +20,7 @@ GROUPS = {
     ),
     "data": (
         "train_val_split", "dataset_config_name", "image_column_name", "label_column_name", "label_separator",
+        "group_column_name", "group_from", "allow_overlap",
         "max_eval_samples", "max_broken_images", "seed",
     ),
     "model": ("calibrated", "model_revision", "cache_dir"),
