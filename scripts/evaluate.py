@@ -4,6 +4,7 @@ Evaluates a model on labelled images: accuracies with intervals, calibration, ev
 
     python scripts/evaluate.py outputs/digits digits
     python scripts/evaluate.py outputs/pets photos/test --crops 10
+    python scripts/evaluate.py outputs/pets photos --label_issues
     accelerate launch scripts/evaluate.py outputs/pets photos/test --calibrate
 
 Reports accuracy, F1, NLL, Brier score and calibration error with 95 % intervals, every class, a confusion matrix and a
@@ -55,6 +56,13 @@ def main() -> None:
         is_multi_label = model.config.problem_type == MULTI_LABEL
         data = read_evaluation_data(arguments, names, is_multi_label, verify=accelerator.is_main_process)
     data = data.without_broken()
+    if arguments.label_issues:
+        from modeling_vit_scratch.evaluation.label_issues import write_label_issues
+
+        line = write_label_issues(model.to(accelerator.device), processor, data, arguments)
+        accelerator.print(line)
+        accelerator.end_training()
+        return
     predictions = predict(speed_up(model), processor, data.examples, accelerator, arguments)
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)

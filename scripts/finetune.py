@@ -9,6 +9,8 @@ Trains a Vision Transformer to classify images, from scratch or from a saved mod
 Ends with the held-out accuracy, the model's folder and three lines that use it.
 """
 
+from typing import Any
+
 from startup.quick import before_torch, run_command_line
 
 
@@ -16,26 +18,36 @@ def main() -> None:
     with before_torch():
         from modeling_vit_scratch.training.command_line import parse_arguments
 
-        model_arguments, data_arguments, training_arguments, problems = parse_arguments(description=__doc__)
+        arguments = parse_arguments(description=__doc__)
+    if arguments[1].folds:
+        from experiments.folds import train_folds
 
+        train_folds(train, *arguments)
+    else:
+        train(*arguments)
+
+
+def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> tuple[Any, Any]:
+    """A run from the data to the saved model. Returns the data and the accelerator."""
     from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
     from modeling_vit_scratch.training.progress import undecided_line
+    from modeling_vit_scratch.visualization.commands import draw_near_copies
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
-    with training_arguments.main_process_first(desc="reading the data"):
-        start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
-        earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
-        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, is_first, earlier=earlier)
+    start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     model, processor, origin = build_model(
         model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
     )
     trainer = build_trainer(model, processor, data, training_arguments)
     if is_first:
-        print(data.describe(), *origin, *trainer.describe(), sep="\n")
+        sheet = draw_near_copies(data.near_copies, training_arguments.output_dir)
+        print(data.describe(), *sheet, *origin, *trainer.describe(), sep="\n")
 
     outcome = trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     scores = trainer.evaluate()
@@ -52,6 +64,7 @@ def main() -> None:
         print(result_message(record, training_arguments.output_dir, example, warning))
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
+    return data, trainer.accelerator
 
 
 if __name__ == "__main__":

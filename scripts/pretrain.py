@@ -28,11 +28,10 @@ def main() -> None:
     from modeling_vit_scratch.pretraining.build import build_pretraining
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
-    with training_arguments.main_process_first(desc="reading the data"):
-        start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
-        earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
-        cache, needs_labels = model_arguments.cache_dir, pretraining.is_supervised
-        data = read_data(data_arguments, seed, problems, cache, is_first, needs_labels, earlier)
+    start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    cache, needs_labels = model_arguments.cache_dir, pretraining.is_supervised
+    data = read_data(data_arguments, seed, problems, cache, needs_labels, earlier)
     trainer, origin = build_pretraining(model_arguments, pretraining, data, training_arguments)
     if is_first:
         print(data.describe(), *origin, *trainer.describe(), sep="\n")

@@ -50,9 +50,8 @@ def main() -> None:
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
-    with training_arguments.main_process_first(desc="reading the data"):
-        earlier = read_earlier(own.model)
-        data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, is_first, earlier=earlier)
+    earlier = read_earlier(own.model)
+    data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     check_for_probes(data)
     encoder, processor = load_encoder(model_arguments, seed if own.random_weights else None)
     speed_up(encoder.to(training_arguments.device))

@@ -135,7 +135,7 @@ def draw_augmentation(model_arguments: Any, data_arguments: Any, training_argume
     from modeling_vit_scratch.visualization.commands import augmentation_grid, draw_grid
 
     seed = training_arguments.seed
-    data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, verify=False)
+    data = read_data(data_arguments, seed, problems, model_arguments.cache_dir)
     model, processor, _ = build_model(
         model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
     )

@@ -147,7 +147,7 @@ def test_labels_in_csv_are_what_stands_in_the_file(tmp_path, labels, names):
 def test_a_validation_folder_may_lack_a_class_but_not_shift_the_others(tmp_path):
     class_folders(tmp_path / "train")
     class_folders(tmp_path / "val", classes=("zebra", "cat"), each=1)
-    data = read(train_dir=str(tmp_path / "train"), validation_dir=str(tmp_path / "val"))
+    data = read(train_dir=str(tmp_path / "train"), validation_dir=str(tmp_path / "val"), allow_overlap=True)
     assert data.label_names == list(CLASSES)
     assert data.validation.labels == [1, 2]
     assert data.validation.decode(1, DECODER).tobytes() == image(2, 0).tobytes()
@@ -185,7 +185,7 @@ def test_a_folder_in_the_form_of_the_hub_with_its_own_order_of_labels(tmp_path):
     rows = [{**row, "label": row["label"]} for row in tiny_images.rows()]
     for split in ("train", "validation"):
         datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "animals" / f"{split}.parquet")
-    data = read(tmp_path / "cache", dataset_name=str(tmp_path / "animals"))
+    data = read(tmp_path / "cache", dataset_name=str(tmp_path / "animals"), allow_overlap=True)
     assert data.label_names == ["zebra", "cat"]
     assert data.train.labels == data.validation.labels == [0, 1] * 4
     assert data.split == "the validation split of the data"
@@ -251,7 +251,8 @@ def test_everything_wrong_with_folders_is_told_in_one_message(tmp_path):
     (validation / "cat" / "text.png").write_text("no image")
     problems = Problems()
     problems.add("--train_val_split 2 must lie between 0 and 1")
-    message = refusal(train_dir=str(train), validation_dir=str(validation), train_val_split=2.0, problems=problems)
+    flags = {"train_val_split": 2.0, "allow_overlap": True}
+    message = refusal(train_dir=str(train), validation_dir=str(validation), problems=problems, **flags)
     for part in (
         "5 problems", "--train_val_split 2", "'empty' has no images", "loose.png", "'zebra' (1 images)",
         "3 of 14 images", "zero.jpg", "cut.png", "text.png",

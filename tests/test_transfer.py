@@ -44,7 +44,7 @@ def plan(*words):
     return arguments, plan_runs(arguments, common)
 
 
-PETS = ("--data", "pets=pets/train", "--flags", "pets=--validation_dir pets/test --max_steps 3")
+PETS = ("--data", "pets=pets/train", "--flags", "pets=--validation_dir pets/test --max_steps 3 --allow_overlap")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ _EVALUATION: dict[str, tuple[str, ...]] = {
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "git_commit": (), "resumed_from": (), "threshold": (), "examples": (),
     "pretraining": ("objective", "description"),
-    "dataset": ("hub_id", "license", "url", "note", "seen_in_training"),
+    "dataset": ("hub_id", "license", "url", "note", "seen_in_training", "overlap"),
     "model": ("base_model",),
     "training": ("recipe", "recipe_source", "recipe_differs", "broken_images"),
     "throughput": ("images_per_second", "note"),

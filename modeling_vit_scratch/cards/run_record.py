@@ -93,6 +93,7 @@ def result_message(
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
     warned = "" if warning is None else f"\n{warning}"
+    overlap = f"\n{record['dataset']['overlap']['sentence']}" if record["dataset"]["overlap"] else ""
     if "pretraining" in record:
         use = f"""To go on from it:
 
@@ -104,7 +105,7 @@ def result_message(
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
     print(classify("{example or "image.png"}"))"""
     return f"""
-Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}{warned}
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}{overlap}{warned}
 The model is in {folder}. {use}
 """
 
@@ -118,6 +119,7 @@ def _dataset_metadata(data: ImageData) -> dict[str, Any]:
         "num_held_out_images": len(data.validation),
         "held_out": data.split,
         "images": data.images,
+        "overlap": data.overlap or None,
     }
 
 

@@ -260,6 +260,13 @@ class LabelFlags(ImageFlags):
     split_seed: int = flag(
         0, "Which images that fraction is. Not --seed, so that no run trains on what another has held out.", at_least=0
     )
+    group_column_name: str | None = flag(
+        None, "Column of the patient, video or other group of an image. A group is on one side.", metavar="NAME"
+    )
+    group_from: str | None = flag(
+        None, r"As --group_column_name, by a regular expression on each path. Example: '(patient\d+)_'", metavar="REGEX"
+    )
+    allow_overlap: bool = flag(False, "Accept the same image in training and held out, or with two labels.")
     max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.", at_least=1)
 
 
@@ -318,7 +325,14 @@ class DataArguments(LabelFlags):
         None, "With --streaming: a text file with one label per line, where the data have only numbers.", metavar="FILE"
     )
     max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.", at_least=1)
-    verify_images: bool = flag(True, "Decode every image once before training, to find broken files first.")
+    folds: int | None = flag(
+        None, "Train N models, each in a folder of its own. Every image is held out once. Example: 5", at_least=2
+    )
+    fold: int = dataclasses.field(init=False, default=0)  # which of them
+    drop_overlap: bool = flag(
+        False, "Train without copies and near copies of given held-out images, and without images with two labels."
+    )
+    verify_images: bool = flag(True, "Decode every image once before training, to find broken files and copies first.")
     export_examples: str | None = flag(None, "Save ten held-out images here to try the model.", metavar="DIR")
 
     def check(self, problems: Problems) -> None:
@@ -331,6 +345,16 @@ class DataArguments(LabelFlags):
             problems.add("--dataset_config_name goes with a --dataset_name of the Hub. Leave it out.")
         if self.streaming and self.dataset_name in BUILT_IN:
             problems.add(f"--streaming: {self.dataset_name} is small and here already. Leave it out.")
+        if self.folds and (self.validation_dir or self.streaming or self.export_examples):
+            problems.add(
+                "--folds does not go with --validation_dir, --streaming and --export_examples. Leave them out."
+            )
+        if self.allow_overlap and self.drop_overlap:
+            problems.add("--allow_overlap and --drop_overlap are two answers to one question. Keep one of them.")
+        if self.group_column_name and self.group_from:
+            problems.add("--group_column_name and --group_from each say what the groups are. Keep one of them.")
+        if self.streaming and (self.group_column_name or self.group_from):
+            problems.add("--streaming reads no groups before training: give a --validation_dir that shares none.")
         if self.streaming and self.max_train_samples is not None:
             problems.add(
                 "--max_train_samples chooses from all images, which --streaming can't. Give --max_steps instead."

@@ -10,12 +10,9 @@ of every checkpoint. Later runs and evaluations compare their images with it, wh
 
 import hashlib
 import json
-import os
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,37 +20,15 @@ from typing import Any
 
 import numpy as np
 from sklearn.model_selection import train_test_split
-from tqdm.auto import tqdm
 
 from ..common.errors import InputError
 from ..common.files import MANIFEST, read_manifest
-from .dataset import Examples
 
 
 # Training images in a record: those with the lowest identities, which another set of images has, too, if it overlaps.
 MAX_TRAINED_ON = 1000
 # How results.json named the split when the seed decided it.
 _BY_SEED = re.compile(r"([\d.]+) %.* chosen with seed (\d+)")
-
-
-def identities(examples: Examples) -> list[str]:
-    """The identity of each image; that of its path where there is no regular file to read, as for a URL."""
-
-    def identity(index: int) -> str:
-        (image,) = examples.stored([index])
-        content = image.content
-        try:
-            if isinstance(content, str) and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
-                with open(content, "rb") as file:
-                    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        except OSError:  # the check of the images reports it
-            pass
-        content = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
-        return hashlib.sha256(content).hexdigest()[:16]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # neither reading nor hashing holds Python's lock
-        found = pool.map(identity, range(len(examples)))
-        return list(tqdm(found, total=len(examples), desc="reading images", unit="", leave=False, disable=None))
 
 
 @dataclass(frozen=True)
@@ -167,31 +142,66 @@ def notes(record: dict[str, Any] | None, train: list[str], earlier: Earlier | No
 
 
 def choose_held_out(
-    rows: list[list[int]], ids: list[str], fraction: float, split_seed: int = 0, earlier: Earlier | None = None
+    rows: list[list[int]],
+    ids: list[str],
+    fraction: float,
+    split_seed: int = 0,
+    earlier: Earlier | None = None,
+    groups: Sequence[Any] | None = None,
 ) -> list[int]:
     """
-    The sorted indices of the held-out images, from the labels and the identity of each.
+    The sorted indices of the held-out images, from the labels, the identity and the group of each. A group is on one
+    side; without `groups`, only the copies of an image are one.
 
-    Of each label, the images whose SHA-256 of split seed and identity is lowest: the fraction of their number, rounded,
-    at least one and never all. So order and names do not matter; an image that is added or removed moves no other, but
-    for the one at the edge of its label, when the rounded number changes or its place is taken. Copies of an image are
-    on one side. Where images have several labels, the rarest label chooses first, and what it has chosen or left counts
-    for the others; one image may then move a few, of any label. Images that an earlier run held out come
-    first, and those that it trained on last.
+    Of each label, the groups whose lowest SHA-256 of split seed and identity is lowest: the fraction of its images,
+    rounded, at least one and never all. A group that would miss that number by more than it is missed without it is
+    passed over. So order and names do not matter; an image that is added or removed moves no other, but for the one at
+    the edge of its label, when the rounded number changes or its place is taken. Where images or groups have several
+    labels, the rarest label chooses first, and what it has chosen or left counts for the others; one image may then
+    move a few groups, of any label. Images that an earlier run held out come first, and those that it trained on last.
     """
     first, last = (earlier.held_out, earlier.trained_on) if earlier else ((), ())
-    key = {one: (one not in first, one in last, hashlib.sha256(f"{split_seed} {one}".encode()).digest()) for one in ids}
-    members: dict[int, set[str]] = defaultdict(set)
-    for labels, identity in zip(rows, ids):
+    images: dict[Any, set[str]] = defaultdict(set)
+    members: dict[int, dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for labels, identity, group in zip(rows, ids, ids if groups is None else groups):
+        images[group].add(identity)
         for label in labels or [-1]:  # those without any label are like a label
-            members[label].add(identity)
+            members[label][group].add(identity)
+    key = {
+        group: (
+            not found.isdisjoint(last),
+            found.isdisjoint(first),
+            min(hashlib.sha256(f"{split_seed} {identity}".encode()).digest() for identity in found),
+        )
+        for group, found in images.items()
+    }
     held, decided = set(), set()
-    for label in sorted(members, key=lambda label: (len(members[label]), label)):
-        count = len(members[label])
-        wanted = min(max(1, int(fraction * count + 0.5)), count - 1) - len(members[label] & held)
-        held |= set(sorted(members[label] - decided, key=key.__getitem__)[: max(0, wanted)])
-        decided |= members[label]
-    return [index for index, identity in enumerate(ids) if identity in held]
+    size = {label: sum(map(len, parts.values())) for label, parts in members.items()}
+    for label in sorted(members, key=lambda label: (size[label], label)):
+        parts = members[label]
+        wanted = min(max(1, int(fraction * size[label] + 0.5)), size[label] - 1)
+        wanted -= sum(len(found) for group, found in parts.items() if group in held)
+        free = sorted(parts.keys() - decided, key=key.__getitem__)
+        if wanted > 0 and all(len(parts[group]) >= 2 * wanted for group in free) and held.isdisjoint(parts):
+            free = free and [min(free, key=lambda group: len(parts[group]))]
+            wanted = max(wanted, len(parts[free[0]])) if free else 0
+        for group in free:
+            if len(parts[group]) < 2 * wanted and not parts.keys() <= held | {group}:
+                held.add(group)
+                wanted -= len(parts[group])
+        decided |= parts.keys()
+    return [index for index, group in enumerate(ids if groups is None else groups) if group in held]
+
+
+def choose_folds(rows: list[list[int]], ids: list[str], folds: int, split_seed: int, groups: Any) -> list[list[int]]:
+    """The sorted indices of each fold. As `choose_held_out`, from the images that no fold before has held out."""
+    rest, found = list(range(len(ids))), []
+    for left in range(folds, 1, -1):
+        some = groups and [groups[index] for index in rest]
+        of_rest = [rows[i] for i in rest], [ids[i] for i in rest]
+        found.append([rest[i] for i in choose_held_out(*of_rest, 1 / left, split_seed, groups=some)])
+        rest = sorted(set(rest).difference(found[-1]))
+    return [*found, rest]
 
 
 # --- As it was until the record had identities ------------------------------------------------------------------------

@@ -5,26 +5,26 @@ the data are found before training starts, and reported in one message.
 """
 
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
-from ..common.flags import DataArguments, LabelFlags
-from ..image_decoding_vit_scratch import ImageDecodeError
+from ..common.flags import DataArguments
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .dataset import Examples, multi_hot
-from .held_out import Earlier, choose_held_out, identities, images_record, notes
+from .copies import find_copies
+from .dataset import Examples, StoredImage, multi_hot
+from .held_out import Earlier, choose_folds, choose_held_out, images_record, notes
 from .listing import is_class_label, is_label_list, left_out_line, path_beside, split_labels
+from .overlap import ImagesOfBothSides, read_groups
 from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
 from .streams import ImageStream
 
@@ -42,6 +42,8 @@ class ImageData:
     is_multi_label: bool = False  # any number of labels for each image
     images: dict[str, Any] | None = None  # see `held_out`; None where no file was read
     notes: list[str] = field(default_factory=list)  # for the user
+    overlap: dict[str, Any] = field(default_factory=dict)  # of both sides: see `overlap`
+    near_copies: list[tuple[StoredImage, StoredImage]] = field(default_factory=list)  # held out and training
 
     @property
     def num_train(self) -> int | None:
@@ -56,7 +58,7 @@ class ImageData:
             f"{self.source.name}: {number} training and {len(self.validation):,} held-out images "
             f"({self.split}); {labels}."
         )
-        return "\n".join([line, *self.notes])
+        return "\n".join([line, *filter(None, [self.overlap.get("sentence")]), *self.notes])
 
 
 def check_for_probes(data: ImageData) -> None:
@@ -71,22 +73,25 @@ def read_data(
     seed: int,
     problems: Problems,
     cache_dir: str | None = None,
-    verify: bool = True,
     needs_labels: bool = True,
     earlier: Earlier | None = None,
 ) -> ImageData:
     """
-    Reads, splits and checks the data. `seed` is that of `--max_train_samples` and `--max_eval_samples`; `verify`
-    decodes every image, for which one process of several is enough. Without `needs_labels`, images without labels are
-    of class 0, which has no name. `earlier` are the images behind the model that the run starts or goes on from.
-    Raises InputError with `problems` and everything that is wrong with the data.
+    Reads, splits and checks the data; all processes of a run call it, and the first one looks at the images. `seed` is
+    that of `--max_train_samples` and `--max_eval_samples`. Without `needs_labels`, images without labels are of class
+    0, which has no name. `earlier` are the images behind the model that the run starts or goes on from. Raises
+    InputError with `problems` and everything that is wrong with the data.
     """
-    source = read_source(arguments, cache_dir, problems, needs_labels)
+    process = PartialState()
+    with process.local_main_process_first():  # it fills the caches
+        source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
         raise problems.as_error()
     train, validation = source.train, None
     if isinstance(train, datasets.Dataset):
         train = read_split("training", train, arguments, problems, needs_labels)
+    if arguments.folds:
+        source = replace(source, validation=None)
     if source.validation is not None:
         has_names = train is None or bool(train.label_names)
         validation = read_split("validation", source.validation, arguments, problems, needs_labels and has_names)
@@ -98,49 +103,64 @@ def read_data(
     if train is None or (has_own_validation and validation is None):
         raise problems.as_error()
 
-    has_ids = validation is None or arguments.verify_images  # files that are read anyway
-    if isinstance(train, ImageStream):
-        train_examples, held_out, train_ids = train, _held_out_examples(train, validation, problems), None
-        held_out_ids = identities(held_out) if has_ids else None
-    else:
-        train = _usable_labels(train, needs_labels, problems)
-        train_examples, train_ids = train.examples(), identities(train.examples()) if has_ids else None
-        if earlier is not None and train_ids is not None:
-            earlier = earlier.resolve(source.name, train.rows(), train_ids, train.is_multi_label)
-        kept = list(range(len(train_examples)))
-        if validation is None:
-            chosen = hold_out(train, train_ids, arguments, problems, earlier)
-            held_out, held_out_ids = train_examples.select(chosen), [train_ids[index] for index in chosen]
-            kept = sorted(set(kept) - set(chosen))
-        else:
-            held_out = _held_out_examples(train, validation, problems)
-            held_out_ids = identities(held_out) if has_ids else None
-        kept = sample(kept, arguments.max_train_samples, seed)
-        train_examples, train_ids = train_examples.select(kept), train_ids and [train_ids[index] for index in kept]
-        num_classes = len(set(train.used()))
-        if len(train_examples) < num_classes and not train.is_multi_label:
-            problems.add(
-                f"{len(train_examples)} training images are fewer than the {num_classes} classes. Add images"
-                + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
-            )
-    evaluated = held_out.select(sample(range(len(held_out)), arguments.max_eval_samples, seed))
-    if arguments.verify_images and verify:
-        stored = {} if arguments.streaming else {"training": train_examples}
-        check_files({**stored, "validation": evaluated}, problems)
+    is_stream = isinstance(train, ImageStream)
+    train = train if is_stream else _usable_labels(train, needs_labels, problems)
+    parts = [] if is_stream else [train.examples()]
+    if validation is not None:
+        parts.append(_held_out_examples(train, validation, problems))
+    found = [None]
+    if (validation is None or arguments.verify_images) and process.is_main_process:  # files that are read anyway
+        found = [find_copies(parts, arguments.verify_images)]
+    copies, count = broadcast_object_list(found)[0], 0 if is_stream else len(parts[0])
+    groups = [group for split in (train, validation) for group in getattr(split, "groups", None) or []]
+    images = ImagesOfBothSides(parts, copies, groups, train.label_names, arguments, problems)
+    if copies is not None and earlier is not None and not is_stream:
+        earlier = earlier.resolve(source.name, train.rows(), copies.ids[:count], train.is_multi_label)
+    left_out, held_out = images.with_two_labels(), list(range(count, count + len(parts[-1])))
+    if validation is None:
+        held_out = hold_out(train, copies.ids, arguments, problems, earlier, images.kept_together(earlier))
+        held_out = [index for index in held_out if index not in left_out]
+    kept = sorted(set(range(count)).difference(left_out, held_out))
+    kept = sample(kept, arguments.max_train_samples, seed)
+    evaluated = sample(held_out, arguments.max_eval_samples, seed)
+    kept, overlap, near = images.compare(kept, evaluated, validation is not None)
+    num_classes = 0 if is_stream else len(set(train.used()))
+    if len(kept) < num_classes and not train.is_multi_label:
+        problems.add(
+            f"{len(kept)} training images are fewer than the {num_classes} classes. Add images"
+            + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
+        )
+    images.check_files([*kept, *evaluated])
     if problems.messages:
         raise problems.as_error()
     split = "the validation split of the data"
     if validation is None:
         of_each = f" of each {'label' if train.is_multi_label else 'class'}" if train.label_names else ""
         other = f", split seed {arguments.split_seed}" if arguments.split_seed else ""
-        split = f"{100 * arguments.train_val_split:.3g} %{of_each}, chosen by a hash of each file{other}"
-    images = None
-    if held_out_ids is not None:
-        trained_on = None if train_ids is None else (train_ids, train_examples.labels)
-        images = images_record(trained_on, (held_out_ids, held_out.labels), earlier)
-    lines = [*filter(None, [left_out_line(source.left_out)]), *notes(images, train_ids or [], earlier)]
-    buffer, is_multi_label = arguments.shuffle_buffer_size, train.is_multi_label and bool(train.label_names)
-    return ImageData(source, train.label_names, train_examples, evaluated, split, buffer, is_multi_label, images, lines)
+        share = f"{100 * arguments.train_val_split:.3g} %"
+        if arguments.folds:
+            share = f"fold {arguments.fold + 1} of {arguments.folds}, {100 / arguments.folds:.3g} %"
+        split = f"{share}{of_each}, chosen by a hash of each file{other}"
+    record, lines = None, [*filter(None, [left_out_line(source.left_out)])]
+    if copies is not None:
+        labels = images.labels
+        sides = [([copies.ids[i] for i in side], [labels[i] for i in side]) for side in (kept, held_out)]
+        record = images_record(None if is_stream else sides[0], sides[1], earlier)
+        lines += notes(record, sides[0][0], earlier)
+    first = 0 if validation is None else count
+    return ImageData(
+        source,
+        train.label_names,
+        train if is_stream else parts[0].select(kept),
+        parts[-1].select([index - first for index in evaluated]),
+        split,
+        arguments.shuffle_buffer_size,
+        train.is_multi_label and bool(train.label_names),
+        record,
+        lines,
+        overlap,
+        near,
+    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,7 @@ class LabelledSplit:
     indices: list[int] | list[list[int]]  # of each image's label, or labels, in these names
     is_ordered: bool  # whether the data define the order of the names
     is_multi_label: bool = False
+    groups: list[Any] | None = None  # of each image; None for one that is in none
 
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
@@ -182,11 +203,15 @@ def read_split(
     if len(dataset) == 0:
         problems.add(f"The {split} split has no images.")
         return None
-    images = _read_images(dataset, columns[0], split, problems)
+    images, groups = _read_images(dataset, columns[0], split, problems), None
     labels = [], [0] * len(dataset), False
     if columns[1] is not None:
         labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
-    return None if images is None or labels is None else LabelledSplit(images, *labels)
+    if images is not None and (arguments.group_column_name or arguments.group_from):
+        groups = read_groups(dataset, images, arguments, split, problems)
+    if images is None or labels is None:
+        return None
+    return replace(LabelledSplit(images, *labels), groups=groups)
 
 
 def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
@@ -312,23 +337,29 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
 
 
 def hold_out(
-    split: LabelledSplit, ids: list[str], arguments: LabelFlags, problems: Problems, earlier: Earlier | None = None
+    split: LabelledSplit,
+    ids: list[str],
+    arguments: DataArguments,
+    problems: Problems,
+    earlier: Earlier | None = None,
+    groups: list[Any] | None = None,
 ) -> list[int]:
     """
     The indices of the images that `choose_held_out` holds out. If that can't be done, there are none, and the reason is
     among the problems.
     """
-    fraction, rows = arguments.train_val_split, split.rows()
+    fraction, rows = 1 / arguments.folds if arguments.folds else arguments.train_val_split, split.rows()
     different = {(identity, label) for identity, row in zip(ids, rows) for label in row}
     counts = Counter(label for _, label in different)
+    parts = Counter(label for _, label in {(g, label) for g, row in zip(groups or ids, rows) for label in row})
     if not 0.0 < fraction < 1.0 or (split.label_names and len(counts) < 2 and not split.is_multi_label):
         return []
     if not split.is_multi_label:
         few = [(counts[index], split.label_names[index]) for index in sorted(counts) if split.label_names]
-        if single := [name for count, name in few if count < 2]:
+        if single := [split.label_names[index] for index in sorted(parts) if split.label_names and parts[index] < 2]:
             problems.add(
-                f"Classes with one image, or copies of one, can't be in both the training and the held-out part: "
-                f"{listed(single)}. Add images, or give --validation_dir."
+                f"Classes with one image, or copies of one, or one group, can't be in both the training and the "
+                f"held-out part: {listed(single)}. Add images, or give --validation_dir."
             )
             return []
         count, name = min(few, default=(len(set(ids)), "all"))
@@ -338,7 +369,10 @@ def hold_out(
                 f"Choose {1 - 1 / count:.2g} at most, or give --validation_dir."
             )
             return []
-    chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier)
+    if arguments.folds:
+        chosen = choose_folds(rows, ids, arguments.folds, arguments.split_seed, groups)[arguments.fold]
+    else:
+        chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier, groups)
     if not 0 < len(chosen) < len(ids):
         problems.add(
             f"--train_val_split {fraction:g} of {len(ids)} images leaves none to "
@@ -355,41 +389,7 @@ def sample(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
     return [indices[position] for position in sorted(chosen.tolist())]
 
 
-# --- Checking ---------------------------------------------------------------------------------------------------------
-
-
-def check_files(splits: dict[str, Examples], problems: Problems) -> None:
-    """Adds the images that can't be read to the problems."""
-    if reasons := list(find_broken(splits).values()):
-        problems.add(
-            f"{len(reasons)} of {sum(map(len, splits.values()))} images can't be read. Repair or remove them, or let "
-            "others take the place of up to N in training with --verify_images False --max_broken_images N:"
-            + listed_below(reasons)
-        )
-
-
-def listed_below(reasons: list[str]) -> str:
-    rest = f"\n       and {len(reasons) - 10} more" if len(reasons) > 10 else ""
-    return "".join(f"\n       {reason}" for reason in reasons[:10]) + rest
-
-
-def find_broken(splits: dict[str, Examples]) -> dict[tuple[str, int], str]:
-    """Why images can't be read, by split and index: decodes all, in threads."""
-    decoder = ViTScratchImageProcessor()
-    keys = [(split, index) for split, examples in splits.items() for index in range(len(examples))]
-
-    def problem_of(key: tuple[str, int]) -> str | None:
-        split, index = key
-        try:
-            splits[split].decode(index, decoder)
-        except (ImageDecodeError, ValueError) as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding does not hold Python's lock
-        checked = pool.map(problem_of, keys)
-        reasons = list(tqdm(checked, total=len(keys), desc="checking images", unit="", leave=False, disable=None))
-    return {key: reason for key, reason in zip(keys, reasons) if reason is not None}
+# --- Trying it out ---------------------------------------------------------------------------------------------------
 
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:

@@ -15,11 +15,13 @@ MAX_EXAMPLES = 8
 # --help: the groups of the flags, in their order.
 GROUPS = {
     "most used": (
-        "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "threshold", "examples",
+        "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "label_issues", "threshold",
+        "examples",
         "per_device_eval_batch_size", "dataloader_num_workers",
     ),
     "data": (
         "train_val_split", "dataset_config_name", "image_column_name", "label_column_name", "label_separator",
+        "group_column_name", "group_from", "allow_overlap",
         "max_eval_samples", "max_broken_images", "seed",
     ),
     "model": ("calibrated", "model_revision", "cache_dir"),
@@ -48,6 +50,11 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
         False,
         "Fit a temperature to a random half of the images, report on the other half, and write it into "
         "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not.",
+    )
+    label_issues: bool = flag(
+        False,
+        "In place of a report, look for wrong labels among the images (all, unless --split says which): a table and a "
+        "sheet of the most doubtful ones, to look at. Needs pip install cleanlab.",
     )
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
     threshold: float | None = flag(
@@ -121,6 +128,10 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
     if arguments.calibrate and arguments.crops != 1:
         problems.add("--calibrate is for the image as pipelines see it. Leave out --crops.")
+    if arguments.label_issues:
+        arguments.split = "all" if arguments.split == "auto" else arguments.split
+        missing = [name for name in ("cleanlab", "matplotlib") if importlib.util.find_spec(name) is None]
+        problems.require(not missing, f"--label_issues needs pip install {' '.join(missing)}")
     if not arguments.output_dir:
         model, path = Path(arguments.model), Path(arguments.dataset)
         is_general = "*" in path.name or path.stem == "metadata"
@@ -128,7 +139,11 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
         arguments.output_dir = str(folder)
     folder = Path(arguments.output_dir)
-    written = [file.name for pattern in ("results.json", "predictions.*", "*.png") for file in folder.glob(pattern)]
+    written = [
+        file.name
+        for pattern in ("results.json", "predictions.*", "*.png", "label_issues.csv")
+        for file in folder.glob(pattern)
+    ]
     if reason := writing_problem(folder):
         problems.add(f"--output_dir {folder}: {reason} Give one that can.")
     elif written:

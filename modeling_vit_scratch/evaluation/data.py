@@ -14,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 
 from ..common.errors import InputError, Problems
 from ..common.flags import BUILT_IN, DataArguments, fill
+from ..data.copies import find_broken, find_copies, identities, listed_below
 from ..data.dataset import Examples
-from ..data.held_out import Earlier, identities, read_earlier
+from ..data.held_out import Earlier, read_earlier
 from ..data.listing import left_out_line
 from ..data.sources import Source, listed, read_source
-from ..data.splits import LabelledSplit, find_broken, hold_out, listed_below, read_split, sample
+from ..data.splits import LabelledSplit, hold_out, read_split, sample
 from .arguments import EvaluationArguments
 
 
@@ -87,13 +88,13 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
     examples = examples.select(sample(range(len(examples)), arguments.max_eval_samples, arguments.seed))
     if len(examples) < len(split.indices):
         description += f"; {len(examples):,} of them, chosen with seed {arguments.seed}"
-    reasons = find_broken({"": examples}) if verify else {}
+    reasons = find_broken(examples) if verify else {}
     if reasons and (len(reasons) > arguments.max_broken_images or len(reasons) == len(examples)):
         raise InputError(
             f"{len(reasons)} of {len(examples)} images can't be read. Repair or remove them, or leave them out "
             f"with --max_broken_images {len(reasons)}:{listed_below(list(reasons.values()))}"
         )
-    broken = {index: Path(examples.name(index)).name for _, index in reasons}
+    broken = {index: Path(examples.name(index)).name for index in reasons}
     return EvaluationData(source, examples, description, seen, broken)
 
 
@@ -138,7 +139,8 @@ def _choose_images(
         return split, "the training split of the data", earlier.has_seen(ids)
     per = "label" if split.is_multi_label else "class"
     if fraction is not None:
-        held_out = hold_out(split, ids, options, problems, earlier)
+        groups = None if options.allow_overlap else find_copies([split.examples()]).groups(split.groups or [])
+        held_out = hold_out(split, ids, options, problems, earlier, groups)
         how = f"{100 * fraction:.3g} % of each {per}, chosen by a hash of each file"
     else:
         held_out, how = [index for index, one in enumerate(ids) if one in earlier.held_out], earlier.how

@@ -44,9 +44,10 @@ MOST_USED = (
 )  # fmt: skip
 GROUPS = {
     "data": (
-        "validation_dir", "train_val_split", "dataset_config_name", "image_column_name", "label_column_name",
-        "label_separator", "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images",
-        "export_examples", "streaming", "shuffle_buffer_size", "label_names_file",
+        "validation_dir", "train_val_split", "folds", "dataset_config_name", "image_column_name", "label_column_name",
+        "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap", "max_train_samples",
+        "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
+        "streaming", "shuffle_buffer_size", "label_names_file",
     ),
     "model": (
         "patch_size", "config_overrides", "config_name", "image_processor_name", "model_revision", "cache_dir",
@@ -152,7 +153,8 @@ def parse_arguments(
     training_flags.check(recipe_arguments, problems)
     for arguments in own:
         arguments.check(training_flags, recipe_arguments, problems)
-    values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
+    if not data_arguments.folds:  # each has a folder of its own
+        values["resume_from_checkpoint"] = _checkpoint_to_resume(training_flags, problems)
     examples = Path(data_arguments.export_examples or "")
     is_new = data_arguments.export_examples is not None and values["resume_from_checkpoint"] is None
     if is_new and examples.is_dir() and any(examples.iterdir()):
