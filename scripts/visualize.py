@@ -132,7 +132,8 @@ def draw_augmentation(model_arguments: Any, data_arguments: Any, training_argume
     """The images of a training run, by the run's own code."""
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
-    from modeling_vit_scratch.visualization.commands import augmentation_grid, draw_grid
+    from modeling_vit_scratch.visualization.commands import augmentation_grid
+    from modeling_vit_scratch.visualization.grids import draw_grid
 
     seed = training_arguments.seed
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir)

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ..common.errors import InputError
 from ..data.dataset import ImageClassificationDataset
-from ..visualization.commands import draw_grid
+from ..visualization.grids import draw_grid
 from .arguments import EvaluationArguments
 from .data import EvaluationData
 from .probes import Features, extract_features

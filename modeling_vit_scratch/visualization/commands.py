@@ -2,7 +2,6 @@
 """The figures of scripts/visualize.py: each is a function from a model and photos to arrays and how to draw them."""
 
 import difflib
-import importlib.util
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,17 +16,13 @@ from transformers import Trainer
 
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.dataset import ImageClassificationDataset, StoredImage
+from ..data.dataset import ImageClassificationDataset
 from ..data.streams import StreamDataset
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from ..page.pictures import MAX_TILES
 from . import arrays, figures
 from .descriptions import LIMITS
 from .figures import TITLES
-
-
-MAX_PAIRS_IN_SHEET = 24
 
 
 @dataclass(frozen=True)
@@ -336,38 +331,3 @@ def augmentation_grid(trainer: Trainer, rows: int = 6, epochs: int = 6) -> np.nd
     # The Trainer's own step between the loader and the model: what is normalised and mixed on the device.
     columns = [trainer.prepare_batch(batch)["pixel_values"].cpu() for batch in batches]
     return np.stack([arrays.as_pixels(column, train_set.processor) for column in columns], axis=1)
-
-
-def draw_grid(grid: Any, title: str, file: Path, titles: list[list[str]] | None = None) -> None:
-    """
-    Writes a grid of images, rows of (H, W, 3), as a PNG; `titles`: of each, or else the columns are epochs. Raises
-    InputError without matplotlib.
-    """
-    rows, columns = len(grid), len(grid[0])
-    size = 1.5 if titles is None else 2.4  # inches
-
-    def draw(figure: Any) -> None:
-        figure.suptitle(title, fontsize=8, wrap=True)
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for row, column in np.ndindex(rows, columns):
-            axes[row, column].imshow(grid[row][column])
-            axes[row, column].set_axis_off()
-            if titles is not None:
-                axes[row, column].set_title(titles[row][column], fontsize=7)
-            elif row == 0:
-                axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
-
-    figures.save_figure(draw, (size * columns, size * rows + 0.6), file)
-
-
-def draw_near_copies(pairs: list[tuple[StoredImage, StoredImage]], folder: str) -> list[str]:
-    """Draws held-out images beside the training images that they look like, if there are any. A line for the user."""
-    if not pairs or importlib.util.find_spec("matplotlib") is None:
-        return []
-    decoder, shown, file = ViTScratchImageProcessor(), pairs[:MAX_PAIRS_IN_SHEET], Path(folder, "near_copies.png")
-    grid = [[np.asarray(image.decode(decoder)) for image in pair] for pair in shown]
-    titles = [
-        [f"{part}: {Path(image.name).name}" for part, image in zip(("held out", "training"), pair)] for pair in shown
-    ]
-    draw_grid(grid, f"{len(shown)} of {len(pairs)} near copies", file, titles)
-    return [f"Look at the near copies: {file}"]
