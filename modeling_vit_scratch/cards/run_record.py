@@ -93,7 +93,8 @@ def result_message(
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
     warned = "" if warning is None else f"\n{warning}"
-    overlap = f"\n{record['dataset']['overlap']['sentence']}" if record["dataset"]["overlap"] else ""
+    found = record.get("dataset", {}).get("overlap")
+    overlap = f"\n{found['sentence']}" if found else ""
     if "pretraining" in record:
         use = f"""To go on from it:
 
