@@ -8,6 +8,8 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+from accelerate import PartialState
+from forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
@@ -207,3 +209,18 @@ def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overla
     sheet = Image.open(tmp_path / "out" / "near_copies.png")
     assert sheet.height > 3 * 300
     assert draw_near_copies([], str(tmp_path / "none")) == []
+
+
+def look_in_a_process(rank, place, out):
+    PartialState()
+    data = read(train_dir=place, train_val_split=0.3)
+    (out / f"{rank}.json").write_text(json.dumps([data.images, data.overlap]))
+
+
+def test_two_processes_split_as_one(tmp_path):
+    place = folders(tmp_path / "pets", range(12))
+    Image.open(place / "a" / "0.png").save(place / "a" / "0.jpg", quality=60)
+    data = read(train_dir=str(place), train_val_split=0.3)
+    run_forked(look_in_a_process, 2, str(place), tmp_path)
+    expected = json.dumps([data.images, data.overlap])
+    assert [(tmp_path / f"{rank}.json").read_text() for rank in (0, 1)] == [expected, expected]

@@ -3,7 +3,7 @@
 Copies of an image: a held-out image that is in the training set, too, is no test, and an image with two labels has a
 wrong one. While all files are checked, the pixels tell which images are the same and which are nearly the same.
 
-The same are those with equal files, or with equal sizes and pixels (of large images 256 x 256 pixels on a grid). Near
+The same are those with equal files, or with equal sizes and pixels (of larger images 128 x 128 pixels on a grid). Near
 copies are re-encoded or resized, or cropped by up to 2 % a side: a perceptual hash tells them, the mean colours and 255
 low frequencies of the image in grey at 32 x 32 pixels. It is compared for all pairs of about the same brightness.
 """
@@ -27,7 +27,7 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples
 
 
-GRID, SIDE, FREQUENCIES = 256, 32, 16  # smaller images than SIDE have no detail that could tell them apart
+GRID, SIDE, FREQUENCIES = 128, 32, 16  # smaller images than SIDE have no detail that could tell them apart
 # Near copies are as similar as this (a cosine) at least. Of 4.7 million pairs of different photos none was.
 SIMILARITY = 0.9
 # In data where all images look alike: as many standard deviations above the similarity of most pairs.

@@ -131,7 +131,8 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
     if arguments.label_issues:
         arguments.split = "all" if arguments.split == "auto" else arguments.split
         missing = [name for name in ("cleanlab", "matplotlib") if importlib.util.find_spec(name) is None]
-        problems.require(not missing, f"--label_issues needs pip install {' '.join(missing)}")
+        if missing:
+            problems.add(f"--label_issues needs pip install {' '.join(missing)}")
     if not arguments.output_dir:
         model, path = Path(arguments.model), Path(arguments.dataset)
         is_general = "*" in path.name or path.stem == "metadata"
