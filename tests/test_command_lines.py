@@ -196,7 +196,14 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
     ):
         names = [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
         assert len(names) == len(set(names))
-        hidden = {"logging_strategy", "dataloader_persistent_workers", "hub_always_push", "hub_revision"}
+        hidden = {
+            "logging_strategy",
+            "dataloader_persistent_workers",
+            "hub_always_push",
+            "hub_revision",
+            "license_name",
+            "license_link",
+        }
         assert build_parser(script).shown == set(names) - hidden
 
 
