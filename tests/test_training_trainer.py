@@ -367,3 +367,15 @@ def test_the_search_of_the_docs_finds_the_best_rate(tmp_path, monkeypatch):
     exec(program, names)
     assert len(names["study"].trials) == 3
     assert names["study"].best_value == max(trial.params["learning_rate"] for trial in names["study"].trials)
+
+
+def test_memory_that_runs_out_is_said_with_the_ways_out(pets, tmp_path, monkeypatch):
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "3"))
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation.")
+
+    monkeypatch.setattr(trainer.model, "forward", full)
+    with pytest.raises(TrainingStopped, match=r"Out of memory at step 1: .* 2 GiB\. Ways out: .* \(4 now\)") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
