@@ -36,7 +36,7 @@ names that a template may use (Jinja; see the default one):
   transfer            the tables of transfer.json: include "transfer.md"
   emissions           what codecarbon reports (finetune.py --report_to codecarbon): grams, kwh, country, version
   figures             the pictures in the folder, as paths; sheet_credit: whose photos figures/sheet.png shows
-  license, license_name, license_link, license_is_of_data, base_model, version, oldest_transformers
+  license, license_name, license_link, license_is_of_data, base_license, base_model, version, oldest_transformers
 
 filters, beside Jinja's own:
   number, percent, score(metric), metric_name, metric_title, size, names, url, code, code_block(language)
@@ -62,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="the --output_dir of scripts/transfer.py for this model: its table and picture are copied to transfer/ in "
         "the model's folder",
     )  # fmt: skip
-    parser.add_argument("--license", help="of the model, by the Hub's name, e.g. apache-2.0. Default: that of the data")
+    parser.add_argument(
+        "--license",
+        help="by the Hub's name, e.g. apache-2.0. Default: that of restricted weights it started from, else the data's",
+    )
     parser.add_argument("--license_name", help="of a license that is other. Example: imagenet-terms")
     parser.add_argument("--license_link", metavar="URL", help="where it can be read")
     parser.add_argument("--base_model", metavar="USER/NAME", help="on the Hub, what the training started from")

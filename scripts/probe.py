@@ -12,7 +12,6 @@ images and are tested on held-out ones. The record goes to results.json in --out
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from startup.quick import before_torch, run_command_line
@@ -72,7 +71,9 @@ def main() -> None:
         )
         if is_first:
             kinds = [kind for kind in KINDS if kind != "linear" or not own.skip_linear]
-            found = run_probes(train, test, len(data.label_names), kinds, seed, report=partial(print, flush=True))
+            found = run_probes(
+                train, test, len(data.label_names), kinds, seed, report=lambda line: print(line, flush=True)
+            )
             folder.mkdir(parents=True, exist_ok=True)
             record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
             write_record(record, folder)

@@ -10,7 +10,6 @@ Publishes the folder of a model on the Hub, in one commit, after a look at what 
 
 What goes: weights (safetensors), configuration, processor, the code files, card, figures, the record. What stays:
 checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
-
 With --space it is a Space with the page of scripts/app.py for the model me/vit-pets; FOLDER may be any model's Hub id.
 
 With --refresh_code the code files are replaced by those of this version, which newer versions of transformers run, if
@@ -39,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
     parser.add_argument("--commit_message", help="title of the commit (default: Upload model, or Upload page)")
     parser.add_argument("--license", help="the licence of the model, for its card. Example: apache-2.0")
+    for name in ("--license_name", "--license_link"):
+        parser.add_argument(name, help="of a --license other")
     return parser
 
 
@@ -68,14 +69,12 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--create_pr opens its pull request against main: leave out --revision.")
     if arguments.space and arguments.license:
         raise InputError("--license is that of a model. The code of the page is under Apache 2.0.")
-
-    # What there is, and what is wrong with it.
     print(f"{'The Space ' if arguments.space else ''}{repo_id}, from {arguments.folder}:")
     if arguments.space:
         uploads, faults, served = plan_space(arguments.folder, repo_id)
         notes = []
     else:
-        uploads, faults, notes = plan_model(Path(arguments.folder), repo_id, arguments.license)
+        uploads, faults, notes = plan_model(arguments, Path(arguments.folder))
     for line in [*faults, *leaks_in(uploads, get_token())]:
         problems.add(line)
     for upload in uploads:
@@ -129,18 +128,19 @@ def refresh_code(arguments: argparse.Namespace) -> None:
         print(f"Renewed: {renew(arguments.folder, renewal, arguments.revision, arguments.create_pr)}")
 
 
-def plan_model(folder: Path, repo_id: str, license: str | None) -> tuple[list[Any], list[str], list[str]]:
+def plan_model(arguments: argparse.Namespace, folder: Path) -> tuple[list[Any], list[str], list[str]]:
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
-    from modeling_vit_scratch.cards.records import CardOptions, stale_reports
+    from modeling_vit_scratch.cards.records import CardOptions, license_notes, stale_reports
     from modeling_vit_scratch.cards.writing import card_to_publish
     from modeling_vit_scratch.hub.contents import changed_code, check_model, collect, prepare_card
 
-    faults = check_model(folder)
+    faults, terms = check_model(folder), (arguments.license, arguments.license_name, arguments.license_link)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
-    text = card_to_publish(folder, CardOptions(license=license, hub_model_id=repo_id))
-    card, lines = prepare_card(folder, architecture, repo_id, license, text)
+    text = card_to_publish(folder, CardOptions(*terms, hub_model_id=arguments.repo_id))
+    card, lines = prepare_card(folder, architecture, arguments.repo_id, terms, text)
     uploads, left_out = collect(folder, card=card)
-    notes = [f"  left out: {path} ({reason})" for path, reason in left_out.items()]
+    notes = license_notes(folder, card and card.text())
+    notes += [f"  left out: {path} ({reason})" for path, reason in left_out.items()]
     if code := changed_code(folder):
         notes.append(f"  of this version, not of the folder: {', '.join(code)}")
     return uploads, [*faults, *lines, *stale_reports(folder)], notes

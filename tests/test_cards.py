@@ -20,6 +20,7 @@ from tiny_images import ROOT, load_script
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.records import CardOptions, read_records
 from modeling_vit_scratch.cards.rendering import FILTERS, render
+from modeling_vit_scratch.cards.run_record import _license_of
 from modeling_vit_scratch.cards.values import template_values
 from modeling_vit_scratch.cards.writing import card_text, draw_curves, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
@@ -629,7 +630,7 @@ def test_the_finished_card_is_what_the_code_writes_of_its_records(tmp_path, monk
     assert {upload.path for upload in collect(folder)[0] if not upload.path.endswith(".py")} == {
         file.relative_to(folder).as_posix() for file in files
     }
-    assert prepare_card(folder, None, "me/digits", None)[1] == []
+    assert prepare_card(folder, None, "me/digits", (None,) * 3)[1] == []
     assert not re.search(r"-dirty|/tmp/|/home/", (folder / "README.md").read_text())
 
 
@@ -769,10 +770,32 @@ def test_a_licence_that_is_other_has_a_name_and_a_link(folder):
     data = (card.data.license, card.data.license_name, card.data.license_link)
     assert data == ("other", "pets-terms", "https://example.org/terms")
     assert "The model: [pets-terms](https://example.org/terms)." in card.text
-    assert prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)[1] == []
+    assert prepare_card(folder, "ViTScratchForImageClassification", "me/pets", (None,) * 3)[1] == []
     train(folder, dataset={"license": "other"})
     (folder / "README.md").unlink()
     assert write().data.license is None
+
+
+def test_a_licence_follows_the_weights(folder, tmp_path, capsys):
+    terms = {"license": "other", "license_name": "pets-terms", "license_link": "https://example.org/terms"}
+    lines = "\n".join(f"{name}: {value}" for name, value in terms.items())
+    (tmp_path / "README.md").write_text(f"---\n{lines}\n---\n# pets\n")
+    assert _license_of(tmp_path / "README.md") == terms
+    (tmp_path / "README.md").unlink()
+    assert _license_of(tmp_path / "README.md") is None
+
+    train(folder, model={"license": terms})
+    card = write()
+    assert {name: card.data.get(name) for name in terms} == terms
+    assert "The weights that it started from, scratch: [pets-terms](https://example.org/terms)." in card.text
+    assert capsys.readouterr().err == ""
+    assert write("--license", "apache-2.0").data.license == "apache-2.0"
+    assert "under pets-terms, which restricts" in capsys.readouterr().err
+    (folder / "README.md").unlink()
+    train(folder, model={"license": {"license": "apache-2.0"}})
+    assert write().data.license == "cc-by-4.0"  # the data's
+    train(folder, model={"license": {"license": "cc-by-nc-4.0"}})
+    assert write().data.license == "cc-by-nc-4.0"
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
@@ -797,12 +820,12 @@ def test_reports_from_elsewhere_are_copied_and_the_folder_can_be_published(folde
     uploads = {upload.path for upload in collect(folder)[0]}
     assert pictures | {"evaluation/elsewhere/results.json", "README.md"} <= uploads
     assert not (folder / "evaluation" / "elsewhere" / "predictions.csv").exists()
-    card, lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)
+    card, lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", (None,) * 3)
     assert lines == []
     assert b'model="me/pets"' in card.content
     assert set(re.findall(r'(?:\]\(|src=")([\w/]+\.png)', card.text())) == pictures
     (folder / "evaluation" / "elsewhere" / "reliability.png").unlink()
-    lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", None)[1]
+    lines = prepare_card(folder, "ViTScratchForImageClassification", "me/pets", (None,) * 3)[1]
     assert lines == [f"README.md shows evaluation/elsewhere/reliability.png, which is not in {folder}."]
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "results.json").write_text((folder / "results.json").read_text())

@@ -14,7 +14,7 @@ from loopback_hub import LoopbackHub, Repository
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from test_cards import RECORD
-from tiny_images import load_script
+from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards import writing
@@ -250,12 +250,31 @@ def test_a_licence_can_be_given(folder, hub):
     assert b"license: cc-by-4.0" in hub.repositories["owner/pets"].files()["README.md"]
     assert "no name of the Hub's" in error(folder, "owner/pets", "--yes", "--license", "See our site!")
     assert "add license_name" in error(folder, "owner/pets", "--yes", "--license", "other")
+    link = "https://example.org/terms"
+    publish(folder, "owner/terms", "--yes", "--license", "other", "--license_name", "terms", "--license_link", link)
+    assert b"license_name: terms" in hub.repositories["owner/terms"].files()["README.md"]
     other = "license: other\nlicense_name: pets-terms\nlicense_link: https://example.org/terms"
     (folder / "README.md").write_text(CARD.replace("license: apache-2.0", other))
     publish(folder, "owner/other", "--yes")
     assert other.encode() in hub.repositories["owner/other"].files()["README.md"]
     publish(folder, "owner/other", "--yes", "--license", "mit")
     assert b"license_name" not in hub.repositories["owner/other"].files()["README.md"]
+
+
+def test_the_shipped_model_passes_a_dry_run(hub, capsys):
+    publish(ROOT / "model_cards" / "vit-tiny-imagenet", "owner/vit-tiny-imagenet")
+    printed = capsys.readouterr().out
+    assert "| license_name: imagenet-terms-of-access" in printed
+    assert "Nothing was uploaded. To upload, add --yes." in printed
+
+
+def test_weights_with_restrictions_are_not_published_as_free_without_a_word(folder, hub, capsys):
+    base = {"license": "cc-by-nc-4.0"}
+    (folder / "results.json").write_text(json.dumps({"model": {"license": base}}))
+    publish(folder, "owner/pets")
+    assert "are under cc-by-nc-4.0, which restricts" in capsys.readouterr().out
+    publish(folder, "owner/pets", "--license", "cc-by-nc-4.0")
+    assert "which restricts" not in capsys.readouterr().out
 
 
 def test_a_card_that_publishing_changes_counts_as_written_and_not_as_changed_by_hand(folder, hub):

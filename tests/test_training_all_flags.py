@@ -28,6 +28,7 @@ RUNS = {
         "disable_tqdm": True, "report_to": "none", "run_name": "a", "project": "a", "trackio_space_id": "a",
         "trackio_bucket_id": "a", "trackio_static_space_id": "a", "debug": "underflow_overflow",
         "skip_memory_metrics": False, "do_train": True, "do_eval": True, "do_predict": False, "license": "mit",
+        "license_name": "a", "license_link": "https://example.org",
         "max_steps": 2, "hub_strategy": "end", "hub_always_push": True, "push_to_hub": False,
     },
     "evaluation": {

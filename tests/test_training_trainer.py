@@ -4,6 +4,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_images import CLASSES, build, class_folders, difference, flags, weights
+from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, weights
 from transformers import Trainer, TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
@@ -325,3 +326,56 @@ def test_scores_that_are_hardly_apart_are_told(pets, tmp_path):
     assert undecided_line(trainer, loss) is None
     other = build(tmp_path / "other", *flags(pets, "--max_steps", "2", "--loss", "sigmoid"))
     assert undecided_line(other, np.log(3)) is None
+
+
+def test_tensorboard_gets_the_losses(pets, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    build(tmp_path / "out", *flags(pets, "--max_steps", "3", "--report_to", "tensorboard")).train()
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    read = events.EventAccumulator(str(file))
+    read.Reload()
+    assert {"train/loss", "train/learning_rate"} <= set(read.Tags()["scalars"])
+    assert all(np.isfinite(event.value) for event in read.Scalars("train/loss"))
+
+
+def test_trackio_gets_the_losses(pets, tmp_path, monkeypatch):
+    trackio, logged = pytest.importorskip("trackio"), []
+    # Without its server, which is a process of its own.
+    monkeypatch.setattr(trackio, "init", lambda **options: logged.append(options))
+    monkeypatch.setattr(trackio, "log", lambda metrics, **options: logged.append(metrics))
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    words = flags(pets, "--max_steps", "3", "--report_to", "trackio", "--project", "pets")
+    trainer = build(tmp_path / "out", *words)
+    trainer.train()
+    assert logged[0]["project"] == "pets"
+    assert any("train/loss" in metrics for metrics in logged)
+
+
+def test_the_search_of_the_docs_finds_the_best_rate(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    page = (ROOT / "docs" / "howto" / "track.md").read_text(encoding="utf-8")
+    program = re.search(r"```py\n(.*?)```", page, flags=re.DOTALL)[1].replace("n_trials=10", "n_trials=3")
+    monkeypatch.chdir(tmp_path)
+
+    def finetune(command, check):
+        rate, folder = (command[command.index(flag) + 1] for flag in ("--learning_rate", "--output_dir"))
+        Path(folder).mkdir(parents=True)
+        Path(folder, "results.json").write_text(json.dumps({"value": float(rate)}))
+
+    monkeypatch.setattr("subprocess.run", finetune)
+    names = {}
+    exec(program, names)
+    assert len(names["study"].trials) == 3
+    assert names["study"].best_value == max(trial.params["learning_rate"] for trial in names["study"].trials)
+
+
+def test_memory_that_runs_out_is_said_with_the_ways_out(pets, tmp_path, monkeypatch):
+    trainer = build(tmp_path / "out", *flags(pets, "--max_steps", "3"))
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation.")
+
+    monkeypatch.setattr(trainer.model, "forward", full)
+    with pytest.raises(TrainingStopped, match=r"Out of memory at step 1: .* 2 GiB\. Ways out: .* \(4 now\)") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)

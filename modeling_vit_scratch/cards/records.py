@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
-from ..common.records import digests, license_problem
+from ..common.records import digests, license_note, license_problem
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 
@@ -44,7 +45,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "git_commit": (), "resumed_from": (), "threshold": (), "examples": (),
     "pretraining": ("objective", "description"),
     "dataset": ("hub_id", "license", "url", "note", "seen_in_training", "overlap"),
-    "model": ("base_model",),
+    "model": ("base_model", "license"),
     "training": ("recipe", "recipe_source", "recipe_differs", "broken_images"),
     "throughput": ("images_per_second", "note"),
 }  # fmt: skip
@@ -274,3 +275,13 @@ def stale_reports(folder: Path) -> list[str]:
         for file in sorted((folder / EVALUATIONS).rglob(RECORD))
         if _is_of_other_weights(read_json(file).get("model", {}).get("weights"), folder)
     ]
+
+
+def license_notes(folder: Path, card: str | None) -> list[str]:
+    """What to say of a card whose licence gives more than that of the weights that training started from."""
+    try:
+        base = json.loads((folder / "results.json").read_text("utf-8"))["model"]["license"]
+        note = license_note(ModelCard(card).data.license, base)
+    except (OSError, ValueError, KeyError, TypeError):  # no card, or no record of ours
+        return []
+    return [note] if note else []

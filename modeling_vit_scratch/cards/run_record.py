@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..common.files import write_text
@@ -131,7 +132,18 @@ def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[s
         "num_parameters": model.num_parameters(),
         "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
         "base_model": None if is_local else start,
+        "license": None if start is None else _license_of(Path(start, "README.md") if is_local else start),
     }
+
+
+def _license_of(card: str | Path) -> dict[str, str] | None:
+    """The licence in a model card, a file's or that of a Hub id, with name and link if it has its own; None without."""
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
+    except Exception:  # no card, no connection, no YAML
+        return None
+    named = {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+    return named if isinstance(named.get("license"), str) else None
 
 
 def _earlier_runs(start: str | None) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..common.records import METRIC_TITLES, NUM_BINS, interval_of, license_problem, title_of
+from ..common.records import METRIC_TITLES, NUM_BINS, interval_of, is_restrictive, license_problem, title_of
 from ..compatibility_vit_scratch import OLDEST
 from .records import ModelRecords
 
@@ -56,8 +56,12 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         is_encoder = bool(architecture) and not architecture.endswith("ForImageClassification")
     else:  # the configuration does not say it yet
         is_encoder = (training["pretraining"] or {}).get("objective", "supervised") != "supervised"
-    license = options.license
-    if license is None and training is not None and not license_problem(training["dataset"]["license"]):
+    license, terms = options.license, {"license_name": options.license_name, "license_link": options.license_link}
+    base = training and training["model"].get("license")
+    base = base and {"license_name": None, "license_link": None, **base}
+    if license is None and base and is_restrictive(base["license"]):
+        license, terms = base["license"], {name: base[name] for name in terms}
+    elif license is None and training is not None and not license_problem(training["dataset"]["license"]):
         license = training["dataset"]["license"]
     values = {
         "name": (options.hub_model_id or folder.resolve().name).split("/")[-1],
@@ -78,9 +82,11 @@ def template_values(records: ModelRecords) -> dict[str, Any]:
         "figures": sorted(records.figures),
         "sheet_credit": records.sheet_credit,
         "license": license,
-        "license_name": options.license_name,
-        "license_link": options.license_link,
-        "license_is_of_data": license is not None and options.license is None,
+        **terms,
+        "base_license": base,
+        "license_is_of_data": training is not None
+        and license == training["dataset"]["license"]
+        and not options.license,
         "base_model": options.base_model or (training and training["model"]["base_model"]),
         "version": main_record["versions"].get("modeling_vit_scratch", __version__),
         "oldest_transformers": OLDEST,

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import Trainer
 
 from ..common.errors import InputError
 from ..common.files import write_text
-from ..common.records import METRIC_TITLES, title_of
+from ..common.records import METRIC_TITLES, license_note, title_of
 from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_records, gather, read_json, read_records
 from .rendering import CARD_TEMPLATE, render
 from .values import template_values
@@ -82,7 +83,10 @@ def write_card(
     options.check()
     if template is not None and not template.is_file():
         raise InputError(f"--template {template} is no file. Start from the default: scripts/card.py --template > FILE")
-    text = card_text(read_records(folder, options, reports, transfer), template)
+    records = read_records(folder, options, reports, transfer)
+    if records.training and (note := license_note(options.license, records.training["model"]["license"])):
+        print(note, file=sys.stderr)
+    text = card_text(records, template)
     if dry_run:
         return text
     copy_records(folder, reports, transfer)
@@ -115,7 +119,9 @@ def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
     if earlier is None:
         print(f"{folder / CARD} was changed by hand and stays. For a new one: scripts/card.py {folder} --overwrite")
         return
-    options = CardOptions(license=trainer.args.license, hub_model_id=trainer.hub_model_id).over(earlier)
+    options = CardOptions(*trainer.args.terms, hub_model_id=trainer.hub_model_id).over(earlier)
+    if note := license_note(options.license, record["model"].get("license")):
+        print(note)
     try:
         draw_curves(trainer.state.log_history, folder / CURVES)
         # Evaluations that are there are of weights that this run has replaced.

@@ -45,6 +45,22 @@ def license_problem(license: Any, name: str | None = None, link: str | None = No
     return None
 
 
+def license_note(license: str | None, base: dict[str, str] | None) -> str | None:
+    """What to say of a licence that gives more than `base`, that of the weights which training started from."""
+    if base is None or license in (None, base["license"]) or not is_restrictive(base["license"]):
+        return None
+    name = base.get("license_name") or base["license"]
+    return (
+        f"The weights that training started from are under {name}, which restricts what may be done with them. "
+        f"--license {license} does not change that: leave it out to keep theirs, or make sure that you may."
+    )
+
+
+def is_restrictive(license: str) -> bool:
+    """Whether a licence forbids some use, such as commercial use, or has terms of its own."""
+    return license == "other" or bool({"nc", "nd"} & set(license.split("-")))
+
+
 def provenance(*packages: str) -> dict[str, Any]:
     """`command`, `git_commit`, `versions` (also of `packages`) and `hardware`, to reproduce a result."""
     from .. import __version__  # here: the package's __init__ imports torch

@@ -217,9 +217,12 @@ def check_model(folder: Path) -> list[str]:
 
 
 def prepare_card(
-    folder: Path, architecture: str | None, repo_id: str, license: str | None, text: str | None = None
+    folder: Path, architecture: str | None, repo_id: str, terms: tuple[str | None, ...], text: str | None = None
 ) -> tuple[Upload | None, list[str]]:
-    """The card to publish, None if it can't be read, and its problems. `text` replaces the folder's README.md."""
+    """
+    The card to publish, None if it can't be read, and its problems. `text` replaces the folder's README.md, `terms` the
+    card's licence, its name and its link.
+    """
     file = folder / "README.md"
     if text is None and not file.is_file():
         return None, ["There is no README.md. Write one, or run scripts/card.py, which writes it from the records."]
@@ -228,8 +231,8 @@ def prepare_card(
     except Exception as error:  # of the YAML reader, of model-index, of the text's encoding
         return None, [f"The metadata of README.md can't be read: {' '.join(str(error).split())}"]
     data, lines = card.data, []
-    if license is not None and license != data.license:
-        data.license, data.license_name, data.license_link = license, None, None
+    if terms[0] is not None and (terms[0] != data.license or any(terms[1:])):
+        data.license, data.license_name, data.license_link = terms
     if data.license is None:
         lines.append(
             "README.md names no licence. Add --license, e.g. apache-2.0: without a licence nobody may use the model."

@@ -139,7 +139,7 @@ class HubPusher:
         """Pushes the finished model in the folder, with its card, record and figures; returns the commit's URL."""
         self.wait_until_done()
         architecture = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        card, lines = prepare_card(self.folder, architecture, self.remote.repo_id, license=None)
+        card, lines = prepare_card(self.folder, architecture, self.remote.repo_id, (None,) * 3)
         uploads, _ = collect(self.folder, card=card)
         latest, _ = latest_whole(self.folder)
         for source, name in self._waiting_checkpoints(latest).items() if latest else ():

@@ -207,7 +207,9 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
     hub_always_push: bool = flag(False, "Push a checkpoint even if the previous upload has not finished.")
     hub_revision: str | None = flag(None, "Branch to push to; created from main if missing.", metavar="BRANCH")
 
-    license: str | None = flag(None, "License of the model. Default: that of the data. Example: apache-2.0")
+    license: str | None = flag(None, "Default: the weights' or the data's.")
+    license_name: str | None = flag(None, "Name of a --license other. Example: imagenet-terms")
+    license_link: str | None = flag(None, "Where a --license other can be read.", metavar="URL")
     smallest_area: float = flag(
         PHOTO_SMALLEST_AREA, "Minimum area of the random crop (torchvision's scale). 1 disables it.", above=0, at_most=1
     )
@@ -224,6 +226,11 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         False, "Keep all images in device memory at --image_size and augment them there. For many small images."
     )
 
+    @property
+    def terms(self) -> tuple[str | None, ...]:
+        """The licence, its name and its link."""
+        return self.license, self.license_name, self.license_link
+
     def check(self, recipe: RecipeArguments, problems: Problems) -> None:
         """Adds what is wrong with the values, but for limits of single flags."""
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
@@ -236,7 +243,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         given = " ".join(f"--{name}" for name in hub_flags if getattr(self, name) is not None)
         if given and not self.push_to_hub:
             problems.add(f"{given}: nothing is pushed without --push_to_hub. Add it, or leave this out.")
-        if self.license is not None and (reason := license_problem(self.license)):
+        if self.license is not None and (reason := license_problem(*self.terms)):
             problems.add(f"--license {self.license}: {reason}")
         if recipe.loss == "bce" and self.label_smoothing_factor:
             problems.add(

@@ -44,9 +44,9 @@ MOST_USED = (
 )  # fmt: skip
 GROUPS = {
     "data": (
-        "validation_dir", "train_val_split", "folds", "dataset_config_name", "image_column_name", "label_column_name",
-        "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap", "max_train_samples",
-        "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
+        "validation_dir", "train_val_split", "split_seed", "folds", "dataset_config_name", "image_column_name",
+        "label_column_name", "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap",
+        "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
         "streaming", "shuffle_buffer_size", "label_names_file",
     ),
     "model": (

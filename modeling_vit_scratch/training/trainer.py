@@ -247,6 +247,12 @@ class ImageTrainer(TrainerOverrides, Trainer):
                     f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}",
                     self.save_on_signal.number or signal.SIGINT,
                 ) from error
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise TrainingStopped(
+                    f"Out of memory at step {state.global_step + 1}: {str(error).splitlines()[0]} Ways out: a lower "
+                    f"--per_device_train_batch_size ({arguments.per_device_train_batch_size} now) with more "
+                    "--gradient_accumulation_steps, --gradient_checkpointing True, or a smaller --image_size. " + advice
+                ) from error
             if lost := lost_worker(error, f" at step {state.global_step + 1}"):
                 raise TrainingStopped(
                     f"{lost} Ways out: a lower --dataloader_num_workers ({arguments.dataloader_num_workers} now) or "
