@@ -85,7 +85,7 @@ def record_of(run, **model_arguments):
     data = SimpleNamespace(
         source=SimpleNamespace(name="pets", hub_id=None, license=None, url=None, note=None),
         label_names=["a", "b", "c"], num_train=9, validation=range(3), split="25 % of each class",
-        is_multi_label=False, images=None,
+        is_multi_label=False, images=None, overlap=None,
     )  # fmt: skip
     return build_record(trainer, data, ModelArguments(**model_arguments), scores, wall_time=1.25)
 
