@@ -25,6 +25,7 @@ from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stre
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
+from .adaptation import adapt, merge_adapters, store_features
 from .arguments import ModelArguments
 from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, positive_weights
 from .progress import add_progress
@@ -52,6 +53,10 @@ def build_trainer(
     """The trainer, by default of a classifier. Raises InputError if the flags don't fit the data or the model."""
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
+    adapt(model, arguments.recipe_arguments)
+    if objective.description is None:
+        train_set, held_out = store_features(model, (train_set, held_out), processor, arguments)
+    merge = None if arguments.recipe_arguments.lora_rank is None else merge_adapters
     batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     try:
@@ -61,7 +66,7 @@ def build_trainer(
             average=None if decay is None else WeightAverage(decay, warmup),
             stream_batches=batches,
             objective=objective.description,
-            finished_model=objective.finished_model,
+            finished_model=objective.finished_model or merge,
             images=data.images,
             data_collator=objective.data_collator,
             compute_loss_func=objective.compute_loss_func,

@@ -21,9 +21,11 @@ from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_who
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
+    ADAPTERS,
     DATA_SETS,
     FINE_TUNING,
     FROM_SCRATCH,
+    HEAD_ALONE,
     LAMB,
     SAVED_ARCHITECTURE,
     VARIANT_NAMES,
@@ -103,6 +105,7 @@ FINETUNE = Script(
     name="finetune",
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
     defaults=lambda source, given: FINE_TUNING if given.model_name_or_path else {},
+    groups={"adaptation": ("freeze", "lora_rank")},
 )
 
 
@@ -119,8 +122,9 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
-        argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe"
-    )
+        argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe",
+        "freeze", "lora_rank",
+    )  # fmt: skip
     if given.recipe == "list":
         print(recipe_table(RECIPES.values()), flush=True)
         raise SystemExit(0)
@@ -200,6 +204,7 @@ def _set_defaults(
     """Gives the parser this command's defaults; returns those of the Trainer's flags, and a message on the recipe."""
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
+    chosen |= HEAD_ALONE if given.freeze == "encoder" else ADAPTERS if given.lora_rank else {}
     if is_saved_architecture:
         chosen |= SAVED_ARCHITECTURE
     elif given.variant and given.variant != chosen["variant"]:

@@ -38,6 +38,7 @@ from ..data.streams import StreamBatches
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
+from .adaptation import describe_trained
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .safety import BestCheckpoint, RunFolder, SaveOnSignal, StepGuard, check_same_model
@@ -169,7 +170,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def describe(self) -> list[str]:
         """The Hub repository, the recipe, the augmentation, decay and learning rates."""
         recipe = self.args.recipe_arguments.message
-        parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation()]
+        trained = describe_trained(self.model, _OPTIMIZER_STATES.get(self.args.optimizer_name, 0))
+        parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation(), trained]
         return [*filter(None, parts), describe_groups(self._parameter_groups())]
 
     def describe_sharding(self) -> str | None:
@@ -223,6 +225,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
         self.changed = self.run_folder.compare_settings(checkpoint, manifest, self.settings)
+        if "--lora_rank" in self.changed:  # the Trainer would load whatever weights have the same names
+            raise InputError(f"--resume_from_checkpoint {checkpoint}: its run had another --lora_rank. Give the same.")
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         state = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))
