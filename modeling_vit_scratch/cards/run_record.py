@@ -38,7 +38,10 @@ def build_record(
     selection = "the last step"
     if arguments.load_best_model_at_end and state.best_model_checkpoint:
         name = arguments.metric_for_best_model.removeprefix("eval_")
-        selection = f"the checkpoint with the best {name} on these same images (step {state.best_global_step})"
+        # The evaluation after training repeats the best one.
+        equal = len({log["step"] for log in state.log_history if log.get(f"eval_{name}") == state.best_metric})
+        tie = f", and of {equal} such the lowest loss" if equal > 1 and name != "loss" else ""
+        selection = f"the checkpoint with the best {name}{tie} on these same images (step {state.best_global_step})"
     record = {
         "metric": main,
         "value": metrics[main],

@@ -154,6 +154,9 @@ class RecipeArguments:
     )
 
     message: str | None = field(init=False, default=None)  # for the user, on the recipe
+    # What `recipes.from_data` plans, "" for nothing; and the flags that it may set.
+    plan: str = field(init=False, default="")
+    open_flags: frozenset[str] = field(init=False, default=frozenset())
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole, writing_problem
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown
+from ..recipes.from_data import LENGTH_AND_BATCH
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
     ADAPTERS,
@@ -105,6 +106,7 @@ FINETUNE = Script(
     name="finetune",
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
     defaults=lambda source, given: FINE_TUNING if given.model_name_or_path else {},
+    note="Where no flag names them, epochs, batch and learning rates follow from the images, and the run says why.\n",
     groups={"adaptation": ("freeze", "lora_rank")},
 )
 
@@ -176,6 +178,7 @@ def parse_arguments(
     if is_sound_model:
         _check_configuration(model_arguments, problems)
     recipe_arguments.message = recipe_message
+    recipe_arguments.plan, recipe_arguments.open_flags = _plan(argv, script, source, given, defaults or {}, values)
     training_arguments = _build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
@@ -219,6 +222,26 @@ def _set_defaults(
     chosen |= settings | defaults
     parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
     return {name: value for name, value in chosen.items() if name not in ours}, message
+
+
+def _plan(
+    argv: list[str],
+    script: Script,
+    source: str,
+    given: argparse.Namespace,
+    defaults: dict[str, Any],
+    values: dict[str, Any],
+) -> tuple[str, frozenset[str]]:
+    """What `recipes.from_data` is to plan, and the flags that the command leaves to it."""
+    named = {flag_name(word)[2:] for word in argv if word.startswith("--")} | defaults.keys()
+    if not given.model_name_or_path:
+        named |= DATA_SETS.get(source, {}).keys()
+    is_adam = "adam" in values["optim"]
+    if script is not FINETUNE or given.recipe or not is_adam or named & {*LENGTH_AND_BATCH}:
+        return "", frozenset()
+    start = "checkpoint" if given.model_name_or_path else "scratch"
+    start = "head" if given.freeze == "encoder" else "adapters" if given.lora_rank else start
+    return start, frozenset({*LENGTH_AND_BATCH, "learning_rate", "head_learning_rate_multiplier"} - named)
 
 
 def recipe_defaults(

@@ -53,6 +53,8 @@ DECIDING_ARGUMENTS = (
     "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
     "metric_for_best_model", "train_sampling_strategy",
 )  # fmt: skip
+# Of `RecipeArguments`: what no number of the run follows from.
+NOT_SETTINGS = ("recipe", "message", "plan", "open_flags")
 # Numbers that an optimizer keeps for each weight, if known.
 _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
 
@@ -145,7 +147,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         kind = {} if self.objective is None else {"objective": f"{type(self.model).__name__}, {self.objective}"}
         return {
             **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
-            **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "message")},
+            **{f"--{name}": value for name, value in recipe.items() if name not in NOT_SETTINGS},
             "processes": self.args.world_size,
             "training images": None if self.stream_batches is not None else len(self.train_dataset),
             "augmentation": self.train_dataset.augmentation.description,
