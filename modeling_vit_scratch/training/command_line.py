@@ -234,8 +234,7 @@ def _plan(
 ) -> tuple[str, frozenset[str]]:
     """What `recipes.from_data` is to plan, and the flags that the command leaves to it."""
     named = {flag_name(word)[2:] for word in argv if word.startswith("--")} | defaults.keys()
-    if not given.model_name_or_path:
-        named |= DATA_SETS.get(source, {}).keys()
+    named |= DATA_SETS.get(source, {}).keys()
     is_adam = "adam" in values["optim"]
     if script is not FINETUNE or given.recipe or not is_adam or named & {*LENGTH_AND_BATCH}:
         return "", frozenset()
