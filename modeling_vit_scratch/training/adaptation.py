@@ -73,14 +73,10 @@ def merge_adapters(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScr
 
 def describe_trained(model: PreTrainedModel, optimizer_states: int) -> str | None:
     """How many parameters are trained, and what that saves; None if all are."""
-    total = trained = trained_bytes = total_bytes = 0
-    for parameter in model.parameters():
-        total, total_bytes = total + parameter.numel(), total_bytes + parameter.nbytes
-        if parameter.requires_grad:
-            trained, trained_bytes = trained + parameter.numel(), trained_bytes + parameter.nbytes
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     if trained == total:
         return None
-    here, all_of_them = ((1 + optimizer_states) * size / 1e6 for size in (trained_bytes, total_bytes))
+    here, all_of_them = (4 * (1 + optimizer_states) * count / 1e6 for count in (trained, total))  # in float32
     return (
         f"Trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %); their gradients and optimizer "
         f"states take {here:,.1f} MB, those of all {all_of_them:,.1f} MB."

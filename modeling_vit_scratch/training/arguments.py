@@ -13,9 +13,10 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from ..common.records import license_problem
+from ..recipes.from_data import STARTS
 
 
-FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
+FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": STARTS["scratch"].learning_rate}
 # Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
 DATA_SETS: dict[str, dict[str, Any]] = {
     # So small that worker processes would cost time.
@@ -30,8 +31,10 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
 FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
 # --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
-HEAD_ALONE: dict[str, Any] = {"smallest_area": 1.0, "learning_rate": 1e-2, "num_train_epochs": 50.0}
-ADAPTERS: dict[str, Any] = {"learning_rate": 1e-3}
+HEAD_ALONE: dict[str, Any] = {
+    "smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0
+}  # fmt: skip
+ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
 
 # The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
 VARIANT_NAMES = (

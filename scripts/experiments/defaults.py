@@ -129,9 +129,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         return f"{scale * np.mean(values):.{digits}f}{spread}" if values else ""
 
     for (data, start), settings in cells.items():
-        grid = {name: found for name, found in settings.items() if name not in (DEFAULT, PROBE)}
+        grid = {name: found for name, found in settings.items() if name[0].isdigit()}
         ranked = sorted(grid, key=lambda name: -np.mean([one["accuracy"] for one in grid[name]]))
-        names = [name for name in (DEFAULT, PROBE) if name in settings] + ranked
+        names = [name for name in settings if name not in grid] + ranked
         for name in names:
             label = f"best of {len(grid)}: {name}" if ranked and name == ranked[0] else name
             found = settings[name]
