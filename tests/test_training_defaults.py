@@ -67,7 +67,9 @@ def test_flags_override_and_are_said_to(pets, tmp_path, monkeypatch):
     assert settings(trainer) == (16, 60, 3e-4, 10)
     (message,) = [line for line in trainer.describe() if line.startswith("Chosen for these images")]
     assert "--num_train_epochs 60: about 600 steps from a checkpoint" in message
-    assert message.count("\n") == 4
+    assert message.count("\n") == 5
+    assert "--metric_for_best_model loss: an accuracy on 3 held-out images" in message
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("loss", False)
     trainer = run(pets, tmp_path / "b", *start, "--learning_rate", "0.02", "--head_learning_rate_multiplier", "3")
     assert settings(trainer) == (16, 60, 0.02, 3)
     assert "learning_rate" not in trainer.args.recipe_arguments.message

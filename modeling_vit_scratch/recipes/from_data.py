@@ -14,6 +14,7 @@ from typing import Any
 
 # A command that gives one of these keeps the fixed defaults.
 LENGTH_AND_BATCH = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+FEW_HELD_OUT = 500  # fewer choose a checkpoint by their loss
 SMALLEST_BATCH, LARGEST_BATCH = 16, 64
 FRESH_HEAD_MULTIPLIER = 10.0  # it starts at zero, the rest is trained already
 

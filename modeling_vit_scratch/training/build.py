@@ -25,7 +25,7 @@ from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stre
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from ..recipes.from_data import settings_from_data
+from ..recipes.from_data import FEW_HELD_OUT, settings_from_data
 from .adaptation import adapt, merge_adapters, store_features
 from .arguments import ModelArguments
 from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, is_head, positive_weights
@@ -101,6 +101,10 @@ def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: Pre
         if name in recipe.open_flags:
             setattr(arguments if hasattr(arguments, name) else recipe, name, value)
             lines.append(f"    --{name} {value:g}: {reason}")
+    held_out = len(data.validation)
+    if "metric_for_best_model" in recipe.open_flags and held_out < FEW_HELD_OUT:
+        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+        lines.append(f"    --metric_for_best_model loss: an accuracy on {held_out} held-out images is mostly chance")
     recipe.message = "\n".join(lines)
 
 

@@ -240,7 +240,8 @@ def _plan(
         return "", frozenset()
     start = "checkpoint" if given.model_name_or_path else "scratch"
     start = "head" if given.freeze == "encoder" else "adapters" if given.lora_rank else start
-    return start, frozenset({*LENGTH_AND_BATCH, "learning_rate", "head_learning_rate_multiplier"} - named)
+    others = {"learning_rate", "head_learning_rate_multiplier", "metric_for_best_model"}
+    return start, frozenset({*LENGTH_AND_BATCH, *others} - named)
 
 
 def recipe_defaults(
