@@ -120,6 +120,7 @@ def test_these_private_methods_are_replaced_and_no_others():
         "_get_grad_norm": ["self", "model", "grad_norm"], "_get_output_dir": ["self", "trial"],
         "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "_determine_best_metric": ["self", "metrics", "trial"],
         "_save_checkpoint": ["self", "model", "trial"], "_push_from_checkpoint": ["self", "checkpoint_folder"],
     }  # fmt: skip
     assert {name for name in vars(TrainerOverrides) if not name.startswith("__")} == set(signatures)

@@ -27,6 +27,7 @@ from modeling_vit_scratch.training.trainer import ImageTrainer
 
 ROOT = Path(__file__).parents[1]
 # Not in the order of the alphabet's other end, and with names that are not Python identifiers.
+BATCH = ("--per_device_train_batch_size", "4")  # without it, a run without flags follows the images
 CLASSES = ("brown bear", "cat", "zebra")
 
 
@@ -103,7 +104,7 @@ def read(
 def build(output_dir: Path, *flags: str) -> ImageTrainer:
     """What scripts/finetune.py builds for these flags: by default the tiny model on the images of `class_folders`."""
     argv = ["--output_dir", str(output_dir), "--disable_tqdm", "True", "--report_to", "none"]
-    argv += ["--per_device_train_batch_size", "4", "--logging_steps", "1", *flags]
+    argv += [*BATCH, "--logging_steps", "1", *flags]
     if "--model_name_or_path" not in flags and "--variant" not in flags:
         argv += ["--variant", "test/4"]
     model_arguments, data_arguments, training_arguments, problems = parse_arguments(argv)

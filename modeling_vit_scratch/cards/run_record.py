@@ -38,7 +38,10 @@ def build_record(
     selection = "the last step"
     if arguments.load_best_model_at_end and state.best_model_checkpoint:
         name = arguments.metric_for_best_model.removeprefix("eval_")
-        selection = f"the checkpoint with the best {name} on these same images (step {state.best_global_step})"
+        # The evaluation after training repeats the best one.
+        equal = len({log["step"] for log in state.log_history if log.get(f"eval_{name}") == state.best_metric})
+        tie = f", and of {equal} such the lowest loss" if equal > 1 and name != "loss" else ""
+        selection = f"the checkpoint with the best {name}{tie} on these same images (step {state.best_global_step})"
     record = {
         "metric": main,
         "value": metrics[main],
@@ -129,7 +132,7 @@ def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[s
     start = arguments.model_name_or_path
     is_local = start is not None and Path(start).exists()
     return {
-        "num_parameters": model.num_parameters(),
+        "num_parameters": sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
         "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
         "base_model": None if is_local else start,
         "license": None if start is None else _license_of(Path(start, "README.md") if is_local else start),
@@ -194,6 +197,8 @@ def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
         "layer_decay": recipe.layer_decay,
         "head_learning_rate_multiplier": recipe.head_learning_rate_multiplier,
         "weight_average": recipe.ema_decay,
+        "frozen": recipe.freeze,
+        "lora_rank": recipe.lora_rank,
         "precision": precision,
         "processes": arguments.world_size,
         "broken_images": len(trainer.step_guard.broken_images),

@@ -78,6 +78,9 @@ class PretrainingArguments:
         for name, value in label_flags.items():
             if value:
                 problems.add(f"--{name} {value:g} needs labels, and {objective} has none. Leave it out.")
+        for name in ("freeze", "lora_rank"):
+            if (value := getattr(recipe, name)) is not None:
+                problems.add(f"--{name} {value} is for a classifier, and {objective} has none. Leave it out.")
         if recipe.head_learning_rate_multiplier != 1.0:
             problems.add(f"--head_learning_rate_multiplier: {objective} has no classifier. Leave it out.")
 

@@ -13,9 +13,10 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from ..common.records import license_problem
+from ..recipes.from_data import STARTS
 
 
-FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": 1e-3}
+FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": STARTS["scratch"].learning_rate}
 # Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
 DATA_SETS: dict[str, dict[str, Any]] = {
     # So small that worker processes would cost time.
@@ -29,6 +30,11 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 # A saved model or a config.json has an architecture.
 SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
 FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
+# --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
+HEAD_ALONE: dict[str, Any] = {
+    "smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0
+}  # fmt: skip
+ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
 
 # The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
 VARIANT_NAMES = (
@@ -138,8 +144,22 @@ class RecipeArguments:
         None, "Decay of a moving average of the weights, then evaluated and saved. Example: 0.9999", above=0, below=1
     )
     ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
+    freeze: str | None = flag(
+        None,
+        "Keep the weights of the encoder, the embeddings, or these and the first N layers. With `encoder`, features "
+        "are computed once and the head trains on them in seconds, unless a flag augments images.",
+        metavar="encoder|embeddings|N",
+    )
+    lora_rank: int | None = flag(
+        None,
+        "Train low-rank adapters of this rank (LoRA) and the head; merged into plain weights at the end. Example: 8",
+        at_least=1,
+    )
 
     message: str | None = field(init=False, default=None)  # for the user, on the recipe
+    # What `recipes.from_data` plans, "" for nothing; and the flags that it may set.
+    plan: str = field(init=False, default="")
+    open_flags: frozenset[str] = field(init=False, default=frozenset())
 
 
 @dataclass
@@ -250,6 +270,12 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
                 "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
                 "all classes there. Keep one of them."
             )
+        if recipe.freeze is not None:
+            is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
+            if recipe.freeze not in ("encoder", "embeddings") and not is_layers:
+                problems.add(f"--freeze {recipe.freeze}: give encoder, embeddings, or a number of layers from 1 on.")
+            if recipe.lora_rank is not None:
+                problems.add("--freeze and --lora_rank each say what is trained. Keep one of them.")
         for name, is_given in (("aug_repeats", recipe.aug_repeats > 1), ("max_broken_images", self.max_broken_images)):
             if self.images_on_device and is_given:
                 problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")

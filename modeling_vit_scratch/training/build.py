@@ -25,8 +25,10 @@ from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stre
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
+from ..recipes.from_data import FEW_HELD_OUT, settings_from_data
+from .adaptation import adapt, merge_adapters, store_features
 from .arguments import ModelArguments
-from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, positive_weights
+from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, is_head, positive_weights
 from .progress import add_progress
 from .trainer import ImageTrainer, ImageTrainingArguments
 
@@ -50,8 +52,13 @@ def build_trainer(
     objective: Objective | None = None,
 ) -> ImageTrainer:
     """The trainer, by default of a classifier. Raises InputError if the flags don't fit the data or the model."""
+    set_from_data(arguments, data, model)
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
+    adapt(model, arguments.recipe_arguments)
+    if objective.description is None:
+        train_set, held_out = store_features(model, (train_set, held_out), processor, arguments)
+    merge = None if arguments.recipe_arguments.lora_rank is None else merge_adapters
     batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     try:
@@ -61,7 +68,7 @@ def build_trainer(
             average=None if decay is None else WeightAverage(decay, warmup),
             stream_batches=batches,
             objective=objective.description,
-            finished_model=objective.finished_model,
+            finished_model=objective.finished_model or merge,
             images=data.images,
             data_collator=objective.data_collator,
             compute_loss_func=objective.compute_loss_func,
@@ -80,6 +87,25 @@ def build_trainer(
     if arguments.probe:
         trainer.add_callback(build_probe(trainer, data))
     return trainer
+
+
+def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: PreTrainedModel) -> None:
+    """Sets the flags that the command leaves to the number of images, with a message; see `recipes.from_data`."""
+    recipe = arguments.recipe_arguments
+    if not recipe.plan or data.num_train is None:
+        return
+    is_fresh = not any(weight.any() for name, weight in model.named_parameters() if is_head(name))
+    found = settings_from_data(recipe.plan, data.num_train, model.config.hidden_size, is_fresh, arguments.world_size)
+    lines = ["Chosen for these images, where no flag says otherwise:"]
+    for name, (value, reason) in found.items():
+        if name in recipe.open_flags:
+            setattr(arguments if hasattr(arguments, name) else recipe, name, value)
+            lines.append(f"    --{name} {value:g}: {reason}")
+    held_out = len(data.validation)
+    if "metric_for_best_model" in recipe.open_flags and held_out < FEW_HELD_OUT:
+        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+        lines.append(f"    --metric_for_best_model loss: an accuracy on {held_out} held-out images is mostly chance")
+    recipe.message = "\n".join(lines)
 
 
 def classification(data: ImageData, arguments: ImageTrainingArguments) -> Objective:

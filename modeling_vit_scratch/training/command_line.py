@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole, writing_problem
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown
+from ..recipes.from_data import LENGTH_AND_BATCH
 from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
 from .arguments import (
+    ADAPTERS,
     DATA_SETS,
     FINE_TUNING,
     FROM_SCRATCH,
+    HEAD_ALONE,
     LAMB,
     SAVED_ARCHITECTURE,
     VARIANT_NAMES,
@@ -103,6 +106,8 @@ FINETUNE = Script(
     name="finetune",
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
     defaults=lambda source, given: FINE_TUNING if given.model_name_or_path else {},
+    note="Where no flag names them, epochs, batch and learning rates follow from the images, and the run says why.\n",
+    groups={"adaptation": ("freeze", "lora_rank")},
 )
 
 
@@ -119,8 +124,9 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
-        argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe"
-    )
+        argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe",
+        "freeze", "lora_rank",
+    )  # fmt: skip
     if given.recipe == "list":
         print(recipe_table(RECIPES.values()), flush=True)
         raise SystemExit(0)
@@ -172,6 +178,7 @@ def parse_arguments(
     if is_sound_model:
         _check_configuration(model_arguments, problems)
     recipe_arguments.message = recipe_message
+    recipe_arguments.plan, recipe_arguments.open_flags = _plan(argv, script, source, given, defaults or {}, values)
     training_arguments = _build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
@@ -200,6 +207,7 @@ def _set_defaults(
     """Gives the parser this command's defaults; returns those of the Trainer's flags, and a message on the recipe."""
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
+    chosen |= HEAD_ALONE if given.freeze == "encoder" else ADAPTERS if given.lora_rank else {}
     if is_saved_architecture:
         chosen |= SAVED_ARCHITECTURE
     elif given.variant and given.variant != chosen["variant"]:
@@ -214,6 +222,26 @@ def _set_defaults(
     chosen |= settings | defaults
     parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
     return {name: value for name, value in chosen.items() if name not in ours}, message
+
+
+def _plan(
+    argv: list[str],
+    script: Script,
+    source: str,
+    given: argparse.Namespace,
+    defaults: dict[str, Any],
+    values: dict[str, Any],
+) -> tuple[str, frozenset[str]]:
+    """What `recipes.from_data` is to plan, and the flags that the command leaves to it."""
+    named = {flag_name(word)[2:] for word in argv if word.startswith("--")} | defaults.keys()
+    named |= DATA_SETS.get(source, {}).keys()
+    is_adam = "adam" in values["optim"]
+    if script is not FINETUNE or given.recipe or not is_adam or named & {*LENGTH_AND_BATCH}:
+        return "", frozenset()
+    start = "checkpoint" if given.model_name_or_path else "scratch"
+    start = "head" if given.freeze == "encoder" else "adapters" if given.lora_rank else start
+    others = {"learning_rate", "head_learning_rate_multiplier", "metric_for_best_model"}
+    return start, frozenset({*LENGTH_AND_BATCH, *others} - named)
 
 
 def recipe_defaults(

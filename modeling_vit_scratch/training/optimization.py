@@ -144,6 +144,11 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kernels)]
 
 
+def is_head(name: str) -> bool:
+    """Whether a weight belongs to a classifier."""
+    return name.startswith(("classifier.", "distillation_classifier."))
+
+
 def layer_number(name: str, num_layers: int) -> int:
     """As in BEiT (Bao et al., arXiv:2106.08254) and MAE: 0 for embeddings, 1 to L for layers, L + 1 after them."""
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
@@ -172,9 +177,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_head = name.startswith(("classifier.", "distillation_classifier."))
-        number = num_layers + 2 if is_head else layer_number(name, num_layers)
-        rate = head_learning_rate_multiplier if is_head else layer_decay ** (num_layers + 1 - number)
+        number = num_layers + 2 if is_head(name) else layer_number(name, num_layers)
+        rate = head_learning_rate_multiplier if is_head(name) else layer_decay ** (num_layers + 1 - number)
         if layer_decay == 1.0 and rate == 1.0:
             number = num_layers + 1  # one group for all with the same rate
         decay, label = weight_decay if name in decaying else 0.0, labels.get(number, f"layer {number}")

@@ -38,6 +38,7 @@ from ..data.streams import StreamBatches
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
+from .adaptation import describe_trained
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
 from .safety import BestCheckpoint, RunFolder, SaveOnSignal, StepGuard, check_same_model
@@ -52,6 +53,8 @@ DECIDING_ARGUMENTS = (
     "fp16", "torch_compile", "dataloader_drop_last", "smallest_area", "images_on_device", "max_broken_images",
     "metric_for_best_model", "train_sampling_strategy",
 )  # fmt: skip
+# Of `RecipeArguments`: what no number of the run follows from.
+NOT_SETTINGS = ("recipe", "message", "plan", "open_flags")
 # Numbers that an optimizer keeps for each weight, if known.
 _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
 
@@ -144,7 +147,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         kind = {} if self.objective is None else {"objective": f"{type(self.model).__name__}, {self.objective}"}
         return {
             **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
-            **{f"--{name}": value for name, value in recipe.items() if name not in ("recipe", "message")},
+            **{f"--{name}": value for name, value in recipe.items() if name not in NOT_SETTINGS},
             "processes": self.args.world_size,
             "training images": None if self.stream_batches is not None else len(self.train_dataset),
             "augmentation": self.train_dataset.augmentation.description,
@@ -169,7 +172,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def describe(self) -> list[str]:
         """The Hub repository, the recipe, the augmentation, decay and learning rates."""
         recipe = self.args.recipe_arguments.message
-        parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation()]
+        trained = describe_trained(self.model, _OPTIMIZER_STATES.get(self.args.optimizer_name, 0))
+        parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation(), trained]
         return [*filter(None, parts), describe_groups(self._parameter_groups())]
 
     def describe_sharding(self) -> str | None:
@@ -223,6 +227,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
         self.changed = self.run_folder.compare_settings(checkpoint, manifest, self.settings)
+        if "--lora_rank" in self.changed:  # the Trainer would load whatever weights have the same names
+            raise InputError(f"--resume_from_checkpoint {checkpoint}: its run had another --lora_rank. Give the same.")
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         state = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))

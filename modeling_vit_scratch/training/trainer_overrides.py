@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from ..common.errors import InputError
 from ..data.collation import prepare_workers
@@ -35,6 +35,12 @@ class TrainerOverrides:
             is_scaled=getattr(self.accelerator, "scaler", None) is not None,
         )
         return grad_norm
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # The Trainer keeps the first of equal checkpoints, and on few images many are equal in accuracy.
+        if is_better_tie(metrics, self.state, self.args.metric_for_best_model):
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer writes a checkpoint and removes old ones: the staging folder has none.
@@ -92,6 +98,14 @@ class TrainerOverrides:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         pass  # called before the checkpoint has its name; `_save_checkpoint` pushes afterwards
+
+
+def is_better_tie(metrics: dict[str, float], state: TrainerState, name: str | None) -> bool:
+    """Whether an evaluation is as good as the best one, and has a lower loss."""
+    if state.best_metric is None or metrics.get(f"eval_{(name or '').removeprefix('eval_')}") != state.best_metric:
+        return False
+    best = [log for log in state.log_history if log.get("step") == state.best_global_step and "eval_loss" in log]
+    return bool(best) and metrics["eval_loss"] < best[0]["eval_loss"]
 
 
 def skipping_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:

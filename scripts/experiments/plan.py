@@ -12,7 +12,8 @@ from modeling_vit_scratch.cards.values import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.common.flags import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS
-from modeling_vit_scratch.training.arguments import ModelArguments
+from modeling_vit_scratch.recipes.from_data import LENGTH_AND_BATCH
+from modeling_vit_scratch.training.arguments import ModelArguments, TrainingFlags
 from modeling_vit_scratch.training.build import load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments
 
@@ -107,6 +108,9 @@ def plan_runs(arguments: argparse.Namespace, common: list[str]) -> list[Run]:
     runs = []
     for name, place in places.items():
         flags = [*source_flags(name, place or None), *common, *own.get(name, [])]
+        if not {"--recipe", *(f"--{flag}" for flag in LENGTH_AND_BATCH)} & {*flags}:
+            # Without, length and batch would follow from the start, and both are to get the same.
+            flags += ["--per_device_train_batch_size", str(TrainingFlags.per_device_train_batch_size)]
         start = ["--model_name_or_path", arguments.model_name_or_path]
         model_arguments = _check(name, [*flags, *start, *FIXED_FLAGS], problems)
         if model_arguments is None:
