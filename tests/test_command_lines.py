@@ -213,6 +213,7 @@ def test_a_flag_of_several_scripts_has_one_help_text():
         field.name: shared.flag_metadata(kind, field.name)["help"]
         for kind in kinds
         for field in dataclasses.fields(kind)
+        if field.init
     }
     train = (ModelArguments, DataArguments, TrainingFlags)
     for own in (EvaluationArguments, PredictionArguments):
