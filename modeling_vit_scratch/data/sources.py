@@ -19,17 +19,7 @@ import pyarrow.parquet
 
 from ..common.errors import InputError, Problems, TrainingStopped
 from ..common.flags import DataArguments
-from .listing import (
-    USUAL_NAMES,
-    find_column,
-    image_endings,
-    images_in,
-    is_hidden,
-    is_label_list,
-    path_beside,
-    read_csv,
-    read_rows,
-)
+from . import listing
 from .streams import ImageStream, Shard
 
 
@@ -79,17 +69,16 @@ def read_digits() -> Source:
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    names = [str(name) for name in digits.target_names]
+    # As PGM: the bytes of a PNG, which decide what is held out, depend on the version of zlib.
+    images = [{"bytes": b"P5 8 8 255\n" + array.tobytes()} for array in pixels]
+    train = _table(images, digits.target.tolist(), [str(name) for name in digits.target_names])
+    url = "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits"
+    note = (
+        "These are the 1,797 images that the authors of the data kept for testing; here they are split anew, so a "
+        "writer may be on both sides."
+    )
     return Source(
-        name="digits of scikit-learn",
-        # As PGM: the bytes of a PNG, which decide what is held out, depend on the version of zlib.
-        train=_table([{"bytes": b"P5 8 8 255\n" + array.tobytes()} for array in pixels], digits.target.tolist(), names),
-        augmentation="digit",
-        num_channels=1,
-        license="cc-by-4.0",
-        url="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
-        note="These are the 1,797 images that the authors of the data kept for testing; here they are split anew, so a "
-        "writer may be on both sides.",
+        "digits of scikit-learn", train, augmentation="digit", num_channels=1, license="cc-by-4.0", url=url, note=note
     )
 
 
@@ -105,15 +94,13 @@ def read_elpv(problems: Problems) -> Source | None:
     folder = Path(package.origin).parent / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]
     labels = [int(float(probability) >= 0.5) for _, probability, _ in rows]
-    return Source(
-        name="ELPV",
-        train=_table([str(folder / path) for path, _, _ in rows], labels, ["functional", "defective"]),
-        num_channels=1,
-        license="cc-by-nc-sa-4.0",
-        url="https://github.com/zae-bayern/elpv-dataset",
-        note="Images are split one by one: cells of the same solar module may be on both sides, and 401 of the 2,624 "
-        "labels are ones that the experts were not sure of.",
+    train = _table([str(folder / path) for path, _, _ in rows], labels, ["functional", "defective"])
+    url = "https://github.com/zae-bayern/elpv-dataset"
+    note = (
+        "Images are split one by one: cells of the same solar module may be on both sides, and 401 of the 2,624 "
+        "labels are ones that the experts were not sure of."
     )
+    return Source("ELPV", train, num_channels=1, license="cc-by-nc-sa-4.0", url=url, note=note)
 
 
 def _table(images: list[Any], labels: list[int], names: list[str]) -> datasets.Dataset:
@@ -125,23 +112,20 @@ def find_columns(
     arguments: DataArguments, features: Mapping[str, Any], split: str, problems: Problems, needs_labels: bool
 ) -> tuple[str, str | None] | None:
     """The image and the label column; None if one is missing. Only without `needs_labels` there may be no labels."""
-    image = find_column("image", arguments.image_column_name, features, split, problems)
+    image = listing.find_column("image", arguments.image_column_name, features, split, problems)
     needs_labels = needs_labels or arguments.label_column_name is not None
     label_problems = problems if needs_labels else Problems()
-    label = find_column("label", arguments.label_column_name, features, split, label_problems)
+    label = listing.find_column("label", arguments.label_column_name, features, split, label_problems)
     return None if image is None or (label is None and needs_labels) else (image, label)
 
 
-def listed(names: list[str], limit: int = 10) -> str:
+def listed(names: list[str]) -> str:
     """The first names, and how many more there are."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads files and data sets of the Hub: see `read_source`."""
-
     arguments: DataArguments
     cache_dir: str | None
     problems: Problems
@@ -203,11 +187,10 @@ class _Reader:
         if path.is_dir() and (self.needs_labels or _has_class_folders(path)):
             return self._read_class_folders(flag, path)
         if path.is_dir():
-            images = self._images_below(flag, path)
-            if not images:
-                self.problems.add(f"{flag} {path} has no images in it.")
-            features = datasets.Features({"image": datasets.Image()})
-            return datasets.Dataset.from_dict({"image": images}, features=features) if images else None
+            if images := self._images_below(flag, path):
+                return datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+            self.problems.add(f"{flag} {path} has no images in it.")
+            return None
         reader, files = self._find_files(flag, given)
         if reader is None:
             return None
@@ -232,7 +215,6 @@ class _Reader:
         return self._open_stream(shards)
 
     def _find_files(self, flag: str, given: str) -> tuple[str | None, list[Path]]:
-        """The files of a path or pattern, and their reader; None if there is none."""
         path = Path(given).expanduser()
         files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
         endings = {file.suffix.lower() for file in files}
@@ -240,10 +222,8 @@ class _Reader:
         if not files:
             self.problems.add(f"{flag} {given} does not exist.")
         elif reader is None:
-            kinds = ", ".join(sorted({file.suffix or "no ending" for file in files}))
-            self.problems.add(
-                f"{flag} {given}: give a folder, or files of one kind among {', '.join(FILE_READERS)}, not {kinds}."
-            )
+            known, kinds = ", ".join(FILE_READERS), ", ".join(sorted({file.suffix or "no ending" for file in files}))
+            self.problems.add(f"{flag} {given}: give a folder, or files of one kind among {known}, not {kinds}.")
         return reader, files
 
     def _read_class_folders(self, flag: str, folder: Path) -> datasets.Dataset | None:
@@ -269,26 +249,25 @@ class _Reader:
     def _images_below(self, flag: str, folder: Path) -> list[str]:
         """The images at any depth, sorted; also pipes and links to nothing, which the check of the images reports."""
         found = set()
-        for item in images_in(str(folder), self.left_out):
+        for item in listing.images_in(str(folder), self.left_out):
             if item.error and os.path.isdir(item.path):
                 self.problems.add(f"{flag} {item.path}: {item.error}. Change its permissions, or move it away.")
             else:
                 found.add(Path(item.path))
         if not_utf8 := {file for file in found if any("\udc80" <= sign <= "\udcff" for sign in str(file))}:
-            names = listed([ascii(file.name) for file in sorted(not_utf8)])
-            self.problems.add(
-                f"{flag} {folder}: {names}: these names are no UTF-8, and no table can hold them. Rename."
-            )
+            names = f"{flag} {folder}: {listed([ascii(file.name) for file in sorted(not_utf8)])}"
+            self.problems.add(f"{names}: these names are no UTF-8, and no table can hold them. Rename.")
         return [str(file) for file in sorted(found - not_utf8)]
 
     def _count_unlisted(self, table: datasets.Dataset, metadata: Path) -> None:
         """Counts the images beside a metadata file that it has no row for."""
-        column = find_column("image", self.arguments.image_column_name, table.features, "", Problems())
+        folder = str(metadata.parent)
+        column = listing.find_column("image", self.arguments.image_column_name, table.features, "", Problems())
         if column is None or getattr(table.features[column], "dtype", None) != "string":
             return
-        listed = {os.path.normpath(path_beside(str(metadata.parent), name)) for name in table[column] if name}
-        found = [item.path for item in images_in(str(metadata.parent), Counter()) if not item.error]
-        if missing := sum(os.path.normpath(path) not in listed for path in found):
+        rows = {os.path.normpath(listing.path_beside(folder, name)) for name in table[column] if name}
+        found = [os.path.normpath(item.path) for item in listing.images_in(folder, Counter()) if not item.error]
+        if missing := sum(path not in rows for path in found):
             self.left_out[f"without a row in {metadata.name}"] = missing
 
     def _open_stream(self, shards: list[Shard]) -> ImageStream | None:
@@ -308,7 +287,7 @@ class _Reader:
             names = _label_names(features[label], label, arguments.label_names_file, label_problems)
         if columns is None or (names is None and needs_labels):
             return None
-        is_multi_label = arguments.label_separator is not None or is_label_list(features.get(label))
+        is_multi_label = arguments.label_separator is not None or listing.is_label_list(features.get(label))
         stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
         try:
             for _ in itertools.islice(stream.read(0), 32):  # to find wrong labels before training
@@ -323,14 +302,17 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
     if reader == "webdataset" or (reader == "parquet" and files[0].stem != "metadata"):
         names = [str(file) for file in files]
         table = datasets.load_dataset(reader, data_files=names, split="train", cache_dir=cache_dir)
-        if reader == "webdataset":
-            return _with_labels_of_json(table)
-        # All files of a pattern are in one folder.
-        return table.add_column(FOLDER_COLUMN, [str(files[0].parent)] * len(table))
+        if reader == "parquet":  # all files of a pattern are in one folder
+            return table.add_column(FOLDER_COLUMN, [str(files[0].parent)] * len(table))
+        fields = table.features.get("json")  # whose fields may hold the label, e.g. {"label": "cat"}
+        for name in fields if isinstance(fields, dict) else ():
+            if name.lower() in listing.USUAL_NAMES["label"] and name not in table.column_names:
+                table = table.add_column(name, [row[name] for row in table["json"]])
+        return table
     tables = []
     for file in files:
         if reader == "csv":
-            table = datasets.Dataset.from_dict(read_csv(str(file)))
+            table = datasets.Dataset.from_dict(listing.read_csv(str(file)))
         else:
             table = datasets.load_dataset(reader, data_files=str(file), split="train", cache_dir=cache_dir)
         if not len(table):
@@ -339,27 +321,16 @@ def _read_files(reader: str, files: list[Path], cache_dir: str | None) -> datase
     return datasets.concatenate_datasets(tables)
 
 
-def _with_labels_of_json(table: datasets.Dataset) -> datasets.Dataset:
-    """A WebDataset whose .json files hold the label, e.g. {"label": "cat"}."""
-    fields = table.features.get("json")
-    for name in fields if isinstance(fields, dict) else ():
-        if name.lower() in USUAL_NAMES["label"] and name not in table.column_names:
-            table = table.add_column(name, [row[name] for row in table["json"]])
-    return table
-
-
 def _metadata_file(folder: Path) -> Path | None:
     """The table of a folder of images, as for `datasets`' imagefolder. Beside class folders it must have labels."""
-    for file in (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet")):
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, (folder / f"metadata{ending}" for ending in (".jsonl", ".csv", ".parquet"))):
         if not _has_class_folders(folder) or sum(entry.is_dir() for entry in folder.iterdir()) < 2:
             return file
         try:
             columns = _read_files(FILE_READERS[file.suffix], [file], None).column_names
         except Exception:  # a broken file raises whatever its parser raises; it is reported when it is read for good
             return file
-        if any(column.lower() in USUAL_NAMES["label"] for column in columns):
+        if any(column.lower() in listing.USUAL_NAMES["label"] for column in columns):
             return file
     return None
 
@@ -370,36 +341,32 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not listing.is_hidden(entry.name))
 
 
 def _loose_images(folder: Path) -> list[str]:
-    endings = image_endings()
-    entries = (entry for entry in folder.iterdir() if not entry.is_dir() and not is_hidden(entry.name))
+    endings = listing.image_endings()
+    entries = (entry for entry in folder.iterdir() if not entry.is_dir() and not listing.is_hidden(entry.name))
     return sorted(entry.name for entry in entries if entry.suffix.lower() in endings)
 
 
 def _not_class_folders(flag: str, folder: Path, classes: list[str]) -> str:
+    start = f"{flag} {folder} has"
     if classes:
         train = next((name for name in classes if name.lower().startswith("train")), classes[0])
         others = [name for name in classes if not name.lower().startswith("train")]
-        others.sort(key=lambda name: name.lower() not in VALIDATION_SPLITS)
-        other = next(iter(others), "validation")
-        return (
-            f"{flag} {folder} has splits in it ({', '.join(classes)}), not classes. Give --train_dir {folder / train} "
-            f"--validation_dir {folder / other}."
-        )
-    if tables := sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_READERS):
-        return f"{flag} {folder} has files in it, not class folders. Give the file, e.g. {flag} {folder / tables[0]}."
-    return (
-        f"{flag} {folder} has no class folders. Put the images of each class into a folder that is named as the class."
-    )
+        other = min(others, key=lambda name: name.lower() not in VALIDATION_SPLITS, default="validation")
+        flags = f"--train_dir {folder / train} --validation_dir {folder / other}"
+        return f"{start} splits in it ({', '.join(classes)}), not classes. Give {flags}."
+    if tables := sorted(file for file in folder.iterdir() if file.suffix.lower() in FILE_READERS):
+        return f"{start} files in it, not class folders. Give the file, e.g. {flag} {tables[0]}."
+    return f"{start} no class folders. Put the images of each class into a folder that is named as the class."
 
 
 def _csv_rows(files: list[str]) -> Iterator[dict[str, Any]]:
     """Values stay text: "007" is not 7."""
     for file in files:
-        yield from read_rows(file)
+        yield from listing.read_rows(file)
 
 
 def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
@@ -418,7 +385,6 @@ def _shards(rows: datasets.IterableDataset, files: list[str]) -> list[Shard]:
 
 
 def _parquet_rows(file: str) -> int:
-    """The number of rows, from the end of the file: no image is read."""
     with fsspec.open(file, "rb") as opened:
         return pyarrow.parquet.ParquetFile(opened).metadata.num_rows
 
@@ -439,18 +405,15 @@ def _label_names(feature: Any, column: str, file: str | None, problems: Problems
                 "training. Give --label_names_file FILE, a text file with a name in each line, in the order of numbers."
             )
         return known
+    flag = f"--label_names_file {file}"
     if not Path(file).is_file():
-        problems.add(f"--label_names_file {file} is not a file. Give a text file with one name in a line.")
+        problems.add(f"{flag} is not a file. Give a text file with one name in a line.")
         return None
     names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
-        problems.add(
-            f"--label_names_file {file}: {len(names)} names, {len(set(names))} of them different. Give each once."
-        )
-        return None
-    if known is not None and len(known) != len(names):
-        problems.add(
-            f"--label_names_file {file} has {len(names)} names, but column {column!r} has {len(known)} labels."
-        )
-        return None
-    return names
+        problems.add(f"{flag}: {len(names)} names, {len(set(names))} of them different. Give each once.")
+    elif known is not None and len(known) != len(names):
+        problems.add(f"{flag} has {len(names)} names, but column {column!r} has {len(known)} labels.")
+    else:
+        return names
+    return None
