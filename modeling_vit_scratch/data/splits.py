@@ -54,11 +54,9 @@ class ImageData:
         kind = "labels, any number of them for an image" if self.is_multi_label else "labels"
         labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}" if self.label_names else "no labels"
         number = "streamed" if self.num_train is None else f"{self.num_train:,}"
-        line = (
-            f"{self.source.name}: {number} training and {len(self.validation):,} held-out images "
-            f"({self.split}); {labels}."
-        )
-        return "\n".join([line, *filter(None, [self.overlap.get("sentence")]), *self.notes])
+        images = f"{number} training and {len(self.validation):,} held-out images ({self.split})"
+        lines = [f"{self.source.name}: {images}; {labels}.", self.overlap.get("sentence"), *self.notes]
+        return "\n".join(filter(None, lines))
 
 
 def check_for_probes(data: ImageData) -> None:
@@ -126,10 +124,8 @@ def read_data(
     kept, overlap, near = images.compare(kept, evaluated, validation is not None)
     num_classes = 0 if is_stream else len(set(train.used()))
     if len(kept) < num_classes and not train.is_multi_label:
-        problems.add(
-            f"{len(kept)} training images are fewer than the {num_classes} classes. Add images"
-            + (", or raise --max_train_samples." if arguments.max_train_samples else ".")
-        )
+        way_out = "Add images, or raise --max_train_samples." if arguments.max_train_samples else "Add images."
+        problems.add(f"{len(kept)} training images are fewer than the {num_classes} classes. {way_out}")
     images.check_files([*kept, *evaluated])
     if problems.messages:
         raise problems.as_error()
@@ -148,18 +144,12 @@ def read_data(
         record = images_record(None if is_stream else sides[0], sides[1], earlier)
         lines += notes(record, sides[0][0], earlier)
     first = 0 if validation is None else count
+    train_part = train if is_stream else parts[0].select(kept)
+    held_out_part = parts[-1].select([index - first for index in evaluated])
+    names, buffer_size = train.label_names, arguments.shuffle_buffer_size
+    is_multi_label = train.is_multi_label and bool(names)
     return ImageData(
-        source,
-        train.label_names,
-        train if is_stream else parts[0].select(kept),
-        parts[-1].select([index - first for index in evaluated]),
-        split,
-        arguments.shuffle_buffer_size,
-        train.is_multi_label and bool(train.label_names),
-        record,
-        lines,
-        overlap,
-        near,
+        source, names, train_part, held_out_part, split, buffer_size, is_multi_label, record, lines, overlap, near
     )
 
 
@@ -252,6 +242,7 @@ def read_labels(
     # Text files of a WebDataset end in a newline.
     rows = [row and [one.rstrip("\r\n") if isinstance(one, str) else one for one in row] for row in rows]
     missing = sum(row is None or None in row for row in rows)
+    start, problem = f"Column {column!r} of the {split} split", None
     if missing and is_multi_label:
         problem = (
             f"{missing} images of the {split} split have no labels in column {column!r}, or one that is null. Use an "
@@ -260,17 +251,12 @@ def read_labels(
     elif missing:
         problem = f"{missing} images of the {split} split have no label in column {column!r}. Remove them first."
     elif not all(isinstance(label, str | int) for row in rows for label in row):
-        problem = (
-            f"Column {column!r} of the {split} split holds {feature}: labels must be one name or whole number for each "
-            "image, or a list of them."
-        )
+        problem = f"{start} holds {feature}: labels must be one name or whole number for each image, or a list of them."
     elif repeated := [row for row in rows if len(set(row)) < len(row)]:
         problem = (
-            f"Column {column!r} of the {split} split has a label twice for one image: {str(repeated[0])[:80]}. It must "
-            "list the labels that an image has, not 0 or 1 for each: [1, 4] and not [0, 1, 0, 0, 1]."
+            f"{start} has a label twice for one image: {str(repeated[0])[:80]}. It must list the labels that an image "
+            "has, not 0 or 1 for each: [1, 4] and not [0, 1, 0, 0, 1]."
         )
-    else:
-        problem = None
     if problem is not None:
         problems.add(problem)
         return None
@@ -311,18 +297,19 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         numbered = {str(number): name for number, name in enumerate(train.label_names)}
         names = [name if name in train.label_names else numbered.get(name, name) for name in validation.label_names]
         validation = replace(validation, label_names=names)
+    without_labels = Examples(validation.images, [0] * len(validation.indices))
     if not train.label_names or not (validation.label_names or validation.is_multi_label):
-        return Examples(validation.images, [0] * len(validation.indices))
+        return without_labels
     if train.is_multi_label != validation.is_multi_label:
         several, one = ("training", "validation") if train.is_multi_label else ("validation", "training")
         problems.add(f"The {several} split has a list of labels for each image, the {one} split one label. Align them.")
-        return Examples(validation.images, [0] * len(validation.indices))
+        return without_labels
     trained = {train.label_names[index] for index in train.used()}
     counts = Counter(validation.label_names[index] for index in validation.used())
     if unknown := sorted(name for name in counts if name not in trained):
-        named = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
+        names = listed([f"{name!r} ({counts[name]} images)" for name in unknown])
         problems.add(
-            f"The validation split has classes that no training image has: {named}. Add such, or remove these."
+            f"The validation split has classes that no training image has: {names}. Add such, or remove these."
         )
     ours = [name for name in train.label_names if name in validation.label_names]
     theirs = [name for name in validation.label_names if name in train.label_names]
@@ -344,10 +331,7 @@ def hold_out(
     earlier: Earlier | None = None,
     groups: list[Any] | None = None,
 ) -> list[int]:
-    """
-    The indices of the images that `choose_held_out` holds out. If that can't be done, there are none, and the reason is
-    among the problems.
-    """
+    """What `choose_held_out` holds out. If that can't be done, no image, and the reason is among the problems."""
     fraction, rows = 1 / arguments.folds if arguments.folds else arguments.train_val_split, split.rows()
     different = {(identity, label) for identity, row in zip(ids, rows) for label in row}
     counts = Counter(label for _, label in different)
@@ -374,10 +358,8 @@ def hold_out(
     else:
         chosen = choose_held_out(rows, ids, fraction, arguments.split_seed, earlier, groups)
     if not 0 < len(chosen) < len(ids):
-        problems.add(
-            f"--train_val_split {fraction:g} of {len(ids)} images leaves none to "
-            f"{'hold out' if not chosen else 'train on'}. Add images, or choose another."
-        )
+        use, share = "train on" if chosen else "hold out", f"--train_val_split {fraction:g} of {len(ids)} images"
+        problems.add(f"{share} leaves none to {use}. Add images, or choose another.")
     return chosen
 
 
