@@ -97,10 +97,8 @@ class MixingCollator(ImageCollator):
         repeats: int = 1,
     ) -> None:
         if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
-            raise ValueError(
-                f"mixup_alpha={mixup_alpha:g} and cutmix_alpha={cutmix_alpha:g} must not be negative, and one must be "
-                "above 0."
-            )
+            given = f"mixup_alpha={mixup_alpha:g} and cutmix_alpha={cutmix_alpha:g}"
+            raise ValueError(f"{given} must not be negative, and one must be above 0.")
         self.num_labels, self.label_smoothing, self.repeats = num_labels, label_smoothing, repeats
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
         parts = [f"{name} {alpha:g}" for name, alpha in (("Mixup", mixup_alpha), ("CutMix", cutmix_alpha)) if alpha]
@@ -202,18 +200,11 @@ def process_loader(
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         repeats = arguments.recipe_arguments.aug_repeats
         sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
-        batching = {"sampler": sampler, "batch_size": arguments.train_batch_size}
-        batching["drop_last"] = arguments.dataloader_drop_last
-    loader = DataLoader(
-        dataset,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory,
-        persistent_workers=arguments.dataloader_persistent_workers,
-        multiprocessing_context=arguments.dataloader_multiprocessing_context,
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-        **batching,
-    )
+        batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
+        batching["sampler"] = sampler
+    names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor")
+    options = {name: getattr(arguments, f"dataloader_{name}") for name in names}
+    loader = DataLoader(dataset, collate_fn=collator, **options, **batching)
     # As for one process: accelerate would share out the batches once more.
     return prepare_data_loader(
         loader, arguments.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True

@@ -27,12 +27,8 @@ from ..common.errors import InputError, Problems
 URLS = ("http://", "https://")
 TABLES, LISTS = (".csv", ".jsonl", ".json"), (".txt", ".lst")
 # Usual column names, for tables whose types do not say which column is which.
-USUAL_NAMES = {
-    "image": (
-        "image", "images", "img", "jpg", "jpeg", "png", "webp", "file_name", "filename", "file", "path", "image_path",
-    ),
-    "label": ("label", "labels", "class", "category", "target", "cls"),
-}  # fmt: skip
+_IMAGE = ["image", "images", "img", "jpg", "jpeg", "png", "webp", "file_name", "filename", "file", "path", "image_path"]
+USUAL_NAMES = {"image": _IMAGE, "label": ["label", "labels", "class", "category", "target", "cls"]}
 
 
 class Item(NamedTuple):
@@ -201,10 +197,7 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
-    """
-    The rows of a CSV file, whose values stay text, or of a JSON lines file. Raises InputError if it can't be opened,
-    ValueError or csv.Error if it is damaged.
-    """
+    """Of a CSV file, as text, or JSON lines. InputError if it can't be opened, ValueError or csv.Error if damaged."""
     with _opened(path) as file:
         if path.lower().endswith(".csv"):
             yield from csv.DictReader(file)
@@ -217,10 +210,7 @@ def read_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def read_csv(path: str) -> dict[str, list[Any]]:
-    """
-    The columns of a CSV file: text, or whole numbers if all are; None where there is nothing. Raises what `read_rows`
-    raises, and ValueError for a row that is too long.
-    """
+    """The columns: text, or whole numbers if all are; None where there is nothing. Raises what `read_rows` raises."""
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(read_rows(path), start=1):
         if None in row:
@@ -254,11 +244,7 @@ def _beside(folder: str, name: str) -> Item:
 
 
 def path_beside(folder: str, name: str) -> str:
-    """The path or URL in a table or list in a folder."""
     return name if name.startswith(URLS) else os.path.join(folder, name)
-
-
-# --- Columns ----------------------------------------------------------------------------------------------------------
 
 
 def find_column(
@@ -288,8 +274,7 @@ def find_column(
 def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) -> str:
     """See `find_column`. Raises InputError if no column, or more than one, could hold the images."""
     problems = Problems()
-    column = find_column("image", named, features, table, problems)
-    if column is None:
+    if (column := find_column("image", named, features, table, problems)) is None:
         raise InputError(f"{table}: " + "; ".join(problems.messages))
     return column
 

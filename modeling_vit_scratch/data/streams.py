@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..common.errors import InputError, TrainingStopped
 from .dataset import ImageClassificationDataset, StoredImage, multi_hot
@@ -29,6 +29,8 @@ from .listing import is_whole_number, path_beside, split_labels
 _STREAM = 0x73747265
 # The number of a record is its shard times this, plus its row.
 ROWS_PER_SHARD = 1 << 32
+
+Blocks = dict[int, tuple[int, int]]  # the epoch and the number of the first record of each
 
 
 class Record(NamedTuple):
@@ -42,8 +44,6 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream."""
-
     rows: datasets.IterableDataset  # undecoded
     name: str
     count: int | None = None  # of rows, if it is known without reading them
@@ -78,10 +78,10 @@ class ImageStream:
             try:
                 values = next(rows, None)
             except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:  # each reader has its own
+                cause = str(error).strip() or type(error).__name__
                 raise TrainingStopped(
-                    f"{source.name} can't be read after row {row}: {str(error).strip() or type(error).__name__}. "
-                    "Repair it or the connection, and go on from the latest checkpoint with "
-                    "--resume_from_checkpoint True."
+                    f"{source.name} can't be read after row {row}: {cause}. Repair it or the connection, and go on "
+                    "from the latest checkpoint with --resume_from_checkpoint True."
                 ) from error
             if values is None:
                 return
@@ -110,11 +110,12 @@ class ImageStream:
         return multi_hot([[self._index(label, name) for label in value]], len(self.label_names))[0]
 
     def _index(self, value: Any, name: str) -> int:
-        known, value = len(self.label_names), value.rstrip("\r\n") if isinstance(value, str) else value
-        if isinstance(value, str) and value in self.label_names:
-            return self.label_names.index(value)
-        if isinstance(value, str) and is_whole_number(value):  # in CSV, which has no other type than text
-            value = int(value)
+        known = len(self.label_names)
+        if isinstance(value, str):
+            value = value.rstrip("\r\n")
+            if value in self.label_names:
+                return self.label_names.index(value)
+            value = int(value) if is_whole_number(value) else value  # in CSV, which has no other type than text
         if isinstance(value, int) and 0 <= value < known:
             return value
         raise InputError(
@@ -144,11 +145,8 @@ class RecordOrder:
         records = self._rows(epoch, start + block * self.buffer_size, stop)
         return itertools.islice(self._shuffled(records, block, epoch, {}), first % self.buffer_size, None)
 
-    def endless(self, first: int = 0, blocks: dict[int, tuple[int, int]] | None = None) -> Iterator[Record]:
-        """
-        The records from the `first` on, round after round, if the rows are not counted. `blocks` gets the epoch and the
-        number of the first record of each block. Reading begins at the last block that is there before `first`.
-        """
+    def endless(self, first: int = 0, blocks: Blocks | None = None) -> Iterator[Record]:
+        """If they are not, the records round after round. Reading begins at the last of `blocks` before `first`."""
         blocks = {} if blocks is None else blocks
         block = max((number for number in blocks if number * self.buffer_size <= first), default=0)
         records = self._rounds(*blocks.get(block, (0, None)))
@@ -184,9 +182,7 @@ class RecordOrder:
                 raise TrainingStopped(f"Process {self.rank} finds no image in its shards. Take fewer processes.")
             epoch, number = epoch + 1, None
 
-    def _shuffled(
-        self, records: Iterator[Record], number: int, epoch: int, blocks: dict[int, tuple[int, int]]
-    ) -> Iterator[Record]:
+    def _shuffled(self, records: Iterator[Record], number: int, epoch: int, blocks: Blocks) -> Iterator[Record]:
         """Shuffles block after block, from the one with this number on; notes in `blocks` where each begins."""
         block = list(itertools.islice(records, self.buffer_size))
         while block:
@@ -262,7 +258,7 @@ class StreamBatches(TrainerCallback):
 
     def __init__(self, dataset: StreamDataset, order: RecordOrder, batch_size: int, drop_last: bool = False) -> None:
         self.dataset, self.order, self.batch_size, self.drop_last = dataset, order, batch_size, drop_last
-        self.blocks: dict[int, tuple[int, int]] = {}
+        self.blocks: Blocks = {}
         self.skipped, self.start_from = (-1, 0), None
 
     @classmethod
@@ -289,16 +285,12 @@ class StreamBatches(TrainerCallback):
         epoch = self.dataset.epoch
         skipped = self.skipped[1] if self.skipped[0] == epoch else 0
         first = skipped * self.batch_size
-        if self.is_endless:
-            records, following = self.order.endless(first, self.blocks), itertools.count()
-        else:
-            records, following = self.order.counted(epoch, first), range(len(self) - skipped)
+        records = self.order.endless(first, self.blocks) if self.is_endless else self.order.counted(epoch, first)
+        following = itertools.count() if self.is_endless else range(len(self) - skipped)
         yield from ([] for _ in range(skipped))
         yield from (list(itertools.islice(records, self.batch_size)) for _ in following)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.start_from is None or args.ignore_data_skip:
             return
         epoch, steps = 0, state.global_step
@@ -320,12 +312,11 @@ class StreamBatches(TrainerCallback):
         """Reads what `save` wrote. Raises InputError if that belongs to another order of records."""
         if not self._file(folder).is_file():
             return
-        position = json.loads(self._file(folder).read_text(encoding="utf-8"))
-        if position["run"] != self._run():
-            raise InputError(
-                f"--resume_from_checkpoint {folder} has read its stream in another order: then {position['run']}, now "
-                f"{self._run()}. Give the flags and the number of processes of the first run."
-            )
+        position, now = json.loads(self._file(folder).read_text(encoding="utf-8")), self._run()
+        if position["run"] != now:
+            start = f"--resume_from_checkpoint {folder} has read its stream in another order"
+            way_out = "Give the flags and the number of processes of the first run."
+            raise InputError(f"{start}: then {position['run']}, now {now}. {way_out}")
         self.blocks = {position["block"]: tuple(position["first"])}
 
     def _file(self, folder: Path) -> Path:
