@@ -30,14 +30,12 @@ _STREAM = 0x6D6978
 
 
 class ImageCollator:
-    """Batches of examples: "pixel_values", "labels" where there are any, and of training examples the "keys"."""
-
     description: str | None = None
 
     def __call__(self, examples: list[dict[str, Any]] | dict[str, Tensor]) -> dict[str, Tensor]:
         """
-        To "pixel_values" (B, C, H, W), "labels" (B, ...), and "keys" (B, 3), int64: seed, epoch and index. "broken",
-        where images can't be read, has pairs of index and reason. A batch stays as it is.
+        To "pixel_values" (B, C, H, W), "labels" (B, ...), and in training "keys" (B, 3), int64: seed, epoch and index.
+        "broken", where images can't be read, has pairs of index and reason. A batch stays as it is.
         """
         if isinstance(examples, dict):
             return examples

@@ -8,12 +8,13 @@ copies are re-encoded or resized, or cropped by up to 2 % a side: a perceptual h
 low frequencies of the image in grey at 32 x 32 pixels. It is compared for all pairs of about the same brightness.
 """
 
+import contextlib
 import hashlib
 import os
-import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,12 +54,9 @@ def look_at(examples: Examples, decode: bool = True) -> list[Look]:
     def look(index: int) -> Look:
         (image,) = examples.stored([index])
         content = image.content
-        try:
-            if isinstance(content, str) and stat.S_ISREG(os.stat(content).st_mode):  # a pipe would be waited for
-                with open(content, "rb") as file:
-                    content = file.read()
-        except OSError:  # decoding reports it
-            pass
+        with contextlib.suppress(OSError):  # decoding reports it
+            if isinstance(content, str) and Path(content).is_file():  # a pipe would be waited for
+                content = Path(content).read_bytes()
         # Where there is no file to read, as for a URL, the path counts.
         known = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
         identity = hashlib.sha256(known).hexdigest()[:16]
@@ -164,7 +162,6 @@ def find_copies(parts: Sequence[Examples], decode: bool = True) -> Copies:
 
 
 def identities(examples: Examples) -> list[str]:
-    """The identity of each image: see `held_out`."""
     return [look.identity for look in look_at(examples, decode=False)]
 
 

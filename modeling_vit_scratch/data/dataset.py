@@ -6,6 +6,7 @@ Training decodes JPEG photos at 1/2, 1/4 or 1/8 of the sides, and resizes with t
 away from Pillow, but where bicubic enlarges one side and reduces the other. Evaluations decode in full with Pillow.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -137,12 +138,9 @@ def _interleaved(image: Image.Image, box: tuple[int, int, int, int]) -> torch.Te
     """uint8 (1, H, W, C). For RGB a view of Pillow's memory, whose fourth channel is padding."""
     left, top, right, bottom = box
     if image.mode == "RGB":
-        try:
-            memory = pyarrow.array(image).values
-        except ValueError:  # more than 16 MB are not in one piece
-            pass
-        else:
-            return torch.from_dlpack(memory).view(1, image.height, image.width, 4)[:, top:bottom, left:right]
+        with contextlib.suppress(ValueError):  # more than 16 MB are not in one piece
+            memory = torch.from_dlpack(pyarrow.array(image).values)
+            return memory.view(1, image.height, image.width, 4)[:, top:bottom, left:right]
     return torch.from_numpy(np.array(image.crop(box)).reshape(1, bottom - top, right - left, -1))
 
 
@@ -191,7 +189,6 @@ class Examples:
         ]
 
     def decode(self, index: int, decoder: ViTScratchImageProcessor) -> Image.Image:
-        """The image, upright. Raises ImageDecodeError."""
         return self.stored([index])[0].decode(decoder)
 
 
@@ -307,9 +304,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         return {**example, "broken": broken} if broken else example
 
     def _fit(self, stored: StoredImage) -> torch.Tensor:
-        if not self.is_ours:
-            return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
-        return stored.fit(self.processor)
+        if self.is_ours:
+            return stored.fit(self.processor)
+        return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
 
     def _to_pixels(self, image: Image.Image | PhotoPart) -> torch.Tensor:
         if self.is_ours:

@@ -108,15 +108,12 @@ def images_record(
     The record of identities and labels: "held_out", "trained_on" (up to 1,000), "earlier", the records of the runs that
     it goes on from, and "digest", which another image, label or side changes and another order does not.
     """
-    parts = {"trained_on": train or ([], []), "held_out": held_out}
-    lines = sorted(
-        f"{part} {identity} {np.asarray(label).tolist()}"
-        for part, (ids, labels) in parts.items()
-        for identity, label in zip(ids, labels)
-    )
+    parts, lines = {"trained_on": train or ([], []), "held_out": held_out}, []
+    for part, sides in parts.items():
+        lines += [f"{part} {identity} {np.asarray(label).tolist()}" for identity, label in zip(*sides)]
     return {
         "identity": "the first 64 bits of the SHA-256 of each file",
-        "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        "digest": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16],
         "held_out": " ".join(sorted(set(held_out[0]))),
         "trained_on": " ".join(sorted(set(parts["trained_on"][0]))[:MAX_TRAINED_ON]),
         "earlier": list(earlier.records[earlier.is_same_run :]) if earlier else [],
@@ -161,20 +158,17 @@ def choose_held_out(
     move a few groups, of any label. Images that an earlier run held out come first, and those that it trained on last.
     """
     first, last = (earlier.held_out, earlier.trained_on) if earlier else ((), ())
+    groups = ids if groups is None else groups
     images: dict[Any, set[str]] = defaultdict(set)
     members: dict[int, dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for labels, identity, group in zip(rows, ids, ids if groups is None else groups):
+    for labels, identity, group in zip(rows, ids, groups):
         images[group].add(identity)
         for label in labels or [-1]:  # those without any label are like a label
             members[label][group].add(identity)
-    key = {
-        group: (
-            not found.isdisjoint(last),
-            found.isdisjoint(first),
-            min(hashlib.sha256(f"{split_seed} {identity}".encode()).digest() for identity in found),
-        )
-        for group, found in images.items()
-    }
+    key = {}
+    for group, found in images.items():
+        lowest = min(hashlib.sha256(f"{split_seed} {identity}".encode()).digest() for identity in found)
+        key[group] = not found.isdisjoint(last), found.isdisjoint(first), lowest
     held, decided = set(), set()
     size = {label: sum(map(len, parts.values())) for label, parts in members.items()}
     for label in sorted(members, key=lambda label: (size[label], label)):
@@ -190,7 +184,7 @@ def choose_held_out(
                 held.add(group)
                 wanted -= len(parts[group])
         decided |= parts.keys()
-    return [index for index, group in enumerate(ids if groups is None else groups) if group in held]
+    return [index for index, group in enumerate(groups) if group in held]
 
 
 def choose_folds(rows: list[list[int]], ids: list[str], folds: int, split_seed: int, groups: Any) -> list[list[int]]:
@@ -204,11 +198,8 @@ def choose_folds(rows: list[list[int]], ids: list[str], folds: int, split_seed: 
     return [*found, rest]
 
 
-# --- As it was until the record had identities ------------------------------------------------------------------------
-
-
 def hold_out_by_seed(labels: list[int], fraction: float, seed: int) -> list[int]:
-    """The images that a run with this seed held out, if neither their number nor their order has changed."""
+    """What a run with this seed held out before records had identities, if neither number nor order has changed."""
     count = max(int(np.ceil(fraction * len(labels))), len(set(labels)))
     if min(np.unique(labels, return_counts=True)[1]) < 2 or count > len(labels) - len(set(labels)):
         return []

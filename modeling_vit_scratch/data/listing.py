@@ -94,10 +94,7 @@ def left_out_line(left_out: Counter[str]) -> str | None:
 
 
 def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
-    """
-    The files in a folder at any depth, sorted folder by folder, without hidden ones. Links are followed, but not in
-    circles. A folder that can't be read is an item with an error.
-    """
+    """The files at any depth, sorted by folder, without hidden ones. Links are followed, but not in circles."""
     try:
         identity, names = _scan(folder)
     except OSError as error:

@@ -24,12 +24,12 @@ def read_groups(
 ) -> list[Any] | None:
     """The group of each image, from --group_column_name or --group_from; None if that can't be read."""
     column, pattern = arguments.group_column_name, arguments.group_from
-    if column is not None and column not in dataset.column_names:
+    if column in dataset.column_names:
+        return list(dataset[column])
+    if column is not None:
         names = ", ".join(map(repr, dataset.column_names))
         problems.add(f"--group_column_name {column}: the {split} split has no such column. Its columns: {names}.")
         return None
-    if column is not None:
-        return list(dataset[column])
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -88,30 +88,29 @@ class ImagesOfBothSides:
         The training images to keep, the record of what is on both sides, and pairs of near copies. What is on both
         sides of a given split is a problem without flags.
         """
-        arguments, copies, problems = self.arguments, self.copies, self.problems
+        arguments, copies = self.arguments, self.copies
         start = "Whether held-out images are in the training set is not known"
         if arguments.streaming:
             return train, {"sentence": f"{start}: a stream is not read before training."}, []
         if copies is None:
             return train, {"sentence": f"{start}: no file was read before training (--verify_images False)."}, []
+        groups = self.groups if len(self.groups) == len(copies.ids) else [None] * len(copies.ids)
+        of_held_out = {groups[index] for index in held_out} - {None}
         if is_given and arguments.drop_overlap:
             exact, near = copies.across(held_out, train)
-            of_both = {self.groups[index] for index in held_out} - {None} if self.groups else set()
-            train = [i for i in train if i not in exact | near and not (self.groups and self.groups[i] in of_both)]
+            train = [i for i in train if i not in exact | near and groups[i] not in of_held_out]
         exact, near = copies.across(train, held_out)
-        if exact and is_given and not arguments.allow_overlap:
-            self._refuse(f"{len(exact)} of the {len(held_out)} held-out images are training images, too", exact)
-        if self.groups and is_given and not arguments.allow_overlap:
-            both = ({self.groups[i] for i in train} & {self.groups[i] for i in held_out}) - {None}
-            if both:
+        if is_given and not arguments.allow_overlap:
+            if exact:
+                self._refuse(f"{len(exact)} of the {len(held_out)} held-out images are training images, too", exact)
+            if both := of_held_out.intersection(groups[index] for index in train):
                 names = ", ".join(sorted(map(str, both))[:10])
-                problems.add(f"{len(both)} groups are on both sides, e.g. {names}. {_WAY_OUT}.")
+                self.problems.add(f"{len(both)} groups are on both sides, e.g. {names}. {_WAY_OUT}.")
         count = f"{len(exact):,} of {len(held_out):,} held-out images are in the training set"
         known = "near copies were not looked for" if copies.near is None else f"{len(near):,} near copies"
-        sentence = f"{count}, {known}.{' Their score is too high.' if exact else ''}"
         pairs = [tuple(map(self.image, pair)) for pair in list(near.items())[:MAX_PAIRS]]
         record = {
-            "sentence": sentence,
+            "sentence": f"{count}, {known}.{' Their score is too high.' if exact else ''}",
             "in_training": len(exact),
             "near_copies": None if copies.near is None else len(near),
             "near_pairs": [["/".join(image.name.split("/")[-2:]) for image in pair] for pair in pairs],

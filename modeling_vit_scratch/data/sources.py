@@ -51,10 +51,7 @@ class Source:
 def read_source(
     arguments: DataArguments, cache_dir: str | None, problems: Problems, needs_labels: bool = True
 ) -> Source | None:
-    """
-    Reads the data of the command line. Without `needs_labels`, images may lie anywhere in a folder. What can't be read
-    is None, the source or its `train` or `validation`, and the reason is among the problems.
-    """
+    """What can't be read is None, as a whole or in part, and the reason is among the problems."""
     if arguments.train_dir is None and arguments.dataset_name == "digits":
         return read_digits()
     if arguments.train_dir is None and arguments.dataset_name == "elpv":
@@ -129,7 +126,7 @@ class _Reader:
     arguments: DataArguments
     cache_dir: str | None
     problems: Problems
-    needs_labels: bool
+    needs_labels: bool  # or else images may lie anywhere in a folder
     left_out: Counter[str] = field(default_factory=Counter)
 
     def read_hub(self) -> Source | None:
@@ -290,8 +287,7 @@ class _Reader:
         is_multi_label = arguments.label_separator is not None or listing.is_label_list(features.get(label))
         stream = ImageStream(shards, *columns, names or [], is_multi_label, arguments.label_separator)
         try:
-            for _ in itertools.islice(stream.read(0), 32):  # to find wrong labels before training
-                pass
+            list(itertools.islice(stream.read(0), 32))  # to find wrong labels before training
         except (InputError, TrainingStopped) as error:
             self.problems.add(str(error))
             return None

@@ -225,10 +225,7 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
 def read_labels(
     dataset: datasets.Dataset, column: str, separator: str | None, split: str, problems: Problems
 ) -> tuple[list[str], list[int] | list[list[int]], bool, bool] | None:
-    """
-    The fields of `LabelledSplit` after `images`, from a column of names, whole numbers or class labels, of lists of
-    these, or, with a `separator`, of text. None if that can't be read: see the problems.
-    """
+    """The fields of `LabelledSplit` after `images`. None if the column can't be read: see the problems."""
     feature, rows = dataset.features[column], list(dataset[column])
     is_multi_label = separator is not None or is_label_list(feature)
     has_names = separator is None and is_class_label(feature)
@@ -297,13 +294,12 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         numbered = {str(number): name for number, name in enumerate(train.label_names)}
         names = [name if name in train.label_names else numbered.get(name, name) for name in validation.label_names]
         validation = replace(validation, label_names=names)
-    without_labels = Examples(validation.images, [0] * len(validation.indices))
     if not train.label_names or not (validation.label_names or validation.is_multi_label):
-        return without_labels
+        return Examples(validation.images, [0] * len(validation.indices))
     if train.is_multi_label != validation.is_multi_label:
         several, one = ("training", "validation") if train.is_multi_label else ("validation", "training")
         problems.add(f"The {several} split has a list of labels for each image, the {one} split one label. Align them.")
-        return without_labels
+        return Examples(validation.images, [0] * len(validation.indices))
     trained = {train.label_names[index] for index in train.used()}
     counts = Counter(validation.label_names[index] for index in validation.used())
     if unknown := sorted(name for name in counts if name not in trained):
@@ -369,9 +365,6 @@ def sample(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
         return list(indices)
     chosen = np.random.default_rng(seed).choice(len(indices), size=maximum, replace=False)
     return [indices[position] for position in sorted(chosen.tolist())]
-
-
-# --- Trying it out ---------------------------------------------------------------------------------------------------
 
 
 def export_examples(data: ImageData, folder: str | None, maximum: int = 10) -> Path | None:
