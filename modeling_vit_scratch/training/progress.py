@@ -124,10 +124,7 @@ def time_line(seconds: float, steps: int, image_hw: tuple[int, int]) -> str:
 
 
 def undecided_line(trainer: ImageTrainer, held_out_loss: float) -> str | None:
-    """
-    What to say of a classifier whose scores hardly differ: under the plain softmax the loss of a guess is ln K, on
-    training images too. None for scores that differ and for other losses.
-    """
+    """A line if scores hardly differ: the softmax loss of a guess is ln K. None if they differ, or for other losses."""
     config = trainer.model.config
     is_plain = trainer.objective is None and trainer.compute_loss_func is None
     if not is_plain or config.problem_type != "single_label_classification" or config.num_labels < 2:
