@@ -31,9 +31,7 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
 FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
 # --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
-HEAD_ALONE: dict[str, Any] = {
-    "smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0
-}  # fmt: skip
+HEAD_ALONE = {"smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0}
 ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
 
 # The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
@@ -266,9 +264,9 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         if self.license is not None and (reason := license_problem(*self.terms)):
             problems.add(f"--license {self.license}: {reason}")
         if recipe.loss == "bce" and self.label_smoothing_factor:
+            reason = "makes a whole class of every probability above 0"
             problems.add(
-                "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
-                "all classes there. Keep one of them."
+                f"--loss bce {reason}, and --label_smoothing_factor would put all classes there. Keep one of them."
             )
         if recipe.freeze is not None:
             is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
