@@ -264,9 +264,9 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         if self.license is not None and (reason := license_problem(*self.terms)):
             problems.add(f"--license {self.license}: {reason}")
         if recipe.loss == "bce" and self.label_smoothing_factor:
-            reason = "makes a whole class of every probability above 0"
             problems.add(
-                f"--loss bce {reason}, and --label_smoothing_factor would put all classes there. Keep one of them."
+                "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
+                "all classes there. Keep one of them."
             )
         if recipe.freeze is not None:
             is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
