@@ -16,13 +16,11 @@ MAX_EXAMPLES = 8
 GROUPS = {
     "most used": (
         "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "label_issues", "threshold",
-        "examples",
-        "per_device_eval_batch_size", "dataloader_num_workers",
+        "examples", "per_device_eval_batch_size", "dataloader_num_workers",
     ),
     "data": (
         "train_val_split", "dataset_config_name", "image_column_name", "label_column_name", "label_separator",
-        "group_column_name", "group_from", "allow_overlap",
-        "max_eval_samples", "max_broken_images", "seed",
+        "group_column_name", "group_from", "allow_overlap", "max_eval_samples", "max_broken_images", "seed",
     ),
     "model": ("calibrated", "model_revision", "cache_dir"),
     "report": ("save_logits", "bootstrap_resamples", "examples_credit", "update_card"),
@@ -95,13 +93,8 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> EvaluationArguments:
     """Raises InputError with everything that is wrong with a command line (default: of this process)."""
-    parser = Parser(
-        EvaluationArguments,
-        groups=GROUPS,
-        usage="%(prog)s MODEL DATASET [...]",
-        description=description,
-        epilog="Several GPUs: accelerate launch scripts/evaluate.py MODEL DATASET.",
-    )
+    usage, epilog = "%(prog)s MODEL DATASET [...]", "Several GPUs: accelerate launch scripts/evaluate.py MODEL DATASET."
+    parser = Parser(EvaluationArguments, groups=GROUPS, usage=usage, description=description, epilog=epilog)
     parser.add_argument("model", metavar="MODEL", help="the folder of a model, its id on the Hub, or a checkpoint")
     parser.add_argument(
         "dataset",
@@ -140,11 +133,8 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
         arguments.output_dir = str(folder)
     folder = Path(arguments.output_dir)
-    written = [
-        file.name
-        for pattern in ("results.json", "predictions.*", "*.png", "label_issues.csv")
-        for file in folder.glob(pattern)
-    ]
+    patterns = ("results.json", "predictions.*", "*.png", "label_issues.csv")
+    written = [file.name for pattern in patterns for file in folder.glob(pattern)]
     if reason := writing_problem(folder):
         problems.add(f"--output_dir {folder}: {reason} Give one that can.")
     elif written:

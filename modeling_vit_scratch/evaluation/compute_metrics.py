@@ -18,9 +18,8 @@ TOP_K = 5
 
 class ImageClassificationMetric(evaluate.Metric):
     """
-    Accuracy, top-5 accuracy (with more than five classes) and macro F1, of the classes of the highest logits, best
-    first, (N, k), and true classes (N,). For images with any number of labels `multi_label_scores` with the threshold
-    0.5, of logits (N, K) and labels of 0 and 1, (N, K).
+    Accuracy, top-5 accuracy (with more than five classes) and macro F1, of the best classes, best first, (N, k), and
+    the true ones (N,). With several labels, `multi_label_scores` at 0.5 of logits (N, K) and labels 0 and 1 (N, K).
     """
 
     def __init__(self, num_labels: int, is_multi_label: bool = False) -> None:
@@ -51,15 +50,13 @@ class ImageClassificationMetric(evaluate.Metric):
 
 def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """
-    Mean average precision, micro, macro and samples F1 and exact match, of logits or probabilities (N, K), and labels
-    and answers of 0 and 1, (N, K). Average precision is over the labels that some image has, F1 over the labels (macro)
-    or images (samples) with a label or an answer; 0 where there is none.
+    Mean average precision (over labels that an image has), F1 (macro and samples: over labels or images with a label or
+    an answer), and exact match: of logits or probabilities, labels and answers (N, K); 0 where there is none.
     """
-    present = labels.any(axis=0)
-    scores = {"mean_average_precision": 0.0}
+    present, mean = labels.any(axis=0), 0.0
     if present.any():
         mean = average_precision_score(labels[:, present], values[:, present], average="macro")
-        scores["mean_average_precision"] = float(mean)
+    scores = {"mean_average_precision": float(mean)}
     for average in ("micro", "macro", "samples"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty mean
@@ -79,9 +76,8 @@ def build_compute_metrics(num_labels: int, is_multi_label: bool = False) -> Call
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         nonlocal images
-        ranked, labels = (
-            torch.as_tensor(part).cpu().numpy() for part in (prediction.predictions, prediction.label_ids)
-        )
+        parts = prediction.predictions, prediction.label_ids
+        ranked, labels = (torch.as_tensor(part).cpu().numpy() for part in parts)
         metric.add_batch(predictions=ranked, references=labels)
         images += len(labels)
         if not compute_result:

@@ -43,10 +43,7 @@ class EvaluationData:
 def read_evaluation_data(
     arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool = True
 ) -> EvaluationData:
-    """
-    Reads, chooses and checks the images for a model with these labels. `verify`: whether to decode every image, for
-    which one process of several is enough. Raises InputError with everything that is wrong with the data.
-    """
+    """The images for a model with these labels; `verify` decodes each. Raises InputError with all that is wrong."""
     try:
         return _read(arguments, label_names, is_multi_label, verify)
     except InputError as error:
@@ -215,10 +212,7 @@ def _read_label_map(file: str, label_names: list[str], problems: Problems) -> di
 
 
 def _read_pairs(path: Path) -> list[tuple[Any, Any]]:
-    """
-    Labels of data and model: the columns of a .csv; text lines, split at the first tab or space, as in ImageNet's
-    LOC_synset_mapping.txt; a JSON object, or keras's imagenet_class_index.json.
-    """
+    """From the columns of a .csv, text lines split at the first tab or space, or JSON, also keras's class index."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         table = json.loads(text)
@@ -227,10 +221,8 @@ def _read_pairs(path: Path) -> list[tuple[Any, Any]]:
         # Keras's index is the other way round: {"0": ["n01440764", "tench"]}.
         return [(value[0], key) if isinstance(value, list) and value else (key, value) for key, value in table.items()]
     lines = [line for line in text.splitlines() if line.strip()]
-    if path.suffix == ".csv":
-        pairs = list(csv.reader(lines))
-    else:
-        pairs = [line.split("\t" if "\t" in line else None, maxsplit=1) for line in lines]
+    pairs = [line.split("\t" if "\t" in line else None, maxsplit=1) for line in lines]
+    pairs = list(csv.reader(lines)) if path.suffix == ".csv" else pairs
     wrong = next((number for number, pair in enumerate(pairs, start=1) if len(pair) != 2), None)
     if wrong is not None:
         raise ValueError(f"line {wrong} has no two columns")

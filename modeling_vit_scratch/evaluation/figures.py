@@ -92,20 +92,16 @@ def _reliability(report: Report) -> Figure:
     figure = Figure(figsize=(4.8, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width, filled = edges[:-1], np.diff(edges), counts > 0
-    upper.bar(
-        left[filled], accuracy[filled], width[filled], align="edge", color=_BLUE, edgecolor="white",
-        label=f"{share} in the bin",
-    )  # fmt: skip
-    upper.plot(
-        confidences[filled], accuracy[filled], "o", color=_ORANGE, markersize=4, clip_on=False,
-        label=f"at its mean {'probability' if of_labels else 'confidence'}",
-    )  # fmt: skip
+    bars = {"align": "edge", "edgecolor": "white"}
+    points = {"color": _ORANGE, "markersize": 4, "label": f"at its mean {'probability' if of_labels else 'confidence'}"}
+    upper.bar(left[filled], accuracy[filled], width[filled], color=_BLUE, label=f"{share} in the bin", **bars)
+    upper.plot(confidences[filled], accuracy[filled], "o", clip_on=False, **points)
     upper.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
     ece, temperature = value_of(record["results"], "ece"), record["temperature"]
     upper.set(ylabel=share, xlim=(0, 1), ylim=(0, 1.02))
     upper.set_title(f"{_title(report)}\nECE {100 * ece:.2f} %, temperature {temperature:.3g}", fontsize=10)
     upper.legend(loc="upper left", fontsize=8, frameon=False)
-    lower.bar(left, counts, width, align="edge", color=_GREY, edgecolor="white")
+    lower.bar(left, counts, width, color=_GREY, **bars)
     lower.set(xlabel=confidence, ylabel="images")
     if of_labels:  # mostly labels that an image has not
         lower.set_yscale("symlog", linthresh=10)
@@ -143,10 +139,9 @@ def _curves(report: Report) -> Figure:
     mean = value_of(record["results"], "mean_average_precision")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"{_title(report)}\nmean average precision {100 * mean:.2f} % of {len(present)} labels", fontsize=10)
-    figure.legend(
-        loc="outside right upper", fontsize=8, frameon=False, title_fontsize=8, alignment="left",
-        title=f"average precision; points:\nanswers from {threshold:g} on",
-    )  # fmt: skip
+    style = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "alignment": "left"}
+    title = f"average precision; points:\nanswers from {threshold:g} on"
+    figure.legend(loc="outside right upper", title=title, **style)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, logsumexp
 from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import (
-    average_precision_score,
-    confusion_matrix,
-    hamming_loss,
-    multilabel_confusion_matrix,
-    precision_recall_fscore_support,
-)
+from sklearn import metrics
 
 from ..common.records import NUM_BINS
 from .compute_metrics import TOP_K, multi_label_scores
@@ -136,8 +130,7 @@ def confidences(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     return values.ravel(), labels.ravel()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores with intervals
+# --- Scores with intervals --------------------------------------------------------------------------------------------
 
 
 # A value for each image, of which the metric is the mean; or a function of the indices of images.
@@ -240,11 +233,10 @@ def _measure_labels(
     }
     for metric, statistic in of_counts.items():
         measures[metric] = lambda rows, statistic=statistic: statistic(np.bincount(rows, minlength=n))
+    micro = metrics.average_precision_score(labels, values, average="micro") if labels.any() else np.nan
     exact = multi_label_scores(values, labels, answers) | {
-        "micro_average_precision": (
-            float(average_precision_score(labels, values, average="micro")) if labels.any() else float("nan")
-        ),
-        "hamming_loss": float(hamming_loss(labels, answers)),
+        "micro_average_precision": float(micro),
+        "hamming_loss": float(metrics.hamming_loss(labels, answers)),
         "ece": reliability(values.ravel(), labels.ravel()).expected_error,
     }
     known: dict[str, dict[str, Any]] = {metric: {"value": value} for metric, value in exact.items()}
@@ -303,11 +295,11 @@ def per_class(values: np.ndarray, labels: np.ndarray, names: list[str], threshol
     the average precision, None where no image has the label, and how many images get it, `predicted`.
     """
     given, rows = answers(values, labels, threshold), []
-    parts = precision_recall_fscore_support(labels, given, labels=range(len(names)), zero_division=0)
+    parts = metrics.precision_recall_fscore_support(labels, given, labels=range(len(names)), zero_division=0)
     for index, (name, p, r, f, n) in enumerate(zip(names, *parts)):
         row = {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
         if labels.ndim == 2:
-            average = float(average_precision_score(labels[:, index], values[:, index])) if n else None
+            average = float(metrics.average_precision_score(labels[:, index], values[:, index])) if n else None
             row = {"label": name, "average_precision": average, **row, "predicted": int(given[:, index].sum())}
         rows.append(row)
     return rows
@@ -317,5 +309,5 @@ def confusion(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) ->
     """Images by class (rows) and predicted class (columns), (K, K); without and with each of K labels, (K, 2, 2)."""
     given = answers(values, labels, threshold)
     if labels.ndim == 2:
-        return multilabel_confusion_matrix(labels, given)
-    return confusion_matrix(labels, given, labels=range(values.shape[1]))
+        return metrics.multilabel_confusion_matrix(labels, given)
+    return metrics.confusion_matrix(labels, given, labels=range(values.shape[1]))

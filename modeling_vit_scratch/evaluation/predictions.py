@@ -30,12 +30,10 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
     model, processor, missing = load_pretrained(ViTScratchForImageClassification, f"MODEL {name}", name, hub)
     if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
         raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
-    if model.config.problem_type == "regression" or model.num_labels < 2:
-        raise InputError(
-            f"MODEL {name} does not classify: it has problem_type={model.config.problem_type!r} and "
-            f"{model.num_labels} outputs."
-        )
-    if arguments.threshold is not None and model.config.problem_type != MULTI_LABEL:
+    problem, outputs = model.config.problem_type, model.num_labels
+    if problem == "regression" or outputs < 2:
+        raise InputError(f"MODEL {name} does not classify: it has problem_type={problem!r} and {outputs} outputs.")
+    if arguments.threshold is not None and problem != MULTI_LABEL:
         raise InputError(
             f"--threshold {arguments.threshold:g} is for models that give an image any number of labels. MODEL {name} "
             "gives each image its likeliest label. Leave it out."

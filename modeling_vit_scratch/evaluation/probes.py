@@ -48,10 +48,7 @@ class Features(NamedTuple):
 
 
 def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """
-    The pooled output, (B, C, H, W) -> (B, D), of a `ViTScratchModel` or a model that has one as `vit`. An encoder
-    without a pooler gives its class token or, without one, the mean over the patches.
-    """
+    """The encoder's pooled output, (B, C, H, W) -> (B, D); without a pooler its class token, or mean over patches."""
     encoder = getattr(model, "vit", model)
     outputs = encoder(pixel_values, **only_pooled_output(encoder))
     if outputs.pooler_output is not None:
@@ -70,10 +67,9 @@ def extract_features(
     desc: str | None = None,
 ) -> Features:
     """
-    Features of all images of a map-style dataset, in its order, in evaluation mode. Several processes share the work,
-    and each gets all features. The modes of the model's modules and the random state do not change. Without a
-    `processor`, pixel values have to be normalised. `desc` names a progress bar, where there is a terminal. Raises
-    ValueError for an empty dataset, or features that are not finite.
+    Features of all images of a dataset, in its order and evaluation mode, in every process. Modes of modules and the
+    random state do not change. Without a `processor`, pixel values have to be normalised. `desc` names a progress bar.
+    Raises ValueError for an empty dataset, or features that are not finite.
     """
     count, state = len(dataset), PartialState()
     if count == 0:
@@ -118,10 +114,7 @@ def balanced_subset(labels: list[int], maximum: int, seed: int = 0) -> list[int]
 
 
 def least_squares(train: Features, test: np.ndarray, num_classes: int, l2: float = FEW_SHOT_L2) -> np.ndarray:
-    """
-    The scores (N, K) of test features (N, D), by regularised least squares in float64 (the paper, section 4.1), as in
-    big_vision (evaluators/fewshot_lsr.py): targets are 1 for the class and -1 for all others.
-    """
+    """The scores (N, K) of test features by least squares (the paper, 4.1), as big_vision's fewshot_lsr.py."""
     values = train.values.astype(np.float64)
     mean, std = values.mean(axis=0), values.std(axis=0) + 1e-5
 
@@ -142,10 +135,7 @@ def choose_shots(labels: np.ndarray, num_classes: int, shots: int, seed: int) ->
 def few_shot_accuracies(
     train: Features, test: Features, num_classes: int, first_seed: int = 0
 ) -> dict[int, list[float]]:
-    """
-    By number of `SHOTS` the accuracies of `least_squares` for `FEW_SHOT_SEEDS` draws of the training images. A number
-    that no class has is left out: it would repeat a smaller one.
-    """
+    """The accuracies of `least_squares` for `FEW_SHOT_SEEDS` draws, by number of `SHOTS` that some class has."""
 
     def accuracy(shots: int, seed: int) -> float:
         chosen = choose_shots(train.labels, num_classes, shots, seed)
@@ -212,10 +202,7 @@ def run_probes(
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """
-    The results of probes, by name: `accuracy` on the test images, and more. Different seeds share no draw. `report`
-    gets a line before each probe.
-    """
+    """Probes' results by name, `accuracy` and more. Seeds share no draw. `report` gets a line before each probe."""
     found: dict[str, dict[str, Any]] = {}
     if "knn" in kinds:
         report(f"Nearest neighbours of {len(test.labels):,} images among {len(train.labels):,}.")
@@ -244,10 +231,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 class Probe(TrainerCallback):
-    """
-    Logs `probe_knn_accuracy` and `probe_fewshot_N_accuracy` of the trainer's model, with --ema_decay of the averaged
-    weights, at every evaluation, and `every` so many steps. Training gives the same weights, bit for bit, as without.
-    """
+    """Logs `probe_NAME_accuracy` at evaluations and `every` so many steps. Training's weights stay the same bits."""
 
     def __init__(
         self, trainer: Trainer, kinds: list[str], train: Dataset, test: Dataset, num_classes: int, every: int | None
@@ -286,10 +270,7 @@ class Probe(TrainerCallback):
 
 
 def build_probe(trainer: Trainer, data: ImageData) -> Probe:
-    """
-    The probe of --probe: fitted to training images, or where these are a stream to half of the held-out ones, and
-    evaluated on held-out ones. Raises InputError for images without labels.
-    """
+    """The probe of --probe: of held-out images, fitted to training images or, for a stream, half of the held-out."""
     check_for_probes(data)
     arguments, held_out = trainer.args, data.validation
     maximum, seed = arguments.probe_images, arguments.seed

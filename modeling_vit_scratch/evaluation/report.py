@@ -73,12 +73,9 @@ def build_report(
         is_better = value_of(after, "nll") < value_of(before, "nll")
         temperature = fitted if is_better else temperature
         calibration = {
-            "fitted_to": len(fitted_rows),
-            "fitted_temperature": fitted,
-            "is_stored": is_better,
-            "without_temperature": before,
-            "with_fitted_temperature": after,
-        }
+            "fitted_to": len(fitted_rows), "fitted_temperature": fitted, "is_stored": is_better,
+            "without_temperature": before, "with_fitted_temperature": after,
+        }  # fmt: skip
         description += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
     results, labels, logits = score_at(temperature), labels[rows], predictions.logits[rows]
     values = probabilities(logits, temperature, is_multi_label)
@@ -96,13 +93,8 @@ def build_report(
         }  # fmt: skip
     is_local = Path(arguments.model).exists()
     record = {
-        "metric": results[0]["metric"],
-        "value": results[0]["value"],
-        "n": len(labels),
-        "results": results,
-        "confidence_level": 0.95,
-        "bootstrap_resamples": resamples,
-        "seed": seed,
+        "metric": results[0]["metric"], "value": results[0]["value"], "n": len(labels), "results": results,
+        "confidence_level": 0.95, "bootstrap_resamples": resamples, "seed": seed,
         "problem_type": MULTI_LABEL if is_multi_label else "single_label_classification",
         "threshold": threshold if is_multi_label else None,
         "model": {
@@ -115,9 +107,7 @@ def build_report(
             "note": source.note, "images": description, "broken_images": sorted(data.broken.values()),
             "seen_in_training": data.seen_in_training,
         },
-        "temperature": temperature,
-        "calibration": calibration,
-        "views": arguments.crops,
+        "temperature": temperature, "calibration": calibration, "views": arguments.crops,
         "per_class": per_class(values, labels, names, threshold),
         "confusion_matrix": {"labels": names, matrix_kind: confusion(values, labels, threshold).tolist()},
         "reliability": {
@@ -131,8 +121,7 @@ def build_report(
         "examples": examples,
         "throughput": {
             "images_per_second": predictions.images_per_second,
-            "batch_size": arguments.per_device_eval_batch_size,
-            "processes": accelerator.num_processes,
+            "batch_size": arguments.per_device_eval_batch_size, "processes": accelerator.num_processes,
             "note": "reading, preparing and computing, without the first batch",
         },
         **provenance("numpy", "scipy", "scikit-learn", "evaluate"),
@@ -204,14 +193,10 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
         csv.writer(file).writerows(_prediction_rows(report, images))
     if arguments.save_logits:
         files.append(folder / "predictions.npz")
-        np.savez_compressed(
-            files[-1],
-            image=np.array(images),
-            logits=report.logits,  # of every view, not divided by the temperature
-            labels=report.labels,
-            label_names=np.array(record["confusion_matrix"]["labels"]),
-            temperature=record["temperature"],
-        )
+        # Logits of every view, not divided by the temperature.
+        arrays = {"image": np.array(images), "logits": report.logits, "labels": report.labels}
+        names = np.array(record["confusion_matrix"]["labels"])
+        np.savez_compressed(files[-1], **arrays, label_names=names, temperature=record["temperature"])
     if arguments.calibrate and record["calibration"]["is_stored"]:
         store_temperature(arguments.model, record["temperature"])
     return files
@@ -234,11 +219,8 @@ def _prediction_rows(report: Report, images: list[str]) -> Iterator[list[str]]:
 
 def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str:
     """The record in some lines for the screen, with the path of the model and the names of the files."""
-    lines = [
-        f"{record['model']['name']} on {record['dataset']['name']}: {record['n']:,} images.",
-        f"Images: {record['dataset']['images']}.",
-        "",
-    ]
+    title = f"{record['model']['name']} on {record['dataset']['name']}: {record['n']:,} images."
+    lines = [title, f"Images: {record['dataset']['images']}.", ""]
     intervals = [interval_of(result) for result in record["results"]]
     lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if any(intervals) else ""))
     for result, interval in zip(record["results"], intervals):

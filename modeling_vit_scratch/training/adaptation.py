@@ -2,6 +2,7 @@
 """Training a part of a network: frozen layers, low-rank adapters (LoRA), and a head on features computed once."""
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,20 +24,15 @@ _ADAPTER = "default"  # peft's name of an adapter, in the names of its weights
 
 
 def adapt(model: PreTrainedModel, recipe: RecipeArguments) -> None:
-    """
-    Freezes what --freeze names, or adds the adapters of --lora_rank to the linear layers of the encoder. Raises
-    InputError if the network has fewer layers, or peft is missing.
-    """
+    """Freezes what --freeze names, or adds the adapters of --lora_rank. Raises InputError if the flag does not fit."""
     if recipe.lora_rank is not None:
         _add_adapters(model, recipe.lora_rank)
     elif recipe.freeze is not None:
-        layers = model.config.num_hidden_layers
-        last = {"embeddings": 0, "encoder": layers + 1}.get(recipe.freeze)
-        last = int(recipe.freeze) if last is None else last
-        if recipe.freeze != "encoder" and last > layers:
-            raise InputError(
-                f"--freeze {recipe.freeze}: the network has {layers} layers. Give that at most, or encoder."
-            )
+        freeze, layers = recipe.freeze, model.config.num_hidden_layers
+        last = {"embeddings": 0, "encoder": layers + 1}.get(freeze)
+        last = int(freeze) if last is None else last
+        if freeze != "encoder" and last > layers:
+            raise InputError(f"--freeze {freeze}: the network has {layers} layers. Give that at most, or encoder.")
         for name, parameter in model.named_parameters():
             if not is_head(name) and layer_number(name, layers) <= last:
                 parameter.requires_grad_(False)
@@ -95,17 +91,12 @@ class StoredFeatures(ViTScratchModel):
         return BaseModelOutputWithPooling(pooler_output=pixel_values.to(self.dtype))
 
 
-class NoAugmentation:
-    """The augmentation of `FeatureDataset`."""
-
-    description = "none: the features of each image are computed once"
-
-
 class FeatureDataset(ImageClassificationDataset):
     """The images of a data set as features (N, D)."""
 
     def __init__(self, images: ImageClassificationDataset, features: Tensor) -> None:
-        super().__init__(images.examples, images.processor, augmentation=NoAugmentation(), seed=images.seed)
+        none = SimpleNamespace(description="none: the features of each image are computed once")
+        super().__init__(images.examples, images.processor, augmentation=none, seed=images.seed)
         self.features = features
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
@@ -124,10 +115,7 @@ def store_features(
     processor: BaseImageProcessor,
     arguments: Any,
 ) -> tuple[ImageClassificationDataset, ImageClassificationDataset]:
-    """
-    The data sets as features, for a frozen encoder that from now on takes these, too. Where the head reads more of the
-    encoder than its pooled output, or the flags augment images, the data sets as they are.
-    """
+    """The data sets as features, which a frozen encoder then takes; as they are if a head or flag needs the images."""
     train, recipe = datasets[0], arguments.recipe_arguments
     augments = arguments.smallest_area < 1 or recipe.auto_augment or recipe.color_jitter or recipe.random_erasing
     augments = augments or recipe.mixup or recipe.cutmix or recipe.aug_repeats > 1 or arguments.images_on_device

@@ -31,9 +31,7 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
 FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
 # --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
-HEAD_ALONE: dict[str, Any] = {
-    "smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0
-}  # fmt: skip
+HEAD_ALONE = {"smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0}
 ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
 
 # The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.

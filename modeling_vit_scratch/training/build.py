@@ -63,21 +63,12 @@ def build_trainer(
     decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
     try:
         trainer = ImageTrainer(
-            speed_up(model),
-            arguments,
-            average=None if decay is None else WeightAverage(decay, warmup),
-            stream_batches=batches,
-            objective=objective.description,
-            finished_model=objective.finished_model or merge,
-            images=data.images,
-            data_collator=objective.data_collator,
-            compute_loss_func=objective.compute_loss_func,
-            train_dataset=train_set,
-            eval_dataset=held_out,
-            processing_class=processor,
-            callbacks=[SetEpoch(train_set)],
-            **objective.metrics,
-        )
+            speed_up(model), arguments, average=None if decay is None else WeightAverage(decay, warmup),
+            stream_batches=batches, objective=objective.description, images=data.images,
+            finished_model=objective.finished_model or merge, data_collator=objective.data_collator,
+            compute_loss_func=objective.compute_loss_func, train_dataset=train_set, eval_dataset=held_out,
+            processing_class=processor, callbacks=[SetEpoch(train_set)], **objective.metrics,
+        )  # fmt: skip
     except (ValueError, ImportError) as error:  # transformers says what is wrong with its flags
         raise InputError(str(error)) from error
     if isinstance(objective.data_collator, MixingCollator):
@@ -119,22 +110,17 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
     if recipe.class_weights:
         if isinstance(data.train, ImageStream):
             raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
-        if data.is_multi_label:
-            weights = positive_weights(recipe.class_weights, data.train.labels)
-        else:
-            weights = class_weights(recipe.class_weights, data.train.labels, count)
-    if recipe.loss != "softmax" or recipe.class_weights or (data.is_multi_label and smoothing):
-        if data.is_multi_label:
-            loss = MultiLabelLoss(recipe.loss, smoothing, weights)
-        else:
-            loss = ClassificationLoss(recipe.loss, count, smoothing, weights)
+        given, labels = recipe.class_weights, data.train.labels
+        weights = positive_weights(given, labels) if data.is_multi_label else class_weights(given, labels, count)
+    if data.is_multi_label and (recipe.loss != "softmax" or recipe.class_weights or smoothing):
+        loss = MultiLabelLoss(recipe.loss, smoothing, weights)
+    elif not data.is_multi_label and (recipe.loss != "softmax" or recipe.class_weights):
+        loss = ClassificationLoss(recipe.loss, count, smoothing, weights)
     if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
         arguments.metric_for_best_model = "mean_average_precision"
-    metrics = {
-        "compute_metrics": build_compute_metrics(count, data.is_multi_label),
-        "preprocess_logits_for_metrics": None if data.is_multi_label else rank_labels,
-    }
-    return Objective(collator, loss, metrics)
+    rank = None if data.is_multi_label else rank_labels
+    metrics = {"compute_metrics": build_compute_metrics(count, data.is_multi_label)}
+    return Objective(collator, loss, {**metrics, "preprocess_logits_for_metrics": rank})
 
 
 def build_datasets(
@@ -157,15 +143,9 @@ def build_datasets(
             raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
         train_set = ImageClassificationDataset(data.train, processor, channels)
         return build_device_images(train_set, held_out, augmentation, arguments)
-    train_set = ImageClassificationDataset(
-        data.train,
-        processor,
-        channels,
-        augmentation,
-        seed=arguments.seed,
-        fast_decode=arguments.fast_decode and kind == "photo",
-        max_broken_images=arguments.max_broken_images,
-    )
+    fast, broken = arguments.fast_decode and kind == "photo", arguments.max_broken_images
+    reading = {"seed": arguments.seed, "fast_decode": fast, "max_broken_images": broken}
+    train_set = ImageClassificationDataset(data.train, processor, channels, augmentation, **reading)
     if isinstance(data.train, ImageStream):
         check_stream(data.train, arguments, arguments.recipe_arguments.aug_repeats)
         train_set = StreamDataset(data.train, train_set, data.shuffle_buffer_size)
@@ -181,9 +161,8 @@ def build_model(
     is_multi_label: bool = False,
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
-    The model that training starts from, its image processor, and a line for the user: a new model, or a saved one whose
-    classifier is adapted to the labels. Without labels there is no classifier. `has_representation` gives a new network
-    the tanh layer of the paper's pretraining (3.1). Raises InputError if the model can't be loaded, or does not fit.
+    A new model, or a saved one with its classifier adapted to the labels (none without labels), its image processor,
+    and a line for the user. `has_representation`: with the tanh layer of the paper's pretraining (3.1), if it is new.
     """
     set_seed(seed)
     overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
@@ -250,10 +229,7 @@ def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
 def fit_classifier(
     model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
 ) -> str:
-    """
-    Gives the classifier one row for each label, in the order of the data. Returns a line that says what was done. The
-    rows are kept if the labels are the same and both or neither allow several for an image. Else they start at zero.
-    """
+    """Gives the classifier a row for each label, in their order, kept or zero; returns a line that says which."""
     config = model.config
     old = [config.id2label[index] for index in range(config.num_labels)]
     same_problem = is_multi_label == (config.problem_type == "multi_label_classification")

@@ -118,9 +118,8 @@ def parse_arguments(
     defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
-    Parses a command line: ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and Problems,
-    to which the reader of the data adds its own. Raises InputError with all mistakes if the rest can't be found in the
-    data. `defaults` are those of a script that uses these flags for something else.
+    ModelArguments, DataArguments, ImageTrainingArguments, the script's own flags, and Problems, which go on with the
+    data. Raises InputError with all mistakes if the data can't show more. `defaults`: of a script of another purpose.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
@@ -178,7 +177,8 @@ def parse_arguments(
     if is_sound_model:
         _check_configuration(model_arguments, problems)
     recipe_arguments.message = recipe_message
-    recipe_arguments.plan, recipe_arguments.open_flags = _plan(argv, script, source, given, defaults or {}, values)
+    plan = _plan(argv, script, source, given, defaults or {}, values["optim"])
+    recipe_arguments.plan, recipe_arguments.open_flags = plan
     training_arguments = _build_training_arguments(values, recipe_arguments, problems)
     if not is_understood:
         raise problems.as_error()
@@ -187,18 +187,11 @@ def parse_arguments(
 
 def build_parser(script: Script = FINETUNE, description: str | None = None) -> Parser:
     """The parser of our own flags, with the defaults that depend on nothing."""
-    return Parser(
-        ModelArguments,
-        DataArguments,
-        *script.flags,
-        RecipeArguments,
-        TrainingFlags,
-        groups={"most used": MOST_USED, **script.groups, **GROUPS},
-        more_help=_trainer_help,
-        usage=script.usage,
-        description=description,
-        epilog=f"{script.note}Several GPUs: accelerate launch scripts/{script.name}.py [...].\n{_EPILOG}",
-    )
+    kinds = ModelArguments, DataArguments, *script.flags, RecipeArguments, TrainingFlags
+    groups = {"most used": MOST_USED, **script.groups, **GROUPS}
+    epilog = f"{script.note}Several GPUs: accelerate launch scripts/{script.name}.py [...].\n{_EPILOG}"
+    texts = {"usage": script.usage, "description": description, "epilog": epilog}
+    return Parser(*kinds, groups=groups, more_help=_trainer_help, **texts)
 
 
 def _set_defaults(
@@ -215,28 +208,21 @@ def _set_defaults(
     batch_size = parser.get_default("per_device_train_batch_size")
     recipe, settings, message = recipe_defaults(argv, batch_size, is_saved_architecture)
     ours = {action.dest for action in parser._actions}
-    if recipe is not None and (unknown := sorted(set(settings) - ours - trainer_flags())):
-        raise ValueError(
-            f"--recipe {recipe.name} is for scripts/{recipe.script}.py: there are no fields {', '.join(unknown)} here."
-        )
+    if recipe is not None and (unknown := ", ".join(sorted(set(settings) - ours - trainer_flags()))):
+        owner = f"scripts/{recipe.script}.py"
+        raise ValueError(f"--recipe {recipe.name} is for {owner}: there are no fields {unknown} here.")
     chosen |= settings | defaults
     parser.set_defaults(**{name: value for name, value in chosen.items() if name in ours})
     return {name: value for name, value in chosen.items() if name not in ours}, message
 
 
 def _plan(
-    argv: list[str],
-    script: Script,
-    source: str,
-    given: argparse.Namespace,
-    defaults: dict[str, Any],
-    values: dict[str, Any],
+    argv: list[str], script: Script, source: str, given: argparse.Namespace, defaults: dict[str, Any], optimizer: str
 ) -> tuple[str, frozenset[str]]:
     """What `recipes.from_data` is to plan, and the flags that the command leaves to it."""
     named = {flag_name(word)[2:] for word in argv if word.startswith("--")} | defaults.keys()
     named |= DATA_SETS.get(source, {}).keys()
-    is_adam = "adam" in values["optim"]
-    if script is not FINETUNE or given.recipe or not is_adam or named & {*LENGTH_AND_BATCH}:
+    if script is not FINETUNE or given.recipe or "adam" not in optimizer or named & {*LENGTH_AND_BATCH}:
         return "", frozenset()
     start = "checkpoint" if given.model_name_or_path else "scratch"
     start = "head" if given.freeze == "encoder" else "adapters" if given.lora_rank else start
@@ -258,8 +244,7 @@ def recipe_defaults(
     recipe = find_recipe(given.recipe)
     fields = {"image_size": None, "patch_size": None, **recipe.fields}
     if "variant" in fields and is_saved_architecture:
-        for name in ("variant", "config_overrides"):
-            fields.pop(name, None)
+        fields = {name: value for name, value in fields.items() if name not in ("variant", "config_overrides")}
     elif "variant" not in fields:
         fields.pop("patch_size")
     per_device = count(given.per_device_train_batch_size) or per_device
@@ -347,8 +332,7 @@ def _trainer_parser(hidden: set[str]) -> Parser:
 
 def _trainer_help(shown: set[str]) -> str:
     """What `--help all` adds to the flags that are shown."""
-    text = _trainer_parser(shown).format_help()
-    return text[text.index(_TITLE) :]
+    return _TITLE + _trainer_parser(shown).format_help().partition(_TITLE)[2]
 
 
 def _read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
@@ -436,12 +420,11 @@ def _checkpoint_to_resume(arguments: TrainingFlags, problems: Problems) -> str |
         latest, damaged = latest_whole(output, read=True)
         if latest is not None:
             return str(latest)
+        reason = f"there is no checkpoint in {output}. Leave it out for a new run."
         if damaged:
             reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
             reason = f"no checkpoint in {output} is whole ({reasons}). Name one to try it all the same, or remove the "
             reason += "folder to start a new run."
-        else:
-            reason = f"there is no checkpoint in {output}. Leave it out for a new run."
         problems.add(f"--resume_from_checkpoint {given}: {reason}")
         return None
     if not Path(given, STATE).is_file():

@@ -44,10 +44,8 @@ def report_line(logs: dict[str, float]) -> str | None:
 class Progress(ProgressCallback):
     """The stock progress bar, with one short line for each report."""
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        line = report_line(logs or {})
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        line = report_line(logs)
         if line is not None and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line)
 
@@ -64,10 +62,7 @@ class LogLines(TrainerCallback):
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.is_training = False
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
         is_due = time.monotonic() - self.printed_at > _HEARTBEAT_SECONDS
@@ -105,8 +100,8 @@ class TimeEstimate(TrainerCallback):
         is_due = self.steps == _WARM_STEPS + _TIMED_STEPS and state.max_steps > 4 * self.steps
         if is_due and state.is_world_process_zero:
             seconds = (time.monotonic() - self.started) / _TIMED_STEPS
-            height, width = self.trainer.model.config.image_hw
-            tqdm.write(time_line(seconds, state.max_steps - state.global_step, (height, width)))
+            image_hw = self.trainer.model.config.image_hw
+            tqdm.write(time_line(seconds, state.max_steps - state.global_step, image_hw))
 
 
 def time_line(seconds: float, steps: int, image_hw: tuple[int, int]) -> str:
@@ -124,10 +119,7 @@ def time_line(seconds: float, steps: int, image_hw: tuple[int, int]) -> str:
 
 
 def undecided_line(trainer: ImageTrainer, held_out_loss: float) -> str | None:
-    """
-    What to say of a classifier whose scores hardly differ: under the plain softmax the loss of a guess is ln K, on
-    training images too. None for scores that differ and for other losses.
-    """
+    """A line if scores hardly differ: the softmax loss of a guess is ln K. None if they differ, or for other losses."""
     config = trainer.model.config
     is_plain = trainer.objective is None and trainer.compute_loss_func is None
     if not is_plain or config.problem_type != "single_label_classification" or config.num_labels < 2:

@@ -71,10 +71,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def prepare(self, resumes: bool = False) -> None:
-        """
-        Takes the folder's lock, and removes unfinished files of a killed run. Raises InputError if another run has it
-        or has just left a model, or if the disk has no room for a checkpoint.
-        """
+        """Locks the folder and cleans it up. Raises InputError if another run has it or a checkpoint has no room."""
         if not self.arguments.should_save:
             return
         if self._lock is None:
@@ -106,10 +103,9 @@ class RunFolder:
         if not wanted:
             return None
         latest, damaged = files.latest_whole(self.path, read=wanted is True)
-        if wanted is True:
-            if latest is None:
-                raise InputError(f"There is no checkpoint to resume from in {self.path}.")
-            wanted = str(latest)
+        if wanted is True and latest is None:
+            raise InputError(f"There is no checkpoint to resume from in {self.path}.")
+        wanted = latest if wanted is True else wanted
         if latest is not None and Path(wanted).resolve() == latest.resolve():
             for checkpoint, reason in damaged.items():
                 self.log(f"warning: {checkpoint} is damaged, {reason}. Passed over.")
@@ -134,9 +130,8 @@ class RunFolder:
         checkpoint, _ = files.latest_whole(self.path)
         if checkpoint is None:
             return "No checkpoint was saved yet: run the same command to start again."
-        return (
-            f"The latest checkpoint is {checkpoint}: to go on, add --resume_from_checkpoint True to the same command."
-        )
+        way_out = "to go on, add --resume_from_checkpoint True to the same command."
+        return f"The latest checkpoint is {checkpoint}: {way_out}"
 
     @contextmanager
     def new_checkpoint(self, state: TrainerState, metadata: dict[str, Any]) -> Iterator[Path]:
@@ -224,10 +219,8 @@ class StepCheck:
 @dataclass
 class StepGuard:
     """
-    Stops a run before a step that is not finite, and after too many unreadable images.
-
-    In every step the trainer calls `begin_step`, `add_loss` for each accumulated batch, and `check`. It calls
-    `stop_if_bad` before it evaluates, saves or ends. All processes call these in the same order.
+    Stops a run before a step that is not finite, and after too many unreadable images. The trainer calls `begin_step`,
+    `add_loss` for each batch, and `check`; `stop_if_bad` before it evaluates, saves or ends. All processes do the same.
     """
 
     folder: RunFolder
@@ -239,10 +232,7 @@ class StepGuard:
     _last_check: StepCheck | None = None
 
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """
-        Notes the images of a step. Batches may have "keys" (B, 3) int64, the seed, epoch and index of each image; and
-        "broken", the index of each unreadable image with the reason. Raises TrainingStopped if these are too many.
-        """
+        """Notes the "keys" (B, 3) of images: seed, epoch, index. Raises TrainingStopped if too many are "broken"."""
         self.last_keys, self._losses = [batch.get("keys") for batch in batches], []
         pairs = [pair for batch in batches for pair in batch.get("broken", ())]
         new = {index: reason for index, reason in pairs if index not in self.broken_images}
@@ -266,19 +256,12 @@ class StepGuard:
         self._losses.append(loss)
 
     def check(
-        self,
-        step: int,
-        max_steps: int,
-        norm: torch.Tensor | float,
-        skipping: torch.optim.Optimizer | None = None,
-        is_scaled: bool = False,
+        self, step: int, max_steps: int, norm: Any, skipping: torch.optim.Optimizer | None, is_scaled: bool
     ) -> None:
         """
-        Checks a step, counted from 1, before the optimizer takes it. Raises TrainingStopped if it is not finite.
-
-        Reading a number waits for the device. So an optimizer that skips steps whose `found_inf` is 1 (`skipping`) does
-        so on the device, and the run stops one step later. With `is_scaled` only losses are checked: a scaler of
-        float16 skips steps whose gradient overflows.
+        Raises TrainingStopped for a step, counted from 1, that is not finite. Reading a number waits for the device: an
+        optimizer that skips steps whose `found_inf` is 1 (`skipping`) does so on the device, and the run stops one step
+        later. With `is_scaled` only losses are checked: a scaler of float16 skips steps whose gradient overflows.
         """
         norm = torch.as_tensor(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach()
         losses = torch.stack(self._losses).float()

@@ -101,11 +101,9 @@ class ImageTrainingArguments(TrainingFlags, TrainingArguments):
 
 class ImageTrainer(TrainerOverrides, Trainer):
     """
-    The stock Trainer, distributed training included, but for the methods below.
-
-    `objective` is in words, None for classification. `finished_model` builds the model that is saved in the end and
-    pushed from the trained one and its weights; None: it is the trained one. `images` is the record that every
-    checkpoint gets of the images: see `data.held_out`.
+    The stock Trainer but for these methods. `objective` is in words, None for classification. `finished_model` builds
+    the model that is saved in the end from the trained one and its weights; None: it is that one. `images` is the
+    record that every checkpoint gets of the images: see `data.held_out`.
     """
 
     def __init__(
@@ -199,9 +197,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
-        As in Trainer; True resumes from the latest whole checkpoint. Raises InputError if there is none, it is of
-        another model or the disk is full; TrainingStopped if training can't continue; TrainingInterrupted after Ctrl-C
-        or SIGTERM, when the checkpoint is written. With --push_to_hub, a run that stops pushes that checkpoint first.
+        As in Trainer; True resumes from the latest whole checkpoint. Raises InputError without one that fits,
+        TrainingStopped if it can't go on, TrainingInterrupted after Ctrl-C or SIGTERM; --push_to_hub pushes first.
         """
         self.run_folder.prepare(resumes=bool(resume_from_checkpoint))
         checkpoint = self.run_folder.checkpoint_to_resume(resume_from_checkpoint)
@@ -247,29 +244,26 @@ class ImageTrainer(TrainerOverrides, Trainer):
             raise
         except (KeyboardInterrupt, RuntimeError) as error:
             state, arguments, advice = self.state, self.args, self.run_folder.resume_advice()
+            step, size = state.global_step + 1, arguments.per_device_train_batch_size
+            batch = f"--per_device_train_batch_size ({size} now)"
             if isinstance(error, KeyboardInterrupt) or self.save_on_signal.number:
                 # The launcher may have ended the other processes first, which raises a RuntimeError here.
-                raise TrainingInterrupted(
-                    f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}",
-                    self.save_on_signal.number or signal.SIGINT,
-                ) from error
+                message = f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}"
+                raise TrainingInterrupted(message, self.save_on_signal.number or signal.SIGINT) from error
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise TrainingStopped(
-                    f"Out of memory at step {state.global_step + 1}: {str(error).splitlines()[0]} Ways out: a lower "
-                    f"--per_device_train_batch_size ({arguments.per_device_train_batch_size} now) with more "
-                    "--gradient_accumulation_steps, --gradient_checkpointing True, or a smaller --image_size. " + advice
-                ) from error
-            if lost := lost_worker(error, f" at step {state.global_step + 1}"):
-                raise TrainingStopped(
-                    f"{lost} Ways out: a lower --dataloader_num_workers ({arguments.dataloader_num_workers} now) or "
-                    f"--per_device_train_batch_size ({arguments.per_device_train_batch_size} now). {advice}"
-                ) from error
-            if arguments.world_size > 1 and has_lost_contact(error):
-                raise TrainingStopped(
-                    f"Process {arguments.process_index} of {arguments.world_size} has lost the others at step "
-                    f"{state.global_step + 1}: one of them has ended, see its message. {advice}"
-                ) from error
-            raise
+                message = f"Out of memory at step {step}: {str(error).splitlines()[0]} Ways out: a lower {batch} with "
+                message += (
+                    "more --gradient_accumulation_steps, --gradient_checkpointing True, or a smaller --image_size."
+                )
+            elif lost := lost_worker(error, f" at step {step}"):
+                workers = f"--dataloader_num_workers ({arguments.dataloader_num_workers} now)"
+                message = f"{lost} Ways out: a lower {workers} or {batch}."
+            elif arguments.world_size > 1 and has_lost_contact(error):
+                message = f"Process {arguments.process_index} of {arguments.world_size} has lost the others at step "
+                message += f"{step}: one of them has ended, see its message."
+            else:
+                raise
+            raise TrainingStopped(f"{message} {advice}") from error
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """As in Trainer, but a run resumed from its last step has no epoch left: the Trainer takes one more step."""
@@ -322,9 +316,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         multipliers = recipe.layer_decay, recipe.head_learning_rate_multiplier
         return parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, *multipliers)
 
-    def get_optimizer_cls_and_kwargs(
-        self, args: ImageTrainingArguments, model: nn.Module | None = None
-    ) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
         """As in Trainer, or LAMB; with our groups if layers or the head have their own learning rates."""
         if args.optim == LAMB:
             betas = (args.adam_beta1, args.adam_beta2)
@@ -368,9 +360,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             names = ", ".join(key.removeprefix("eval_") for key in metrics if key != "eval_images")
             raise InputError(f"--metric_for_best_model {name}: this run measures {names}. Choose one of these.")
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor | None, Any, Any]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As in Trainer. The last batches of several processes are padded; the loss leaves out the padding, too."""
         kwargs["ignore_keys"] = kwargs.get("ignore_keys") or ["hidden_states", "attentions"]
         inputs = self.prepare_batch(inputs)

@@ -27,13 +27,8 @@ class TrainerOverrides:
         # Called between the last backward pass of a step and the optimizer. No callback gets the norm, and computing it
         # again would take as long as clipping.
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.step_guard.check(
-            self.state.global_step + 1,
-            self.state.max_steps,
-            grad_norm,
-            skipping=skipping_optimizer(self),
-            is_scaled=getattr(self.accelerator, "scaler", None) is not None,
-        )
+        step, is_scaled = self.state.global_step + 1, getattr(self.accelerator, "scaler", None) is not None
+        self.step_guard.check(step, self.state.max_steps, grad_norm, skipping_optimizer(self), is_scaled)
         return grad_norm
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -116,10 +111,7 @@ def skipping_optimizer(trainer: Trainer) -> torch.optim.Optimizer | None:
 
 
 class WorkerProcesses:
-    """
-    Ends the worker processes of data loaders with training. torch ends them when the loader's iterator is garbage
-    collected: a failed run would keep them as long as its traceback.
-    """
+    """Ends the workers of data loaders with training: torch, when an iterator is collected, after any traceback."""
 
     def __init__(self) -> None:
         self.iterators: weakref.WeakSet[Iterator] = weakref.WeakSet()
