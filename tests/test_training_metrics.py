@@ -108,6 +108,7 @@ def test_a_record_says_what_was_found_and_how(run, monkeypatch):
         "num_parameters": trainer.model.num_parameters(),
         "started_from": "scratch",
         "base_model": None,
+        "license": None,
     }
     assert {"python", "torch", "transformers"} <= record["versions"].keys()
     assert "cores" in record["hardware"] or "x " in record["hardware"]
