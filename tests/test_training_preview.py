@@ -25,7 +25,8 @@ def test_the_grid_has_what_the_run_will_see(pets, tmp_path):
         for epoch in (0, 1):
             generator = np.random.default_rng((trainer.args.seed, epoch, index))
             theirs = np.asarray(train_set.augmentation(photo, generator))
-            assert np.abs(grid[row, 1 + epoch].astype(int) - theirs).max() <= 1
+            # One level of resizing, which a policy that raises the contrast can double.
+            assert np.abs(grid[row, 1 + epoch].astype(int) - theirs).max() <= 2
     assert int(train_set._epoch) == 0
 
 

@@ -255,9 +255,7 @@ class StepGuard:
         """Notes the loss of an accumulated batch, a scalar."""
         self._losses.append(loss)
 
-    def check(
-        self, step: int, max_steps: int, norm: Any, skipping: torch.optim.Optimizer | None, is_scaled: bool
-    ) -> None:
+    def check(self, step: int, max_steps: int, norm: Any, skipping: Any = None, is_scaled: bool = False) -> None:
         """
         Raises TrainingStopped for a step, counted from 1, that is not finite. Reading a number waits for the device: an
         optimizer that skips steps whose `found_inf` is 1 (`skipping`) does so on the device, and the run stops one step

@@ -141,6 +141,7 @@ class FinetuneBenchmark:
             "max_steps": self.steps, "per_device_train_batch_size": self.batch_size,
             "dataloader_num_workers": self.num_workers, "eval_strategy": "no", "save_strategy": "no",
             "logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "verify_images": False,
+            "allow_overlap": True,
         }  # fmt: skip
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
