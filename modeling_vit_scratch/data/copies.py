@@ -10,7 +10,6 @@ low frequencies of the image in grey at 32 x 32 pixels. It is compared for all p
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
+from ..common.workers import available_cores
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples
@@ -68,7 +68,7 @@ def look_at(examples: Examples, decode: bool = True) -> list[Look]:
             return Look(identity, str(error))
 
     title = "checking images" if decode else "reading images"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading, hashing and decoding do not hold Python's lock
+    with ThreadPoolExecutor(available_cores()) as pool:  # reading, hashing and decoding do not hold Python's lock
         found = pool.map(look, range(len(examples)))
         return list(tqdm(found, total=len(examples), desc=title, unit="", leave=False, disable=None))
 
