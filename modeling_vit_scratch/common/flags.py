@@ -58,20 +58,20 @@ def flag(default: Any, help: str, **more: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """
     Flags from the fields of dataclasses (`kinds`), made by `flag`. Mistakes are collected in `problems`. --help shows
-    the fields in `groups`, by title; `more_help` gets their names and returns what `--help all` adds.
+    the fields in `groups`, by title; `more_help` returns what `--help all` adds to this parser's.
     """
 
     def __init__(
         self,
         *kinds: type,
         groups: dict[str, Iterable[str]],
-        more_help: Callable[[set[str]], str] | None = None,
+        more_help: Callable[["Parser"], str] | None = None,
         **kwargs: Any,
     ) -> None:
         form = functools.partial(HelpFormatter, max_help_position=30)  # a longer flag has a line of its own
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=form, **kwargs)
         self.problems, self.instead_of_invalid = Problems(), {}  # the defaults of flags with a mistake
-        self.more_help, self.shown = more_help, {name for names in groups.values() for name in names}
+        self.kinds, self.more_help, self.shown = kinds, more_help, {name for names in groups.values() for name in names}
         fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.init}
         hints = {kind: typing.get_type_hints(kind) for kind in kinds}
         for title, names in groups.items():
@@ -126,7 +126,7 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         text = parser.format_help()
         if values == "all" and parser.more_help is not None:
-            text += f"\n{parser.more_help(parser.shown)}"
+            text += f"\n{parser.more_help(parser)}"
         print(text.rstrip(), flush=True)
         parser.exit()
 

@@ -2,7 +2,7 @@
 """The flags of pretraining beside those of training. Imports no torch."""
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import Problems
@@ -100,5 +100,5 @@ PRETRAIN = Script(
     note="Without labels (--objective mpp, simmim or mae), --train_dir may be any folder of images.\n",
     output_suffix="-pretrained",
     flags=(PretrainingArguments,),
-    groups={"pretraining": tuple(field.name for field in fields(PretrainingArguments))},
+    groups={"pretraining": ("objective", "mask_ratio", "mask_patch_size", "norm_pix_loss")},
 )

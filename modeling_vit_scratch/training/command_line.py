@@ -50,30 +50,26 @@ GROUPS = {
         "validation_dir", "train_val_split", "split_seed", "folds", "dataset_config_name", "image_column_name",
         "label_column_name", "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap",
         "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
-        "streaming", "shuffle_buffer_size", "label_names_file",
+        "streaming",
     ),
-    "model": (
-        "patch_size", "config_overrides", "config_name", "image_processor_name", "model_revision", "cache_dir",
-        "trust_remote_code",
-    ),
+    "model": ("patch_size", "config_overrides", "config_name", "model_revision", "cache_dir"),
     "optimization": (
         "max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
         "max_grad_norm", "optim", "layer_decay", "head_learning_rate_multiplier", "loss",
-        "label_smoothing_factor", "class_weights", "ema_decay", "ema_warmup", "seed",
+        "label_smoothing_factor", "class_weights", "ema_decay", "seed",
     ),
     "augmentation": (
         "smallest_area", "auto_augment", "color_jitter", "random_erasing", "mixup", "cutmix", "aug_repeats",
     ),
     "evaluation and checkpoints": (
         "eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end",
-        "metric_for_best_model", "resume_from_checkpoint", "per_device_eval_batch_size", "probe", "probe_images",
-        "probe_steps",
+        "metric_for_best_model", "resume_from_checkpoint", "per_device_eval_batch_size", "probe",
     ),
     "speed": ("bf16", "dataloader_num_workers", "fast_decode", "images_on_device"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license"),
 }  # fmt: skip
 _EPILOG = """Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
-`--help all` adds the flags of transformers' TrainingArguments, which all work."""
+`--help all` adds rarely used flags and those of transformers' TrainingArguments, which all work."""
 # Flags of TrainingArguments that are refused: name -> the value if it is not given, and the reason.
 REFUSED_FLAGS: dict[str, tuple[Any, str]] = {
     "hub_token": (None, "whoever sees the command line sees it. Set HF_TOKEN or run `hf auth login`."),
@@ -191,7 +187,7 @@ def build_parser(script: Script = FINETUNE, description: str | None = None) -> P
     groups = {"most used": MOST_USED, **script.groups, **GROUPS}
     epilog = f"{script.note}Several GPUs: accelerate launch scripts/{script.name}.py [...].\n{_EPILOG}"
     texts = {"usage": script.usage, "description": description, "epilog": epilog}
-    return Parser(*kinds, groups=groups, more_help=_trainer_help, **texts)
+    return Parser(*kinds, groups=groups, more_help=_more_help, **texts)
 
 
 def _set_defaults(
@@ -320,6 +316,7 @@ def _check_model(arguments: ModelArguments, problems: Problems) -> bool:
     return len(problems.messages) == count
 
 
+_RARE = "rarely used"
 _TITLE = "flags of transformers' TrainingArguments"
 
 
@@ -330,9 +327,12 @@ def _trainer_parser(hidden: set[str]) -> Parser:
     return Parser(ImageTrainingArguments, groups={_TITLE: names})
 
 
-def _trainer_help(shown: set[str]) -> str:
+def _more_help(parser: Parser) -> str:
     """What `--help all` adds to the flags that are shown."""
-    return _TITLE + _trainer_parser(shown).format_help().partition(_TITLE)[2]
+    ours = {field.name for kind in parser.kinds for field in fields(kind) if field.init}
+    rare = Parser(*parser.kinds, groups={_RARE: sorted(ours - parser.shown)})
+    sections = {_RARE: rare, _TITLE: _trainer_parser(ours)}
+    return "\n".join(title + more.format_help().partition(title)[2] for title, more in sections.items())
 
 
 def _read_trainer_flags(words: list[str], problems: Problems) -> dict[str, Any]:
