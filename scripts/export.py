@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     exported = export(model, arguments.format, arguments.any_size, arguments.int8)
     comparison = compare(model, exported, pixel_values)
     check(comparison, arguments.format, arguments.int8)
-    save(exported, processor, arguments.output)
+    weights = sum(weight.nbytes for weight in model.state_dict().values())
+    save(exported, processor, arguments.output, 0 if arguments.int8 else weights)
     size = sum(file.stat().st_size for file in arguments.output.iterdir()) / 1e6
     print(f"{arguments.output}: {size:,.1f} MB. On {comparison.n} images logits differ from the model's by up to "
           f"{comparison.difference:.1e}, and {comparison.agreement:.0%} have the same best label.")  # fmt: skip

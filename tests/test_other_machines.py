@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  # here: root's Python can't be read by the other user
 import pytest
 import torch
 from forked import run_in_child
@@ -67,6 +68,9 @@ WRITERS = {
     "predict": ("model", "pets", "--output", "OUT/labels.csv", "--dataloader_num_workers", "0"),
     "convert": ("model", "OUT"),
     "card": ("model",),
+    "export": ("model", "OUT", "--format", "torch", "--rounds", "0"),
+    "probe": ("model", "--train_dir", "pets", "--output_dir", "OUT", "--skip_linear", "--dataloader_num_workers", "0"),
+    "visualize": ("filters", "model", "--output", "OUT/filters.png"),
 }
 
 
@@ -80,6 +84,25 @@ def test_an_output_that_can_not_be_written_is_said_in_a_sentence(world, script, 
     if script not in ("convert", "card"):
         assert f"{world}/locked is no folder that you can write into" in printed
         assert "step" not in printed  # seen before anything is computed
+
+
+def test_a_disk_without_room_is_said_before_a_program_is_written(world, monkeypatch, tmp_path):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000))
+    words = [word.replace("OUT", str(tmp_path / "new")) for word in WRITERS["export"]]
+    status, printed = run("export", *words, as_nobody=False)
+    assert status == 2, printed
+    assert "takes about" in printed
+    assert "0.0 MB are free" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_letters_that_the_terminal_does_not_have_are_escaped():
+    def main():
+        sys.stdout.reconfigure(encoding="ascii")
+        return run_command_line(lambda: print("caf\u00e9"))
+
+    assert run_in_child(main) == (0, "caf\\xe9\n")
 
 
 def test_a_user_without_a_home_trains_and_what_is_saved_can_be_read_by_others(world, monkeypatch):

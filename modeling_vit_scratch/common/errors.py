@@ -71,6 +71,8 @@ def on_screen(text: str) -> str:
 def run_command_line(main: Callable[[], int | None]) -> int:
     """Runs a script's main, and returns its exit status. Exceptions that are bugs keep their traceback."""
     is_first = os.environ.get("RANK", "0") == "0"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters of a class name that the terminal doesn't have
     try:
         if half_set := _half_set_cluster():
             is_first = True

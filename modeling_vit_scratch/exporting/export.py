@@ -20,6 +20,7 @@ from transformers.exporters import ExportedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
+from ..common.files import writing_problem
 from ..data.collation import ImageCollator, Normalize
 from ..data.dataset import ImageClassificationDataset
 from ..evaluation.arguments import EvaluationArguments
@@ -130,6 +131,8 @@ def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLi
     for source in (Path(source).resolve() for source in inputs if os.path.exists(source)):
         if folder.resolve() in (source, *source.parents):
             raise InputError(f"OUTPUT {folder} is or holds {source}, which is read. Give another name.")
+    if reason := writing_problem(folder.parent):
+        raise InputError(f"OUTPUT {folder}: {reason}")
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
@@ -144,11 +147,17 @@ def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLi
         )
 
 
-def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | os.PathLike[str]) -> None:
-    """Writes program, configuration, processor and their code, all or nothing, in place of an earlier program."""
+def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | os.PathLike[str], size: int = 0) -> None:
+    """
+    Writes program, configuration, processor and their code, all or nothing, in place of an earlier program. Raises
+    InputError if the disk has no room for `size` bytes: torch's own writer would end the process.
+    """
     folder = Path(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     staged.mkdir(parents=True)
+    if (free := shutil.disk_usage(staged).free) < size:
+        staged.rmdir()
+        raise InputError(f"{folder} takes about {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. Make room.")
     try:
         exported.save_pretrained(staged)
         processor.save_pretrained(staged)

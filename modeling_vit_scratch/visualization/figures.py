@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.errors import InputError
+from ..common.files import writing_problem
 
 
 STYLE = {
@@ -38,6 +39,9 @@ def check_drawing(file: Path, arrays: Path | None = None) -> None:
         raise InputError(f"A picture can't be written as {file.name}. Let it end in .png, .pdf or .svg.")
     if file.exists() and b"matplotlib" not in file.read_bytes().lower():
         raise InputError(f"{file} is there already, and is no figure of this command. Give another --output.")
+    for name, written in (("--output", file), ("--save_arrays", arrays)):
+        if written is not None and (reason := writing_problem(written.parent)):
+            raise InputError(f"{name} {written}: {reason}")
     if arrays is not None and arrays.exists():
         raise InputError(f"--save_arrays {arrays} is there already. Give another name.")
 
