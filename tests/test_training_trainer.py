@@ -184,6 +184,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(pe
         trainer.train()
     assert multiprocessing.active_children() == []  # those that read images have ended with the run
     assert steps == [0, 1, 2, 3]
+    trainer.args.dataloader_num_workers, trainer.args.dataloader_persistent_workers = 2, True
+    trainer.evaluate()
+    assert multiprocessing.active_children() == []  # here neither
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
@@ -213,6 +213,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
                     self.samples_by_process = gather(samples).tolist()
                     return outcome
             finally:
+                self.is_in_train = False  # which the Trainer leaves after an error
                 self.workers.release()
                 self.save_on_signal.signals.restore()
         except (TrainingInterrupted, TrainingStopped):
@@ -342,6 +343,14 @@ class ImageTrainer(TrainerOverrides, Trainer):
             self.step_guard.stop_if_bad()
             with nullcontext() if self.average is None else self.average.applied_to(self.model):
                 return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in Trainer. Outside of training, the processes that read images end with it."""
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self.workers.release()
 
     def try_evaluation(self) -> None:
         """Evaluates a batch before training: what fails then fails at once. Raises InputError for an unknown metric."""
