@@ -156,7 +156,7 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
     module.parent.mkdir(parents=True)
     module.write_text("")
     monkeypatch.setattr(provenance_module, "__file__", str(module))
-    assert git_commit() is None
+    assert git_commit.__wrapped__() is None
 
     def git(*words):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -166,12 +166,12 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path, monkeypatch):
         return run.stdout.strip()
 
     git("init")
-    assert git_commit() is None  # no commit yet
+    assert git_commit.__wrapped__() is None  # no commit yet
     git("add", ".")
     git("commit", "-m", "first")
-    assert git_commit() == git("rev-parse", "HEAD")
+    assert git_commit.__wrapped__() == git("rev-parse", "HEAD")
     module.write_text("changed")
-    assert git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert git_commit.__wrapped__() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_what_a_user_sees_last():

@@ -21,6 +21,7 @@ from modeling_vit_scratch.common import files, processes
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.processes import launcher
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
+from modeling_vit_scratch.training import trainer as trainer_module
 from modeling_vit_scratch.training import trainer_overrides
 
 
@@ -130,8 +131,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(pets, tmp_path, capsys, fi
     assert files.damage(tmp_path / "out" / "checkpoint-6") is None
 
 
-def test_a_resumed_run_with_other_settings_tells_them(pets, tmp_path, capsys):
-    build(tmp_path / "out", *stepwise(pets)).train()
+def test_a_resumed_run_with_other_settings_tells_them(pets, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "git_commit", lambda: "abc")
+        build(tmp_path / "out", *stepwise(pets)).train()
+    monkeypatch.setattr(trainer_module, "git_commit", lambda: "def")
     other = build(tmp_path / "out", *stepwise(pets), "--max_steps", "8", "--learning_rate", "0.01", "--seed", "7",
                   "--resume_from_checkpoint", "True")  # fmt: skip
     capsys.readouterr()
@@ -142,6 +146,7 @@ def test_a_resumed_run_with_other_settings_tells_them(pets, tmp_path, capsys):
         "--learning_rate: 0.01 now, 0.001 in the checkpoint's run",
         "--max_steps: 8 now, 6 in the checkpoint's run",
         "--seed: 7 now, 42 in the checkpoint's run",
+        "commit of the code: def now, abc in the checkpoint's run",
     ]
     same = build(tmp_path / "out", *stepwise(pets), "--max_steps", "8", "--learning_rate", "0.01", "--seed", "7",
                  "--resume_from_checkpoint", "True")  # fmt: skip

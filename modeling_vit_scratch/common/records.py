@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ def _without_folder(word: str) -> str:
     return name + equals + value
 
 
+@cache
 def git_commit() -> str | None:
-    """The commit of this library, with "-dirty" if files were changed; None outside of its repository."""
+    """The commit of this library at the first call, "-dirty" if files were changed; None outside of its repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

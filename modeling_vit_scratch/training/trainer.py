@@ -32,6 +32,7 @@ from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, wi
 from ..common.files import STATE, read_manifest
 from ..common.flags import flag
 from ..common.processes import Processes, has_lost_contact
+from ..common.records import git_commit
 from ..common.workers import available_cores, lost_worker
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
@@ -155,6 +156,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             **{f"input {name}": value for name, value in self.processing_class.to_dict().items() if name != "auto_map"},
             "CPU threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "commit of the code": git_commit(),
             **kind,
         }
 
