@@ -39,7 +39,8 @@ def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, pr
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
-    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    hub = {"revision": model_arguments.model_revision, "cache_dir": model_arguments.cache_dir}
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split, **hub)
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     model, processor, origin = build_model(
         model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label

@@ -29,7 +29,8 @@ def main() -> None:
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint
-    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split)
+    hub = {"revision": model_arguments.model_revision, "cache_dir": model_arguments.cache_dir}
+    earlier = read_earlier(start, checkpoint, data_arguments.train_val_split, **hub)
     cache, needs_labels = model_arguments.cache_dir, pretraining.is_supervised
     data = read_data(data_arguments, seed, problems, cache, needs_labels, earlier)
     trainer, origin = build_pretraining(model_arguments, pretraining, data, training_arguments)

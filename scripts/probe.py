@@ -49,7 +49,7 @@ def main() -> None:
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
-    earlier = read_earlier(own.model)
+    earlier = read_earlier(own.model, cache_dir=model_arguments.cache_dir)
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     check_for_probes(data)
     encoder, processor = load_encoder(model_arguments, seed if own.random_weights else None)

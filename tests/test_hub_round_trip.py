@@ -20,6 +20,7 @@ from tiny_images import build, difference, flags, load_script, weights
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted
+from modeling_vit_scratch.data.held_out import read_earlier
 from modeling_vit_scratch.hub.contents import CODE
 from modeling_vit_scratch.hub.pushing import checkpoint_uploads
 
@@ -130,6 +131,10 @@ def test_from_a_run_to_a_stranger_and_back(hub, pets, tmp_path, monkeypatch, cap
     for secret in (str(tmp_path), "hf_owner"):
         assert secret.encode() not in everything
     assert json.loads(files["training_args.json"])["output_dir"] == "pets-model"
+    there, here = read_earlier("owner/pets", revision="main"), read_earlier(str(output))
+    assert there.records == here.records
+    assert there.held_out  # a run that starts from the Hub knows what was held out
+    assert read_earlier("owner/nothing") is None
     assert not list(output.rglob("training_args.bin"))
     assert {path.name for path in output.glob("_*")} <= {"_lock"}  # the run's own, until its process ends
     assert f"Pushed to {hub.url}/owner/pets/commit/{repository.resolve('main')}" in capfd.readouterr().err

@@ -13,6 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.model_selection import train_test_split
+from transformers.utils.hub import cached_file
 
 from ..common.errors import InputError
 from ..common.files import MANIFEST, read_manifest
@@ -77,13 +79,20 @@ class Earlier:
         return 2 * len(set(ids).intersection(held_out)) > len(held_out)
 
 
-def read_earlier(model: str | None, checkpoint: str | None = None, fraction: float | None = None) -> Earlier | None:
+def read_earlier(
+    model: str | None, checkpoint: str | None = None, fraction: float | None = None, **hub: str | None
+) -> Earlier | None:
     """
     What is known of the images behind the checkpoint that a run resumes from, or else behind the model that it starts
-    from; None if nothing is. `fraction` is that of a run that resumes from a checkpoint without a record.
+    from; None if nothing is. `fraction` is that of a run that resumes from a checkpoint without a record, `hub` the
+    revision and the cache_dir of a model on the Hub.
     """
     origin = checkpoint or model or ""
     result, manifest = Path(origin, "results.json"), Path(origin, MANIFEST)
+    if origin and not Path(origin).exists():
+        with suppress(OSError, ValueError):  # whoever loads the model says what is wrong
+            found = cached_file(origin, result.name, _raise_exceptions_for_missing_entries=False, **hub)
+            result = Path(found) if found else result
     try:
         if origin and checkpoint is None and result.is_file():
             dataset = json.loads(result.read_text(encoding="utf-8")).get("dataset", {})

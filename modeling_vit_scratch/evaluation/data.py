@@ -114,7 +114,8 @@ def _choose_images(
     arguments: EvaluationArguments, options: DataArguments, source: Source, problems: Problems
 ) -> tuple[LabelledSplit | None, str, bool | None]:
     """The images, their description, and whether the model was trained on them (None: not known)."""
-    choice, earlier, fraction = arguments.split, read_earlier(arguments.model), arguments.train_val_split
+    choice, fraction = arguments.split, arguments.train_val_split
+    earlier = read_earlier(arguments.model, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
     if source.validation is not None and choice in ("auto", "validation"):
         description = "the validation split of the data"
         split = read_split("validation", source.validation, options, problems, True)
