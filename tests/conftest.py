@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline, on one thread per process, on the CPU; and the tiny model that most tests use: rectangular on purpose."""
 
+import gc
 import os
 
 
@@ -43,3 +44,10 @@ def pets(tmp_path) -> str:
     from tiny_images import class_folders  # not before it is needed: it imports what fine-tuning needs
 
     return str(class_folders(tmp_path / "pets", each=8))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_not_collected_again():
+    """accelerate collects garbage before each training: half a second with all that the libraries have made."""
+    gc.collect()
+    gc.freeze()
