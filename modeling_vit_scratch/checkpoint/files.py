@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors, PyTorch's own and FSDP's shards.
-The first bytes say what a file is, whatever its name.
+Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors and PyTorch's own. The first bytes
+say what a file is, whatever its name.
 """
 
 import argparse
@@ -91,12 +91,10 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """A file of tensors, the index (`.index.json`) of several, or a folder of shards. Raises CheckpointError."""
+    """A file of tensors, or the index (`.index.json`) of several. Raises CheckpointError."""
     path = os.fspath(path)
     if path.endswith(".index.json"):
         return _open_index(path)
-    if os.path.isdir(path):
-        return open_shards(path)
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -234,57 +232,6 @@ def _flat(content: object, seen: set[int], prefix: str = "") -> Iterator[tuple[s
             yield from _flat(value, seen, f"{prefix}{key}.")
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Builds what the index of a sharded checkpoint is made of, and nothing else."""
-
-    ALLOWED = {
-        "torch": ("Size", "device", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))),
-        "torch.serialization": ("_get_layout",),
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-        "collections": ("OrderedDict",),
-        "pathlib": ("PosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "WindowsPath"),  # from Python 3.13 on
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> object:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def open_shards(folder: str) -> TensorFile:
-    """The weights that FSDP's processes wrote into a folder, each in parts, through accelerate."""
-    # Not every build of torch has this.
-    from torch.distributed.checkpoint import FileSystemReader, Metadata, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-            """As in torch, which runs whatever code is in the index."""
-            with open(os.path.join(folder, ".metadata"), "rb") as file:
-                return _SafeUnpickler(file).load()
-
-    prefix = "model."  # accelerate's
-    try:
-        stored = Reader(folder).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
-        raise CheckpointError(f"{folder}: not a sharded checkpoint, or damaged ({error}).") from error
-    entries = {
-        name.removeprefix(prefix): entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
-        load({prefix + name: tensor}, storage_reader=Reader(folder), no_dist=True)
-        return tensor
-
-    return TensorFile(folder, {name: tuple(entry.size) for name, entry in entries.items()}, read)
-
-
 def _open_index(path: str) -> TensorFile:
     try:
         weight_map = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
@@ -328,7 +275,12 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
     if os.path.isdir(source):
         folder = os.path.join(source, hub.get("subfolder") or "")
         usual = [name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))]
-        found = [SHARDS] if is_sharded(folder) else usual[:1] or _weight_files(folder)
+        found = usual[:1] or _weight_files(folder)
+        if is_sharded(folder):
+            raise CheckpointError(
+                f"{folder}: FSDP's processes keep its weights in parts. Join them first: accelerate merge-weights"
+                f" {os.path.join(folder, SHARDS)} {folder}"
+            )
         if len(found) != 1:
             what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
             raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
@@ -372,7 +324,7 @@ def _weight_files(folder: str) -> list[str]:
 def is_sharded(folder: str) -> bool:
     """Whether shards are the only weights in a folder."""
     has_whole = any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHT_NAMES)
-    return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
+    return not has_whole and os.path.isdir(os.path.join(folder, SHARDS))
 
 
 def _read_json(path: str | None) -> dict[str, Any]:
