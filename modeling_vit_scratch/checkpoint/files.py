@@ -39,10 +39,6 @@ SHARDS = "pytorch_model_fsdp_0"
 # in a byte, and a view in a pickle may repeat one without end. Weights have one in four bytes, or in one.
 _MOST_PER_BYTE, _MOST_AT_ALL = 20, 100_000_000
 SUFFIXES = (".npz", ".safetensors", ".bin", ".pth", ".pt")
-_SAFETENSORS_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]  # the functions that unpickle them
 # Plain values that training scripts store beside the weights, some under older names. To build them runs no code.
 _HARMLESS: list[Any] = [
@@ -184,21 +180,10 @@ def to_array(tensor: Tensor) -> np.ndarray:
 def _open_safetensors(path: str) -> TensorFile:
     with safe_open(path, "pt") as file:  # checks the header, and that the file is as long as it says
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
 
     def read(name: str) -> Tensor:
-        # Not the library's own tensors, which live in the mapped file: they count twice when they are copied, and end
-        # the process when someone shortens the file.
-        if header[name]["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"its type is {header[name]['dtype']}")
-        tensor = torch.empty(shapes[name], dtype=_SAFETENSORS_TYPES[header[name]["dtype"]])
-        with open(path, "rb") as file:
-            file.seek(start + header[name]["data_offsets"][0])
-            if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != tensor.nbytes:
-                raise EOFError("the file is cut short")
-        return tensor
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name).clone()  # the library's own lives in the mapped file, which others may change
 
     return TensorFile(path, shapes, read)
 

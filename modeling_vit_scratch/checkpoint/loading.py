@@ -118,28 +118,13 @@ def _refuse_absurd(source: Any, config: ViTScratchConfig, hub: Mapping[str, Any]
     except CheckpointError:  # transformers tells what is wrong
         return
     stored = sum(map(math.prod, file.shapes.values()))
-    described = parameters_at_least(config)
+    with torch.device("meta"):
+        described = ViTScratchModel(config).num_parameters()
     if described > 10 * stored + 100_000_000:
         raise CheckpointError(
             f"{source}: its config.json describes at least {described:,} parameters, and its weights have {stored:,}. "
             "One of the two is damaged, or is meant to fill the memory."
         )
-
-
-def parameters_at_least(config: ViTScratchConfig) -> int:
-    """What grows with the fields of a configuration: projections, MLPs and positions, without making any of them."""
-    width, layers, (rows, columns) = config.hidden_size, config.num_hidden_layers, config.grid_hw
-    count = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    count += width * config.num_channels * math.prod(config.patch_hw) if config.stem_layers is None else 0
-    positions = {"learned_1d": rows * columns * width, "learned_2d": (rows + columns) * width // 2}
-    times = layers if config.position_embedding_placement == "every_layer" else 1
-    count += positions.get(config.position_embedding, 0) * times
-    if config.position_embedding == "relative_1d":
-        count += layers * (width // config.num_attention_heads) * 2 * rows * columns
-    for stage, units in enumerate(config.stem_layers or ()):
-        count += units * 17 * (config.stem_width * 2**stage) ** 2
-    head = config.representation_size or 0
-    return count + width * (config.num_register_tokens + head) + (head or width) * config.num_labels
 
 
 def _differences(cls: type, old: ViTScratchConfig | None, kwargs: Mapping[str, Any]) -> set[str]:
