@@ -89,22 +89,6 @@ def test_a_patch_that_shrinks_is_flexivits_least_squares():
     assert np.allclose(resize_patch_kernel(kernel, (3, 3)).numpy().ravel(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5), (12, 16)])
-def test_bilinear_kernels_keep_the_token_of_a_plain_patch(size):
-    kernel = torch.rand(2, 3, 6, 8, dtype=torch.float64)
-    resized = resize_patch_kernel(kernel, size, "bilinear")
-    constant = torch.ones(2, 3, 6, 8, dtype=torch.float64)
-    if size == (12, 16):
-        assert torch.allclose(resized.sum((2, 3)), kernel.sum((2, 3)))
-    assert resized.shape == (2, 3, *size)
-    assert torch.allclose(resize_patch_kernel(constant, size, "bilinear").sum((2, 3)), constant.sum((2, 3)))
-
-
-def test_unknown_patch_resize_is_refused(folder):
-    with pytest.raises(ValueError, match="patch_resize='nearest'"):
-        ViTScratchForImageClassification.from_pretrained(folder, patch_size=2, patch_resize="nearest")
-
-
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_channels_that_are_equal_give_what_they_gave(channels):
     kernel, gray = torch.randn(5, 3, 4, 4), torch.randn(2, 1, 4, 4)

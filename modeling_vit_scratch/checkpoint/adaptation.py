@@ -16,33 +16,23 @@ from ..positions_vit_scratch import resample_positions
 from .files import shortlist
 
 
-PATCH_RESIZES = ("pseudo_inverse", "bilinear")
-
-
 def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """The matrix that resizes an image bilinearly, pixels row by row, in float64: (new pixels, old pixels)."""
     basis = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
     return F.interpolate(basis, size=new, mode="bilinear", align_corners=False).flatten(1).T
 
 
-def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], method: str = "pseudo_inverse") -> Tensor:
+def resize_patch_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, new height, new width).
-
-    `"pseudo_inverse"` (FlexiViT, Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where
-    it grows, the token that it gave before. `"bilinear"`: the kernel is resized like an image, and divided by the
-    growth of its area, so that a patch of one colour gives the token that it gave before.
+    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, new height, new width), by FlexiViT's
+    pseudo-inverse (Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where it grows, the
+    token that it gave before.
     """
-    if method not in PATCH_RESIZES:
-        raise ValueError(f"patch_resize={method!r} is unknown. Choose one of: {', '.join(map(repr, PATCH_RESIZES))}.")
     old = tuple(kernel.shape[2:])
     if old == tuple(size):
         return kernel
     matrix = resize_matrix(old, size)  # B, so that a patch x becomes B x
-    if method == "pseudo_inverse":
-        change = torch.linalg.pinv(matrix.T)  # of least norm among those with <B x, w'> = <x, w>
-    else:
-        change = matrix * (math.prod(old) / math.prod(size))
+    change = torch.linalg.pinv(matrix.T)  # of least norm among those with <B x, w'> = <x, w>
     resized = kernel.flatten(2).double() @ change.T
     return resized.unflatten(2, size).to(kernel.dtype)
 
@@ -71,9 +61,8 @@ def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int],
 
 
 def adapt(
-    source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None,
-    patch_resize: str = "pseudo_inverse",
-) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """
     The state dict for `cls(config, **arguments)`, from a `Checkpoint` of another size; it lacks only what is new and
     can't come from the checkpoint. And a line for each thing done. Raises ValueError if a tensor has another shape than
@@ -82,7 +71,7 @@ def adapt(
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in cls(config, **(arguments or {})).state_dict().items()}
     prefix = "" if any(name.startswith("vit.") for name in wanted) else "vit."
-    state, fresh, notes = {}, [], _notes(source.config, config, patch_resize)
+    state, fresh, notes = {}, [], _notes(source.config, config)
     dropped_layer = source.config.representation_size is not None and config.representation_size is None
     has_other_pixels = (source.config.patch_hw, source.config.num_channels) != (config.patch_hw, config.num_channels)
     for name in wanted:
@@ -93,7 +82,7 @@ def adapt(
         elif full not in source or (full.startswith("decoder.") and has_other_pixels):
             fresh.append(name)
         else:
-            state[name] = _fit(full, source[full], shape, source.config, config, patch_resize)
+            state[name] = _fit(full, source[full], shape, source.config, config)
     if issubclass(cls, ViTScratchForImageClassification):
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
@@ -103,9 +92,7 @@ def adapt(
     return state, notes
 
 
-def _fit(
-    name: str, stored: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str
-) -> Tensor:
+def _fit(name: str, stored: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig) -> Tensor:
     """What differs is seen from the configurations: other grids and patches can have tensors of the same shape."""
     tensor, interpolation = stored, new.position_embedding_interpolation
     if "position" in name and old.grid_hw == new.grid_hw:
@@ -125,7 +112,7 @@ def _fit(
     elif name.endswith("patch_embeddings.projection.weight"):
         if new.stem_layers is None and old.stem_layers is None:
             tensor = adapt_channels(tensor, new.num_channels)
-        tensor = resize_patch_kernel(tensor, tuple(shape[2:]), patch_resize)
+        tensor = resize_patch_kernel(tensor, tuple(shape[2:]))
     elif name.endswith("stem.root_conv.weight"):
         tensor = adapt_channels(tensor, new.num_channels)
     if tensor.shape != shape:
@@ -142,11 +129,11 @@ def _size(pair: tuple[int, int]) -> str:
     return f"{pair[0]} x {pair[1]}"
 
 
-def _notes(old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str) -> list[str]:
+def _notes(old: ViTScratchConfig, new: ViTScratchConfig) -> list[str]:
     notes = []
     if old.patch_hw != new.patch_hw:
-        how = "FlexiViT's pseudo-inverse" if patch_resize == "pseudo_inverse" else "bilinearly"
-        notes.append(f"Patch kernel: resized from {_size(old.patch_hw)} to {_size(new.patch_hw)} pixels, {how}.")
+        sizes = f"{_size(old.patch_hw)} to {_size(new.patch_hw)}"
+        notes.append(f"Patch kernel: resized from {sizes} pixels, FlexiViT's pseudo-inverse.")
     if old.num_channels != new.num_channels:
         how = "summed" if new.num_channels == 1 else "repeated in turn and scaled"
         about = " (about the same only: the stem standardises its weights)" if new.stem_layers is not None else ""

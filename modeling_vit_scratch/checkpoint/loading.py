@@ -40,18 +40,16 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
 
     - `source` may be a checkpoint of any format in `FORMATS`: a file, a folder or a Hub id, or a `Checkpoint`;
     - what the stored weights don't fit is adapted, and a warning says it: `image_size=(H, W)` resamples positions,
-      `patch_size` resizes the patch kernel, `num_channels` adapts the first kernel, `num_labels` gives a new classifier
-      of zeros, `representation_size=None` takes the tanh layer before it away. (For a folder of this package another
-      `num_labels` and nothing else needs `ignore_mismatched_sizes=True`, as in transformers.)
-    - `patch_resize` is how the patch kernel is resized, FlexiViT's `"pseudo_inverse"` (the default) or `"bilinear"`;
-      `source_image_size` is what stored positions are for, where they are on a rectangle and the file doesn't say;
+      `patch_size` resizes the patch kernel as FlexiViT does, `num_channels` adapts the first kernel, `num_labels` gives
+      a new classifier of zeros, `representation_size=None` takes the tanh layer before it away. (For a folder of this
+      package another `num_labels` and nothing else needs `ignore_mismatched_sizes=True`, as in transformers.)
+    - `source_image_size` is what stored positions are for, where they are on a rectangle and the file doesn't say;
     - the image processor that fits is `model.image_processor`, and is saved with the model.
 
     Raises:
         CheckpointError: if a checkpoint can't be read exactly.
         ValueError: if there is no way to adapt it.
     """
-    patch_resize = kwargs.pop("patch_resize", "pseudo_inverse")
     source_image_size = kwargs.pop("source_image_size", None)
     if source is None or any(kwargs.get(name) is not None for name in _TRANSFORMERS_ONLY):
         return load(source, *args, **kwargs)
@@ -75,7 +73,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     logger.info(checkpoint.describe())
     config, rest = _target_config(checkpoint.config, kwargs)
     arguments = {name: rest[name] for name in ("add_pooling_layer", "use_mask_token") if name in rest}
-    state, notes = adapt(checkpoint, config, cls, arguments, patch_resize)
+    state, notes = adapt(checkpoint, config, cls, arguments)
     for note in checkpoint.notes + notes:
         logger.warning(note)
     for name in (*_HUB_ARGUMENTS, "ignore_mismatched_sizes"):
