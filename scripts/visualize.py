@@ -61,8 +61,8 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
     from modeling_vit_scratch.visualization.arrays import find_photos, open_model
     from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-    from modeling_vit_scratch.visualization.descriptions import LIMITS
     from modeling_vit_scratch.visualization.figures import check_drawing
+    from modeling_vit_scratch.visualization.limits import LIMITS
 
     size, arrays = arguments.image_size, arguments.save_arrays
     file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")
@@ -87,7 +87,8 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each figure."""
-    from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+    from modeling_vit_scratch.visualization.limits import LIMITS
+    from startup.figures import DESCRIPTIONS
 
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)
