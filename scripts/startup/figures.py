@@ -55,3 +55,10 @@ and every head for the first one below. Where a model has no such figure, the sh
 explained in its own --help.
 """,
 }
+
+AUGMENTATION = """
+What training sees: images as they are, and as augmentation and mixing make them, epoch by epoch.
+
+Takes the flags of scripts/finetune.py, whose --help lists them, --recipe too, and writes augmentation.png into
+--output_dir (default: outputs/preview).
+"""
