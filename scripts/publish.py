@@ -121,7 +121,7 @@ def refresh_code(arguments: argparse.Namespace) -> None:
     if arguments.repo_id or arguments.space or arguments.private or arguments.license:
         raise InputError("--refresh_code takes a folder or a Hub id, --yes, --revision and --create_pr, nothing else.")
     renewal = plan_renewal(arguments.folder, arguments.revision)
-    print(*renewal.describe(), sep="\n")
+    print(*renewal.lines, sep="\n")
     if renewal.uploads and not arguments.yes:
         print("Nothing was changed. To write the new files, add --yes.")
     elif renewal.uploads:
