@@ -53,9 +53,9 @@ def main() -> None:
         arguments = read_arguments(parser)
 
     import torch
+    from conversion.steps import convert
 
     from modeling_vit_scratch.checkpoint.files import CheckpointError
-    from modeling_vit_scratch.checkpoint.loading import convert
 
     if "dtype" in arguments:
         arguments["dtype"] = getattr(torch, arguments["dtype"])

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 from accelerate.utils import merge_fsdp_weights
+from conversion.steps import convert
 from forked import run_script
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
@@ -15,7 +16,6 @@ from two_processes import SGD
 
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.checkpoint.files import CheckpointError
-from modeling_vit_scratch.checkpoint.loading import convert
 
 
 def parquet_shards(folder: Path) -> str:

@@ -14,16 +14,14 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..common.errors import InputError
-from ..common.files import share
 from ..common.pretrained import load_processor
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .adaptation import adapt, adapted_processor
-from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors, shortlist
-from .formats import FORMATS, NATIVE
+from .conversion import Checkpoint, load_checkpoint
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
+from .formats import NATIVE
 
 
 logger = logging.get_logger(__name__)
@@ -155,60 +153,3 @@ def _overridable() -> set[str]:
     """The arguments of `from_pretrained` that are fields of the configuration."""
     known = {"num_labels", "output_attentions", "output_hidden_states", "return_dict", "name_or_path"}
     return known | {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
-
-
-def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> None:
-    if os.path.exists(source):
-        read, written = Path(source).resolve(), output.resolve()
-        if written == read or written in read.parents or (read in written.parents and output.exists()):
-            raise InputError(f"{output} is, holds or is part of {source}, which is read. Give another name.")
-    names = sorted(os.listdir(output)) if output.is_dir() else []
-    if not overwrite and (names or output.is_file()):
-        listed = f", with {shortlist(names, 8)}" if names else ""
-        raise InputError(
-            f"{output} is there already{listed}. Give another name, or --overwrite to write over what has the same"
-            " names."
-        )
-
-
-def _times(folder: Path) -> dict[str, int]:
-    """Name and time of everything in a folder; empty for a file."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} if folder.is_dir() else {}
-
-
-def convert(
-    source: str | os.PathLike, output: str | os.PathLike, format: str = NATIVE.name, verify: bool = False,
-    inexact: bool = False, overwrite: bool = False, **overrides: Any,
-) -> None:  # fmt: skip
-    """
-    Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each. The options are those of
-    `scripts/convert.py`, and `overrides` as `from_pretrained` takes them. Raises ValueError as `load_checkpoint` and
-    `save_checkpoint`, and if the output is the source or is there already.
-    """
-    output = Path(output)
-    _check_output(source, output, overwrite)
-    before = _times(output)
-    checkpoint = load_checkpoint(source, overrides)
-    print(checkpoint.describe())
-    cls: type = ViTScratchModel
-    if "decoder.weight" in checkpoint:
-        cls = ViTScratchForMaskedImageModeling
-    elif "classifier.weight" in checkpoint or "num_labels" in overrides or "id2label" in overrides:
-        cls = ViTScratchForImageClassification
-    if verify:
-        from .verification import largest_difference  # it imports what is compared with
-
-        result = largest_difference(checkpoint, cls.from_pretrained(checkpoint, dtype=torch.float32))
-        if isinstance(result, str):
-            print(f"Not verified: {result}.")
-        else:
-            print(f"Verified: largest difference {result[0]:.2e}, where the largest value is {result[1]:.2e}.")
-    model = cls.from_pretrained(checkpoint, **overrides)
-    if format == NATIVE.name:
-        model.save_pretrained(output)
-        share(*Path(output).glob("*.safetensors"))
-    else:
-        save_checkpoint(model, output, format, exact=not inexact)
-    print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")
-    if left := sorted(name for name, time in _times(output).items() if before.get(name) == time):
-        print(f"Left as they were, and not about these weights: {', '.join(left)}.")
