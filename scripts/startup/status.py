@@ -36,9 +36,8 @@ def run_command_line(main: Callable[[], int | None]) -> int:
             _print_error(f"error: {error}")
         return 2
     except Exception as error:
-        from modeling_vit_scratch.image_decoding_vit_scratch import (
-            ImageDecodeError,  # here: it imports torch, which --help does not need
-        )
+        # Here: it imports torch, which --help does not need.
+        from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             print(f"\nerror: {error.filename or 'A file'} could not be written: {error.strerror}.", file=sys.stderr)
