@@ -53,8 +53,8 @@ def main() -> None:
         arguments = read_arguments(parser)
 
     import torch
-    from conversion.steps import convert
 
+    from conversion.steps import convert
     from modeling_vit_scratch.checkpoint.files import CheckpointError
 
     if "dtype" in arguments:

@@ -9,9 +9,9 @@ import json
 import pytest
 import torch
 import transformers
-from conversion.verification import largest_difference
 from safetensors.torch import load_file
 
+from conversion.verification import largest_difference
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint

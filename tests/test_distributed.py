@@ -8,12 +8,12 @@ import datasets
 import pytest
 import torch
 from accelerate.utils import merge_fsdp_weights
-from conversion.steps import convert
 from forked import run_script
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
 from two_processes import SGD
 
+from conversion.steps import convert
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from modeling_vit_scratch.checkpoint.files import CheckpointError
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from conversion.verification import model_output
 from torch import nn
 
 from benchmarks.peers import PEERS, build_peers, random_batch
 from benchmarks.timing import OURS
+from conversion.verification import model_output
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 
-from ..common.errors import InputError
-from ..common.files import write_text
-from ..configuration_vit_scratch import AUTO_MAP, CODE_VERSION
-from .commit import commit, find_model, prepare
-from .contents import CODE, Upload, changed_code
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.files import write_text
+from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP, CODE_VERSION
+from modeling_vit_scratch.hub.commit import commit, find_model, prepare
+from modeling_vit_scratch.hub.contents import CODE, Upload, changed_code
 
 
 # The two versions of the code may round otherwise.
