@@ -33,9 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--image_size", type=int, nargs="+", metavar="N", help="height and width, or one number for both"
     )
     parser.add_argument("--patch_size", type=int, nargs="+", metavar="N", help="the same for patches")
-    parser.add_argument(
-        "--patch_resize", choices=("pseudo_inverse", "bilinear"), help="how the patch kernel is resized"
-    )
     parser.add_argument("--num_channels", type=int, help="channels of the images")
     parser.add_argument("--num_labels", type=int, help="labels of a new classifier, which starts at zero")
     parser.add_argument("--labels", type=Path, help="names of labels: a line each, or a JSON list or id2label")
@@ -57,8 +54,8 @@ def main() -> None:
 
     import torch
 
+    from conversion.steps import convert
     from modeling_vit_scratch.checkpoint.files import CheckpointError
-    from modeling_vit_scratch.checkpoint.loading import convert
 
     if "dtype" in arguments:
         arguments["dtype"] = getattr(torch, arguments["dtype"])

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.errors import InputError, Problems
     from modeling_vit_scratch.hub.commit import ConnectionLost, check_permission, commit, look_up, prepare
     from modeling_vit_scratch.hub.contents import leaks_in
-    from modeling_vit_scratch.hub.space import check_served, plan_space
+    from publishing.space import check_served, plan_space
 
     disable_progress_bar()
     if arguments.refresh_code:
@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def refresh_code(arguments: argparse.Namespace) -> None:
     from modeling_vit_scratch.common.errors import InputError
-    from modeling_vit_scratch.hub.refreshing import plan_renewal, renew
+    from publishing.refreshing import plan_renewal, renew
 
     if arguments.repo_id or arguments.space or arguments.private or arguments.license:
         raise InputError("--refresh_code takes a folder or a Hub id, --yes, --revision and --create_pr, nothing else.")
     renewal = plan_renewal(arguments.folder, arguments.revision)
-    print(*renewal.describe(), sep="\n")
+    print(*renewal.lines, sep="\n")
     if renewal.uploads and not arguments.yes:
         print("Nothing was changed. To write the new files, add --yes.")
     elif renewal.uploads:

@@ -17,14 +17,6 @@ from typing import Any
 from startup.quick import before_torch, run_command_line
 
 
-AUGMENTATION = """
-What training sees: images as they are, and as augmentation and mixing make them, epoch by epoch.
-
-Takes the flags of scripts/finetune.py, whose --help lists them, --recipe too, and writes augmentation.png into
---output_dir (default: outputs/preview).
-"""
-
-
 def main() -> None:
     with before_torch():
         arguments, rest = build_parser().parse_known_args()
@@ -61,8 +53,8 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
     from modeling_vit_scratch.visualization.arrays import find_photos, open_model
     from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-    from modeling_vit_scratch.visualization.descriptions import LIMITS
     from modeling_vit_scratch.visualization.figures import check_drawing
+    from modeling_vit_scratch.visualization.limits import LIMITS
 
     size, arrays = arguments.image_size, arguments.save_arrays
     file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")
@@ -87,7 +79,8 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each figure."""
-    from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+    from modeling_vit_scratch.visualization.limits import LIMITS
+    from startup.figures import AUGMENTATION, DESCRIPTIONS
 
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)

@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 from tiny_images import CLASSES, class_folders, image, load_script
 
-from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.evaluation.report import choose_examples
+from startup.status import run_command_line
 
 
 def run(script, *argv):

@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from conversion.verification import largest_difference
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
 from modeling_vit_scratch.checkpoint.files import CheckpointError
-from modeling_vit_scratch.checkpoint.verification import largest_difference
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 4}

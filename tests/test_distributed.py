@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes do what one does: training, held-out metrics, streams, and FSDP2 on the network's own layers."""
 
-import os
-import pickle
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from forked import run_script
 from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, build, class_folders, difference, flags, rows, weights
 from two_processes import SGD
 
+from conversion.steps import convert
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
-from modeling_vit_scratch.checkpoint.files import CheckpointError, open_shards, open_tensors
-from modeling_vit_scratch.checkpoint.loading import convert
+from modeling_vit_scratch.checkpoint.files import CheckpointError
 
 
 def parquet_shards(folder: Path) -> str:
@@ -112,8 +112,8 @@ def test_sharded_weights_have_the_average_of_whole_ones(two):
         assert sharded["losses"] == pytest.approx(whole["losses"], abs=1e-6)
         assert sharded["losses"] == again["losses"]
     stored = load_file(folder / "whole" / "checkpoint-4" / "average.safetensors")
-    shards = open_shards(folder / "sharded" / "checkpoint-4" / "average_fsdp_0")
-    assert difference(dict(shards), stored) < 1e-7
+    merge_fsdp_weights(str(folder / "sharded" / "checkpoint-4" / "average_fsdp_0"), str(folder / "merged"))
+    assert difference(load_file(folder / "merged" / "model.safetensors"), stored) < 1e-7
 
 
 def test_what_was_trained_in_shards_is_saved_whole(two):
@@ -128,21 +128,13 @@ def test_what_was_trained_in_shards_is_saved_whole(two):
     assert "modeling_vit_scratch.py" in files[0]
 
 
-def test_a_folder_of_shards_is_loaded_and_converted(two, tmp_path):
-    stored = torch.load(two["folder"] / "stored.pt")
-    model = ViTScratchForImageClassification.from_pretrained(two["folder"])
+def test_a_folder_of_shards_is_refused_with_the_command_that_joins_them(two, tmp_path):
+    stored, shards = torch.load(two["folder"] / "stored.pt"), tmp_path / "checkpoint" / "pytorch_model_fsdp_0"
+    shutil.copytree(two["folder"] / "pytorch_model_fsdp_0", shards)
+    shutil.copy(two["folder"] / "config.json", shards.parent)
+    for read in (ViTScratchForImageClassification.from_pretrained, lambda source: convert(source, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=f"accelerate merge-weights {shards} {shards.parent}"):
+            read(shards.parent)
+    merge_fsdp_weights(str(shards), str(shards.parent))
+    model = ViTScratchForImageClassification.from_pretrained(shards.parent)
     assert difference(dict(model.named_parameters()), stored) == 0.0
-    convert(two["folder"], tmp_path / "whole")
-    again = ViTScratchForImageClassification.from_pretrained(tmp_path / "whole")
-    assert difference(again.state_dict(), model.state_dict()) == 0.0
-
-
-def test_the_index_of_shards_runs_no_code(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Code()))
-    with pytest.raises(CheckpointError, match=r"posix\.mkdir, which no checkpoint needs|nt\.mkdir, which"):
-        open_tensors(tmp_path)
-    assert not (tmp_path / "harm").exists()

@@ -17,9 +17,9 @@ from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
 from modeling_vit_scratch.checkpoint.conversion import save_checkpoint
-from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.build import build_model
+from startup.status import run_command_line
 
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"

@@ -15,8 +15,9 @@ from tiny_images import CLASSES, class_folders, load_script
 from transformers.exporters import ExportedModel
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.exporting.export import Comparison, check, compare, missing_packages, photographs
+from startup.status import run_command_line
 
 
 def needs(name: str):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_images import CLASSES, ROOT, class_folders, load_script
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-from modeling_vit_scratch.common.errors import run_command_line
+from startup.status import run_command_line
 
 
 FINETUNE = ROOT / "scripts" / "finetune.py"

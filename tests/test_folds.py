@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import CLASSES, class_folders, load_script
 
-from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.data.held_out import choose_folds
+from startup.status import run_command_line
 
 
 @settings(max_examples=50, deadline=None)

@@ -17,7 +17,6 @@ from tiny_images import CLASSES
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint
 from modeling_vit_scratch.checkpoint.files import CheckpointError, open_tensors
-from modeling_vit_scratch.checkpoint.loading import parameters_at_least
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.pretrained import load_pretrained
 from modeling_vit_scratch.configuration_vit_scratch import MOST, VARIANTS
@@ -107,10 +106,6 @@ def test_a_config_of_absurd_numbers_is_refused_before_anything_is_made(folder, f
 
 def test_the_limits_are_far_from_what_people_have():
     for name, fields in VARIANTS.items():
-        config = ViTScratchConfig.from_variant(name, num_labels=1000)
-        with torch.device("meta"):
-            count = ViTScratchForImageClassification(config).num_parameters()
-        assert 0.5 * count < parameters_at_least(config) <= count, name
         for field in fields.keys() & MOST.keys():
             assert 10 * np.max(fields[field], initial=0) <= MOST[field], (name, field)
 

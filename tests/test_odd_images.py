@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_images import image, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import InputError, Problems, run_command_line
+from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.copies import find_broken
 from modeling_vit_scratch.data.dataset import PhotoPart, StoredImage
@@ -24,6 +24,7 @@ from modeling_vit_scratch.evaluation.arguments import parse_arguments as evaluat
 from modeling_vit_scratch.evaluation.data import read_evaluation_data
 from modeling_vit_scratch.image_decoding_vit_scratch import ImageDecodeError
 from modeling_vit_scratch.page.model import Viewer
+from startup.status import run_command_line
 
 
 pytestmark = [

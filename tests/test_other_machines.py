@@ -16,9 +16,9 @@ from forked import run_in_child
 from tiny_images import build, class_folders, flags, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.common.files import share, writing_problem
 from modeling_vit_scratch.data.dataset import StoredImage
+from startup.status import run_command_line
 
 
 CLUSTER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

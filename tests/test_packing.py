@@ -4,9 +4,9 @@
 import pytest
 import torch
 
+from benchmarks.packed import classify_packed
 from benchmarks.packing import difference, mixed_images, packing_ways
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration.packing import classify_packed
 
 
 SIZES = [(16, 24), (8, 8), (40, 12), (16, 24), (4, 4), (8, 8), (24, 24)]

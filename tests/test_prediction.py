@@ -24,7 +24,7 @@ from tiny_images import CLASSES, ROOT, encoded, image, load_script
 from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, on_screen, run_command_line
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, on_screen
 from modeling_vit_scratch.common.processes import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
@@ -33,6 +33,7 @@ from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.model import load_predictor
 from modeling_vit_scratch.prediction.reading import Inputs
 from modeling_vit_scratch.prediction.running import finish, open_job, run_job
+from startup.status import run_command_line
 
 
 SCRIPT = ROOT / "scripts" / "predict.py"

@@ -19,11 +19,12 @@ from tiny_images import ROOT, load_script
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards import writing
 from modeling_vit_scratch.cards.records import CardOptions
-from modeling_vit_scratch.common.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.configuration_vit_scratch import CODE_VERSION
 from modeling_vit_scratch.hub import commit as publishing_hub
-from modeling_vit_scratch.hub import refreshing
 from modeling_vit_scratch.hub.contents import CODE, collect, find_leaks, shareable, without_leaks
+from publishing import refreshing
+from startup.status import run_command_line
 
 
 CARD = """---

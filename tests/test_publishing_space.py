@@ -16,7 +16,7 @@ from loopback_hub import Repository
 from test_publishing import connect, error, folder, hub, publish, saved  # noqa: F401
 from test_remote_code import HIDDEN
 
-from modeling_vit_scratch.hub.space import CODE, GRADIO
+from publishing.space import CODE, GRADIO
 
 
 ROOT = Path(__file__).parent.parent

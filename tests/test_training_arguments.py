@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped, run_command_line
+from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, TrainingStopped
 from modeling_vit_scratch.common.files import write_manifest
 from modeling_vit_scratch.common.flags import FLAGS_ELSEWHERE
 from modeling_vit_scratch.training.command_line import build_parser, parse_arguments, split_words, trainer_flags
+from startup.status import run_command_line
 
 
 def parse(*argv):

@@ -291,7 +291,7 @@ import resource, sys
 from tiny_images import build
 from transformers import TrainerCallback
 from pathlib import Path
-from modeling_vit_scratch.common.errors import run_command_line
+from startup.status import run_command_line
 
 class Fill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

@@ -22,9 +22,10 @@ from experiments.summary import build_cells, build_record
 from experiments.writing import markdown
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.cards.values import PRETRAINED, SCRATCH, find, gain_in_words
-from modeling_vit_scratch.common.errors import InputError, TrainingStopped, run_command_line
+from modeling_vit_scratch.common.errors import InputError, TrainingStopped
 from modeling_vit_scratch.training.build import build_model, load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments
+from startup.status import run_command_line
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_sigterm_ends_all_processes(scripts, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import sys; from pathlib import Path\n"
-        "from modeling_vit_scratch.common.errors import run_command_line\n"
+        "from startup.status import run_command_line\n"
         "from experiments.plan import Run\n"
         "from experiments.running import run_all\n"
         "runs = [Run('finetune', 'pets', 'pretrained', seed, None, ('hang',)) for seed in range(3)]\n"

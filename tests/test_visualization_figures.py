@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchImageProcessor
-from modeling_vit_scratch.common.errors import InputError, run_command_line
+from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.visualization import figures
 from modeling_vit_scratch.visualization.arrays import (
     as_pixels,
@@ -29,7 +29,9 @@ from modeling_vit_scratch.visualization.arrays import (
     rollout_maps,
 )
 from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-from modeling_vit_scratch.visualization.descriptions import DESCRIPTIONS, LIMITS
+from modeling_vit_scratch.visualization.limits import LIMITS
+from startup.figures import DESCRIPTIONS
+from startup.status import run_command_line
 
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -16,33 +16,23 @@ from ..positions_vit_scratch import resample_positions
 from .files import shortlist
 
 
-PATCH_RESIZES = ("pseudo_inverse", "bilinear")
-
-
 def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """The matrix that resizes an image bilinearly, pixels row by row, in float64: (new pixels, old pixels)."""
     basis = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
     return F.interpolate(basis, size=new, mode="bilinear", align_corners=False).flatten(1).T
 
 
-def resize_patch_kernel(kernel: Tensor, size: tuple[int, int], method: str = "pseudo_inverse") -> Tensor:
+def resize_patch_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, new height, new width).
-
-    `"pseudo_inverse"` (FlexiViT, Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where
-    it grows, the token that it gave before. `"bilinear"`: the kernel is resized like an image, and divided by the
-    growth of its area, so that a patch of one colour gives the token that it gave before.
+    A patch kernel for patches of another size, (D, C, height, width) -> (D, C, new height, new width), by FlexiViT's
+    pseudo-inverse (Beyer et al., arXiv:2212.08013, 3.4): a patch that is resized bilinearly gives, where it grows, the
+    token that it gave before.
     """
-    if method not in PATCH_RESIZES:
-        raise ValueError(f"patch_resize={method!r} is unknown. Choose one of: {', '.join(map(repr, PATCH_RESIZES))}.")
     old = tuple(kernel.shape[2:])
     if old == tuple(size):
         return kernel
     matrix = resize_matrix(old, size)  # B, so that a patch x becomes B x
-    if method == "pseudo_inverse":
-        change = torch.linalg.pinv(matrix.T)  # of least norm among those with <B x, w'> = <x, w>
-    else:
-        change = matrix * (math.prod(old) / math.prod(size))
+    change = torch.linalg.pinv(matrix.T)  # of least norm among those with <B x, w'> = <x, w>
     resized = kernel.flatten(2).double() @ change.T
     return resized.unflatten(2, size).to(kernel.dtype)
 
@@ -70,42 +60,9 @@ def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int],
     return torch.cat([weight[:, :placed], grid.flatten(1, 2).to(weight.dtype)], dim=1)
 
 
-def resize_relative_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """
-    Embeddings of distances, counted in patches row by row, for another grid: (2 N - 1, E) -> (2 N' - 1, E).
-
-    Pairs that are as far apart when counted row by row can be so in two directions; the table has room for their mean.
-    """
-    (rows, columns), (old_rows, old_columns) = new, old
-    y = torch.arange(1 - rows, rows, dtype=torch.float64)
-    x = torch.arange(1 - columns, columns, dtype=torch.float64)
-    pairs = torch.outer(rows - y.abs(), columns - x.abs()).flatten()  # pairs of patches so many rows and columns apart
-    index = (torch.outer(y * columns, torch.ones_like(x)) + x).flatten().long() + rows * columns - 1
-    moved_y, moved_x = y * (old_rows - 1) / max(rows - 1, 1), x * (old_columns - 1) / max(columns - 1, 1)
-    place = (torch.outer(moved_y * old_columns, torch.ones_like(x)) + moved_x).flatten() + old_rows * old_columns - 1
-    below, above = place.floor().long(), place.ceil().long()
-    values = torch.lerp(weight[below].double(), weight[above].double(), (place - below)[:, None])
-    sums = torch.zeros(2 * rows * columns - 1, weight.shape[1], dtype=torch.float64)
-    sums.index_add_(0, index, values * pairs[:, None])
-    return (sums / torch.zeros(len(sums), dtype=torch.float64).index_add_(0, index, pairs)[:, None]).to(weight.dtype)
-
-
-def adapt_decoder(weight: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
-    """A decoder to patches (C, height, width) of another size: what it paints is resized, averaged or repeated."""
-    flat = weight.dim() == 1
-    painted = (weight[:, None] if flat else weight).double().unflatten(0, old).permute(3, 0, 1, 2)  # (D, C, h, w)
-    painted = F.interpolate(painted, size=new[1:], mode="bilinear", align_corners=False)
-    if new[0] == 1:
-        painted = painted.mean(dim=1, keepdim=True)
-    painted = painted.repeat(1, -(-new[0] // painted.shape[1]), 1, 1)[:, : new[0]]
-    painted = painted.permute(1, 2, 3, 0).flatten(0, 2).to(weight.dtype)
-    return painted[:, 0] if flat else painted
-
-
 def adapt(
-    source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None,
-    patch_resize: str = "pseudo_inverse",
-) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    source: Mapping[str, Tensor], config: ViTScratchConfig, cls: type, arguments: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """
     The state dict for `cls(config, **arguments)`, from a `Checkpoint` of another size; it lacks only what is new and
     can't come from the checkpoint. And a line for each thing done. Raises ValueError if a tensor has another shape than
@@ -114,17 +71,18 @@ def adapt(
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in cls(config, **(arguments or {})).state_dict().items()}
     prefix = "" if any(name.startswith("vit.") for name in wanted) else "vit."
-    state, fresh, notes = {}, [], _notes(source.config, config, patch_resize)
+    state, fresh, notes = {}, [], _notes(source.config, config)
     dropped_layer = source.config.representation_size is not None and config.representation_size is None
+    has_other_pixels = (source.config.patch_hw, source.config.num_channels) != (config.patch_hw, config.num_channels)
     for name in wanted:
         full, shape = prefix + name, wanted[name]
         is_head = full.startswith(("classifier.", "distillation_classifier."))
         if is_head and (full not in source or config.num_labels != source.config.num_labels or dropped_layer):
             state[name] = torch.zeros(shape, dtype=next((t.dtype for t in state.values()), torch.float32))
-        elif full not in source:
+        elif full not in source or (full.startswith("decoder.") and has_other_pixels):
             fresh.append(name)
         else:
-            state[name] = _fit(full, source[full], shape, source.config, config, patch_resize)
+            state[name] = _fit(full, source[full], shape, source.config, config)
     if issubclass(cls, ViTScratchForImageClassification):
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
@@ -134,9 +92,7 @@ def adapt(
     return state, notes
 
 
-def _fit(
-    name: str, stored: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str
-) -> Tensor:
+def _fit(name: str, stored: Tensor, shape: torch.Size, old: ViTScratchConfig, new: ViTScratchConfig) -> Tensor:
     """What differs is seen from the configurations: other grids and patches can have tensors of the same shape."""
     tensor, interpolation = stored, new.position_embedding_interpolation
     if "position" in name and old.grid_hw == new.grid_hw:
@@ -148,16 +104,17 @@ def _fit(
     elif "position_embeddings." in name:
         tensor = resize_positions(tensor, old.grid_hw, new.grid_hw, interpolation)
     elif name.endswith("relative_positions.weight"):
-        tensor = resize_relative_positions(tensor, old.grid_hw, new.grid_hw)
+        raise ValueError(
+            f"position_embedding='relative_1d' has a table for {_size(old.grid_hw)} patches, which is not adapted to"
+            f" {_size(new.grid_hw)}. The model takes images of {_size(new.image_hw)} pixels as it is: leave image_size"
+            " and patch_size out."
+        )
     elif name.endswith("patch_embeddings.projection.weight"):
         if new.stem_layers is None and old.stem_layers is None:
             tensor = adapt_channels(tensor, new.num_channels)
-        tensor = resize_patch_kernel(tensor, tuple(shape[2:]), patch_resize)
+        tensor = resize_patch_kernel(tensor, tuple(shape[2:]))
     elif name.endswith("stem.root_conv.weight"):
         tensor = adapt_channels(tensor, new.num_channels)
-    elif name.startswith("decoder."):
-        before, after = (old.num_channels, *old.patch_hw), (new.num_channels, *new.patch_hw)
-        tensor = tensor if before == after else adapt_decoder(tensor, before, after)
     if tensor.shape != shape:
         raise ValueError(
             f"{name} has the shape {tuple(tensor.shape)} in the checkpoint and {tuple(shape)} in the model, and there"
@@ -168,28 +125,29 @@ def _fit(
     return stored if tensor is stored else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _notes(old: ViTScratchConfig, new: ViTScratchConfig, patch_resize: str) -> list[str]:
-    def size(pair: tuple[int, int]) -> str:
-        return f"{pair[0]} x {pair[1]}"
+def _size(pair: tuple[int, int]) -> str:
+    return f"{pair[0]} x {pair[1]}"
 
+
+def _notes(old: ViTScratchConfig, new: ViTScratchConfig) -> list[str]:
     notes = []
     if old.patch_hw != new.patch_hw:
-        how = "FlexiViT's pseudo-inverse" if patch_resize == "pseudo_inverse" else "bilinearly"
-        notes.append(f"Patch kernel: resized from {size(old.patch_hw)} to {size(new.patch_hw)} pixels, {how}.")
+        sizes = f"{_size(old.patch_hw)} to {_size(new.patch_hw)}"
+        notes.append(f"Patch kernel: resized from {sizes} pixels, FlexiViT's pseudo-inverse.")
     if old.num_channels != new.num_channels:
         how = "summed" if new.num_channels == 1 else "repeated in turn and scaled"
         about = " (about the same only: the stem standardises its weights)" if new.stem_layers is not None else ""
         notes.append(f"Input channels: {old.num_channels} to {new.num_channels}, the kernel's {how}{about}.")
     if old.grid_hw != new.grid_hw and new.position_embedding != "none":
-        grids = f"grid {size(old.grid_hw)} to {size(new.grid_hw)}, images {size(old.image_hw)} to {size(new.image_hw)}"
-        how = {
-            "sincos_2d": "computed for the new grid",
-            "relative_1d": "table of distances resampled, which is an approximation",
-        }.get(new.position_embedding, f"resampled, {new.position_embedding_interpolation}")
+        grids = (
+            f"grid {_size(old.grid_hw)} to {_size(new.grid_hw)}, images {_size(old.image_hw)} to {_size(new.image_hw)}"
+        )
+        is_computed = new.position_embedding == "sincos_2d"
+        how = "computed for the new grid" if is_computed else f"resampled, {new.position_embedding_interpolation}"
         notes.append(f"Positions: {how}; {grids}.")
     elif old.image_hw != new.image_hw:
         notes.append(
-            f"Images: {size(old.image_hw)} to {size(new.image_hw)}; the grid of patches stays {size(old.grid_hw)}."
+            f"Images: {_size(old.image_hw)} to {_size(new.image_hw)}; the grid of patches stays {_size(old.grid_hw)}."
         )
     if old.representation_size is not None and new.representation_size is None:
         notes.append(f"Representation layer: {old.representation_size} wide in the checkpoint, taken away.")

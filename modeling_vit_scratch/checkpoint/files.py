@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors, PyTorch's own and FSDP's shards.
-The first bytes say what a file is, whatever its name.
+Files of tensors, read one tensor at a time and never as code: `.npz`, safetensors and PyTorch's own. The first bytes
+say what a file is, whatever its name.
 """
 
 import argparse
@@ -39,10 +39,6 @@ SHARDS = "pytorch_model_fsdp_0"
 # in a byte, and a view in a pickle may repeat one without end. Weights have one in four bytes, or in one.
 _MOST_PER_BYTE, _MOST_AT_ALL = 20, 100_000_000
 SUFFIXES = (".npz", ".safetensors", ".bin", ".pth", ".pt")
-_SAFETENSORS_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _SCALAR, _ARRAY = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]  # the functions that unpickle them
 # Plain values that training scripts store beside the weights, some under older names. To build them runs no code.
 _HARMLESS: list[Any] = [
@@ -91,12 +87,10 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """A file of tensors, the index (`.index.json`) of several, or a folder of shards. Raises CheckpointError."""
+    """A file of tensors, or the index (`.index.json`) of several. Raises CheckpointError."""
     path = os.fspath(path)
     if path.endswith(".index.json"):
         return _open_index(path)
-    if os.path.isdir(path):
-        return open_shards(path)
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -186,21 +180,10 @@ def to_array(tensor: Tensor) -> np.ndarray:
 def _open_safetensors(path: str) -> TensorFile:
     with safe_open(path, "pt") as file:  # checks the header, and that the file is as long as it says
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
 
     def read(name: str) -> Tensor:
-        # Not the library's own tensors, which live in the mapped file: they count twice when they are copied, and end
-        # the process when someone shortens the file.
-        if header[name]["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"its type is {header[name]['dtype']}")
-        tensor = torch.empty(shapes[name], dtype=_SAFETENSORS_TYPES[header[name]["dtype"]])
-        with open(path, "rb") as file:
-            file.seek(start + header[name]["data_offsets"][0])
-            if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != tensor.nbytes:
-                raise EOFError("the file is cut short")
-        return tensor
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name).clone()  # the library's own lives in the mapped file, which others may change
 
     return TensorFile(path, shapes, read)
 
@@ -232,57 +215,6 @@ def _flat(content: object, seen: set[int], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{key}", value
         else:
             yield from _flat(value, seen, f"{prefix}{key}.")
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Builds what the index of a sharded checkpoint is made of, and nothing else."""
-
-    ALLOWED = {
-        "torch": ("Size", "device", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))),
-        "torch.serialization": ("_get_layout",),
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-        "collections": ("OrderedDict",),
-        "pathlib": ("PosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "WindowsPath"),  # from Python 3.13 on
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> object:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def open_shards(folder: str) -> TensorFile:
-    """The weights that FSDP's processes wrote into a folder, each in parts, through accelerate."""
-    # Not every build of torch has this.
-    from torch.distributed.checkpoint import FileSystemReader, Metadata, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-            """As in torch, which runs whatever code is in the index."""
-            with open(os.path.join(folder, ".metadata"), "rb") as file:
-                return _SafeUnpickler(file).load()
-
-    prefix = "model."  # accelerate's
-    try:
-        stored = Reader(folder).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
-        raise CheckpointError(f"{folder}: not a sharded checkpoint, or damaged ({error}).") from error
-    entries = {
-        name.removeprefix(prefix): entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
-        load({prefix + name: tensor}, storage_reader=Reader(folder), no_dist=True)
-        return tensor
-
-    return TensorFile(folder, {name: tuple(entry.size) for name, entry in entries.items()}, read)
 
 
 def _open_index(path: str) -> TensorFile:
@@ -328,7 +260,12 @@ def find_files(source: str | os.PathLike, **hub: str) -> tuple[str, dict, dict]:
     if os.path.isdir(source):
         folder = os.path.join(source, hub.get("subfolder") or "")
         usual = [name for name in WEIGHT_NAMES if os.path.isfile(os.path.join(folder, name))]
-        found = [SHARDS] if is_sharded(folder) else usual[:1] or _weight_files(folder)
+        found = usual[:1] or _weight_files(folder)
+        if is_sharded(folder):
+            raise CheckpointError(
+                f"{folder}: FSDP's processes keep its weights in parts. Join them first: accelerate merge-weights"
+                f" {os.path.join(folder, SHARDS)} {folder}"
+            )
         if len(found) != 1:
             what = f"more than one: {', '.join(found)}; name the one to read" if found else "none"
             raise CheckpointError(f"{folder}: wanted one file of weights in this folder, found {what}.")
@@ -372,7 +309,7 @@ def _weight_files(folder: str) -> list[str]:
 def is_sharded(folder: str) -> bool:
     """Whether shards are the only weights in a folder."""
     has_whole = any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHT_NAMES)
-    return not has_whole and os.path.isfile(os.path.join(folder, SHARDS, ".metadata"))
+    return not has_whole and os.path.isdir(os.path.join(folder, SHARDS))
 
 
 def _read_json(path: str | None) -> dict[str, Any]:

@@ -14,16 +14,14 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from ..common.errors import InputError
-from ..common.files import share
 from ..common.pretrained import load_processor
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
+from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .adaptation import adapt, adapted_processor
-from .conversion import Checkpoint, load_checkpoint, save_checkpoint
-from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors, shortlist
-from .formats import FORMATS, NATIVE
+from .conversion import Checkpoint, load_checkpoint
+from .files import SUFFIXES, CheckpointError, find_files, is_sharded, open_tensors
+from .formats import NATIVE
 
 
 logger = logging.get_logger(__name__)
@@ -40,18 +38,16 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
 
     - `source` may be a checkpoint of any format in `FORMATS`: a file, a folder or a Hub id, or a `Checkpoint`;
     - what the stored weights don't fit is adapted, and a warning says it: `image_size=(H, W)` resamples positions,
-      `patch_size` resizes the patch kernel, `num_channels` adapts the first kernel, `num_labels` gives a new classifier
-      of zeros, `representation_size=None` takes the tanh layer before it away. (For a folder of this package another
-      `num_labels` and nothing else needs `ignore_mismatched_sizes=True`, as in transformers.)
-    - `patch_resize` is how the patch kernel is resized, FlexiViT's `"pseudo_inverse"` (the default) or `"bilinear"`;
-      `source_image_size` is what stored positions are for, where they are on a rectangle and the file doesn't say;
+      `patch_size` resizes the patch kernel as FlexiViT does, `num_channels` adapts the first kernel, `num_labels` gives
+      a new classifier of zeros, `representation_size=None` takes the tanh layer before it away. (For a folder of this
+      package another `num_labels` and nothing else needs `ignore_mismatched_sizes=True`, as in transformers.)
+    - `source_image_size` is what stored positions are for, where they are on a rectangle and the file doesn't say;
     - the image processor that fits is `model.image_processor`, and is saved with the model.
 
     Raises:
         CheckpointError: if a checkpoint can't be read exactly.
         ValueError: if there is no way to adapt it.
     """
-    patch_resize = kwargs.pop("patch_resize", "pseudo_inverse")
     source_image_size = kwargs.pop("source_image_size", None)
     if source is None or any(kwargs.get(name) is not None for name in _TRANSFORMERS_ONLY):
         return load(source, *args, **kwargs)
@@ -75,7 +71,7 @@ def from_pretrained(cls: type, load: Callable[..., Any], source: Any, *args: Any
     logger.info(checkpoint.describe())
     config, rest = _target_config(checkpoint.config, kwargs)
     arguments = {name: rest[name] for name in ("add_pooling_layer", "use_mask_token") if name in rest}
-    state, notes = adapt(checkpoint, config, cls, arguments, patch_resize)
+    state, notes = adapt(checkpoint, config, cls, arguments)
     for note in checkpoint.notes + notes:
         logger.warning(note)
     for name in (*_HUB_ARGUMENTS, "ignore_mismatched_sizes"):
@@ -118,28 +114,13 @@ def _refuse_absurd(source: Any, config: ViTScratchConfig, hub: Mapping[str, Any]
     except CheckpointError:  # transformers tells what is wrong
         return
     stored = sum(map(math.prod, file.shapes.values()))
-    described = parameters_at_least(config)
+    with torch.device("meta"):
+        described = ViTScratchModel(config).num_parameters()
     if described > 10 * stored + 100_000_000:
         raise CheckpointError(
             f"{source}: its config.json describes at least {described:,} parameters, and its weights have {stored:,}. "
             "One of the two is damaged, or is meant to fill the memory."
         )
-
-
-def parameters_at_least(config: ViTScratchConfig) -> int:
-    """What grows with the fields of a configuration: projections, MLPs and positions, without making any of them."""
-    width, layers, (rows, columns) = config.hidden_size, config.num_hidden_layers, config.grid_hw
-    count = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    count += width * config.num_channels * math.prod(config.patch_hw) if config.stem_layers is None else 0
-    positions = {"learned_1d": rows * columns * width, "learned_2d": (rows + columns) * width // 2}
-    times = layers if config.position_embedding_placement == "every_layer" else 1
-    count += positions.get(config.position_embedding, 0) * times
-    if config.position_embedding == "relative_1d":
-        count += layers * (width // config.num_attention_heads) * 2 * rows * columns
-    for stage, units in enumerate(config.stem_layers or ()):
-        count += units * 17 * (config.stem_width * 2**stage) ** 2
-    head = config.representation_size or 0
-    return count + width * (config.num_register_tokens + head) + (head or width) * config.num_labels
 
 
 def _differences(cls: type, old: ViTScratchConfig | None, kwargs: Mapping[str, Any]) -> set[str]:
@@ -172,60 +153,3 @@ def _overridable() -> set[str]:
     """The arguments of `from_pretrained` that are fields of the configuration."""
     known = {"num_labels", "output_attentions", "output_hidden_states", "return_dict", "name_or_path"}
     return known | {name for name in ViTScratchConfig.__dataclass_fields__ if not name.startswith("_")} - {"dtype"}
-
-
-def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> None:
-    if os.path.exists(source):
-        read, written = Path(source).resolve(), output.resolve()
-        if written == read or written in read.parents or (read in written.parents and output.exists()):
-            raise InputError(f"{output} is, holds or is part of {source}, which is read. Give another name.")
-    names = sorted(os.listdir(output)) if output.is_dir() else []
-    if not overwrite and (names or output.is_file()):
-        listed = f", with {shortlist(names, 8)}" if names else ""
-        raise InputError(
-            f"{output} is there already{listed}. Give another name, or --overwrite to write over what has the same"
-            " names."
-        )
-
-
-def _times(folder: Path) -> dict[str, int]:
-    """Name and time of everything in a folder; empty for a file."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} if folder.is_dir() else {}
-
-
-def convert(
-    source: str | os.PathLike, output: str | os.PathLike, format: str = NATIVE.name, verify: bool = False,
-    inexact: bool = False, overwrite: bool = False, **overrides: Any,
-) -> None:  # fmt: skip
-    """
-    Reads, adapts and writes a checkpoint, and prints what it finds and does, a line each. The options are those of
-    `scripts/convert.py`, and `overrides` as `from_pretrained` takes them. Raises ValueError as `load_checkpoint` and
-    `save_checkpoint`, and if the output is the source or is there already.
-    """
-    output = Path(output)
-    _check_output(source, output, overwrite)
-    before = _times(output)
-    checkpoint = load_checkpoint(source, overrides)
-    print(checkpoint.describe())
-    cls: type = ViTScratchModel
-    if "decoder.weight" in checkpoint:
-        cls = ViTScratchForMaskedImageModeling
-    elif "classifier.weight" in checkpoint or "num_labels" in overrides or "id2label" in overrides:
-        cls = ViTScratchForImageClassification
-    if verify:
-        from .verification import largest_difference  # it imports what is compared with
-
-        result = largest_difference(checkpoint, cls.from_pretrained(checkpoint, dtype=torch.float32))
-        if isinstance(result, str):
-            print(f"Not verified: {result}.")
-        else:
-            print(f"Verified: largest difference {result[0]:.2e}, where the largest value is {result[1]:.2e}.")
-    model = cls.from_pretrained(checkpoint, **overrides)
-    if format == NATIVE.name:
-        model.save_pretrained(output)
-        share(*Path(output).glob("*.safetensors"))
-    else:
-        save_checkpoint(model, output, format, exact=not inexact)
-    print(f"Written: {output} ({FORMATS[format].title}, {cls.__name__}, {model.num_parameters():,} parameters).")
-    if left := sorted(name for name, time in _times(output).items() if before.get(name) == time):
-        print(f"Left as they were, and not about these weights: {', '.join(left)}.")

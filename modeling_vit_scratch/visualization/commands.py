@@ -21,8 +21,8 @@ from ..data.streams import StreamDataset
 from ..modeling_vit_scratch import ViTScratchPreTrainedModel
 from ..page.pictures import MAX_TILES
 from . import arrays, figures
-from .descriptions import LIMITS
 from .figures import TITLES
+from .limits import LIMITS
 
 
 @dataclass(frozen=True)

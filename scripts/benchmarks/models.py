@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.peers import PEERS, build_peers, random_batch
 from benchmarks.timing import OURS
+from conversion.verification import model_output
 from modeling_vit_scratch.acceleration.speed_up import speed_up
-from modeling_vit_scratch.checkpoint.verification import model_output
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_vit_scratch.acceleration.packing import classify_packed
+from benchmarks.packed import classify_packed
 from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from conversion.verification import model_output, reference_model
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
 from modeling_vit_scratch.checkpoint.formats import TIMM, TORCHVISION, TRANSFORMERS
-from modeling_vit_scratch.checkpoint.verification import model_output, reference_model
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
 

@@ -273,7 +273,7 @@ def measure_loading(arguments: argparse.Namespace) -> None:
 def measure_packing(arguments: argparse.Namespace) -> None:
     """
     Images with the aspect ratios of photos and areas from 64 x 64 to 288 x 288 pixels, in one pass: packed into one
-    sequence (modeling_vit_scratch/packing.py), padded to the longest and masked, and one by one. In float32, on the
+    sequence (benchmarks/packed.py), padded to the longest and masked, and one by one. In float32, on the
     CPU; the logits of all ways are compared first.
     """
     import torch

@@ -46,4 +46,4 @@ if PACKAGE not in sys.modules:  # lets its modules be imported without its __ini
         raise ModuleNotFoundError(f"{PACKAGE} is not installed here: pip install -e .", name=PACKAGE)
     sys.modules[PACKAGE] = importlib.util.module_from_spec(_spec)
 
-from modeling_vit_scratch.common.errors import run_command_line  # noqa: E402, F401
+from startup.status import run_command_line  # noqa: E402, F401

@@ -6,17 +6,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 
-from ..common.errors import InputError
-from ..common.files import write_text
-from ..configuration_vit_scratch import AUTO_MAP, CODE_VERSION
-from .commit import commit, find_model, prepare
-from .contents import CODE, Upload, changed_code
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.files import write_text
+from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP, CODE_VERSION
+from modeling_vit_scratch.hub.commit import commit, find_model, prepare
+from modeling_vit_scratch.hub.contents import CODE, Upload, changed_code
 
 
 # The two versions of the code may round otherwise.
@@ -45,24 +46,12 @@ torch.save(outputs, result)
 """
 
 
-@dataclass(frozen=True)
-class Renewal:
+class Renewal(NamedTuple):
     """What renewing would do to a folder, or to the copy of one from the Hub."""
 
     folder: Path
     uploads: list[Upload]  # the files that change
-    old_version: str  # "unknown" before 0.2.0
-    difference: float | None = None  # the largest between outputs of the old and the new code
-    error: str | None = None  # of the old code
-
-    def describe(self) -> list[str]:
-        if not self.uploads:
-            return [f"Its code is that of version {CODE_VERSION} already."]
-        lines = [f"Code of version {self.old_version}, to be replaced by version {CODE_VERSION}:"]
-        lines += [f"  {upload.path}" for upload in self.uploads]
-        if self.difference is None:
-            return [*lines, f"The old code does not run here, so there is nothing to compare with: {self.error}"]
-        return [*lines, f"Outputs of the old and the new code differ by at most {self.difference:.1e}."]
+    lines: list[str]  # for the user
 
 
 def plan_renewal(source: str, revision: str | None = None) -> Renewal:
@@ -77,14 +66,15 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if config.get("model_type") != "vit_scratch" or not config.get("architectures"):
         raise InputError(f"{source} is no folder of a vit_scratch model: its config.json does not say so.")
-    old_version = config.get("code_version", "unknown")
     new_config = {**config, "auto_map": config.get("auto_map", {}) | AUTO_MAP, "code_version": CODE_VERSION}
     uploads = [Upload(path.name, path) for path in CODE if path.name in changed_code(folder)]
     if config != new_config:
         uploads.append(Upload("config.json", (json.dumps(new_config, indent=2) + "\n").encode()))
     if not uploads:
-        return Renewal(folder, [], old_version)
-
+        return Renewal(folder, [], [f"Its code is that of version {CODE_VERSION} already."])
+    old_version = config.get("code_version", "unknown")  # before 0.2.0
+    lines = [f"Code of version {old_version}, to be replaced by version {CODE_VERSION}:"]
+    lines += [f"  {upload.path}" for upload in uploads]
     with tempfile.TemporaryDirectory() as temporary:
         renewed = Path(temporary) / "renewed"
         renewed.mkdir()
@@ -100,14 +90,16 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         try:
             old = _outputs(folder)
         except RuntimeError as error:
-            return Renewal(folder, uploads, old_version, error=str(error))
+            lines.append(f"The old code does not run here, so there is nothing to compare with: {error}")
+            return Renewal(folder, uploads, lines)
     difference = max(float((a - b).abs().max()) for a, b in zip(old, new, strict=True))
     if not difference <= TOLERANCE:
         raise InputError(
             f"{source} gives other numbers with the code of version {CODE_VERSION}: they differ by up to "
             f"{difference:.1e}, and {TOLERANCE:.0e} is the limit. Nothing was changed; please report it."
         )
-    return Renewal(folder, uploads, old_version, difference)
+    lines.append(f"Outputs of the old and the new code differ by at most {difference:.1e}.")
+    return Renewal(folder, uploads, lines)
 
 
 def renew(source: str, renewal: Renewal, revision: str | None = None, create_pr: bool = False) -> str:

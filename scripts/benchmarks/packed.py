@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 
 
 PACKED = "vit_scratch_packed"

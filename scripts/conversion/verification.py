@@ -7,10 +7,10 @@ import os
 import torch
 from torch import Tensor, nn
 
-from .conversion import Checkpoint
-from .formats import TIMM, TORCHVISION, TRANSFORMERS
-from .layouts import split
-from .their_files import their_configs
+from modeling_vit_scratch.checkpoint.conversion import Checkpoint
+from modeling_vit_scratch.checkpoint.formats import TIMM, TORCHVISION, TRANSFORMERS
+from modeling_vit_scratch.checkpoint.layouts import split
+from modeling_vit_scratch.checkpoint.their_files import their_configs
 
 
 def largest_difference(checkpoint: Checkpoint, model: nn.Module) -> tuple[float, float] | str:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures of scripts/visualize.py show, and how many photos they take; for --help, which needs no NumPy."""
-
-# Figures of photos. The paper averages the attention distance over 128 (Figure 11); the others fit on a page.
-LIMITS = {"distance": 128, "rollout": 8, "heads": 1, "gradcam": 8, "sheet": 128}
+"""What the figures of visualize.py show, for its --help."""
 
 DESCRIPTIONS: dict[str, str] = {
     "filters": """
@@ -58,3 +55,10 @@ and every head for the first one below. Where a model has no such figure, the sh
 explained in its own --help.
 """,
 }
+
+AUGMENTATION = """
+What training sees: images as they are, and as augmentation and mixing make them, epoch by epoch.
+
+Takes the flags of scripts/finetune.py, whose --help lists them, --recipe too, and writes augmentation.png into
+--output_dir (default: outputs/preview).
+"""

@@ -2,14 +2,16 @@
 """A Space on the Hub: the page of scripts/app.py for one model. It needs nothing of this package."""
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-from ..common.errors import InputError
-from .commit import PAGE, ConnectionLost, find_model
-from .contents import Upload, check_model
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.hub.commit import PAGE, ConnectionLost, find_model
+from modeling_vit_scratch.hub.contents import Upload, check_model
 
 
-CODE = sorted(file for file in Path(__file__).parents[1].glob("page/*") if file.suffix in (".py", ".html", ".css"))
+_PAGE = Path(find_spec("modeling_vit_scratch").origin).parent / "page"
+CODE = sorted(file for file in _PAGE.iterdir() if file.suffix in (".py", ".html", ".css"))
 # The versions that the tests run the page with.
 GRADIO, PYTHON = "6.31.0", "3.11"
 
