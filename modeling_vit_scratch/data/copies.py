@@ -5,8 +5,8 @@ wrong one. While all files are checked, the pixels tell which images are the sam
 
 The same are those with equal files, or with equal sizes and pixels (of larger images 128 x 128 pixels on a grid). Near
 copies are re-encoded or resized, or cropped by up to 2 % a side: a perceptual hash tells them, the mean colours and 255
-low frequencies of the image in grey. It is compared for all pairs of about the same brightness. Of up to 2,000 images the
-hashes of ten parts of each are compared, too: they find most copies that are cropped by 5 %.
+low frequencies of the image in grey. It is compared for all pairs of about the same brightness. Of up to 2,000
+images the hashes of ten parts of each are compared, too: they find most copies that are cropped by 5 %.
 """
 
 import contextlib

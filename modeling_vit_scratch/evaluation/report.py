@@ -276,9 +276,7 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
         )
         outcome = f"is reached with no score, as far as {thresholds['n']:,} images can tell. More may help."
         if thresholds["score_threshold"] is not None:
-            outcome = (
-                f"is reached from a score of {thresholds['score_threshold']:.4f} on; {thresholds['share_kept']:.2%} of "
-                f"the others have it."
-            )
+            kept = f"{thresholds['share_kept']:.2%} of the others have it"
+            outcome = f"is reached from a score of {thresholds['score_threshold']:.4f} on; {kept}."
         lines.append(f"An accuracy of {thresholds['min_accuracy']:.4g} {outcome} predict.py writes both.")
     return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])

@@ -53,6 +53,7 @@ def main(model_name: str, data_name: str, record_file: str) -> None:
         "dataset": {"name": Path(data_name).name, "images": count, "classes": classes},
         "share_of_flips": SHARE, "mean": float(np.mean(found)), "standard_deviation": float(np.std(found, ddof=1)),
         "runs": runs, **provenance("scikit-learn", "cleanlab"),
+        "command": f"python -m scripts.experiments.label_flips {model_name} {Path(data_name).name} {record_file}",
     }  # fmt: skip
     Path(record_file).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(*found, record["mean"], sep="\n")
