@@ -26,6 +26,7 @@ from modeling_vit_scratch.cards.writing import card_text, draw_curves, stored_op
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.records import digests
 from modeling_vit_scratch.evaluation.metrics import confidences, confusion, per_class, score
+from modeling_vit_scratch.evaluation.uncertainty import fit_thresholds
 from modeling_vit_scratch.hub.contents import collect, prepare_card
 
 
@@ -396,6 +397,22 @@ def test_limits_are_those_of_the_record(folder):
     assert len(re.findall("^- ", limits, re.M)) == 4
 
 
+def test_sets_and_the_score_to_answer_from_are_those_of_the_record(folder):
+    train(folder)
+    values, labels = values_and_labels()
+    fitted = fit_thresholds(values, labels, np.arange(20), np.arange(20, 60), 0.9, 0.5)
+    report(folder / "evaluation" / "digits", uncertainty=fitted)
+    text = write().text
+    assert f"a coverage of 90.00 %: on 20 other images it was {100 * fitted['measured_coverage']:.2f} %" in text
+    assert f"a score of at least {fitted['score_threshold']:g} have an accuracy of 50.00 % or more" in text
+    shutil.rmtree(folder / "evaluation")
+    report(folder / "evaluation" / "digits", uncertainty={**fitted, "score_threshold": None, "share_kept": None})
+    assert "40 images did not show a score from which the accuracy is 50.00 %." in write().text
+    shutil.rmtree(folder / "evaluation")
+    report(folder / "evaluation" / "digits")
+    assert "coverage" not in write().text
+
+
 def test_several_labels(folder):
     configure(folder, problem_type="multi_label_classification")
     train(folder, metric="mean_average_precision", metrics={"mean_average_precision": 0.98765432, "micro_f1": 0.9})
@@ -523,6 +540,7 @@ def test_the_template_is_shown_and_help_lists_its_names(folder, capsys):
         "examples",
         "training",
         "git_commit",
+        "uncertainty",
     }  # of other records
     assert {name for name in computed if not re.search(rf"\b{name}\b", told)} == set()
 

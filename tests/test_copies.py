@@ -51,6 +51,8 @@ def test_near_copies_are_found_and_a_thousand_different_pictures_are_not():
     images = [picture(number) for number in range(1000)]
     originals = hashes(images)
     assert near_pairs(originals) == []
+    parts = np.stack([pixel_hashes(image, with_parts=True)[2] for image in images])
+    assert near_pairs(originals, parts) == []
     changes = {
         "re-encoded": lambda image: encoded(image, 40),
         "smaller": lambda image: smaller(image, 0.6),
@@ -61,6 +63,17 @@ def test_near_copies_are_found_and_a_thousand_different_pictures_are_not():
         pairs = near_pairs(np.concatenate([originals[:120], hashes(map(change, images[:120]))]))
         found = sum(pair in set(pairs) for pair in zip(range(120), range(120, 240)))
         assert found >= (100 if name == "cropped" else 119), name
+        assert len(pairs) == found
+    cuts = {"middle": (0.05, 0.05, 0.95, 0.95), "corner": (0, 0.05, 0.95, 1), "left": (0.05, 0, 1, 1)}
+    for name, edges in cuts.items():
+        cropped = [
+            image.crop([round(edge * image.size[i % 2]) for i, edge in enumerate(edges)]) for image in images[:120]
+        ]
+        several = [pixel_hashes(encoded(image, 85), with_parts=True) for image in cropped]
+        whole, cut = (np.stack([one[i] for one in several]) for i in (1, 2))
+        pairs = near_pairs(np.concatenate([originals[:120], whole]), np.concatenate([parts[:120], cut]))
+        found = sum(pair in set(pairs) for pair in zip(range(120), range(120, 240)))
+        assert found >= 108, name
         assert len(pairs) == found
 
 

@@ -34,16 +34,17 @@ def test_folds_are_disjoint_and_complete_and_cut_no_group(images, count):
 
 def test_the_command_trains_each_fold_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     def finetune(*flags):
-        words = ["--train_dir", str(tmp_path / "pets"), "--variant", "test/4", "--max_steps", "1", "--folds", "2"]
+        words = ["--train_dir", str(tmp_path / "pets"), "--variant", "test/4", "--max_steps", "2", "--folds", "3"]
         words += ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "0", "--report_to", "none",
-                  "--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "False"]  # fmt: skip
+                  "--save_strategy", "steps", "--save_steps", "1",
+                  "--eval_strategy", "no", "--load_best_model_at_end", "False"]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["finetune.py", *words, *flags])
         return run_command_line(load_script("finetune").main)
 
     class_folders(tmp_path / "pets", each=5)
     assert finetune() == 0
     printed = capsys.readouterr().out
-    assert "fold 2 of 2, 50 % of each class" in printed
+    assert "fold 2 of 3, 33.3 % of each class" in printed
     result = json.loads((tmp_path / "out" / "folds.json").read_text())
     assert sum(result["n"]) == 15
     assert result["mean"] == statistics.mean(result["values"])
@@ -58,7 +59,14 @@ def test_the_command_trains_each_fold_and_goes_on_where_it_was(tmp_path, monkeyp
     assert "has folds of another run" in capsys.readouterr().err
     kept = (tmp_path / "out" / "fold1" / "model.safetensors").stat().st_mtime_ns
     before = (tmp_path / "out" / "out_of_fold.csv").read_bytes()
-    shutil.rmtree(tmp_path / "out" / "fold2")
+    # As a kill in the middle of fold 2 leaves it.
+    for file in (tmp_path / "out" / "fold2").iterdir():
+        if file.is_file():
+            file.unlink()
+    shutil.rmtree(tmp_path / "out" / "fold2" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "out" / "fold3")
     assert finetune("--resume_from_checkpoint", "True") == 0
     assert (tmp_path / "out" / "fold1" / "model.safetensors").stat().st_mtime_ns == kept
     assert (tmp_path / "out" / "out_of_fold.csv").read_bytes() == before
+    records = [json.loads((tmp_path / "out" / f"fold{number}" / "results.json").read_text()) for number in (1, 2, 3)]
+    assert [record["resumed_from"] for record in records] == [None, "checkpoint-1", None]

@@ -42,7 +42,7 @@ _EVALUATION: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # What it may have besides. It is None where a record lacks it, so that a template can ask for it.
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "git_commit": (), "resumed_from": (), "threshold": (), "examples": (),
+    "git_commit": (), "resumed_from": (), "threshold": (), "examples": (), "uncertainty": (),
     "pretraining": ("objective", "description"),
     "dataset": ("hub_id", "license", "url", "note", "seen_in_training", "overlap"),
     "model": ("base_model", "license"),

@@ -15,8 +15,8 @@ MAX_EXAMPLES = 8
 # --help: the groups of the flags, in their order.
 GROUPS = {
     "most used": (
-        "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "label_issues", "threshold",
-        "examples", "per_device_eval_batch_size", "dataloader_num_workers",
+        "split", "output_dir", "label_map", "match_labels", "crops", "calibrate", "coverage", "min_accuracy",
+        "label_issues", "threshold", "examples", "per_device_eval_batch_size", "dataloader_num_workers",
     ),
     "data": (
         "train_val_split", "dataset_config_name", "image_column_name", "label_column_name", "label_separator",
@@ -47,7 +47,18 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
     calibrate: bool = flag(
         False,
         "Fit a temperature to a random half of the images, report on the other half, and write it into "
-        "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not.",
+        "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not. With one label "
+        "per image also fit --coverage and --min_accuracy, to the other half, for predict.py.",
+    )
+    coverage: float | None = flag(
+        None, "With --calibrate: how often the set of labels has the right one. Default: 0.9", above=0, below=1
+    )
+    min_accuracy: float | None = flag(
+        None,
+        "With --calibrate: the accuracy of the answers whose score is high enough. Of others predict.py says that it "
+        "does not know. Default: 0.95",
+        above=0,
+        below=1,
     )
     label_issues: bool = flag(
         False,
@@ -121,6 +132,9 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         problems.add(f"--calibrate writes into the folder of a model, and {arguments.model} has no config.json.")
     if arguments.calibrate and arguments.crops != 1:
         problems.add("--calibrate is for the image as pipelines see it. Leave out --crops.")
+    for name in ("coverage", "min_accuracy"):
+        if getattr(arguments, name) is not None and not arguments.calibrate:
+            problems.add(f"--{name} is fitted by --calibrate. Give both.")
     if arguments.label_issues:
         arguments.split = "all" if arguments.split == "auto" else arguments.split
         missing = [name for name in ("cleanlab", "matplotlib") if importlib.util.find_spec(name) is None]

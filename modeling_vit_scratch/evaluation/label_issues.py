@@ -23,7 +23,7 @@ from .data import EvaluationData
 from .probes import Features, extract_features
 
 
-FOLDS, L2 = 5, 10.0
+FOLDS, L2 = 5, 100.0
 COLUMNS, ROWS, SHEET = 4, 6, "label_issues.png"
 
 

@@ -48,6 +48,7 @@ class Predictions(NamedTuple):
     logits: np.ndarray  # (N, V, K), float32, not divided by any temperature
     labels: np.ndarray  # (N,), or 0 and 1 (N, K)
     images_per_second: float | None  # from reading to logits, without the first batch; None if there was only one
+    features: np.ndarray  # (N, D), float32, what the classifier sees of the first view
 
 
 class ViewsDataset(ImageClassificationDataset):
@@ -92,6 +93,9 @@ def predict(
     loader, normalize = accelerator.prepare_data_loader(loader), Normalize(processor)
     model, was_calibrated = model.to(accelerator.device).eval(), config.calibrated
     logits = np.full((count, crops, config.num_labels), np.nan, dtype=np.float32)
+    features = np.zeros((count, model.classifier.in_features), dtype=np.float32)
+    seen_by_classifier: list[torch.Tensor] = []
+    hook = model.classifier.register_forward_pre_hook(lambda layer, inputs: seen_by_classifier.append(inputs[0]))
     seen, start = np.zeros(count, dtype=bool), None
     is_quiet = None if accelerator.is_main_process else True  # None: where there is no terminal
     bar = tqdm(total=count, desc="evaluating", unit=" images", disable=is_quiet, leave=False)
@@ -101,18 +105,20 @@ def predict(
             for batch in loader:
                 views = batch["pixel_values"]  # (B, V, C, H, W)
                 found = model(normalize(views.flatten(0, 1))).logits.unflatten(0, views.shape[:2])  # (B, V, K)
-                indices, found = accelerator.gather((batch["keys"][:, 2].contiguous(), found))
+                own = batch["keys"][:, 2].contiguous(), found, seen_by_classifier.pop()[::crops].contiguous()
+                indices, found, pooled = accelerator.gather(own)
                 # Processes get equally many images: some come twice, and are written to the same row.
                 rows = indices.cpu().numpy()
-                logits[rows] = found.float().cpu().numpy()
+                logits[rows], features[rows] = found.float().cpu().numpy(), pooled.float().cpu().numpy()
                 seen[rows] = True
                 bar.update(int(seen.sum()) - bar.n)
                 start = start or (time.perf_counter(), int(seen.sum()))
     finally:
         config.calibrated = was_calibrated
+        hook.remove()
     if not seen.all():
         raise RuntimeError(f"{int((~seen).sum())} of {count} images were not evaluated: this is a bug.")
     require_finite(torch.from_numpy(logits))
     rest = count - start[1]
     rate = rest / (time.perf_counter() - start[0]) if rest else None
-    return Predictions(logits, np.asarray(examples.labels), rate)
+    return Predictions(logits, np.asarray(examples.labels), rate, features)

@@ -16,6 +16,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..common import uncertainty
 from ..common.errors import InputError, on_screen
 from ..common.records import NO_PERCENT, NUM_BINS, digests, interval_of, provenance, title_of
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -25,6 +26,7 @@ from .arguments import EvaluationArguments
 from .data import EvaluationData
 from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
 from .predictions import MULTI_LABEL, Predictions
+from .uncertainty import fit_novelty, fit_thresholds
 
 
 EXAMPLES_FIGURE = "examples.png"
@@ -36,7 +38,7 @@ TEMPERATURES = (0.05, 20.0)
 class Report:
     """
     The scores of a model: `record` is that of results.json; `logits` (N, V, K), `probabilities` (N, K) and `labels`
-    (N,) or (N, K) are of the N images with the indices `rows` (N,) among all.
+    (N,) or (N, K) are of the N images with the indices `rows` (N,) among all. `novelty` is there with sets of labels.
     """
 
     record: dict[str, Any]
@@ -44,6 +46,7 @@ class Report:
     probabilities: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
+    novelty: uncertainty.Novelty | None
 
 
 def build_report(
@@ -60,6 +63,7 @@ def build_report(
     threshold = arguments.threshold or 0.5
     temperature, description = config.temperature if config.calibrated else 1.0, data.description
     seed, resamples, calibration = arguments.seed, arguments.bootstrap_resamples, None
+    thresholds, novelty = None, None
 
     def score_at(temperature: float) -> list[dict[str, Any]]:
         values = probabilities(predictions.logits[rows], temperature, is_multi_label)
@@ -76,6 +80,12 @@ def build_report(
             "fitted_to": len(fitted_rows), "fitted_temperature": fitted, "is_stored": is_better,
             "without_temperature": before, "with_fitted_temperature": after,
         }  # fmt: skip
+        if not is_multi_label:
+            values = probabilities(predictions.logits, fitted if is_better else config.temperature)
+            wanted = arguments.coverage or 0.9, arguments.min_accuracy or 0.95
+            thresholds = fit_thresholds(values, labels, fitted_rows, rows, *wanted)
+            features = predictions.features
+            novelty = fit_novelty(features[fitted_rows], labels[fitted_rows], features[rows])
         description += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
     results, labels, logits = score_at(temperature), labels[rows], predictions.logits[rows]
     values = probabilities(logits, temperature, is_multi_label)
@@ -107,7 +117,7 @@ def build_report(
             "note": source.note, "images": description, "broken_images": sorted(data.broken.values()),
             "seen_in_training": data.seen_in_training,
         },
-        "temperature": temperature, "calibration": calibration, "views": arguments.crops,
+        "temperature": temperature, "calibration": calibration, "uncertainty": thresholds, "views": arguments.crops,
         "per_class": per_class(values, labels, names, threshold),
         "confusion_matrix": {"labels": names, matrix_kind: confusion(values, labels, threshold).tolist()},
         "reliability": {
@@ -126,7 +136,7 @@ def build_report(
         },
         **provenance("numpy", "scipy", "scikit-learn", "evaluate"),
     }  # fmt: skip
-    return Report(record, logits, values, labels, rows)
+    return Report(record, logits, values, labels, rows, novelty)
 
 
 def choose_examples(is_right: np.ndarray, number: int, seed: int) -> tuple[list[int], list[int]]:
@@ -199,6 +209,11 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
         np.savez_compressed(files[-1], **arrays, label_names=names, temperature=record["temperature"])
     if arguments.calibrate and record["calibration"]["is_stored"]:
         store_temperature(arguments.model, record["temperature"])
+    if report.novelty is not None:
+        folder = Path(arguments.model)
+        thresholds = {**record["uncertainty"], "data": record["dataset"]["name"]}
+        uncertainty.store(folder, thresholds, report.novelty, ViTScratchConfig.from_pretrained(folder).temperature)
+        files += [folder / uncertainty.RECORD, folder / uncertainty.ARRAYS]
     return files
 
 
@@ -253,4 +268,15 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
             f"images: NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, "
             f"ECE {value_of(before, 'ece'):.2%} to {value_of(after, 'ece'):.2%}. {outcome}"
         )
+    if thresholds := record["uncertainty"]:
+        lines.append(
+            f"Sets of labels for a coverage of {thresholds['coverage']:.4g}: of {thresholds['n_measured']:,} other "
+            f"images {thresholds['measured_coverage']:.2%} have their label in it, and sets have "
+            f"{thresholds['mean_set_size']:.2f} labels on average."
+        )
+        outcome = f"is reached with no score, as far as {thresholds['n']:,} images can tell. More may help."
+        if thresholds["score_threshold"] is not None:
+            kept = f"{thresholds['share_kept']:.2%} of the others have it"
+            outcome = f"is reached from a score of {thresholds['score_threshold']:.4f} on; {kept}."
+        lines.append(f"An accuracy of {thresholds['min_accuracy']:.4g} {outcome} predict.py writes both.")
     return "\n".join([*lines, "Written: " + ", ".join(map(str, files))])

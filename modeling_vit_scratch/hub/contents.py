@@ -38,6 +38,7 @@ CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 _MODELS = (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
 _MODEL_FILES = {
     "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
+    "uncertainty.json", "uncertainty.safetensors",
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}

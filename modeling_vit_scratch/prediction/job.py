@@ -42,6 +42,8 @@ _PART = re.compile(r"(\d+)-(\d+)\.part")
 _PART_COLUMNS = pyarrow.schema({
     "image": pyarrow.string(), "fault": pyarrow.string(), "labels": pyarrow.list_(pyarrow.int32()),
     "scores": pyarrow.list_(pyarrow.float32()), "embedding": pyarrow.list_(pyarrow.float32()),
+    "set": pyarrow.list_(pyarrow.int32()), "abstain": pyarrow.bool_(),
+    "novelty": pyarrow.float32(), "novelty_percentile": pyarrow.float32(),
 })  # fmt: skip
 
 
@@ -222,7 +224,7 @@ class Writer:
         if batch.number != self._end:
             self.flush()
             self._first = batch.number
-        self._rows.append(part_rows(batch.names, batch.errors, *prediction))
+        self._rows.append(part_rows(batch.names, batch.errors, prediction))
         self._end = batch.number + 1
         if self.waiting * self._job.batch_size >= BLOCK or time.monotonic() - self._since >= SECONDS:
             self.flush()
@@ -233,17 +235,20 @@ class Writer:
         self._rows, self._first, self._since = [], self._end, time.monotonic()
 
 
-def part_rows(
-    names: list[str], errors: list[str | None], labels: np.ndarray, scores: np.ndarray, embeddings: np.ndarray | None
-) -> pyarrow.Table:
-    """Rows of a part: names and errors (N,), labels and scores (N, k), best first, and embeddings (N, D), or None."""
+def part_rows(names: list[str], errors: list[str | None], prediction: Prediction) -> pyarrow.Table:
+    """Rows of a part, of names (N,), errors (N,) and a prediction of N images."""
+    nothing, sets, embeddings = [None] * len(names), prediction.sets, prediction.embeddings
     columns = {
         "image": list(map(printable, names)),
         "fault": [None if error is None else printable(error) for error in errors],
-        "labels": list(labels.astype(np.int32)),
-        "scores": list(scores.astype(np.float32)),
-        "embedding": [[]] * len(names) if embeddings is None else list(embeddings),
+        "labels": list(prediction.labels.astype(np.int32)),
+        "scores": list(prediction.scores.astype(np.float32)),
+        "embedding": nothing if embeddings is None else list(embeddings),
+        "set": nothing if sets is None else [row[row >= 0] for row in sets],
     }
+    for name in ("abstain", "novelty", "novelty_percentile"):
+        values = getattr(prediction, name)
+        columns[name] = nothing if values is None else values
     return pyarrow.table(columns, schema=_PART_COLUMNS)
 
 
@@ -252,8 +257,13 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def to_output(rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None) -> pyarrow.Table:
-    """The readable images of a part, in the columns of the output. `width` is that of embeddings, if it has them."""
+def to_output(
+    rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None, more: Iterable[str] = ()
+) -> pyarrow.Table:
+    """
+    The readable images of a part, in the columns of the output, also `more` of a part. `width` is that of embeddings,
+    if it has them.
+    """
     rows = rows.filter(pyarrow.compute.is_null(rows["fault"]))
     labels, scores = (
         rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), top_k)
@@ -264,6 +274,11 @@ def to_output(rows: pyarrow.Table, label_names: list[str], top_k: int, width: in
         end = f"_{rank + 1}" if rank else ""
         columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
         columns[f"score{end}"] = pyarrow.array(scores[:, rank])
+    for name in more:
+        columns[name] = rows[name]
+        if name == "set":
+            of_images = [names[labels].tolist() for labels in rows[name].to_pylist()]
+            columns[name] = pyarrow.array(of_images, pyarrow.list_(pyarrow.string()))
     if width is not None:
         values = rows["embedding"].combine_chunks().flatten()
         columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(values, width)
@@ -271,7 +286,7 @@ def to_output(rows: pyarrow.Table, label_names: list[str], top_k: int, width: in
 
 
 def write_output(file: Path, tables: Iterator[pyarrow.Table]) -> None:
-    """Parquet, CSV, with embeddings as JSON lists, or JSON lines; the same bytes however rows are split into tables."""
+    """Parquet, CSV, with lists as JSON, or JSON lines; the same bytes however rows are split into tables."""
     ending, first = file.suffix.lower(), next(tables)
     tables = itertools.chain([first], tables)
     with atomic_write(file) as unfinished:
@@ -284,9 +299,10 @@ def write_output(file: Path, tables: Iterator[pyarrow.Table]) -> None:
                 writer.writerow(first.column_names)
             for row in _rows(tables):
                 if ending == ".csv":
-                    writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+                    lists = {name: _json(value) for name, value in row.items() if isinstance(value, list)}
+                    writer.writerow({**row, **lists}.values())
                 else:
-                    opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    opened.write(_json(row) + "\n")
 
 
 def _write_parquet(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
@@ -301,14 +317,18 @@ def _write_parquet(file: Path, tables: Iterable[pyarrow.Table], schema: pyarrow.
             writer.write_table(waiting.combine_chunks(), ROW_GROUP)
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _rows(tables: Iterable[pyarrow.Table]) -> Iterator[dict[str, Any]]:
     """Scores have six decimals; an embedding has the fewest digits that give its float32 back."""
     for table in tables:
         for row in table.to_pylist():
             for name, value in row.items():
-                if name.startswith("score"):
+                if name.startswith(("score", "novelty")):
                     row[name] = round(value, 6)
-                elif isinstance(value, list):
+                elif name == "embedding":
                     row[name] = [float(str(np.float32(number))) for number in value]
             yield row
 

@@ -12,7 +12,8 @@ import torch
 
 from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
-from ..common.pretrained import load_pretrained, require_finite
+from ..common.pretrained import load_pretrained, loading, require_finite
+from ..common.uncertainty import Uncertainty, load
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import Normalize
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
@@ -30,6 +31,10 @@ class Prediction(NamedTuple):
     labels: np.ndarray  # (B, k)
     scores: np.ndarray  # (B, k)
     embeddings: np.ndarray | None  # (B, D) float32, the pooled output
+    sets: np.ndarray | None = None  # (B, K), the labels of likely enough ones, best first, then -1
+    abstain: np.ndarray | None = None  # (B,), whether the best score is too low for an answer
+    novelty: np.ndarray | None = None  # (B,) float32, and its percentiles: see `Novelty`
+    novelty_percentile: np.ndarray | None = None
 
 
 class Predictor:
@@ -38,10 +43,16 @@ class Predictor:
     def __init__(
         self, model: ViTScratchForImageClassification | ViTScratchModel, processor: ViTScratchImageProcessor,
         top_k: int, has_embeddings: bool, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        uncertainty: Uncertainty | None = None,
     ) -> None:  # fmt: skip
         self.model, self.processor = speed_up(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
+        self.uncertainty, self.columns = uncertainty, []  # of the output, beside labels, scores and embeddings
+        if uncertainty and top_k and (self.config.calibrated or self.config.temperature == 1.0):
+            self.columns += ["set"] if uncertainty.score_threshold is None else ["set", "abstain"]
+        if uncertainty and has_embeddings:
+            self.columns += ["novelty", "novelty_percentile"]
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
         indices = range(self.config.num_labels if top_k else 0)
@@ -63,23 +74,35 @@ class Predictor:
         if len(parts) > 1 < threads:  # a single part uses all threads
             self._pool = self._pool or ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             run = self._pool.map
-        labels, scores, embeddings = zip(*run(self._predict, parts))
-        vectors = np.concatenate(embeddings) if self.has_embeddings else None
-        return Prediction(np.concatenate(labels), np.concatenate(scores), vectors)
+        found = zip(*run(self._predict, parts))
+        return Prediction(*(None if values[0] is None else np.concatenate(values) for values in found))
 
     @torch.inference_mode()
     def _predict(self, pixels: torch.Tensor) -> Prediction:
         pixel_values = self._normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
-        output, pooled = self.model(pixel_values), None
+        output, pooled, more = self.model(pixel_values), None, {}
         if self.has_embeddings:
             pooled = output.pooler_output if isinstance(self.model, ViTScratchModel) else self._pooled.value
             require_finite(pooled)
-            pooled, self._pooled.value = pooled.float().cpu().numpy(), None
+            pooled, self._pooled.value = pooled.float().cpu(), None
+            if "novelty" in self.columns:
+                distances = self.uncertainty.novelty(pooled)
+                more |= zip(("novelty", "novelty_percentile"), (values.numpy() for values in distances))
+            pooled = pooled.numpy()
         if not self.top_k:
-            return Prediction(np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled)
+            return Prediction(
+                np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled, **more
+            )
         require_finite(output.logits)
-        scores, labels = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
-        return Prediction(labels[:, : self.top_k].cpu().numpy(), scores[:, : self.top_k].cpu().numpy(), pooled)
+        sort = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
+        scores, labels = (values.cpu().numpy() for values in sort)
+        if "set" in self.columns:
+            is_in = scores >= self.uncertainty.set_threshold
+            is_in[:, 0] = True
+            more["sets"] = np.where(is_in, labels, -1)
+        if "abstain" in self.columns:
+            more["abstain"] = scores[:, 0] < self.uncertainty.score_threshold
+        return Prediction(labels[:, : self.top_k], scores[:, : self.top_k], pooled, **more)
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """As in a pipeline of transformers: sigmoid for models with several labels per image or a single one."""
@@ -106,11 +129,14 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
     if arguments.top_k > config.num_labels:
         raise InputError(f"--top_k {arguments.top_k}: MODEL {name} has {config.num_labels} labels.")
     config.calibrated = arguments.calibrated
-    return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, getattr(torch, arguments.dtype))
+    with loading(f"MODEL {name}"):
+        uncertainty = load(name, hub, config.temperature)
+    dtype = getattr(torch, arguments.dtype)
+    return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, dtype, uncertainty)
 
 
 def fingerprint(predictor: Predictor) -> str:
-    """SHA-256 of weights, configuration and processor, which decide scores and labels."""
+    """SHA-256 of weights, configuration, processor and thresholds, which decide the output."""
     digest = hashlib.sha256()
     for key, tensor in sorted(predictor.model.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -118,4 +144,6 @@ def fingerprint(predictor: Predictor) -> str:
     for settings in (predictor.config.to_dict(), predictor.processor.to_dict()):
         kept = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    if predictor.uncertainty:
+        digest.update(predictor.uncertainty.fingerprint.encode())
     return digest.hexdigest()

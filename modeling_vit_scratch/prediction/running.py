@@ -117,7 +117,9 @@ def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
     if predicted + broken != job.count:
         raise RuntimeError(f"{job.folder} accounts for {predicted + broken} of {job.count} images: this is a bug.")
     names, width = predictor.label_names, predictor.width if predictor.has_embeddings else None
-    write_output(job.output, (to_output(rows, names, predictor.top_k, width) for rows in job.read_parts()))
+    write_output(
+        job.output, (to_output(rows, names, predictor.top_k, width, predictor.columns) for rows in job.read_parts())
+    )
     job.remove()
     print(f"Written: {job.output} ({predicted:,} images).")
     if broken:
