@@ -16,11 +16,11 @@ from sklearn.linear_model import LogisticRegression
 from tiny_images import build, class_folders, load_script
 
 from modeling_vit_scratch import ViTScratchConfig
-from modeling_vit_scratch.common.errors import run_command_line
 from modeling_vit_scratch.evaluation.metrics import probabilities
 from modeling_vit_scratch.evaluation.report import calibration_split, fit_temperature
 from modeling_vit_scratch.evaluation.uncertainty import fit_novelty, fit_thresholds, score_threshold, set_threshold
 from modeling_vit_scratch.hub.contents import collect
+from startup.status import run_command_line
 
 
 @pytest.fixture(scope="module")
