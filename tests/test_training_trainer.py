@@ -90,6 +90,40 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(pets, tmp_path, workers):
         assert difference(weights(resumed), expected) == 0.0
 
 
+def test_a_run_ends_when_its_hours_are_over_and_goes_on_exactly(pets, tmp_path):
+    kinds = ("epoch", "steps")
+    for kind in kinds:
+        more = ["--num_train_epochs", "2", "--eval_strategy", kind, "--save_strategy", kind]
+        short = build(tmp_path / kind, *flags(pets, *more, "--max_hours", "1e-9"))
+        short.train()
+        assert short.early_end.reason == "at step 1 of 10: --max_hours 1e-09 are over"
+        steps = [log["step"] for log in short.state.log_history if "eval_loss" in log]
+        assert (steps, short.state.best_global_step) == ([1], 1)
+        assert [path.name for path in (tmp_path / kind).glob("checkpoint-*")] == ["checkpoint-1"]
+    resumed = build(tmp_path / "epoch", *flags(pets, *more, "--resume_from_checkpoint", "True"))
+    resumed.train(resume_from_checkpoint=True)
+    assert (resumed.state.global_step, resumed.early_end.reason) == (10, None)
+    straight = build(tmp_path / "straight", *flags(pets, *more))
+    straight.train()
+    assert difference(weights(resumed), weights(straight)) == 0.0
+
+
+def test_a_run_ends_early_where_evaluations_do_not_get_better_and_ends_with_the_best(pets, tmp_path):
+    same = ["--learning_rate", "1e-30", "--weight_decay", "0", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    same += ["--num_train_epochs", "6"]
+    trainer = build(tmp_path / "out", *flags(pets, *same, "--early_stopping_patience", "2"))
+    trainer.train()
+    assert trainer.state.best_global_step == 5
+    why = "no better accuracy than at step 5 in 2 evaluations, --early_stopping_patience 2"
+    assert trainer.early_end.reason == f"at step 15 of 30: {why}"
+    more = ["--early_stopping_patience", "3", "--resume_from_checkpoint", "True"]
+    longer = build(tmp_path / "out", *flags(pets, *same, *more))
+    longer.train(resume_from_checkpoint=True)
+    assert (longer.state.global_step, longer.state.best_global_step) == (20, 5)
+    with pytest.raises(InputError, match="--early_stopping_patience needs evaluations and checkpoints"):
+        build(tmp_path / "none", *flags(pets, "--early_stopping_patience", "2"))
+
+
 def test_every_epoch_augments_anew_and_tells_the_training_set_so(pets, tmp_path):
     trainer, seen = build(tmp_path / "out", *flags(pets, "--num_train_epochs", "3")), []
 

@@ -97,6 +97,8 @@ def result_message(
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
     warned = "" if warning is None else f"\n{warning}"
+    ended = record["training"].get("ended_early")
+    early = f"\nEnded early {ended}. To train on, raise it, with --resume_from_checkpoint True." if ended else ""
     found = record.get("dataset", {}).get("overlap")
     overlap = f"\n{found['sentence']}" if found else ""
     if "pretraining" in record:
@@ -110,7 +112,7 @@ def result_message(
     classify = pipeline("image-classification", model="{folder}", trust_remote_code=True)
     print(classify("{example or "image.png"}"))"""
     return f"""
-Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{replaced}{overlap}{warned}
+Held-out {title}: {value} on {record["n"]:,} images ({record["selection"]}).{early}{replaced}{overlap}{warned}
 The model is in {folder}. {use}
 """
 
@@ -172,6 +174,7 @@ def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "steps": trainer.state.global_step,
+        "ended_early": trainer.early_end.reason,
         "samples_seen": sum(trainer.samples_by_process),
         "samples_seen_by_process": trainer.samples_by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),

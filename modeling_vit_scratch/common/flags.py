@@ -283,8 +283,7 @@ class ReadingFlags:
 class FastDecodeFlag:
     fast_decode: bool = flag(
         True,
-        "Decode JPEG photos at reduced scale and resize with 8-bit kernels: faster, and pixels differ by up to about 1 "
-        "of 255 levels on average. Evaluation does not.",
+        "Decode JPEG photos at reduced scale: faster, and pixels differ by about 1 of 255 levels. Evaluation does not.",
     )
 
 

@@ -198,10 +198,13 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
     )
     metric_for_best_model: str | None = flag(
         "accuracy",
-        "What makes a checkpoint the best: accuracy, macro_f1, top5_accuracy or loss; with several labels per image "
-        "mean_average_precision, micro_f1, macro_f1, samples_f1 or exact_match.",
+        "What makes a checkpoint the best: accuracy, macro_f1, loss or any that the run reports.",
         metavar="NAME",
     )
+    early_stopping_patience: int | None = flag(
+        None, "End after N evaluations without a better --metric_for_best_model, with the best checkpoint.", at_least=1
+    )
+    max_hours: float | None = flag(None, "End after X hours of training: evaluated, saved, and to be resumed.", above=0)
     resume_from_checkpoint: str | None = flag(
         None,
         "True: continue from the latest checkpoint in --output_dir. auto: if there is one. Or the path of one.",
@@ -253,6 +256,8 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
         """Adds what is wrong with the values, but for limits of single flags."""
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.add(f"--num_train_epochs {self.num_train_epochs:g} must be above 0.")
+        if self.early_stopping_patience and "no" in (self.eval_strategy, self.save_strategy):
+            problems.add("--early_stopping_patience needs evaluations and checkpoints: no strategy may be `no`.")
         if self.probe_steps is not None and not self.probe:
             problems.add(f"--probe_steps {self.probe_steps} says when, not what. Add --probe knn fewshot.")
         if self.probe and self.probe_steps is None and self.eval_strategy == "no":

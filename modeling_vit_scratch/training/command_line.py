@@ -63,7 +63,8 @@ GROUPS = {
     ),
     "evaluation and checkpoints": (
         "eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end",
-        "metric_for_best_model", "resume_from_checkpoint", "per_device_eval_batch_size", "probe",
+        "metric_for_best_model", "early_stopping_patience", "max_hours", "resume_from_checkpoint",
+        "per_device_eval_batch_size", "probe",
     ),
     "speed": ("bf16", "dataloader_num_workers", "fast_decode", "images_on_device"),
     "Hub": ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license"),
@@ -120,7 +121,7 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     given = first_look(
         argv, "dataset_name", "train_dir", "model_name_or_path", "config_name", "variant", "objective", "recipe",
-        "freeze", "lora_rank",
+        "freeze", "lora_rank", "early_stopping_patience",
     )  # fmt: skip
     if given.recipe == "list":
         print(recipe_table(RECIPES.values()), flush=True)
@@ -199,6 +200,8 @@ def _set_defaults(
     chosen |= HEAD_ALONE if given.freeze == "encoder" else ADAPTERS if given.lora_rank else {}
     if is_saved_architecture:
         chosen |= SAVED_ARCHITECTURE
+    if given.early_stopping_patience:
+        chosen.pop("load_best_model_at_end", None)
     elif given.variant and given.variant != chosen["variant"]:
         chosen |= {"image_size": None, "patch_size": None}  # these go with the default variant
     batch_size = parser.get_default("per_device_train_batch_size")

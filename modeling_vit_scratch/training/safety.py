@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -320,6 +321,41 @@ class BestCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if self.path is not None:
             state.best_model_checkpoint = str(self.path)
+
+
+class EarlyEnd(TrainerCallback):
+    """
+    Ends a run before its last step: after --max_hours, or after --early_stopping_patience evaluations that are no
+    better than the best. The step is evaluated and saved as a last one. `reason` says why; None if the run goes on.
+    """
+
+    def __init__(self, max_hours: float | None, patience: int | None, processes: Processes) -> None:
+        self.max_hours, self.patience, self.processes = max_hours, patience, processes
+        self.started, self.reason = 0.0, None
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.started, self.reason = time.monotonic(), None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.max_hours is None or state.global_step >= state.max_steps:
+            return
+        if self.processes.maximum(int(time.monotonic() - self.started >= 3600 * self.max_hours)):
+            self._end(f"--max_hours {self.max_hours:g} are over", state, control)
+            # With "epoch" they come anyway: the Trainer ends the epoch here.
+            control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
+            control.should_save = control.should_save or args.save_strategy == "steps"
+
+    def after_evaluation(self, name: str, state: TrainerState, control: TrainerControl) -> None:
+        """When the best checkpoint is known. Counts in the state's history, so that a resumed run goes on counting."""
+        steps = {log["step"] for log in state.log_history if "eval_loss" in log}
+        worse = sum(step > (state.best_global_step or 0) for step in steps)
+        if self.patience is not None and worse >= self.patience and state.global_step < state.max_steps:
+            best = f"no better {name} than at step {state.best_global_step} in {worse} evaluations"
+            self._end(f"{best}, --early_stopping_patience {self.patience}", state, control)
+
+    def _end(self, why: str, state: TrainerState, control: TrainerControl) -> None:
+        control.should_training_stop = True
+        self.reason = f"at step {state.global_step:,} of {state.max_steps:,}: {why}"
 
 
 class SaveOnSignal(TrainerCallback):

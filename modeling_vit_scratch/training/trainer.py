@@ -42,7 +42,7 @@ from ..image_decoding_vit_scratch import ImageDecodeError
 from .adaptation import describe_trained
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
-from .safety import BestCheckpoint, RunFolder, SaveOnSignal, StepGuard, check_same_model
+from .safety import BestCheckpoint, EarlyEnd, RunFolder, SaveOnSignal, StepGuard, check_same_model
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
 
@@ -129,9 +129,10 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.step_guard = StepGuard(self.run_folder, args.max_broken_images, self.train_dataset.name)
         self.settings = self._run_settings()
         self.save_on_signal = SaveOnSignal(self.processes)
+        self.early_end = EarlyEnd(args.max_hours, args.early_stopping_patience, self.processes)
         # Images trained on since the start or resumption, padding of last batches included: here; by each process.
         self._samples, self.samples_by_process = 0, []
-        for callback in (average, self.save_on_signal, stream_batches):
+        for callback in (average, self.early_end, self.save_on_signal, stream_batches):
             if callback is not None:
                 self.add_callback(callback)
 

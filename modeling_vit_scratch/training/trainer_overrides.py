@@ -35,7 +35,10 @@ class TrainerOverrides:
         # The Trainer keeps the first of equal checkpoints, and on few images many are equal in accuracy.
         if is_better_tie(metrics, self.state, self.args.metric_for_best_model):
             self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
+        is_best = super()._determine_best_metric(metrics, trial)
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        self.early_end.after_evaluation(name, self.state, self.control)
+        return is_best
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer writes a checkpoint and removes old ones: the staging folder has none.
