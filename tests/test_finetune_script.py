@@ -110,7 +110,7 @@ def test_a_finished_model_is_a_starting_point(finished, monkeypatch, tmp_path, c
     flags = ["--train_dir", str(folder), "--model_name_or_path", str(finished / "out" / "pets"), "--max_steps", "1"]
     assert finetune(monkeypatch, *flags, "--output_dir", str(tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert "A fresh classifier for 2 labels" in printed
+    assert "Rows of its classifier: 2 of 3 kept, by name; 0 new" in printed
     assert "Held-out accuracy" in printed
     assert "fine-tuned from pets" in (tmp_path / "out" / "README.md").read_text()
 

@@ -110,7 +110,7 @@ def test_the_same_labels_in_another_order_keep_their_rows(saved, pixel_values):
     assert model.config.label2id["owl"] == 0
 
 
-@pytest.mark.parametrize("names", [["cat", "dog", "emu"], ["cat", "dog"], [*NAMES, "emu"]])
+@pytest.mark.parametrize("names", [["ant", "bee", "emu"], ["ant", "bee"], ["ant", "bee", "fly", "emu"]])
 def test_other_labels_get_a_fresh_classifier_that_starts_at_zero(saved, pixel_values, names, tmp_path):
     theirs, folder = saved
     model, _, lines = start(names, model_name_or_path=folder)
@@ -123,6 +123,21 @@ def test_other_labels_get_a_fresh_classifier_that_starts_at_zero(saved, pixel_va
     model.save_pretrained(tmp_path / "again")
     again = ViTScratchForImageClassification.from_pretrained(tmp_path / "again")
     assert again.config.id2label == dict(enumerate(names))
+
+
+@pytest.mark.parametrize("names", [["emu", "owl", "ant", "cat"], ["owl", "cat"]])
+def test_labels_that_both_have_keep_their_rows_and_the_others_start_at_zero(saved, pixel_values, names):
+    theirs, folder = saved
+    model, _, lines = start(names, model_name_or_path=folder)
+    new = len(names) - 2
+    assert f"Rows of its classifier: 2 of 3 kept, by name; {new} new, starting at zero." in lines[0]
+    ours, logits = model.eval()(pixel_values).logits, theirs(pixel_values).logits
+    for index, name in enumerate(names):
+        expected = logits[:, NAMES.index(name)] if name in NAMES else torch.zeros(2)
+        torch.testing.assert_close(ours[:, index], expected)
+    assert (model.num_labels, model.config.num_labels, model.config.id2label) == (
+        len(names), len(names), dict(enumerate(names))
+    )  # fmt: skip
 
 
 def test_a_model_without_classifier_gets_one(tmp_path, pixel_values):

@@ -50,8 +50,8 @@ class ModelArguments(HubFlags):
 
     model_name_or_path: str | None = flag(
         None,
-        "Start from this model: a folder, a file of weights or a Hub id of any ViT. Its classifier is kept if its "
-        "labels are those of the data.",
+        "Start from this model: a folder, a file of weights or a Hub id of any ViT. Its classifier keeps the rows of "
+        "labels that the data have, too.",
         metavar="MODEL",
     )
     variant: str | None = flag(

@@ -233,14 +233,12 @@ def fit_classifier(
     config = model.config
     old = [config.id2label[index] for index in range(config.num_labels)]
     same_problem = is_multi_label == (config.problem_type == "multi_label_classification")
-    same_labels = len(set(old)) == len(old) and set(old) == set(label_names)
-    keeps, had_representation = not is_fresh and same_labels and same_problem, config.representation_size is not None
-    if keeps:
-        order = [old.index(name) for name in label_names]
-        heads = [head for head in (model.classifier, model.distillation_classifier) if head is not None]
-        with torch.no_grad():
-            for parameter in (parameter for head in heads for parameter in head.parameters()):
-                parameter.copy_(parameter[order])
+    is_known, had_representation = not is_fresh and same_problem, config.representation_size is not None
+    rows = {name: old.index(name) for name in label_names if is_known and old.count(name) == 1}
+    if rows:
+        for part in ("classifier", "distillation_classifier"):
+            if (head := getattr(model, part)) is not None:
+                setattr(model, part, _head_of_rows(head, [rows.get(name) for name in label_names], bias))
     else:
         # The whole head is replaced, with the tanh layer that pretraining had before it: the paper, 3.2.
         model.vit.pooler.dense, config.representation_size = None, None
@@ -248,22 +246,35 @@ def fit_classifier(
         head = nn.Linear(config.hidden_size, len(label_names), dtype=model.dtype) if label_names else nn.Identity()
         for parameter, value in zip(head.parameters(), (0.0, bias)):
             nn.init.constant_(parameter, value)
-        config.head_bias_init = bias
-        model.classifier, model.num_labels = head, len(label_names)
+        config.head_bias_init, model.classifier = bias, head
+    model.num_labels = len(label_names)
     for name, value in label_fields(label_names, is_multi_label).items():
         setattr(config, name, value)
     config.temperature = 1.0  # it was fitted to the weights as they were
     if not label_names:
         return "Its encoder is taken, without a classifier."
-    if keeps and old == label_names:
+    if rows and old == label_names:
         return f"Its classifier is kept: the {len(old)} labels are the same."
-    if keeps:
+    if len(rows) == len(old) == len(label_names):
         return f"Its classifier is kept, with its {len(old)} rows put in the order of the data's labels."
+    if rows:
+        new = len(label_names) - len(rows)
+        return f"Rows of its classifier: {len(rows)} of {len(old)} kept, by name; {new} new, starting at zero."
     was = "it had none" if is_fresh or not old else f"it had {len(old)} other labels"
     if not is_fresh and set(old) == set(label_names) and not same_problem:
         was = f"the old one was for {'one label' if is_multi_label else 'several labels'} of an image"
     gone = " The representation layer of its pre-training is gone with the old one." if had_representation else ""
     return f"A fresh classifier for {len(label_names)} labels, starting at zero: {was}.{gone}"
+
+
+def _head_of_rows(head: nn.Linear, rows: list[int | None], bias: float) -> nn.Linear:
+    """A classifier with these rows of another one; None: a new row of zeros, with this bias."""
+    chosen = nn.utils.skip_init(nn.Linear, head.in_features, len(rows), dtype=head.weight.dtype)
+    with torch.no_grad():
+        for ours, theirs, value in ((chosen.weight, head.weight, 0.0), (chosen.bias, head.bias, bias)):
+            for index, row in enumerate(rows):
+                ours[index] = value if row is None else theirs[row]
+    return chosen
 
 
 def label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any]:
