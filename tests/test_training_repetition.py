@@ -3,13 +3,14 @@
 
 import math
 import multiprocessing
+from collections import Counter
 
 import pytest
 import torch
 from tiny_images import build, difference, flags, weights
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.data.collation import RepeatedAugmentation
+from modeling_vit_scratch.data.collation import BalancedSampling, RepeatedAugmentation
 
 
 def published(order, repeats, replicas, rank, selected):
@@ -79,6 +80,46 @@ def test_resuming_within_an_epoch_is_exact_for_any_number_of_workers(pets, tmp_p
     assert difference(weights(other), ends["0"]) > 1e-4
 
 
+@pytest.mark.parametrize("labels", [[0] * 90 + [2] * 7 + [5] * 3, [1, 0, 0, 0, 0], [0, 1, 2]])
+def test_balanced_classes_come_equally_often_and_images_of_a_class_too(labels):
+    count, classes, seen = len(labels), set(labels), []
+    for epoch in (0, 3):
+        sampler = BalancedSampling(labels, 5)
+        sampler.set_epoch(epoch)
+        numbers = list(sampler)
+        seen.append(numbers)
+        assert len(numbers) == len(set(numbers)) == count  # each repetition has random numbers of its own
+        of_classes = Counter(labels[number % count] for number in numbers)
+        assert set(of_classes) == classes
+        assert max(of_classes.values()) - min(of_classes.values()) <= 1
+        for label in classes:
+            times = Counter(number % count for number in numbers if labels[number % count] == label)
+            of_images = [times[index] for index in range(count) if labels[index] == label]
+            assert max(of_images) - min(of_images) <= 1
+        parts = [BalancedSampling(labels, 5, rank, 2) for rank in range(2)]
+        for part in parts:
+            part.set_epoch(epoch)
+        dealt = [number for pair in zip(*parts) for number in pair]  # two processes have the batches of one
+        assert dealt[:count] == numbers
+    assert seen[0] != seen[1]
+
+
+def test_a_balanced_run_resumes_exactly_and_says_so(pets, tmp_path):
+    more = ["--balanced_sampling", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    straight = build(tmp_path / "straight", *flags(pets, *more))
+    assert "every class equally often" in straight.describe_augmentation()
+    straight.train()
+    resumed = build(tmp_path / "resumed", *flags(pets, *more))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert difference(weights(resumed), weights(straight)) == 0.0
+    assert isinstance(straight.get_train_dataloader().batch_sampler.sampler, BalancedSampling)
+    frozen = build(tmp_path / "frozen", *flags(pets, *more, "--freeze", "encoder"))
+    frozen.train()
+    assert frozen.state.global_step == 4
+
+
 def test_refused(pets, tmp_path):
+    with pytest.raises(InputError, match="--balanced_sampling and --aug_repeats each say how often"):
+        build(tmp_path, *flags(pets, "--balanced_sampling", "--aug_repeats", "3"))
     with pytest.raises(InputError, match="--aug_repeats 0 must be at least 1"):
         build(tmp_path, *flags(pets, "--aug_repeats", "0"))

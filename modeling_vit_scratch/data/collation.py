@@ -192,12 +192,16 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
 def process_loader(
     dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], batches: Sampler[list] | None
 ) -> DataLoader:
-    """The loader of one process: of the `batches` of a stream or, without, with each image --aug_repeats times."""
+    """The loader of one process: of the `batches` of a stream or, without, by these samplers."""
     batching: dict[str, Any] = {"batch_sampler": batches}
     if batches is None:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         repeats = arguments.recipe_arguments.aug_repeats
-        sampler = RepeatedAugmentation(len(dataset), repeats, seed, arguments.process_index, arguments.world_size)
+        place = seed, arguments.process_index, arguments.world_size
+        if arguments.recipe_arguments.balanced_sampling:
+            sampler = BalancedSampling(dataset.examples.labels, *place)
+        else:
+            sampler = RepeatedAugmentation(len(dataset), repeats, *place)
         batching = {"batch_size": arguments.train_batch_size, "drop_last": arguments.dataloader_drop_last}
         batching["sampler"] = sampler
     names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor")
@@ -228,11 +232,35 @@ class RepeatedAugmentation(Sampler[int]):
         return math.ceil(self.count / self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        positions = torch.arange(len(self)) * self.world_size + self.rank
-        positions %= self.count * self.repeats  # fewer images than processes: from the start again
-        numbers = order[positions // self.repeats] + positions % self.repeats * self.count
-        return iter(numbers.tolist())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.numbers(torch.arange(len(self)) * self.world_size + self.rank, generator).tolist())
+
+    def numbers(self, positions: Tensor, generator: torch.Generator) -> Tensor:
+        """The images at these positions of an epoch."""
+        order = torch.randperm(self.count, generator=generator)
+        positions = positions % (self.count * self.repeats)  # fewer images than processes: from the start again
+        return order[positions // self.repeats] + positions % self.repeats * self.count
+
+
+class BalancedSampling(RepeatedAugmentation):
+    """
+    Every class equally often in an epoch, or once more than another, where `labels` are classes (N,). The images of a
+    class come equally often, too, or once more. An epoch keeps its length, so images of frequent classes are left out.
+    """
+
+    def __init__(self, labels: list[int], *place: int) -> None:
+        super().__init__(len(labels), 1, *place)
+        self.labels = torch.tensor(labels)
+
+    def numbers(self, positions: Tensor, generator: torch.Generator) -> Tensor:
+        classes, chosen = self.labels.unique(), []
+        classes = classes[torch.randperm(len(classes), generator=generator)]  # the first ones come once more
+        for place, label in enumerate(classes):
+            members = (self.labels == label).nonzero()[:, 0]
+            rounds = torch.arange(len(range(place, self.count, len(classes)))) // len(members)
+            orders = [torch.randperm(len(members), generator=generator) for _ in range(int(rounds[-1]) + 1)]
+            chosen.append(members[torch.cat(orders)[: len(rounds)]] + rounds * self.count)
+        return torch.cat(chosen)[torch.randperm(self.count, generator=generator)][positions % self.count]
 
 
 def prepare_workers(loader: DataLoader) -> None:

@@ -73,7 +73,7 @@ class PretrainingArguments:
         if self.mask_ratio is None:
             self.mask_ratio = OBJECTIVES[self.objective][1]
         objective = f"--objective {self.objective}"
-        label_flags = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
+        label_flags = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "balanced_sampling")}
         label_flags["label_smoothing_factor"] = training.label_smoothing_factor
         for name, value in label_flags.items():
             if value:

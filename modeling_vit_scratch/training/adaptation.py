@@ -103,8 +103,8 @@ class FeatureDataset(ImageClassificationDataset):
         labels = map(self.examples.label, indices)
         labels = [label if isinstance(label, int) else torch.from_numpy(label).float() for label in labels]
         return [
-            {"pixel_values": self.features[index], "labels": label, "key": (self.seed, int(self._epoch), index)}
-            for index, label in zip(indices, labels)
+            {"pixel_values": feature, "labels": label, "key": (self.seed, int(self._epoch), index)}
+            for index, label, feature in zip(indices, labels, self.features[list(map(self.examples.index, indices))])
         ]
 
 

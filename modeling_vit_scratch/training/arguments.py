@@ -132,6 +132,7 @@ class RecipeArguments:
     class_weights: list[str] | None = flag(
         None, "Weights of classes in the loss: `balanced` (inverse frequency), or a number for each label.", metavar="W"
     )
+    balanced_sampling: bool = flag(False, "Every class equally often in an epoch of the same length.")
     layer_decay: float = flag(
         1.0, "Learning rate of each layer relative to the next one. Example: 0.75", above=0, at_most=1
     )
@@ -279,6 +280,9 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
                 problems.add(f"--freeze {recipe.freeze}: give encoder, embeddings, or a number of layers from 1 on.")
             if recipe.lora_rank is not None:
                 problems.add("--freeze and --lora_rank each say what is trained. Keep one of them.")
-        for name, is_given in (("aug_repeats", recipe.aug_repeats > 1), ("max_broken_images", self.max_broken_images)):
+        if recipe.balanced_sampling and recipe.aug_repeats > 1:
+            problems.add("--balanced_sampling and --aug_repeats each say how often an image comes. Keep one of them.")
+        given = {"aug_repeats": recipe.aug_repeats > 1, "balanced_sampling": recipe.balanced_sampling}
+        for name, is_given in {**given, "max_broken_images": self.max_broken_images}.items():
             if self.images_on_device and is_given:
                 problems.add(f"--{name} does not go with --images_on_device. Keep one of them.")

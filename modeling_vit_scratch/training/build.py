@@ -107,6 +107,8 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
         spread = 0.0 if data.is_multi_label else smoothing
         collator = MixingCollator(count, recipe.mixup, recipe.cutmix, spread, recipe.aug_repeats)
         smoothing = smoothing if data.is_multi_label else 0.0
+    if recipe.balanced_sampling and (isinstance(data.train, ImageStream) or data.is_multi_label):
+        raise InputError("--balanced_sampling needs one label of each training image, known before. Leave it out.")
     if recipe.class_weights:
         if isinstance(data.train, ImageStream):
             raise InputError("--class_weights need the labels of all training images, which a stream does not have.")

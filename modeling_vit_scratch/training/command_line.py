@@ -56,7 +56,7 @@ GROUPS = {
     "optimization": (
         "max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay",
         "max_grad_norm", "optim", "layer_decay", "head_learning_rate_multiplier", "loss",
-        "label_smoothing_factor", "class_weights", "ema_decay", "seed",
+        "label_smoothing_factor", "class_weights", "balanced_sampling", "ema_decay", "seed",
     ),
     "augmentation": (
         "smallest_area", "auto_augment", "color_jitter", "random_erasing", "mixup", "cutmix", "aug_repeats",

@@ -194,6 +194,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
     def augmentation_of_images(self) -> str:
         """The augmentation of single images, in words."""
         repeats, description = self.args.recipe_arguments.aug_repeats, self.train_dataset.augmentation.description
+        if self.args.recipe_arguments.balanced_sampling:
+            return f"every class equally often; {description}"
         return description if repeats == 1 else f"each image {repeats} times in a row; {description}"
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -391,8 +393,9 @@ class ImageTrainer(TrainerOverrides, Trainer):
     # --- Loaders ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer, or a loader for streams or repeated augmentation."""
-        if self.stream_batches is not None or self.args.recipe_arguments.aug_repeats > 1:
+        """As in Trainer, or a loader for streams, --aug_repeats or --balanced_sampling."""
+        recipe = self.args.recipe_arguments
+        if self.stream_batches is not None or recipe.aug_repeats > 1 or recipe.balanced_sampling:
             loader = process_loader(self.train_dataset, self.args, self.data_collator, self.stream_batches)
         else:
             loader = super().get_train_dataloader()
