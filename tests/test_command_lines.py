@@ -217,6 +217,8 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
             "ema_warmup",
             "probe_images",
             "probe_steps",
+            "hub_strategy",
+            "hub_private_repo",
         }  # --help all shows them
         if script is PRETRAIN:
             hidden |= {"freeze", "lora_rank"}  # for classifiers

@@ -67,7 +67,7 @@ GROUPS = {
         "per_device_eval_batch_size", "probe",
     ),
     "speed": ("bf16", "dataloader_num_workers", "fast_decode", "images_on_device"),
-    "Hub": ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "license"),
+    "Hub": ("push_to_hub", "hub_model_id", "license"),
 }  # fmt: skip
 _EPILOG = """Stop with Ctrl-C; continue with the same command and --resume_from_checkpoint True.
 `--help all` adds rarely used flags and those of transformers' TrainingArguments, which all work."""
@@ -197,11 +197,11 @@ def _set_defaults(
     """Gives the parser this command's defaults; returns those of the Trainer's flags, and a message on the recipe."""
     chosen = {**FROM_SCRATCH, **DATA_SETS.get(source, {}), **script.defaults(source, given)}
     is_saved_architecture = bool(given.model_name_or_path or given.config_name)
+    if given.early_stopping_patience:
+        chosen.pop("load_best_model_at_end", None)
     chosen |= HEAD_ALONE if given.freeze == "encoder" else ADAPTERS if given.lora_rank else {}
     if is_saved_architecture:
         chosen |= SAVED_ARCHITECTURE
-    if given.early_stopping_patience:
-        chosen.pop("load_best_model_at_end", None)
     elif given.variant and given.variant != chosen["variant"]:
         chosen |= {"image_size": None, "patch_size": None}  # these go with the default variant
     batch_size = parser.get_default("per_device_train_batch_size")
