@@ -33,6 +33,7 @@ from .image_decoding_vit_scratch import (
     is_unit_float,
     open_image,
     orientation_of,
+    read_array,
     source_name,
 )
 
@@ -42,7 +43,7 @@ make_importable(__name__)
 # More than any camera has; a damaged or hostile preprocessor_config.json must not fill the memory.
 MAX_CHANNELS = 10_000
 # What `decode` uses, and after it `resize_and_crop`.
-DECODE_SETTINGS = ("num_channels", "do_convert_rgb", "background_color", "input_data_format")
+DECODE_SETTINGS = ("num_channels", "do_convert_rgb", "background_color", "input_data_format", "do_eight_bits")
 FIT_SETTINGS = ("do_resize", "size", "crop_pct", "resample", "do_center_crop", "crop_size", "do_fast_resize")
 # torch's names of the filters that it has for 8 bits.
 TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
@@ -63,6 +64,8 @@ class ViTScratchImageProcessorKwargs(ImagesKwargs, total=False):
         In (0, 1]: the shorter side to `size / crop_pct`, then the central `size`. `None` resizes straight to `size`.
     background_color (`tuple[int, int, int]`, *optional*, defaults to white):
         RGB colour, 0 to 255, that shows through transparent pixels.
+    do_eight_bits (`bool`, *optional*, defaults to `True`):
+        Round arrays to 8 bits. `False`: they keep their values, as float32.
     do_fast_resize (`bool`, *optional*, defaults to `False`):
         Resize the fast way, with slightly other values: see the class.
     """
@@ -70,6 +73,7 @@ class ViTScratchImageProcessorKwargs(ImagesKwargs, total=False):
     num_channels: int | None
     crop_pct: float | int | None
     background_color: tuple[int, ...] | list[int] | None
+    do_eight_bits: bool | None
     do_fast_resize: bool | None
     # wider than in ImagesKwargs, which refuses a mean of 0 or a std of 1 written as integers
     rescale_factor: float | int | None
@@ -85,7 +89,7 @@ class ViTScratchImageProcessor(PilBackend):
     Accepts single images, (nested, mixed) lists and tuples, and 4-D batches (B, H, W, C) or (B, C, H, W) of:
 
     - paths, http(s) URLs, `data:` URIs, bytes, binary files: anything Pillow reads but PostScript, which is a program;
-      of an animation the first frame;
+      of an animation the first frame; .npy files (H, W, C), and with tifffile TIFF files of any number of channels;
     - PIL images of any mode, at their current frame. Transparency (an alpha band or a transparent colour) is laid
       over `background_color`. Modes I, I;16* and F follow the rule for arrays below;
     - NumPy arrays and torch tensors of any device, (H, W), (H, W, C) or (C, H, W), with 1 (gray), 2 (gray and
@@ -97,6 +101,7 @@ class ViTScratchImageProcessor(PilBackend):
     - *Values* become 8 bits per channel, rounded to nearest. bool: 0 and 255. uint8: unchanged. uint16: 65535 is 255.
       Other integers: unchanged if all lie in 0..255, else like uint16 if all lie in 0..65535. Floats: times 255 if all
       lie in 0..1, else unchanged if all lie in 0..255, within 0.001. All else is an error, NaN included.
+      With `do_eight_bits=False` arrays keep their values.
     - *Layout* of a 3-D array: `input_data_format`; else the channel axis is the one as long as `num_channels`; else
       the one with 1, 3 or 4 entries; else the one with 2. If both the first and the last axis fit: channels first,
       as in transformers, with a warning.
@@ -133,6 +138,7 @@ class ViTScratchImageProcessor(PilBackend):
     size = {"height": 224, "width": 224}
     resample = PILImageResampling.BILINEAR
     crop_pct = None
+    do_eight_bits = True
     do_fast_resize = False
     do_rescale = True
     do_normalize = True
@@ -175,7 +181,8 @@ class ViTScratchImageProcessor(PilBackend):
         settings = {key: getattr(self, key) for key in (*DECODE_SETTINGS, *FIT_SETTINGS)} | settings
         if settings["do_resize"] and settings["do_fast_resize"] and is_file(image):
             with decode_errors(name):
-                image = open_image(image)
+                array = read_array(image)
+                image = open_image(image) if array is None else array
             # The modes that are resized before they are converted, with the same result: CMYK is not among them.
             if isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
                 image, settings["do_resize"] = resize_jpeg(image, name, settings), False
@@ -190,7 +197,8 @@ class ViTScratchImageProcessor(PilBackend):
         return self._preprocess_image_like_inputs(images, **self._checked | kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "_checked"}
+        hidden = {"_checked"} | ({"do_eight_bits"} if self.do_eight_bits else set())  # older code does not know it
+        return {key: value for key, value in super().to_dict().items() if key not in hidden}
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
@@ -269,7 +277,7 @@ def setting_problems(settings: dict[str, Any]) -> Iterator[str]:
 
 
 def resize_and_crop(image: Image.Image | np.ndarray, name: str, settings: dict[str, Any]) -> list[np.ndarray]:
-    """The channels, C arrays (H, W), of a PIL image or uint8 array (H, W, C), resized and centre-cropped."""
+    """The channels, C arrays (H, W), of a PIL image or array (H, W, C), resized and centre-cropped."""
     if isinstance(image, np.ndarray):
         bands = (Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(image, -1, 0))
         return [channel for band in bands for channel in resize_and_crop(band, name, settings)]

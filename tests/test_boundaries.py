@@ -176,7 +176,7 @@ def test_no_file_outgrows_its_purpose():
     # About 500 lines ask for a new step. The encoder is read in one go, and so is shorter; so are the two files of the
     # image processor.
     limits = {
-        "encoder_vit_scratch.py": 320, "image_decoding_vit_scratch.py": 375, "image_processing_vit_scratch.py": 395,
+        "encoder_vit_scratch.py": 320, "image_decoding_vit_scratch.py": 425, "image_processing_vit_scratch.py": 405,
     }  # fmt: skip
     for path in source("modeling_vit_scratch", "scripts"):
         assert len(path.read_text().splitlines()) <= limits.get(path.name, 560), f"{path.name} is too long"

@@ -7,6 +7,7 @@ The rules are those that `ViTScratchImageProcessor` documents; `decode_image` ap
 """
 
 import base64
+import importlib
 import os
 import stat
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from transformers.image_utils import ChannelDimension
 from transformers.utils import logging
 
@@ -45,7 +46,7 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 # TIFF tags.
-BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR = 258, 262, 284
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, PLANAR = 258, 262, 277, 284
 
 
 class ImageDecodeError(ValueError):
@@ -59,13 +60,15 @@ def decode_image(
     do_convert_rgb: bool,
     background_color: tuple[int, ...] | list[int],
     input_data_format: str | ChannelDimension | None,
+    do_eight_bits: bool = True,
 ) -> Image.Image | np.ndarray:
     """See `ViTScratchImageProcessor.decode`; `name` is what errors call the image."""
     mode = {1: "L", 3: "RGB"}.get(num_channels) if do_convert_rgb else None
     pixels = fetch(source, name)
     if isinstance(pixels, np.ndarray):
-        pixels = to_eight_bits(channels_last(pixels, num_channels, input_data_format, name), name)
-        if pixels.shape[-1] in ((1, 2, 3, 4) if mode else (1, 3)):
+        pixels = channels_last(pixels, num_channels, input_data_format, name)
+        pixels = to_eight_bits(pixels, name) if do_eight_bits else to_floats(pixels, name)
+        if do_eight_bits and pixels.shape[-1] in ((1, 2, 3, 4) if mode else (1, 3)):
             pixels = Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
     else:
         pixels = to_ordinary_mode(pixels, name)
@@ -117,9 +120,12 @@ def fetch(source: Any, name: str) -> Image.Image | np.ndarray:
                 source.load()
             return upright(source)
     if is_file(source):
-        with decode_errors(name), open_image(source) as image:
-            image.load()
-            return upright(image)
+        with decode_errors(name):
+            if (array := read_array(source)) is not None:
+                return array
+            with open_image(source) as image:
+                image.load()
+                return upright(image)
     raise TypeError(
         f"{name} is of type {type(source).__name__}: expected a path, URL, bytes, binary file, PIL image, NumPy array "
         "or torch tensor."
@@ -151,6 +157,42 @@ def open_image(source: Any) -> Image.Image:
     image = Image.open(source)
     prepare_decoding(image)
     return image
+
+
+def read_array(source: Any) -> np.ndarray | None:
+    """The values (H, W, C) of a .npy file, or of a TIFF of more channels than Pillow knows; None for other files."""
+    is_path = isinstance(source, str | os.PathLike)
+    if is_path and not (str(source).lower().endswith((".npy", ".tif", ".tiff")) and os.path.isfile(source)):
+        return None
+    if not is_path and not isinstance(source, bytes | bytearray | memoryview):
+        return None
+    with open(source, "rb") if is_path else BytesIO(source) as file:
+        start = file.read(8)
+        file.seek(0)
+        if start.startswith(b"\x93NUMPY"):
+            return np.load(file, allow_pickle=False)  # a pickle runs code
+        if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") or number_of_channels(file) <= 4:
+            return None
+        try:
+            tifffile = importlib.import_module("tifffile")
+        except ImportError:
+            raise ValueError("it is a TIFF of more than four channels: pip install tifffile") from None
+        file.seek(0)
+        with tifffile.TiffFile(file) as opened:
+            series = opened.series[0]
+            return series.asarray() if series.axes.startswith("Y") else np.moveaxis(series.asarray(), 0, -1)
+
+
+def number_of_channels(file: Any) -> int:
+    """Of a TIFF file; 0 where it is damaged. Pillow would log an error for more than it knows."""
+    try:
+        header = file.read(8)
+        tags = ImageFileDirectory_v2(header + (file.read(8) if b"+" in header[:4] else b""))
+        file.seek(tags.next)
+        tags.load(file)
+        return int(tags.get(SAMPLES_PER_PIXEL, 1))
+    except Exception:  # parsers of damaged files raise anything
+        return 0
 
 
 def prepare_decoding(image: Image.Image) -> None:
@@ -317,6 +359,13 @@ def to_eight_bits(array: np.ndarray, name: str) -> np.ndarray:
     if high > 255 or (kind == "u" and dtype.itemsize == 2):
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return array.astype(np.uint8)
+
+
+def to_floats(array: np.ndarray, name: str) -> np.ndarray:
+    """The values as float32. Raises ValueError where they are no finite numbers."""
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise ValueError(f"{name} has dtype {array.dtype} and must have finite numbers, no NaN.")
+    return array.astype(np.float32)
 
 
 def is_unit_float(source: Any) -> bool:

@@ -26,10 +26,18 @@ class PhotoAugmentation:
         self.size, self.resample, self.smallest_area = size, resample, smallest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
-    def __call__(self, image: Image.Image | Photo, generator: np.random.Generator) -> Image.Image | PhotoPart:
-        size = self.size[::-1]
-        box = self._random_box(image.width, image.height, generator)
+    def __call__(
+        self, image: Image.Image | Photo | np.ndarray, generator: np.random.Generator
+    ) -> Image.Image | PhotoPart | np.ndarray:
+        """An array (H, W, C) of any number of channels becomes (C, height, width)."""
+        size, is_array = self.size[::-1], isinstance(image, np.ndarray)
+        width, height = image.shape[1::-1] if is_array else (image.width, image.height)
+        box = self._random_box(width, height, generator)
         is_mirrored = generator.random() < 0.5
+        if is_array:
+            bands = map(Image.fromarray, np.ascontiguousarray(np.moveaxis(image, -1, 0)))
+            pixels = np.stack([np.asarray(band.crop(box).resize(size, self.resample)) for band in bands])
+            return np.ascontiguousarray(pixels[..., ::-1] if is_mirrored else pixels)
         if isinstance(image, Photo):
             return PhotoPart(image, size, self.resample, box, is_mirrored)
         image = image.crop(box).resize(size, self.resample)

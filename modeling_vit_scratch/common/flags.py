@@ -323,6 +323,11 @@ class DataArguments(LabelFlags):
     label_names_file: str | None = flag(
         None, "With --streaming: a text file with one label per line, where the data have only numbers.", metavar="FILE"
     )
+    num_channels: int | None = flag(
+        None,
+        "Channels of .npy files (H, W, C) and TIFF files. Their mean and std are measured. Example: 13",
+        at_least=1,
+    )
     max_train_samples: int | None = flag(None, "Train on at most N images, chosen at random.", at_least=1)
     folds: int | None = flag(
         None, "Train N models, each in a folder of its own. Every image is held out once. Example: 5", at_least=2
@@ -348,6 +353,8 @@ class DataArguments(LabelFlags):
             problems.add(
                 "--folds does not go with --validation_dir, --streaming and --export_examples. Leave them out."
             )
+        if self.num_channels not in (None, 1, 3) and (self.streaming or self.export_examples):
+            problems.add("--num_channels does not go with --streaming and --export_examples. Leave them out.")
         if self.allow_overlap and self.drop_overlap:
             problems.add("--allow_overlap and --drop_overlap are two answers to one question. Keep one of them.")
         if self.group_column_name and self.group_from:

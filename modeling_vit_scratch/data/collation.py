@@ -143,6 +143,7 @@ class Normalize:
 
     def __init__(self, processor: BaseImageProcessor | None) -> None:
         self.is_needed = isinstance(processor, ViTScratchImageProcessor)
+        self.takes_floats = self.is_needed and not processor.do_eight_bits
         if self.is_needed:
             factor = processor.rescale_factor if processor.do_rescale else 1.0
             mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
@@ -152,7 +153,8 @@ class Normalize:
             )
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        if not self.is_needed or pixel_values.dtype != torch.uint8:
+        is_normalized = pixel_values.dtype != torch.uint8 and not (self.takes_floats and pixel_values.ndim == 4)
+        if not self.is_needed or is_normalized:
             return pixel_values
         self.scale, self.offset = self.scale.to(pixel_values.device), self.offset.to(pixel_values.device)
         # Rounded twice, as in the processor: a fused multiply-add would give other last bits.

@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from ..common.workers import available_cores
-from ..image_decoding_vit_scratch import ImageDecodeError
+from ..image_decoding_vit_scratch import ImageDecodeError, read_array
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples
 
@@ -62,9 +62,14 @@ class Look(NamedTuple):
     parts: np.ndarray | None = None  # (10, 255) float16: those of its parts
 
 
-def look_at(examples: Examples, decode: bool = True, with_parts: bool = False) -> list[Look]:
-    """Reads each image once, in threads. Without `decode`, only the identity is found."""
+def look_at(
+    examples: Examples, decode: bool = True, with_parts: bool = False, num_channels: int | None = None
+) -> list[Look]:
+    """Reads each image once, in threads. Without `decode`, only the identity is found. `num_channels`: of arrays."""
     decoder = ViTScratchImageProcessor()
+    settings = {"do_convert_rgb": num_channels is not None, "input_data_format": "channels_last"}
+    settings |= {"num_channels": num_channels or 3, "do_eight_bits": num_channels in (1, 3)}
+    of_arrays = ViTScratchImageProcessor(**settings)
 
     def look(index: int) -> Look:
         (image,) = examples.stored([index])
@@ -78,8 +83,11 @@ def look_at(examples: Examples, decode: bool = True, with_parts: bool = False) -
         if not decode:
             return Look(identity)
         try:
-            decoded = replace(image, content=content or image.content).decode(decoder)
-            return Look(identity, None, *pixel_hashes(decoded, with_parts))
+            image = replace(image, content=content or image.content)
+            if read_array(image.content) is not None:
+                image.decode(of_arrays)
+                return Look(identity)
+            return Look(identity, None, *pixel_hashes(image.decode(decoder), with_parts))
         except (ImageDecodeError, ValueError) as error:
             return Look(identity, str(error))
 
@@ -179,10 +187,10 @@ class Copies:
         return found | {first: index for index, first in reversed(found.items())}
 
 
-def find_copies(parts: Sequence[Examples], decode: bool = True) -> Copies:
+def find_copies(parts: Sequence[Examples], decode: bool = True, num_channels: int | None = None) -> Copies:
     """The copies among the images of all parts, in their order. Without `decode`, only equal files are found."""
     with_parts = sum(map(len, parts)) <= MAX_WITH_PARTS
-    looks = [look for examples in parts for look in look_at(examples, decode, with_parts)]
+    looks = [look for examples in parts for look in look_at(examples, decode, with_parts, num_channels)]
     first: dict[str, int] = {}
     by_file = [first.setdefault(look.identity, index) for index, look in enumerate(looks)]
     same = [first.setdefault(looks[index].pixels or looks[index].identity, index) for index in by_file]

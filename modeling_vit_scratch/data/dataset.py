@@ -51,17 +51,25 @@ class StoredImage:
     content: str | bytes | None
     name: str
 
-    def decode(self, decoder: ViTScratchImageProcessor) -> Image.Image:
+    def decode(self, decoder: ViTScratchImageProcessor) -> Image.Image | np.ndarray:
         """The image, upright. Raises ImageDecodeError."""
-        return decoder.decode(self._content(), name=self.name)
+        return self._read(decoder.decode)
 
     def fit(self, processor: ViTScratchImageProcessor, **settings: Any) -> torch.Tensor:
         """uint8 (C, H, W), decoded, resized and cropped: see the processor's `fit`."""
-        return torch.from_numpy(np.stack(processor.fit(self._content(), name=self.name, **settings)))
+        return torch.from_numpy(np.stack(self._read(processor.fit, **settings)))
 
     def open(self, decoder: ViTScratchImageProcessor) -> "Photo":
         """As `decode`, but JPEG files are not decoded yet."""
         return Photo(self._content(), decoder, self.name)
+
+    def _read(self, function: Callable[..., Any], **settings: Any) -> Any:
+        try:
+            return function(self._content(), name=self.name, **settings)
+        except ImageDecodeError:
+            raise
+        except ValueError as error:  # another number of channels
+            raise ImageDecodeError(str(error)) from error
 
     def _content(self) -> str | bytes:
         if self.content is None:
@@ -192,6 +200,21 @@ class Examples:
         return self.stored([index])[0].decode(decoder)
 
 
+def measured(processor: ViTScratchImageProcessor, examples: Examples, maximum: int = 1000) -> ViTScratchImageProcessor:
+    """
+    The processor for arrays, with their values as they are, and the mean and standard deviation of each channel, in
+    float64 over the pixels of up to `maximum` images that are spread evenly over the examples.
+    """
+    settings = {**processor.to_dict(), "do_eight_bits": False, "rescale_factor": 1.0}
+    decoder, count, total, squares = type(processor)(**settings), 0, 0.0, 0.0
+    for index in np.unique(np.linspace(0, len(examples) - 1, min(maximum, len(examples))).round().astype(int)):
+        pixels = np.asarray(examples.decode(int(index), decoder), dtype=np.float64).reshape(-1, processor.num_channels)
+        count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + (pixels**2).sum(axis=0)
+    std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
+    statistics = {"image_mean": (total / count).tolist(), "image_std": np.where(std > 0, std, 1.0).tolist()}
+    return type(processor)(**{**settings, **statistics})
+
+
 def multi_hot(lists: list[list[int]], num_labels: int) -> np.ndarray:
     """(N, K) uint8: 1 for the labels that an image has. Negative indices are left out."""
     hot = np.zeros((len(lists), num_labels), dtype=np.uint8)
@@ -308,7 +331,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             return stored.fit(self.processor)
         return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
 
-    def _to_pixels(self, image: Image.Image | PhotoPart) -> torch.Tensor:
+    def _to_pixels(self, image: Image.Image | PhotoPart | np.ndarray) -> torch.Tensor:
+        if isinstance(image, np.ndarray):
+            return torch.from_numpy(image)
         if self.is_ours:
             return image.pixels() if isinstance(image, PhotoPart) else to_pixels(image)
         image = image.to_image() if isinstance(image, PhotoPart) else image

@@ -46,7 +46,7 @@ def image_endings() -> set[str]:
     if importlib.util.find_spec("pi_heif") is not None:
         importlib.import_module("pi_heif").register_heif_opener()
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return readable | {".mpo"}  # Pillow opens it as JPEG
+    return readable | {".mpo", ".npy"}  # Pillow opens the first as JPEG, numpy the second
 
 
 def item_of_file(name: str, path: str) -> Item:

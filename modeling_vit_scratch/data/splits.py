@@ -85,6 +85,7 @@ def read_data(
         source = read_source(arguments, cache_dir, problems, needs_labels)
     if source is None:
         raise problems.as_error()
+    source = replace(source, num_channels=arguments.num_channels or source.num_channels)
     train, validation = source.train, None
     if isinstance(train, datasets.Dataset):
         train = read_split("training", train, arguments, problems, needs_labels)
@@ -108,7 +109,7 @@ def read_data(
         parts.append(_held_out_examples(train, validation, problems))
     found = [None]
     if (validation is None or arguments.verify_images) and process.is_main_process:  # files that are read anyway
-        found = [find_copies(parts, arguments.verify_images)]
+        found = [find_copies(parts, arguments.verify_images, source.num_channels)]
     copies, count = broadcast_object_list(found)[0], 0 if is_stream else len(parts[0])
     groups = [group for split in (train, validation) for group in getattr(split, "groups", None) or []]
     images = ImagesOfBothSides(parts, copies, groups, train.label_names, arguments, problems)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard
 from PIL import ExifTags, Image
@@ -207,7 +208,7 @@ def check_model(folder: Path) -> list[str]:
             for title, keys in info.items()
             if title.endswith("_keys") and keys
         ]
-        image = Image.new("RGB" if config.num_channels == 3 else "L", (40, 30), 128)
+        image = np.full((40, 30, processor.num_channels), 128, np.uint8)
         with torch.no_grad():
             outputs = model.eval()(processor(image, return_tensors="pt")["pixel_values"].to(model.dtype))
         if not all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor)):

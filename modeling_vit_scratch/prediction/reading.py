@@ -212,7 +212,8 @@ class ItemDataset(Dataset):
 
     def __getitem__(self, batch: tuple[int, list[tuple[Item, Any]]]) -> Batch:
         number, items = batch
-        pixels, errors = torch.zeros((len(items), *self.shape), dtype=torch.uint8), []
+        dtype = torch.uint8 if self.processor.do_eight_bits else torch.float32
+        pixels, errors = torch.zeros((len(items), *self.shape), dtype=dtype), []
         for row, (item, content) in enumerate(items):
             errors.append(item.error)
             if item.error is None:

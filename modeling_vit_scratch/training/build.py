@@ -19,7 +19,7 @@ from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
-from ..data.dataset import ImageClassificationDataset
+from ..data.dataset import ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
@@ -53,6 +53,8 @@ def build_trainer(
 ) -> ImageTrainer:
     """The trainer, by default of a classifier. Raises InputError if the flags don't fit the data or the model."""
     set_from_data(arguments, data, model)
+    if data.source.num_channels not in (1, 3) and processor.do_eight_bits:
+        processor = measured(processor, data.train)
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
     adapt(model, arguments.recipe_arguments)
@@ -138,14 +140,17 @@ def build_datasets(
     # An objective without labels draws its masks from the keys of images, of held-out ones too.
     keys = {"seed": arguments.seed, "with_keys": objective.description is not None}
     held_out = ImageClassificationDataset(data.validation, processor, channels, **keys)
+    keeps_values = not getattr(processor, "do_eight_bits", True)
     if arguments.images_on_device:
+        if keeps_values:
+            raise InputError("--images_on_device keeps 8 bits of a pixel. Leave it out for arrays.")
         if isinstance(data.train, ImageStream):
             raise InputError("--images_on_device keeps all images, and --streaming never has them all. Keep one.")
         if kind != "photo":
             raise InputError(f"--images_on_device augments photos. Leave it out for {data.source.name}.")
         train_set = ImageClassificationDataset(data.train, processor, channels)
         return build_device_images(train_set, held_out, augmentation, arguments)
-    fast, broken = arguments.fast_decode and kind == "photo", arguments.max_broken_images
+    fast, broken = arguments.fast_decode and kind == "photo" and not keeps_values, arguments.max_broken_images
     reading = {"seed": arguments.seed, "fast_decode": fast, "max_broken_images": broken}
     train_set = ImageClassificationDataset(data.train, processor, channels, augmentation, **reading)
     if isinstance(data.train, ImageStream):
@@ -168,8 +173,9 @@ def build_model(
     """
     set_seed(seed)
     overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
+    overrides |= {} if num_channels in (1, 3) else {"num_channels": num_channels}
     if arguments.model_name_or_path is not None:
-        model, processor, missing = _load(ViTScratchForImageClassification, arguments, optional="classifier.")
+        model, processor, missing = _load(ViTScratchForImageClassification, arguments, overrides, "classifier.")
         bias = overrides.get("head_bias_init", 0.0)
         head = fit_classifier(model, label_names, bool(missing), bias, is_multi_label)
         line = f"From {arguments.model_name_or_path}: {model.num_parameters():,} parameters. {head}"
@@ -180,7 +186,7 @@ def build_model(
             config = ViTScratchConfig.from_pretrained(origin, cache_dir=arguments.cache_dir, **labels, **overrides)
     else:
         origin = arguments.variant
-        config = ViTScratchConfig.from_variant(origin, num_channels=num_channels, **labels, **overrides)
+        config = ViTScratchConfig.from_variant(origin, **{"num_channels": num_channels, **labels, **overrides})
     if has_representation and "representation_size" not in overrides:
         config.representation_size = config.hidden_size
     model = ViTScratchForImageClassification(config)
@@ -193,7 +199,7 @@ def load_encoder(
     arguments: ModelArguments, random_seed: int | None = None
 ) -> tuple[ViTScratchModel, BaseImageProcessor]:
     """The encoder of --model_name_or_path; with `random_seed`, the same network with random weights."""
-    model, processor, _ = _load(ViTScratchModel, arguments)
+    model, processor, _ = _load(ViTScratchModel, arguments, arguments.config_fields())
     if random_seed is not None:
         set_seed(random_seed)
         model = ViTScratchModel(model.config)
@@ -201,14 +207,17 @@ def load_encoder(
 
 
 def _load(
-    kind: type[ViTScratchPreTrainedModel], arguments: ModelArguments, optional: str | None = None
+    kind: type[ViTScratchPreTrainedModel],
+    arguments: ModelArguments,
+    fields: dict[str, Any],
+    optional: str | None = None,
 ) -> tuple[Any, BaseImageProcessor, set[str]]:
     """Model, image processor, and missing weights. Raises InputError if any lacks the `optional` prefix."""
     name, hub = arguments.model_name_or_path, {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     # Weights stored in 16 bits become float32: most steps of training are too small for 16 bits.
-    overrides = {"dtype": torch.float32, **arguments.config_fields()}
+    overrides = {"dtype": torch.float32, **fields}
     model, processor, missing = load_pretrained(kind, f"--model_name_or_path {name}", name, hub, **overrides)
-    needed = {key for key in missing if optional is None or not key.startswith(optional)}
+    needed = {key for key in missing if not optional or not key.startswith(optional)}
     if needed:
         raise InputError(
             f"--model_name_or_path {name} lacks {len(needed)} of the network's weights, e.g. {min(needed)}. Give a "

@@ -48,9 +48,9 @@ MOST_USED = (
 GROUPS = {
     "data": (
         "validation_dir", "train_val_split", "split_seed", "folds", "dataset_config_name", "image_column_name",
-        "label_column_name", "label_separator", "group_column_name", "group_from", "drop_overlap", "allow_overlap",
-        "max_train_samples", "max_eval_samples", "verify_images", "max_broken_images", "export_examples",
-        "streaming",
+        "label_column_name", "label_separator", "num_channels", "group_column_name", "group_from",
+        "drop_overlap", "allow_overlap", "max_train_samples", "max_eval_samples", "verify_images",
+        "max_broken_images", "export_examples", "streaming",
     ),
     "model": ("patch_size", "config_overrides", "config_name", "model_revision", "cache_dir"),
     "optimization": (
