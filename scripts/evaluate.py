@@ -64,6 +64,13 @@ def main() -> None:
         accelerator.end_training()
         return
     predictions = predict(speed_up(model), processor, data.examples, accelerator, arguments)
+    if arguments.problem_type == "regression":
+        from modeling_vit_scratch.evaluation.regression import write_regression
+
+        if accelerator.is_main_process:
+            print(write_regression(data, predictions, arguments))
+        accelerator.end_training()
+        return
     if accelerator.is_main_process:
         report = build_report(arguments, model, data, predictions, accelerator)
         files = write_report(report, data, arguments)

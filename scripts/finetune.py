@@ -43,8 +43,9 @@ def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, pr
     earlier = read_earlier(start, checkpoint, data_arguments.train_val_split, **hub)
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir, earlier=earlier)
     model, processor, origin = build_model(
-        model_arguments, data.label_names, data.source.num_channels, seed, is_multi_label=data.is_multi_label
-    )
+        model_arguments, data.label_names, data.source.num_channels, seed,
+        is_multi_label=data.is_multi_label, is_regression=data.is_regression,
+    )  # fmt: skip
     trainer = build_trainer(model, processor, data, training_arguments)
     if is_first:
         sheet = draw_near_copies(data.near_copies, training_arguments.output_dir)

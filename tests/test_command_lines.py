@@ -218,6 +218,7 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
             "probe_images",
             "probe_steps",
             "hub_strategy",
+            "problem_type",
             "hub_private_repo",
         }  # --help all shows them
         if script is PRETRAIN:

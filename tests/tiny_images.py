@@ -117,6 +117,7 @@ def build(output_dir: Path, *flags: str) -> ImageTrainer:
         data.source.num_channels,
         training_arguments.seed,
         is_multi_label=data.is_multi_label,
+        is_regression=data.is_regression,
     )
     return build_trainer(model, processor, data, training_arguments)
 

@@ -323,6 +323,11 @@ class DataArguments(LabelFlags):
     label_names_file: str | None = flag(
         None, "With --streaming: a text file with one label per line, where the data have only numbers.", metavar="FILE"
     )
+    problem_type: str | None = flag(
+        None,
+        "regression: learn the numbers of the label column. Default: detected, from floats and lists of labels.",
+        choices=("regression",),
+    )
     num_channels: int | None = flag(
         None,
         "Channels of .npy files (H, W, C) and TIFF files. Their mean and std are measured. Example: 13",
@@ -355,6 +360,8 @@ class DataArguments(LabelFlags):
             )
         if self.num_channels not in (None, 1, 3) and (self.streaming or self.export_examples):
             problems.add("--num_channels does not go with --streaming and --export_examples. Leave them out.")
+        if self.problem_type and (self.streaming or self.folds or self.label_separator):
+            problems.add("--problem_type does not go with --streaming, --folds and --label_separator. Leave them out.")
         if self.allow_overlap and self.drop_overlap:
             problems.add("--allow_overlap and --drop_overlap are two answers to one question. Keep one of them.")
         if self.group_column_name and self.group_from:

@@ -18,11 +18,12 @@ METRIC_TITLES = {
     "micro_f1": "micro F1", "macro_f1": "macro F1", "samples_f1": "samples F1", "exact_match": "exact match",
     "micro_average_precision": "micro average precision", "hamming_loss": "Hamming loss", "nll": "NLL (nats)",
     "brier": "Brier score", "ece": "ECE, 15 equal bins", "adaptive_ece": "ECE, bins of equal numbers",
+    "rmse": "RMSE", "mae": "MAE", "r2": "R2",
 }  # fmt: skip
 # Bins of the expected calibration error (Guo et al., arXiv:1706.04599).
 NUM_BINS = 15
 # All others are fractions of 1.
-NO_PERCENT = ("loss", "nll", "brier")
+NO_PERCENT = ("loss", "nll", "brier", "rmse", "mae", "r2")
 
 
 def title_of(metric: str) -> str:

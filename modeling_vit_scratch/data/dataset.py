@@ -162,7 +162,9 @@ class Examples:
     """Images as stored, and their labels."""
 
     images: datasets.Dataset  # one column, "image", of undecoded `datasets.Image`
-    labels: list[int] | np.ndarray  # class indices; or where an image may have several, (N, K) uint8, 0 and 1
+    labels: (
+        list[int] | list[float] | np.ndarray
+    )  # class indices; numbers to predict; or where an image may have several, (N, K) uint8, 0 and 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -320,7 +322,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                 index = self.examples.another(others)
                 pixels = self._begin(index, *self.examples.stored([index]))
         labels = self.examples.label(index)
-        labels = torch.from_numpy(labels).float() if isinstance(labels, np.ndarray) else labels
+        labels = labels if isinstance(labels, int) else torch.as_tensor(labels, dtype=torch.float32)
         example = {"pixel_values": pixel_values, "labels": labels}
         if self.with_keys:
             example["key"] = (self.seed, int(self._epoch), index)

@@ -129,6 +129,8 @@ class ImagesOfBothSides:
         labels = self.labels
 
         def named(index: int) -> str:
+            if isinstance(labels[index], float):
+                return f"{self.image(index).name} ({labels[index]:g})"
             own = np.flatnonzero(labels[index]) if isinstance(labels[index], np.ndarray) else [labels[index]]
             return f"{self.image(index).name} ({', '.join(self.label_names[one] for one in own) or 'no label'})"
 

@@ -5,6 +5,7 @@ the data are found before training starts, and reported in one message.
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class ImageData:
     split: str  # which images are held out
     shuffle_buffer_size: int = 1
     is_multi_label: bool = False  # any number of labels for each image
+    is_regression: bool = False  # a number for each image; the one label name is that of the column
     images: dict[str, Any] | None = None  # see `held_out`; None where no file was read
     notes: list[str] = field(default_factory=list)  # for the user
     overlap: dict[str, Any] = field(default_factory=dict)  # of both sides: see `overlap`
@@ -52,7 +54,9 @@ class ImageData:
 
     def describe(self) -> str:
         kind = "labels, any number of them for an image" if self.is_multi_label else "labels"
-        labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}" if self.label_names else "no labels"
+        labels = f"numbers to predict: {listed(self.label_names)}" if self.is_regression else "no labels"
+        if self.label_names and not self.is_regression:
+            labels = f"{len(self.label_names)} {kind}: {listed(self.label_names)}"
         number = "streamed" if self.num_train is None else f"{self.num_train:,}"
         images = f"{number} training and {len(self.validation):,} held-out images ({self.split})"
         lines = [f"{self.source.name}: {images}; {labels}.", self.overlap.get("sentence"), *self.notes]
@@ -124,6 +128,8 @@ def read_data(
     evaluated = sample(held_out, arguments.max_eval_samples, seed)
     kept, overlap, near = images.compare(kept, evaluated, validation is not None)
     num_classes = 0 if is_stream else len(set(train.used()))
+    if arguments.folds and getattr(train, "targets", None):
+        problems.add("--folds is for labels, and these images have numbers. Leave it out.")
     if len(kept) < num_classes and not train.is_multi_label:
         way_out = "Add images, or raise --max_train_samples." if arguments.max_train_samples else "Add images."
         problems.add(f"{len(kept)} training images are fewer than the {num_classes} classes. {way_out}")
@@ -149,9 +155,11 @@ def read_data(
     held_out_part = parts[-1].select([index - first for index in evaluated])
     names, buffer_size = train.label_names, arguments.shuffle_buffer_size
     is_multi_label = train.is_multi_label and bool(names)
+    is_regression = getattr(train, "targets", None) is not None
     return ImageData(
-        source, names, train_part, held_out_part, split, buffer_size, is_multi_label, record, lines, overlap, near
-    )
+        source, names, train_part, held_out_part, split, buffer_size, is_multi_label, is_regression, record, lines,
+        overlap, near,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class LabelledSplit:
     is_ordered: bool  # whether the data define the order of the names
     is_multi_label: bool = False
     groups: list[Any] | None = None  # of each image; None for one that is in none
+    targets: list[float] | None = None  # for regression: of each image, which all have one label, the column's name
 
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
@@ -175,6 +184,8 @@ class LabelledSplit:
 
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
+        if self.targets is not None:
+            return Examples(self.images, self.targets)
         if new_index is None:
             new_index, num_labels = {index: index for index in self.used()}, len(self.label_names)
         if self.is_multi_label:
@@ -195,14 +206,17 @@ def read_split(
         problems.add(f"The {split} split has no images.")
         return None
     images, groups = _read_images(dataset, columns[0], split, problems), None
-    labels = [], [0] * len(dataset), False
-    if columns[1] is not None:
+    labels, targets = ([], [0] * len(dataset), False), None
+    if columns[1] is not None and (arguments.problem_type or "float" in str(dataset.features[columns[1]])):
+        targets = read_targets(dataset, columns[1], split, problems)
+        labels = targets and ([columns[1]], [0] * len(dataset), True)
+    elif columns[1] is not None:
         labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
     if images is not None and (arguments.group_column_name or arguments.group_from):
         groups = read_groups(dataset, images, arguments, split, problems)
     if images is None or labels is None:
         return None
-    return replace(LabelledSplit(images, *labels), groups=groups)
+    return replace(LabelledSplit(images, *labels), groups=groups, targets=targets)
 
 
 def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
@@ -221,6 +235,23 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
         )
         return None
     return images if column == "image" else images.rename_column(column, "image")
+
+
+def read_targets(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> list[float] | None:
+    """The numbers of a column, for regression. None if there is another value: see the problems."""
+    targets = []
+    for row, value in enumerate(dataset[column]):
+        try:
+            targets.append(float(value))
+        except (TypeError, ValueError):
+            targets.append(math.nan)
+        if not math.isfinite(targets[-1]):
+            problems.add(
+                f"Column {column!r} of the {split} split has {value!r} in row {row}, and regression needs a finite "
+                "number for each image. Correct or remove it."
+            )
+            return None
+    return targets
 
 
 def read_labels(
@@ -281,7 +312,7 @@ def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems)
             f"The {number} training images have lists of labels with {len(train.label_names)} different labels; at "
             "least two are needed. For an image to have one label or not, make two classes of it."
         )
-    elif len(counts) == 1 and not train.is_multi_label:
+    elif len(counts) == 1 and not train.is_multi_label and train.targets is None:
         problems.add(
             f"All {number} training images are of one class, {train.label_names[next(iter(counts))]!r}. Two classes "
             "are the least there is to learn."
@@ -297,6 +328,10 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         validation = replace(validation, label_names=names)
     if not train.label_names or not (validation.label_names or validation.is_multi_label):
         return Examples(validation.images, [0] * len(validation.indices))
+    if isinstance(train, LabelledSplit) and (train.targets is None) != (validation.targets is None):
+        problems.add("One of the splits has numbers to predict, the other one labels. Align them.")
+    elif validation.targets is not None:
+        return validation.examples()
     if train.is_multi_label != validation.is_multi_label:
         several, one = ("training", "validation") if train.is_multi_label else ("validation", "training")
         problems.add(f"The {several} split has a list of labels for each image, the {one} split one label. Align them.")
@@ -333,7 +368,9 @@ def hold_out(
     different = {(identity, label) for identity, row in zip(ids, rows) for label in row}
     counts = Counter(label for _, label in different)
     parts = Counter(label for _, label in {(g, label) for g, row in zip(groups or ids, rows) for label in row})
-    if not 0.0 < fraction < 1.0 or (split.label_names and len(counts) < 2 and not split.is_multi_label):
+    if not 0.0 < fraction < 1.0 or (
+        split.label_names and len(counts) < 2 and not split.is_multi_label and split.targets is None
+    ):
         return []
     if not split.is_multi_label:
         few = [(counts[index], split.label_names[index]) for index in sorted(counts) if split.label_names]

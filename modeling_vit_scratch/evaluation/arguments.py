@@ -99,6 +99,7 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
     )
     bootstrap_resamples: int = flag(1000, "Bootstrap resamples for the 95 %% intervals. 0: no intervals.", at_least=0)
     model: str = field(init=False, default="")
+    problem_type: str | None = field(init=False, default=None)  # "regression" if MODEL's is that
     dataset: str = field(init=False, default="")
 
 
@@ -147,7 +148,7 @@ def _check(arguments: EvaluationArguments, problems: Problems) -> None:
         folder = model / "evaluation" / data if model.is_dir() else Path("outputs", "evaluation", model.stem, data)
         arguments.output_dir = str(folder)
     folder = Path(arguments.output_dir)
-    patterns = ("results.json", "predictions.*", "*.png", "label_issues.csv")
+    patterns = ("results.json", "regression.json", "predictions.*", "*.png", "label_issues.csv")
     written = [file.name for pattern in patterns for file in folder.glob(pattern)]
     if reason := writing_problem(folder):
         problems.add(f"--output_dir {folder}: {reason} Give one that can.")

@@ -9,7 +9,14 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    root_mean_squared_error,
+)
 from transformers import EvalPrediction
 
 
@@ -22,8 +29,8 @@ class ImageClassificationMetric(evaluate.Metric):
     the true ones (N,). With several labels, `multi_label_scores` at 0.5 of logits (N, K) and labels 0 and 1 (N, K).
     """
 
-    def __init__(self, num_labels: int, is_multi_label: bool = False) -> None:
-        self.num_labels, self.is_multi_label = num_labels, is_multi_label
+    def __init__(self, num_labels: int, is_multi_label: bool = False, is_regression: bool = False) -> None:
+        self.num_labels, self.is_multi_label, self.is_regression = num_labels, is_multi_label, is_regression
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
@@ -31,13 +38,15 @@ class ImageClassificationMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         predictions, references = datasets.List(datasets.Value("int64")), datasets.Value("int64")
-        if self.is_multi_label:
+        if self.is_multi_label or self.is_regression:
             predictions = references = datasets.List(datasets.Value("float32"))
         features = datasets.Features({"predictions": predictions, "references": references})
         return evaluate.MetricInfo(description="Metrics of image classification.", citation="", features=features)
 
     def _compute(self, predictions: list[list[float]], references: list[Any]) -> dict[str, float]:
         ranked, labels = np.asarray(predictions), np.asarray(references)
+        if self.is_regression:
+            return regression_scores(ranked[:, 0], labels[:, 0])
         if self.is_multi_label:
             return multi_label_scores(ranked, labels > 0.5, ranked >= 0)
         scores = {"accuracy": float(accuracy_score(labels, ranked[:, 0]))}
@@ -46,6 +55,13 @@ class ImageClassificationMetric(evaluate.Metric):
         # Over the classes that occur, in the labels or in the predictions: scikit-learn's own default.
         scores["macro_f1"] = float(f1_score(labels, ranked[:, 0], average="macro", zero_division=0))
         return scores
+
+
+def regression_scores(values: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """RMSE, MAE and R2 of numbers (N,)."""
+    measures = {"rmse": root_mean_squared_error, "mae": mean_absolute_error}
+    measures |= {"r2": r2_score} if len(targets) > 1 else {}
+    return {name: float(measure(targets, values)) for name, measure in measures.items()}
 
 
 def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
@@ -70,15 +86,17 @@ def rank_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
-def build_compute_metrics(num_labels: int, is_multi_label: bool = False) -> Callable[..., dict[str, float]]:
+def build_compute_metrics(
+    num_labels: int, is_multi_label: bool = False, is_regression: bool = False
+) -> Callable[..., dict[str, float]]:
     """For `Trainer(compute_metrics=)`, with and without `batch_eval_metrics`: metrics and the number of `images`."""
-    metric, images = ImageClassificationMetric(num_labels, is_multi_label), 0
+    metric, images = ImageClassificationMetric(num_labels, is_multi_label, is_regression), 0
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         nonlocal images
         parts = prediction.predictions, prediction.label_ids
         ranked, labels = (torch.as_tensor(part).cpu().numpy() for part in parts)
-        metric.add_batch(predictions=ranked, references=labels)
+        metric.add_batch(predictions=ranked, references=labels.reshape(-1, 1) if is_regression else labels)
         images += len(labels)
         if not compute_result:
             return {}

@@ -31,7 +31,12 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
     if missing or not model.num_labels or not any(p.any() for p in model.classifier.parameters()):
         raise InputError(f"MODEL {name} has no trained classifier. Train one with scripts/finetune.py.")
     problem, outputs = model.config.problem_type, model.num_labels
-    if problem == "regression" or outputs < 2:
+    if problem == "regression" and outputs == 1:
+        arguments.problem_type = problem
+        names = ("calibrate", "label_issues", "examples", "label_map")
+        if given := " ".join(f"--{name}" for name in names if getattr(arguments, name)):
+            raise InputError(f"{given}: MODEL {name} predicts a number, and that is for labels. Leave it out.")
+    elif problem == "regression" or outputs < 2:
         raise InputError(f"MODEL {name} does not classify: it has problem_type={problem!r} and {outputs} outputs.")
     if arguments.threshold is not None and problem != MULTI_LABEL:
         raise InputError(

@@ -258,8 +258,9 @@ def printable(text: str) -> str:
 
 
 def to_output(
-    rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None, more: Iterable[str] = ()
-) -> pyarrow.Table:
+    rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None, more: Iterable[str] = (),
+    is_regression: bool = False,
+) -> pyarrow.Table:  # fmt: skip
     """
     The readable images of a part, in the columns of the output, also `more` of a part. `width` is that of embeddings,
     if it has them.
@@ -270,7 +271,9 @@ def to_output(
         for name in ("labels", "scores")
     )
     names, columns = np.array(label_names, dtype=object), {"image": rows["image"].combine_chunks()}
-    for rank in range(top_k):
+    if is_regression and top_k == 1:
+        columns["prediction"] = pyarrow.array(scores[:, 0])
+    for rank in range(0 if is_regression and top_k == 1 else top_k):
         end = f"_{rank + 1}" if rank else ""
         columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
         columns[f"score{end}"] = pyarrow.array(scores[:, rank])
@@ -326,7 +329,7 @@ def _rows(tables: Iterable[pyarrow.Table]) -> Iterator[dict[str, Any]]:
     for table in tables:
         for row in table.to_pylist():
             for name, value in row.items():
-                if name.startswith(("score", "novelty")):
+                if name.startswith(("score", "novelty", "prediction")):
                     row[name] = round(value, 6)
                 elif name == "embedding":
                     row[name] = [float(str(np.float32(number))) for number in value]

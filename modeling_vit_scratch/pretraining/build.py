@@ -25,6 +25,8 @@ def build_pretraining(
 ) -> tuple[ImageTrainer, list[str]]:
     """The trainer, and lines for the user on the initial model. Raises InputError if model, flags or data don't fit."""
     channels = data.source.num_channels
+    if data.is_regression:
+        raise InputError("The label column has numbers to predict, which scripts/finetune.py learns.")
     if options.is_supervised:
         labels, is_multi_label = data.label_names, data.is_multi_label
         model, processor, lines = build_model(

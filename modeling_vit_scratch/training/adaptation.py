@@ -101,7 +101,7 @@ class FeatureDataset(ImageClassificationDataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         labels = map(self.examples.label, indices)
-        labels = [label if isinstance(label, int) else torch.from_numpy(label).float() for label in labels]
+        labels = [one if isinstance(one, int) else torch.as_tensor(one, dtype=torch.float32) for one in labels]
         return [
             {"pixel_values": feature, "labels": label, "key": (self.seed, int(self._epoch), index)}
             for index, label, feature in zip(indices, labels, self.features[list(map(self.examples.index, indices))])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -53,6 +54,9 @@ def build_trainer(
 ) -> ImageTrainer:
     """The trainer, by default of a classifier. Raises InputError if the flags don't fit the data or the model."""
     set_from_data(arguments, data, model)
+    if data.is_regression and model.classifier.bias.item() == model.config.head_bias_init:  # new: it starts at the mean
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.constant_(model.classifier.bias, float(np.mean(data.train.labels)))
     if data.source.num_channels not in (1, 3) and processor.do_eight_bits:
         processor = measured(processor, data.train)
     objective = objective or classification(data, arguments)
@@ -87,7 +91,8 @@ def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: Pre
     recipe = arguments.recipe_arguments
     if not recipe.plan or data.num_train is None:
         return
-    is_fresh = not any(weight.any() for name, weight in model.named_parameters() if is_head(name))
+    heads = (weight for name, weight in model.named_parameters() if is_head(name) and name.endswith("weight"))
+    is_fresh = not any(weight.any() for weight in heads)
     found = settings_from_data(recipe.plan, data.num_train, model.config.hidden_size, is_fresh, arguments.world_size)
     lines = ["Chosen for these images, where no flag says otherwise:"]
     for name, (value, reason) in found.items():
@@ -104,6 +109,8 @@ def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: Pre
 def classification(data: ImageData, arguments: ImageTrainingArguments) -> Objective:
     """Classification with the loss and the mixing of the flags. Raises InputError if they don't fit the data."""
     recipe, smoothing, count = arguments.recipe_arguments, arguments.label_smoothing_factor, len(data.label_names)
+    if data.is_regression:
+        return regression(arguments)
     collator, loss, weights = ImageCollator(), None, None
     if recipe.mixup or recipe.cutmix:  # the collator smooths classes, the loss several labels
         spread = 0.0 if data.is_multi_label else smoothing
@@ -125,6 +132,18 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
     rank = None if data.is_multi_label else rank_labels
     metrics = {"compute_metrics": build_compute_metrics(count, data.is_multi_label)}
     return Objective(collator, loss, {**metrics, "preprocess_logits_for_metrics": rank})
+
+
+def regression(arguments: ImageTrainingArguments) -> Objective:
+    """A number for each image, with the mean squared error. Raises InputError for flags that need labels."""
+    recipe = arguments.recipe_arguments
+    given = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "class_weights", "balanced_sampling")}
+    given |= {"loss": recipe.loss != "softmax", "label_smoothing_factor": arguments.label_smoothing_factor}
+    if wrong := " ".join(f"--{name}" for name, value in {**given, "probe": arguments.probe}.items() if value):
+        raise InputError(f"{wrong}: needs labels, and these images have numbers to predict. Leave it out.")
+    if arguments.metric_for_best_model == "accuracy":
+        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+    return Objective(ImageCollator(), None, {"compute_metrics": build_compute_metrics(1, is_regression=True)})
 
 
 def build_datasets(
@@ -166,18 +185,21 @@ def build_model(
     seed: int,
     has_representation: bool = False,
     is_multi_label: bool = False,
+    is_regression: bool = False,
 ) -> tuple[ViTScratchForImageClassification, BaseImageProcessor, list[str]]:
     """
     A new model, or a saved one with its classifier adapted to the labels (none without labels), its image processor,
     and a line for the user. `has_representation`: with the tanh layer of the paper's pretraining (3.1), if it is new.
     """
     set_seed(seed)
-    overrides, labels = arguments.config_fields(), label_fields(label_names, is_multi_label)
+    problem = "multi_label_classification" if is_multi_label else "single_label_classification"
+    problem = "regression" if is_regression else problem
+    overrides, labels = arguments.config_fields(), label_fields(label_names, problem)
     overrides |= {} if num_channels in (1, 3) else {"num_channels": num_channels}
     if arguments.model_name_or_path is not None:
         model, processor, missing = _load(ViTScratchForImageClassification, arguments, overrides, "classifier.")
         bias = overrides.get("head_bias_init", 0.0)
-        head = fit_classifier(model, label_names, bool(missing), bias, is_multi_label)
+        head = fit_classifier(model, label_names, bool(missing), bias, problem)
         line = f"From {arguments.model_name_or_path}: {model.num_parameters():,} parameters. {head}"
         return model, processor, [line]
     if arguments.config_name is not None:
@@ -238,12 +260,12 @@ def _given_processor(arguments: ModelArguments) -> BaseImageProcessor | None:
 
 
 def fit_classifier(
-    model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, is_multi_label: bool
+    model: ViTScratchForImageClassification, label_names: list[str], is_fresh: bool, bias: float, problem: str
 ) -> str:
     """Gives the classifier a row for each label, in their order, kept or zero; returns a line that says which."""
-    config = model.config
+    config, is_multi_label = model.config, problem == "multi_label_classification"
     old = [config.id2label[index] for index in range(config.num_labels)]
-    same_problem = is_multi_label == (config.problem_type == "multi_label_classification")
+    same_problem = problem == (config.problem_type or "single_label_classification")
     is_known, had_representation = not is_fresh and same_problem, config.representation_size is not None
     rows = {name: old.index(name) for name in label_names if is_known and old.count(name) == 1}
     if rows:
@@ -259,7 +281,7 @@ def fit_classifier(
             nn.init.constant_(parameter, value)
         config.head_bias_init, model.classifier = bias, head
     model.num_labels = len(label_names)
-    for name, value in label_fields(label_names, is_multi_label).items():
+    for name, value in label_fields(label_names, problem).items():
         setattr(config, name, value)
     config.temperature = 1.0  # it was fitted to the weights as they were
     if not label_names:
@@ -288,9 +310,8 @@ def _head_of_rows(head: nn.Linear, rows: list[int | None], bias: float) -> nn.Li
     return chosen
 
 
-def label_fields(label_names: list[str], is_multi_label: bool) -> dict[str, Any]:
+def label_fields(label_names: list[str], problem: str) -> dict[str, Any]:
     """The fields of a configuration that follow from the labels, in the order of the class indices."""
-    problem = "multi_label_classification" if is_multi_label else "single_label_classification"
     return {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},

@@ -17,7 +17,7 @@ _LONG_SECONDS = 30 * 60
 _HEARTBEAT_SECONDS = 10 * 60
 _UNDECIDED = 0.1  # how much of ln K the losses of a guess differ by
 _LAST_LOSSES = 10  # one batch can be far from the mean
-_NAMES = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1")
+_NAMES = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1", "rmse", "mae", "r2")
 
 
 def add_progress(trainer: ImageTrainer) -> None:
