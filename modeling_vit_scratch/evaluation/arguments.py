@@ -48,7 +48,8 @@ class EvaluationArguments(LabelFlags, ReadingFlags, SeedFlag, HubFlags):
         False,
         "Fit a temperature to a random half of the images, report on the other half, and write it into "
         "MODEL/config.json. Pipelines then apply it; from_pretrained(..., calibrated=False) does not. With one label "
-        "per image also fit --coverage and --min_accuracy, to the other half, for predict.py.",
+        "per image also fit --coverage and --min_accuracy, to the other half; with several a threshold for each label. "
+        "Both are for predict.py.",
     )
     coverage: float | None = flag(
         None, "With --calibrate: how often the set of labels has the right one. Default: 0.9", above=0, below=1

@@ -14,6 +14,7 @@ import numpy as np
 from accelerate import Accelerator
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+from sklearn.metrics import precision_recall_curve
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..common import uncertainty
@@ -23,6 +24,7 @@ from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments
+from .compute_metrics import multi_label_scores
 from .data import EvaluationData
 from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
 from .predictions import MULTI_LABEL, Predictions
@@ -86,6 +88,13 @@ def build_report(
             thresholds = fit_thresholds(values, labels, fitted_rows, rows, *wanted)
             features = predictions.features
             novelty = fit_novelty(features[fitted_rows], labels[fitted_rows], features[rows])
+        else:
+            own = fit_label_thresholds(
+                probabilities(predictions.logits[fitted_rows], temperature, True), labels[fitted_rows]
+            )
+            values, others = probabilities(predictions.logits[rows], temperature, True), labels[rows]
+            scores = [multi_label_scores(values, others, values >= one)["macro_f1"] for one in (threshold, own)]
+            calibration |= {"label_thresholds": own, "macro_f1_at_one_threshold": scores[0], "macro_f1": scores[1]}
         description += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
     results, labels, logits = score_at(temperature), labels[rows], predictions.logits[rows]
     values = probabilities(logits, temperature, is_multi_label)
@@ -181,14 +190,33 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(found.x)
 
 
-def store_temperature(folder: str | os.PathLike[str], temperature: float) -> None:
-    """Writes the temperature into config.json, and the code that applies it beside it: older code would not."""
+def fit_label_thresholds(values: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Of each label the threshold of the best F1, from probabilities and labels (N, K); 0.5 without an image of it."""
+    thresholds = []
+    for scores, has in zip(values.T, labels.T):
+        precision, recall, levels = precision_recall_curve(has, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        thresholds.append(float(levels[f1[:-1].argmax()]) if has.any() else 0.5)
+    return thresholds
+
+
+def store_temperature(
+    folder: str | os.PathLike[str], temperature: float | None, label_thresholds: list[float] | None = None
+) -> None:
+    """Writes what is not None into config.json, and the code that applies it beside it: older code would not."""
     config = ViTScratchConfig.from_pretrained(folder)
-    config.temperature = temperature
+    config.temperature = config.temperature if temperature is None else temperature
+    if label_thresholds is not None:
+        config.label_thresholds = label_thresholds
     config.save_pretrained(folder)
     # transformers copies the code of an object, not of a class: the smallest model will do.
     smallest = ViTScratchForImageClassification(type(config).from_variant("test/4", num_labels=2))
     custom_object_save(smallest, folder)
+
+
+def has_better_thresholds(calibration: dict[str, Any]) -> bool:
+    """Whether thresholds of each label have a better macro F1 than one for all, on images they were not fitted to."""
+    return calibration.get("macro_f1", 0.0) > calibration.get("macro_f1_at_one_threshold", 0.0)
 
 
 def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
@@ -207,8 +235,11 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
         arrays = {"image": np.array(images), "logits": report.logits, "labels": report.labels}
         names = np.array(record["confusion_matrix"]["labels"])
         np.savez_compressed(files[-1], **arrays, label_names=names, temperature=record["temperature"])
-    if arguments.calibrate and record["calibration"]["is_stored"]:
-        store_temperature(arguments.model, record["temperature"])
+    if calibration := record["calibration"]:
+        thresholds = calibration.get("label_thresholds") if has_better_thresholds(calibration) else None
+        temperature = record["temperature"] if calibration["is_stored"] else None
+        if temperature is not None or thresholds is not None:
+            store_temperature(arguments.model, temperature, thresholds)
     if report.novelty is not None:
         folder = Path(arguments.model)
         thresholds = {**record["uncertainty"], "data": record["dataset"]["name"]}
@@ -268,6 +299,15 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
             f"images: NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, "
             f"ECE {value_of(before, 'ece'):.2%} to {value_of(after, 'ece'):.2%}. {outcome}"
         )
+        if "label_thresholds" in calibration:
+            stored = "They are" if has_better_thresholds(calibration) else "They do not help, and are not"
+            names = record["confusion_matrix"]["labels"]
+            each = listed([f"{on_screen(name)} {x:.3g}" for name, x in zip(names, calibration["label_thresholds"])])
+            before, after = calibration["macro_f1_at_one_threshold"], calibration["macro_f1"]
+            lines.append(
+                f"Thresholds of labels, fitted to the same ({each}): macro F1 {before:.2%} to {after:.2%}. {stored} in "
+                f"{model}/config.json, for predict.py."
+            )
     if thresholds := record["uncertainty"]:
         lines.append(
             f"Sets of labels for a coverage of {thresholds['coverage']:.4g}: of {thresholds['n_measured']:,} other "

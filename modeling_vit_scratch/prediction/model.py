@@ -51,6 +51,10 @@ class Predictor:
         self.uncertainty, self.columns = uncertainty, []  # of the output, beside labels, scores and embeddings
         if uncertainty and top_k and (self.config.calibrated or self.config.temperature == 1.0):
             self.columns += ["set"] if uncertainty.score_threshold is None else ["set", "abstain"]
+        # Of each label, for images with several: evaluate.py --calibrate.
+        thresholds = getattr(self.config, "label_thresholds", None) if top_k and self.config.calibrated else None
+        self.label_thresholds = thresholds and np.array(thresholds, dtype=np.float32)
+        self.columns += ["set"] if thresholds else []
         if uncertainty and has_embeddings:
             self.columns += ["novelty", "novelty_percentile"]
         self._normalize, self._pooled = Normalize(processor), threading.local()
@@ -96,7 +100,9 @@ class Predictor:
         require_finite(output.logits)
         sort = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
         scores, labels = (values.cpu().numpy() for values in sort)
-        if "set" in self.columns:
+        if self.label_thresholds is not None:
+            more["sets"] = np.where(scores >= self.label_thresholds[labels], labels, -1)
+        elif "set" in self.columns:
             is_in = scores >= self.uncertainty.set_threshold
             is_in[:, 0] = True
             more["sets"] = np.where(is_in, labels, -1)

@@ -283,7 +283,8 @@ def fit_classifier(
     model.num_labels = len(label_names)
     for name, value in label_fields(label_names, problem).items():
         setattr(config, name, value)
-    config.temperature = 1.0  # it was fitted to the weights as they were
+    config.temperature = 1.0  # it was fitted to the weights as they were, and so were these
+    vars(config).pop("label_thresholds", None)
     if not label_names:
         return "Its encoder is taken, without a classifier."
     if rows and old == label_names:
