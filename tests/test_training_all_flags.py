@@ -61,7 +61,7 @@ REFUSED = {
 ELSEWHERE = {
     "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "liger_kernel_config",
     "fsdp_config", "deepspeed", "parallelism_config", "activation_checkpointing", "activation_checkpointing_kwargs",
-    "images_on_device", "output_dir", "local_rank", "ddp_backend",
+    "images_on_device", "output_dir", "local_rank", "ddp_backend", "early_stopping_patience", "max_hours",
 }  # fmt: skip
 
 

@@ -365,7 +365,6 @@ def test_columns_are_found_if_there_is_one_way_and_listed_if_not(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "part"),
     [
-        ([0.5, 1.0] * 4, "one name or whole number"),
         ([[0.5], [1.0]] * 4, "one name or whole number"),
         ([None, "a", "b", "a"] * 2, "2 images of the training split have no label"),
     ],
