@@ -122,10 +122,13 @@ def test_a_finished_run_is_not_written_over_and_can_be_resumed(finished, monkeyp
     assert finetune(monkeypatch, *flags) == 2
     assert "already has a model" in capsys.readouterr().err
     before = load_file(tmp_path / "out" / "pets" / "model.safetensors")
+    samples = json.loads((tmp_path / "out" / "pets" / "results.json").read_text())["training"]["samples_seen"]
     assert finetune(monkeypatch, *flags, "--resume_from_checkpoint", "True") == 0
     after = load_file(tmp_path / "out" / "pets" / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((tmp_path / "out" / "pets" / "results.json").read_text())["resumed_from"] == "checkpoint-12"
+    record = json.loads((tmp_path / "out" / "pets" / "results.json").read_text())
+    assert record["resumed_from"] == "checkpoint-12"
+    assert record["training"]["samples_seen"] == samples > 0  # with those before the stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------

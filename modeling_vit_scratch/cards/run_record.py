@@ -170,12 +170,14 @@ def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
     is_multi_label = trainer.model.config.problem_type == "multi_label_classification"
     schedule = (arguments.lr_scheduler_kwargs or {}).items()
     # As the launcher has set it, too: `accelerate launch --mixed_precision bf16`.
-    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision, "float32")
+    # accelerate has no float16 on a CPU, and says nothing.
+    mixed = trainer.accelerator.mixed_precision if trainer.accelerator.native_amp else "no"
+    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed, "float32")
     return {
         "epochs": round(trainer.state.epoch or 0.0, 2),
         "steps": trainer.state.global_step,
         "ended_early": trainer.early_end.reason,
-        "samples_seen": sum(trainer.samples_by_process),
+        "samples_seen": trainer.samples_before + sum(trainer.samples_by_process),
         "samples_seen_by_process": trainer.samples_by_process,
         "batch_size": trainer.get_total_train_batch_size(arguments),
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,

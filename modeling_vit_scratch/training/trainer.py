@@ -131,7 +131,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.save_on_signal = SaveOnSignal(self.processes)
         self.early_end = EarlyEnd(args.max_hours, args.early_stopping_patience, self.processes)
         # Images trained on since the start or resumption, padding of last batches included: here; by each process.
-        self._samples, self.samples_by_process = 0, []
+        self._samples, self.samples_before, self.samples_by_process = 0, 0, []
         for callback in (average, self.early_end, self.save_on_signal, stream_batches):
             if callback is not None:
                 self.add_callback(callback)
@@ -214,9 +214,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
                 with self._errors_explained():
                     outcome = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                     self.step_guard.stop_if_bad()
-                    samples = torch.tensor([self._samples], device=self.args.device)
-                    self.samples_by_process = gather(samples).tolist()
-                    return outcome
+                    self.count_samples()
+                return outcome
             finally:
                 self.is_in_train = False  # which the Trainer leaves after an error
                 self.workers.release()
@@ -226,12 +225,18 @@ class ImageTrainer(TrainerOverrides, Trainer):
                 self.pusher.push_unpushed()
             raise
 
+    def count_samples(self) -> int:
+        """Of all processes, into `samples_by_process`. Returns the number with that of the run that is resumed."""
+        self.samples_by_process = gather(torch.tensor([self._samples], device=self.args.device)).tolist()
+        return self.samples_before + sum(self.samples_by_process)
+
     def _prepare_resumption(self, checkpoint: str) -> None:
         check_same_model(self.model.config, checkpoint)
         manifest = read_manifest(checkpoint)
         self.changed = self.run_folder.compare_settings(checkpoint, manifest, self.settings)
         if "--lora_rank" in self.changed:  # the Trainer would load whatever weights have the same names
             raise InputError(f"--resume_from_checkpoint {checkpoint}: its run had another --lora_rank. Give the same.")
+        self.samples_before = manifest.get("samples_seen", 0)
         broken = manifest.get("broken_images", {})
         self.step_guard.broken_images = {int(index): reason for index, reason in broken.items()}
         state = json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))

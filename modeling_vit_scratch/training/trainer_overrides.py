@@ -49,6 +49,7 @@ class TrainerOverrides:
         # the disk. on_save comes too late to change that.
         self.step_guard.stop_if_bad()
         metadata = {"settings": self.settings, "broken_images": self.step_guard.broken_images, "images": self.images}
+        metadata["samples_seen"] = self.count_samples()
         with self.run_folder.new_checkpoint(self.state, metadata) as folder:
             super()._save_checkpoint(model, trial)
             if self.stream_batches is not None:
