@@ -180,6 +180,9 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     add("white is zero.tif", encoded(negative, "TIFF", tiffinfo={262: 0}), gray)
     add("rubbish after the end.jpg", encoded(plain, "JPEG") + b"\0rubbish" * 50, _jpeg(plain))
     add("really a png.jpg", encoded(plain, "PNG"), plain)
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = [row.tobytes() for x, y, across, down in passes for row in np.asarray(plain)[y::down, x::across]]
+    add("interlaced.png", png_of(*SIDES, rows=rows, interlace=1), plain)
     add("really a jpeg.png", encoded(plain, "JPEG"))
     add("UPPER.JPEG", encoded(plain, "JPEG"))
     for kind in ("BMP", "PPM", "TGA", "PCX", "ICO"):
@@ -188,6 +191,9 @@ def odd_images(folder: Path) -> dict[str, Image.Image]:
     for kind in ("JPEG2000", "AVIF"):
         if features.check("jpg_2000" if kind == "JPEG2000" else "avif"):
             add(f"kind.{'jp2' if kind == 'JPEG2000' else 'avif'}", encoded(plain, kind))
+    if features.check("avif"):
+        upright = Image.open(io.BytesIO(encoded(plain, "AVIF")))
+        add("damaged EXIF.avif", encoded(plain, "AVIF", exif=b"Exif\0\0II*\0rubbish"), upright)
     add("two\nlines.png", encoded(plain, "PNG"))
     add("Ωμέγα 猫 🐈.png", encoded(plain, "PNG"))
     add("n" * 251 + ".png", encoded(plain, "PNG"))
@@ -220,9 +226,10 @@ def png_of(
     depth: int = 8,
     color: int = 2,
     rows: list[bytes] | None = None,
+    interlace: int = 0,
 ) -> bytes:
     """A PNG of so many pixels, of gray (`color` 0) or RGB (2). By itself one row of them is there, too short."""
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
     data = bytes(width + 1) if rows is None else b"".join(b"\0" + row for row in rows)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     written = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
