@@ -5,13 +5,18 @@ Makes a program of a classifier, for ONNX Runtime, OpenVINO or torch.export: for
     python scripts/export.py outputs/pets outputs/pets-onnx --format onnx
     python scripts/export.py outputs/pets outputs/pets-int8 --format onnx --int8 --dataset photos
     python scripts/export.py outputs/pets outputs/pets-openvino --format openvino --any_size
+    python scripts/export.py outputs/pets outputs/pets-web --format web --images photos/*.jpg
 
 The program is compared with the model on real images before it is written: logits within 1e-4, and the same best
 labels. Its speed is shown beside that of the model. `pip install -e ".[export]"` brings what ONNX and OpenVINO need.
+
+--format web writes a folder for browsers: a page (index.html), and what transformers.js opens. Photos are classified on
+the device of who looks at it; a server only hands out the files.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from startup.quick import before_torch, run_command_line
 
@@ -21,13 +26,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="the folder of a classifier, its id on the Hub, or a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
     parser.add_argument(
-        "--format", choices=("torch", "onnx", "openvino"), default="onnx",
-        help="torch: torch.export's .pt2; onnx; openvino: OpenVINO's IR (default: %(default)s)",
+        "--format", choices=("torch", "onnx", "openvino", "web"), default="onnx",
+        help="torch: torch.export's .pt2; onnx; openvino: OpenVINO's IR; web: ONNX and a page, for browsers (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument("--any_size", action="store_true", help="images of any height and width that the patch divides")
     parser.add_argument("--int8", action="store_true", help="weights of 8 bits, with --format onnx: a quarter the size")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on (default: two photographs that "
-                        "come with scikit-learn, and their quarters)")  # fmt: skip
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="what to compare on, and examples of the page "
+                        "(default: two photographs that come with scikit-learn, and their quarters)")  # fmt: skip
     parser.add_argument("--dataset", help="labelled images, as in scripts/evaluate.py: how many are right before and "
                         "after")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="images in a batch that is timed (default: 8)")
@@ -64,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f'--format {arguments.format} needs {", ".join(missing)}: pip install -e ".[export]"')
     if arguments.int8 and arguments.format != "onnx":
         raise InputError(f"--int8 goes with --format onnx, not with {arguments.format}.")
+    if arguments.any_size and arguments.format == "web":
+        raise InputError("--any_size: the page of --format web prepares images of the model's own size. Leave it out.")
     if arguments.batch_size < 1 or arguments.rounds < 0:
         raise InputError(
             f"--batch_size {arguments.batch_size} must be at least 1, --rounds {arguments.rounds} at least 0."
@@ -75,20 +83,20 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(evaluation)
     model = model.float().eval()
     images = arguments.images or photographs()
+    if arguments.format == "web":
+        return export_web(arguments, evaluation, model, processor, images)
     pixel_values = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
     exported = export(model, arguments.format, arguments.any_size, arguments.int8)
     comparison = compare(model, exported, pixel_values)
     check(comparison, arguments.format, arguments.int8)
     weights = sum(weight.nbytes for weight in model.state_dict().values())
-    save(exported, processor, arguments.output, 0 if arguments.int8 else weights)
+    save((exported, processor), arguments.output, 0 if arguments.int8 else weights)
     size = sum(file.stat().st_size for file in arguments.output.iterdir()) / 1e6
     print(f"{arguments.output}: {size:,.1f} MB. On {comparison.n} images logits differ from the model's by up to "
           f"{comparison.difference:.1e}, and {comparison.agreement:.0%} have the same best label.")  # fmt: skip
     if arguments.dataset:
-        count, right, which = count_right(model, processor, evaluation, {"the model": model, "the program": exported})
-        counts = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
-        print(f"Of {count:,} images ({which}) right: {counts}.")
+        print(count_right(model, processor, evaluation, {"the model": model, "the program": exported}))
     if arguments.rounds:
         batch = pixel_values.repeat(-(-arguments.batch_size // len(pixel_values)), 1, 1, 1)[: arguments.batch_size]
         batch = batch.contiguous()
@@ -111,6 +119,21 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.format == "openvino":
         print('OpenVINO computes in bfloat16 where the CPU has it, to 2 or 3 digits. In float32, as compared here:\n'
               '    model.to(config={"INFERENCE_PRECISION_HINT": "f32"})')  # fmt: skip
+
+
+def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, processor: Any, images: list[Any]) -> None:
+    from exporting.web import build, name_and_card
+
+    from modeling_vit_scratch.exporting.export import count_right, save
+
+    examples = images if arguments.images else images[:2]  # of the photographs, not their quarters
+    web = build(model, processor, images, examples, *name_and_card(arguments.model))
+    save([web], arguments.output, sum(map(len, web.files.values())))
+    print(f"{arguments.output}:", *web.lines, sep="\n  ")
+    if arguments.dataset:
+        print(count_right(model, processor, evaluation, {"the model": model, **web.programs}))
+    print(f"""To see the page: python -m http.server --directory {arguments.output}, and open http://localhost:8000
+In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }})""")
 
 
 if __name__ == "__main__":

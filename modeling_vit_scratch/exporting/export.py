@@ -34,12 +34,13 @@ INT8_TOLERANCE, INT8_AGREEMENT = 0.15, 0.8
 # What `save` writes.
 WRITTEN = (
     "export.json", "config.json", "preprocessor_config.json", "*_vit_scratch.py", "model.pt2", "model.onnx",
-    "model.onnx.data", "openvino_model.xml", "openvino_model.bin",
+    "model.onnx.data", "openvino_model.xml", "openvino_model.bin", "onnx", "examples", "index.html", "card.md",
 )  # fmt: skip
 MAX_BATCH, MAX_ROWS = 1024, 256
 # For each format its name in transformers, as in DynamoExporter and DynamoConfig, and what has to be installed.
 FORMATS = {"torch": "Dynamo", "onnx": "Onnx", "openvino": "OpenVINO"}
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+PACKAGES["web"] = PACKAGES["onnx"]
 
 
 def missing_packages(name: str) -> list[str]:
@@ -75,6 +76,9 @@ def export(
     except Exception as error:  # whatever a compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"The {name} exporter can't make a program of this model: {reason}") from error
+    if name == "onnx":  # each node has the lines of code that it comes from, with paths of this machine
+        for node in exported.program.graph:
+            node.metadata_props.clear()
     if name == "openvino":  # by itself it takes bfloat16 where the CPU has it
         return exported.to(config={"INFERENCE_PRECISION_HINT": "f32"})
     return exported
@@ -147,10 +151,10 @@ def check_output(folder: Path, overwrite: bool, inputs: Iterable[str | os.PathLi
         )
 
 
-def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | os.PathLike[str], size: int = 0) -> None:
+def save(parts: Iterable[Any], folder: str | os.PathLike[str], size: int = 0) -> None:
     """
-    Writes program, configuration, processor and their code, all or nothing, in place of an earlier program. Raises
-    InputError if the disk has no room for `size` bytes: torch's own writer would end the process.
+    Writes the parts (program, processor) by their `save_pretrained`, all or nothing, in place of an earlier program.
+    Raises InputError if the disk has no room for `size` bytes: torch's own writer would end the process.
     """
     folder = Path(folder)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
@@ -159,8 +163,8 @@ def save(exported: ExportedModel, processor: BaseImageProcessor, folder: str | o
         staged.rmdir()
         raise InputError(f"{folder} takes about {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. Make room.")
     try:
-        exported.save_pretrained(staged)
-        processor.save_pretrained(staged)
+        for part in parts:
+            part.save_pretrained(staged)
         check_output(folder, True, ())
         if folder.exists():
             shutil.rmtree(folder)
@@ -185,8 +189,8 @@ def photographs() -> list[Image.Image]:
 def count_right(
     model: ViTScratchForImageClassification, processor: BaseImageProcessor, arguments: EvaluationArguments,
     runs: dict[str, Callable[..., Any]],
-) -> tuple[int, dict[str, int], str]:  # fmt: skip
-    """The number of labelled images, how many of them each of `runs` (models or programs) gets right, and which."""
+) -> str:  # fmt: skip
+    """A sentence: how many of the labelled images each of `runs` (models or programs) gets right."""
     if model.config.problem_type not in (None, "single_label_classification"):
         raise InputError(f"--dataset counts right labels, and this model is for {model.config.problem_type}.")
     names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
@@ -200,4 +204,6 @@ def count_right(
             with torch.inference_mode():
                 best = torch.as_tensor(run(pixel_values=pixel_values).logits).argmax(-1)
             right[name] += int((best == batch["labels"]).sum())
-    return len(data.examples), right, data.description
+    count = len(data.examples)
+    counts = ", ".join(f"{number:,} by {name} ({number / count:.2%})" for name, number in right.items())
+    return f"Of {count:,} images ({data.description}) right: {counts}."

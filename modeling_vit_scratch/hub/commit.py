@@ -21,8 +21,8 @@ from .contents import CHECKPOINT, OUTDATED, Upload
 # Attempts at a commit when the connection is lost, and seconds between them.
 ATTEMPTS = 3
 WAIT = 2.0
-# The folder of a Space's code, which marks a Space as ours; and the files of a new repository.
-PAGE = "page"
+# The folder of a Space's code, which marks a Space as ours, or this file; and the files of a new repository.
+PAGE, EXPORT = "page", "export.json"
 _EMPTY = {".gitattributes", "README.md", "LICENSE"}
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with the role write (hf.co/settings/tokens)."
 
@@ -46,7 +46,8 @@ class Remote:
     def outdated(self, uploads: list[Upload]) -> list[str]:
         """Files of an earlier version that a commit removes: weights and pickles of a model, code of a Space."""
         new = {upload.path for upload in uploads}
-        pattern = re.compile(f"{PAGE}/.*") if self.repo_type == "space" else OUTDATED
+        folders = f"{PAGE}|onnx|examples" if EXPORT in self.files else PAGE
+        pattern = re.compile(f"({folders})/.*") if self.repo_type == "space" else OUTDATED
         is_whole = self.repo_type == "space" or "config.json" in new
         return [path for path in self.files if is_whole and pattern.fullmatch(path) and path not in new]
 
@@ -80,7 +81,7 @@ def _look_up(repo_id: str, revision: str | None, repo_type: str) -> Remote:
             return Remote(repo_id, revision=revision, repo_type=repo_type)
         files = tuple(file.rfilename for file in info.siblings or ())
         if repo_type == "space":
-            is_ours = any(path.startswith(f"{PAGE}/") for path in files) or set(files) <= _EMPTY
+            is_ours = EXPORT in files or any(path.startswith(f"{PAGE}/") for path in files) or set(files) <= _EMPTY
             kind = None if is_ours else "another app"
         elif "config.json" in files:
             config = json.loads(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text("utf-8"))
@@ -116,7 +117,7 @@ def check_permission(repo_id: str, repo_type: str = "model") -> None:
 
 def prepare(
     name: str, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
-    repo_type: str = "model",
+    repo_type: str = "model", space_sdk: str = "gradio",
 ) -> Remote:  # fmt: skip
     """The repository to commit to, NAME or USER/NAME, and its branch, which are created if they don't exist."""
     check_can_publish(name)
@@ -127,7 +128,7 @@ def prepare(
     remote = look_up(repo_id, revision, repo_type)
     with _explained(repo_id):
         if not remote.exists:
-            sdk = "gradio" if repo_type == "space" else None
+            sdk = space_sdk if repo_type == "space" else None
             api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk)
             remote = look_up(repo_id, revision, repo_type)
         elif private and not remote.private:

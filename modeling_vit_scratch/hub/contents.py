@@ -44,7 +44,7 @@ _MODEL_FILES = {
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _FIGURES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
 # Files without text, which may be large.
-_BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp"}
+_BINARY = _FIGURES - {".svg"} | {".pt", ".pth", ".bin", ".distcp", ".onnx"}
 # Folders of figures and records.
 _FIGURE_FOLDERS = {"figures", "evaluation", "transfer"}
 _REASONS = (

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder for browsers: what stock transformers, ONNX Runtime, node and Chromium make of it."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from tiny_images import ROOT, load_script
+from transformers import AutoConfig, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.exporting.export import missing_packages
+
+
+if missing := missing_packages("web"):
+    pytest.skip(f'{missing}: pip install -e ".[export]"', allow_module_level=True)
+from exporting import web
+
+
+LABELS = {0: "brown_bear", 1: "cat", 2: "</script><b>zebra</b>"}
+CARD = "---\nlicense: other\nlicense_name: terms\nlicense_link: https://example.com\n---\n# pets\n"
+FILES = {
+    "card.md", "config.json", "examples/1.jpg", "examples/2.jpg", "export.json", "index.html", "onnx/model.onnx",
+    "onnx/model_quantized.onnx", "preprocessor_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folders of a model and of its export, what the script printed, and `export` that remembers: it is slow."""
+    torch.manual_seed(0)
+    config = ViTScratchConfig.from_variant("test/4", id2label=LABELS, temperature=1.7)
+    model = ViTScratchForImageClassification(config)
+    torch.nn.init.normal_(model.classifier.weight)
+    path = tmp_path_factory.mktemp("web") / "pets <3"
+    model.save_pretrained(path)
+    ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(path)
+    (path / "README.md").write_text(CARD)
+    remembered, export = {}, web.export
+
+    def remember(model, name, int8):
+        if int8 not in remembered:
+            remembered[int8] = export(model, name, int8=int8)
+        return remembered[int8]
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(web, "export", remember)
+        load_script("export").main([str(path), str(path.parent / "site"), "--format", "web"])
+        yield path, path.parent / "site", printed.getvalue(), model.eval()
+
+
+def test_stock_transformers_and_onnx_runtime_open_the_folder(made):
+    folder, site, printed, model = made
+    assert {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()} == FILES
+    assert "onnx/model.onnx" in printed
+    assert "onnx/model_quantized.onnx" in printed
+    assert printed.count("100% have the same best label") == 2
+
+    config = AutoConfig.from_pretrained(site)
+    assert type(config) is ViTConfig
+    assert config.architectures == ["ViTForImageClassification"]
+    assert config.id2label == LABELS
+    assert (config.hidden_size, config.patch_size) == (model.config.hidden_size, model.config.patch_size)
+    assert json.loads((site / "config.json").read_text())["model_type"] == "vit"
+    images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    stock = ViTImageProcessorPil.from_pretrained(site)(images, return_tensors="pt")["pixel_values"]
+    own = ViTScratchImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(stock, own, atol=1e-6, rtol=0)
+
+    for path, atol in (("onnx/model.onnx", 1e-4), ("onnx/model_quantized.onnx", 0.5)):
+        content = (site / path).read_bytes()
+        assert str(ROOT).encode() not in content  # nor another path of this machine
+        assert b"/site-packages/" not in content
+        session = web.InferenceSession(content)
+        assert [value.name for value in (*session.get_inputs(), *session.get_outputs())] == ["pixel_values", "logits"]
+        for pixel_values in (own, torch.randn(1, 3, 16, 24), torch.randn(5, 3, 16, 24)):
+            (logits,) = session.run(None, {"pixel_values": pixel_values.numpy()})
+            with torch.no_grad():  # the temperature is in the graph
+                torch.testing.assert_close(torch.tensor(logits), model(pixel_values).logits, atol=atol, rtol=0)
+
+
+def test_the_page_says_what_it_is_of(made):
+    text = (made[1] / "index.html").read_text()
+    assert "<title>pets &lt;3</title>" in text
+    assert "{{" not in text
+    settings = json.loads(text.partition('id="settings">')[2].partition("</script>")[0])
+    assert settings["labels"] == list(LABELS.values())
+    assert settings["link"] == "card.md"
+    assert (settings["is_multi_label"], settings["is_calibrated"]) == (False, True)
+    assert settings["programs"] == {
+        path: (made[1] / path).stat().st_size for path in ("onnx/model.onnx", "onnx/model_quantized.onnx")
+    }
+    assert f"onnxruntime-web@{web.ONNXRUNTIME_WEB}/" in settings["onnxruntime"]
+
+
+PROCESSORS = {
+    "bilinear": {"size": {"height": 16, "width": 24}},
+    "bicubic": {"size": {"height": 48, "width": 20}, "resample": 3, "image_mean": [0.485, 0.456, 0.406]},
+    "larger": {"size": {"height": 500, "width": 700}, "resample": 3, "image_std": [0.2, 0.3, 0.4]},
+    "crop": {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": {"height": 40, "width": 45}},
+    "padded": {"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": {"height": 40, "width": 64}},
+    "timm": {"size": {"height": 32, "width": 32}, "crop_pct": 0.9, "resample": 3},
+    "gray": {"size": {"height": 8, "width": 8}, "num_channels": 1, "do_normalize": False},
+    "bytes": {"size": {"height": 9, "width": 500}, "do_rescale": False},
+}
+NODE = """
+const fs = require("fs"), { Image } = JSON.parse(fs.readFileSync(0));
+const script = fs.readFileSync(process.argv[2], "utf8").split('<script id="pixels">')[1].split("</script>")[0];
+const made = (0, eval)(script + "; pixelValues");
+for (const { settings, width, height, data } of Image) {
+  const image = { data: new Uint8ClampedArray(Buffer.from(data, "base64")), width, height };
+  const { values, dims } = made(image, settings);
+  process.stdout.write(JSON.stringify([dims, Buffer.from(values.buffer).toString("base64")]) + "\\n");
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node (nodejs.org)")
+def test_the_page_resizes_as_pillow_does(tmp_path):
+    import base64
+
+    (tmp_path / "run.js").write_text(NODE)
+    photo = Image.fromarray(load_sample_images().images[0][:300])
+    rows = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 7, 3), dtype=np.uint8))
+    cases, expected = [], []
+    for fields in PROCESSORS.values():
+        processor = ViTScratchImageProcessor(**fields)
+        settings = web.pixel_settings(processor, processor.num_channels)
+        settings |= {"rows_first": web.PILLOW_CHOOSES_AXIS}
+        for image in (photo, rows):
+            data = base64.b64encode(image.convert("RGBA").tobytes()).decode()
+            cases.append({"settings": settings, "width": image.width, "height": image.height, "data": data})
+            expected.append(processor(image, return_tensors="np")["pixel_values"])
+    command = ["node", "run.js", str(Path(web.__file__).with_name("page.html"))]
+    done = subprocess.run(command, input=json.dumps({"Image": cases}), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line, values in zip(done.stdout.splitlines(), expected, strict=True):
+        dims, content = json.loads(line)
+        got = np.frombuffer(base64.b64decode(content), np.float32).reshape(dims)
+        np.testing.assert_array_equal(got, values)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_stock_processor_makes_the_same_pixels(name):
+    processor = ViTScratchImageProcessor(**PROCESSORS[name])
+    if name in ("gray", "padded"):  # the stock one has no gray, and pads otherwise
+        return
+    stock = ViTImageProcessorPil(**web.pixel_settings(processor, 3))
+    image = Image.fromarray(load_sample_images().images[1])
+    got, expected = (made(image, return_tensors="np")["pixel_values"] for made in (stock, processor))
+    np.testing.assert_allclose(got, expected, atol=2e-6 if processor.do_rescale else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"do_resize": False}, "do_resize false"),
+        ({"resample": 1}, "resample 1"),
+        ({"size": {"longest_edge": 20}}, "size {'longest_edge': 20}"),
+        ({"size": {"height": 20, "width": 30}, "crop_pct": 0.9}, "crop_pct 0.9"),
+        ({"num_channels": 4}, "images of 4 channels"),
+    ],
+)
+def test_pixels_that_the_page_can_not_prepare_are_named(fields, part):
+    processor = ViTScratchImageProcessor(**fields)
+    with pytest.raises(InputError, match=part):
+        web.pixel_settings(processor, processor.num_channels)
+
+
+def test_a_program_of_8_bits_that_is_too_far_is_left_out(made, monkeypatch):
+    folder, _, _, model = made
+
+    def check(comparison, name, int8):
+        if int8:
+            raise InputError("It is too far. Nothing was written. Take another.")
+
+    monkeypatch.setattr(web, "check", check)
+    images = [Image.new("RGB", (30, 20))]
+    processor = ViTScratchImageProcessor.from_pretrained(folder)
+    built = web.build(model, processor, images, [], "pets", link="https://example.com")
+    assert built.lines[1] == "onnx/model_quantized.onnx is left out. It is too far."
+    assert FILES - set(built.files) == {"card.md", "examples/1.jpg", "examples/2.jpg", "onnx/model_quantized.onnx"}
+    config = json.loads(built.files["config.json"])
+    assert config["transformers.js_config"] == {"dtype": "fp32"}  # else it asks for 8 bits in a browser
