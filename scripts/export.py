@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluation.model, evaluation.dataset = arguments.model, arguments.dataset or ""
     model, processor = load_model(evaluation)
     model = model.float().eval()
-    images = arguments.images or photographs()
     if arguments.format == "web":
-        return export_web(arguments, evaluation, model, processor, images)
+        return export_web(arguments, evaluation, model, processor)
+    images = arguments.images or photographs()
     pixel_values = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
 
     exported = export(model, arguments.format, arguments.any_size, arguments.int8)
@@ -121,13 +121,12 @@ def main(argv: list[str] | None = None) -> None:
               '    model.to(config={"INFERENCE_PRECISION_HINT": "f32"})')  # fmt: skip
 
 
-def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, processor: Any, images: list[Any]) -> None:
+def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, processor: Any) -> None:
     from exporting.web import build, name_and_card
 
     from modeling_vit_scratch.exporting.export import count_right, save
 
-    examples = images if arguments.images else images[:2]  # of the photographs, not their quarters
-    web = build(model, processor, images, examples, *name_and_card(arguments.model))
+    web = build(model, processor, arguments.images, *name_and_card(arguments.model))
     save([web], arguments.output, sum(map(len, web.files.values())))
     print(f"{arguments.output}:", *web.lines, sep="\n  ")
     if arguments.dataset:

@@ -6,11 +6,13 @@ Publishes the folder of a model on the Hub, in one commit, after a look at what 
     python scripts/publish.py outputs/pets me/vit-pets --yes      uploads
     python scripts/publish.py outputs/pets me/vit-pets --yes --private --revision v2
     python scripts/publish.py outputs/pets me/vit-pets --space --yes    a page to try the published model on
+    python scripts/publish.py outputs/pets me/vit-pets --space --static --yes    that needs no server
     python scripts/publish.py outputs/pets --refresh_code         renews the code of a folder, or of a Hub id
 
 What goes: weights (safetensors), configuration, processor, the code files, card, figures, the record. What stays:
 checkpoints, the optimizer's state, pickles, logs. A folder with tokens or local paths in its files is refused.
 With --space it is a Space with the page of scripts/app.py for the model me/vit-pets; FOLDER may be any model's Hub id.
+With --static it is the folder of `export.py --format web`: the model is in it, and runs in the browser.
 
 With --refresh_code the code files are replaced by those of this version, which newer versions of transformers run, if
 the outputs of the old and the new code are the same.
@@ -31,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", help="of a finished model, e.g. outputs/pets")
     parser.add_argument("repo_id", nargs="?", metavar="USER/NAME", help="where to; made if it is not there")
     parser.add_argument("--space", action="store_true", help="publish a page in the browser, for the published model")
+    parser.add_argument("--static", action="store_true", help="with --space: a page that runs the model in the browser")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="with --static: photos to compare on and to click")
     parser.add_argument("--refresh_code", action="store_true", help="renew the code of FOLDER, which may be a Hub id")
     parser.add_argument("--yes", action="store_true", help="upload; without it, only show what would be uploaded")
     parser.add_argument("--private", action="store_true", help="make a new repository that only you can read")
@@ -53,10 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     from modeling_vit_scratch.common.errors import InputError, Problems
     from modeling_vit_scratch.hub.commit import ConnectionLost, check_permission, commit, look_up, prepare
     from modeling_vit_scratch.hub.contents import leaks_in
-    from publishing.space import check_served, plan_space
+    from publishing.space import check_served, plan_space, plan_static
 
     disable_progress_bar()
     if arguments.refresh_code:
+        from publishing.refreshing import refresh_code
+
         return refresh_code(arguments)
     repo_id, problems, served = arguments.repo_id, Problems(), None
     if not arguments.space and not Path(arguments.folder).is_dir():
@@ -67,12 +73,15 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.create_pr and arguments.revision:
         raise InputError("--create_pr opens its pull request against main: leave out --revision.")
+    if (arguments.static or arguments.images) and not (arguments.space and arguments.static):
+        raise InputError("--static goes with --space, and --images with --static.")
     if arguments.space and arguments.license:
         raise InputError("--license is that of a model. The code of the page is under Apache 2.0.")
     print(f"{'The Space ' if arguments.space else ''}{repo_id}, from {arguments.folder}:")
-    if arguments.space:
-        uploads, faults, served = plan_space(arguments.folder, repo_id)
-        notes = []
+    if arguments.static:
+        (uploads, faults, served), notes = plan_static(arguments.folder, repo_id, arguments.images), []
+    elif arguments.space:
+        (uploads, faults, served), notes = plan_space(arguments.folder, repo_id), []
     else:
         uploads, faults, notes = plan_model(arguments, Path(arguments.folder))
     for line in [*faults, *leaks_in(uploads, get_token())]:
@@ -97,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             print("It is new, or not visible to you." if not remote.exists else "It exists: this would be an update.")
             for path in remote.outdated(uploads):
                 print(f"  would be removed there: {path}")
-            if served and (advice := check_served(served)):
+            if served and (advice := check_served(served, arguments)):
                 print(advice)
         except InputError as error:
             print(f"The Hub was not asked or does not agree: {error}")
@@ -105,27 +114,14 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     try:
-        advice = check_served(served) if served else None
-        remote = prepare(repo_id, arguments.private or None, arguments.revision, arguments.create_pr, kind)
+        advice = check_served(served, arguments) if served else None
+        where = (repo_id, arguments.private or None, arguments.revision, arguments.create_pr, kind)
+        remote = prepare(*where, space_sdk="static" if arguments.static else "gradio")
         message = arguments.commit_message or ("Upload page" if arguments.space else "Upload model")
         url = commit(remote, uploads, message, arguments.create_pr)
     except ConnectionLost as error:
         raise ConnectionLost(f"{error} Run the same command again later.") from error
     print(f"Published: {url}", *([advice] if advice else []), sep="\n")
-
-
-def refresh_code(arguments: argparse.Namespace) -> None:
-    from modeling_vit_scratch.common.errors import InputError
-    from publishing.refreshing import plan_renewal, renew
-
-    if arguments.repo_id or arguments.space or arguments.private or arguments.license:
-        raise InputError("--refresh_code takes a folder or a Hub id, --yes, --revision and --create_pr, nothing else.")
-    renewal = plan_renewal(arguments.folder, arguments.revision)
-    print(*renewal.lines, sep="\n")
-    if renewal.uploads and not arguments.yes:
-        print("Nothing was changed. To write the new files, add --yes.")
-    elif renewal.uploads:
-        print(f"Renewed: {renew(arguments.folder, renewal, arguments.revision, arguments.create_pr)}")
 
 
 def plan_model(arguments: argparse.Namespace, folder: Path) -> tuple[list[Any], list[str], list[str]]:

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from test_publishing import CARD, error, hub, publish  # noqa: F401
 from tiny_images import ROOT, load_script
 from transformers import AutoConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.exporting.export import missing_packages
+from modeling_vit_scratch.exporting.export import export, missing_packages
 
 
 if missing := missing_packages("web"):
@@ -28,7 +30,7 @@ from exporting import web
 
 
 LABELS = {0: "brown_bear", 1: "cat", 2: "</script><b>zebra</b>"}
-CARD = "---\nlicense: other\nlicense_name: terms\nlicense_link: https://example.com\n---\n# pets\n"
+TERMS = "license: other\nlicense_name: terms\nlicense_link: https://example.com"
 FILES = {
     "card.md", "config.json", "examples/1.jpg", "examples/2.jpg", "export.json", "index.html", "onnx/model.onnx",
     "onnx/model_quantized.onnx", "preprocessor_config.json",
@@ -37,7 +39,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folders of a model and of its export, what the script printed, and `export` that remembers: it is slow."""
+    """The folders of a model and of its export, what the script printed, and the model, exported once: that is slow."""
     torch.manual_seed(0)
     config = ViTScratchConfig.from_variant("test/4", id2label=LABELS, temperature=1.7)
     model = ViTScratchForImageClassification(config)
@@ -45,18 +47,12 @@ def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("web") / "pets <3"
     model.save_pretrained(path)
     ViTScratchImageProcessor(size={"height": 16, "width": 24}).save_pretrained(path)
-    (path / "README.md").write_text(CARD)
-    remembered, export = {}, web.export
-
-    def remember(model, name, int8):
-        if int8 not in remembered:
-            remembered[int8] = export(model, name, int8=int8)
-        return remembered[int8]
-
+    (path / "README.md").write_text(CARD.replace("license: apache-2.0", TERMS))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(web, "export", remember)
+        exported = export(model.eval(), "onnx")
+        patch.setattr(web, "export", lambda model, name: exported)
         load_script("export").main([str(path), str(path.parent / "site"), "--format", "web"])
-        yield path, path.parent / "site", printed.getvalue(), model.eval()
+        yield path, path.parent / "site", printed.getvalue(), model
 
 
 def test_stock_transformers_and_onnx_runtime_open_the_folder(made):
@@ -187,8 +183,36 @@ def test_a_program_of_8_bits_that_is_too_far_is_left_out(made, monkeypatch):
     monkeypatch.setattr(web, "check", check)
     images = [Image.new("RGB", (30, 20))]
     processor = ViTScratchImageProcessor.from_pretrained(folder)
-    built = web.build(model, processor, images, [], "pets", link="https://example.com")
+    built = web.build(model, processor, images, "pets", link="https://example.com")
     assert built.lines[1] == "onnx/model_quantized.onnx is left out. It is too far."
-    assert FILES - set(built.files) == {"card.md", "examples/1.jpg", "examples/2.jpg", "onnx/model_quantized.onnx"}
+    assert FILES - set(built.files) == {"card.md", "examples/2.jpg", "onnx/model_quantized.onnx"}
     config = json.loads(built.files["config.json"])
     assert config["transformers.js_config"] == {"dtype": "fp32"}  # else it asks for 8 bits in a browser
+
+
+def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, capsys):  # noqa: F811
+    model, site = Path(shutil.copytree(made[0], tmp_path / "pets")), made[1]
+    publish("--space", "--static", model, "owner/pets")
+    shown = capsys.readouterr().out
+    for part in ("onnx/model_quantized.onnx: ", "sdk: static", "bytes  index.html", "publish it first", "--yes"):
+        assert part in shown, part
+    assert hub.repositories == {}
+    publish(model, "owner/pets", "--yes", "--private")
+    assert "holds its weights: add --private" in error("--space", "--static", model, "owner/pets", "--yes")
+    publish("--space", "--static", model, "owner/pets", "--yes", "--private")
+    repository = hub.repositories["spaces/owner/pets"]
+    files = repository.files()
+    assert set(files) == FILES - {"card.md"} | {"README.md", ".gitattributes"}
+    assert files["onnx/model.onnx"] == (site / "onnx/model.onnx").read_bytes()
+    assert b'"link": "https://huggingface.co/owner/pets"' in files["index.html"]
+    card = RepoCard(files["README.md"].decode()).data.to_dict()
+    assert (card["sdk"], card["app_file"], card["models"]) == ("static", "index.html", ["owner/pets"])
+    assert (card["license"], card["license_name"], card["license_link"]) == ("other", "terms", "https://example.com")
+    assert len(card["short_description"]) <= 60
+
+    repository.add("main", {**files, "examples/9.jpg": b"", "notes.txt": b"mine"}, "more")
+    publish("--space", "--static", model, "owner/pets", "--yes", "--private")  # an update: it is ours
+    assert set(repository.files()) == set(files) | {"notes.txt"}
+    (model / "README.md").unlink()
+    assert "no card with a licence" in error("--space", "--static", model, "owner/pets")
+    assert "--static goes with --space" in error("--static", model, "owner/pets")

@@ -61,11 +61,7 @@ def export(
         shapes[3] = patch[1] * Dim("columns", min=2, max=MAX_ROWS)
     settings: dict[str, Any] = {"dynamic_shapes": {"pixel_values": shapes}}
     if int8:
-        from onnxruntime.quantization import QuantType
-
-        # Unsigned: processors with AVX2 and no VNNI add products of signed weights in 16 bits, which overflow.
-        weights = exporters.OnnxRuntimeDynamicConfig(weight_type=QuantType.QUInt8)
-        settings["quantizer"] = exporters.OnnxRuntimeQuantizer(weights)
+        settings["quantizer"] = quantizer()
     example = torch.zeros(2, config.num_channels, *config.image_hw)
     try:
         with warnings.catch_warnings():
@@ -82,6 +78,13 @@ def export(
     if name == "openvino":  # by itself it takes bfloat16 where the CPU has it
         return exported.to(config={"INFERENCE_PRECISION_HINT": "f32"})
     return exported
+
+
+def quantizer() -> exporters.OnnxRuntimeQuantizer:
+    from onnxruntime.quantization import QuantType
+
+    # Unsigned: processors with AVX2 and no VNNI add products of signed weights in 16 bits, which overflow.
+    return exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(weight_type=QuantType.QUInt8))
 
 
 class Comparison(NamedTuple):

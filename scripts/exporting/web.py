@@ -19,12 +19,12 @@ import onnx_ir
 import torch
 from onnxruntime import InferenceSession
 from transformers import ViTConfig
-from transformers.exporters import ExportedModel
+from transformers.exporters.configs import ExportFormat
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.exporting.export import check, compare, export
+from modeling_vit_scratch.exporting.export import check, compare, export, photographs, quantizer
 from modeling_vit_scratch.image_processing_vit_scratch import PILLOW_CHOOSES_AXIS, ViTScratchImageProcessor
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
@@ -34,13 +34,14 @@ ONNXRUNTIME_WEB = "1.30.0"
 EXACT, SMALL = "onnx/model.onnx", "onnx/model_quantized.onnx"  # transformers.js asks for these names
 MAX_BYTES = 1_900_000_000  # a file of ONNX holds 2 GB, and so does the memory of a page
 EXAMPLES, EXAMPLE_SIDE = 8, 640
+CREDIT = "Photos by danielbuechele and vultilion on Flickr, CC BY 2.0"
 
 
 class Program:
     """The bytes of an ONNX file, which ONNX Runtime runs."""
 
-    def __init__(self, exported: ExportedModel) -> None:
-        self.content = onnx_ir.to_proto(exported.program).SerializeToString()
+    def __init__(self, graph: onnx_ir.Model) -> None:
+        self.content = onnx_ir.to_proto(graph).SerializeToString()
         self.session = InferenceSession(self.content, providers=["CPUExecutionProvider"])
 
     def __call__(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
@@ -65,26 +66,63 @@ class WebFolder:
 def build(
     model: ViTScratchForImageClassification,
     processor: ViTScratchImageProcessor,
-    images: list[Any],
-    examples: list[Any],
+    images: list[Any] | None,
     name: str,
     link: str | None = None,
     card: str | None = None,
 ) -> WebFolder:
     """
-    The folder of a model in float32, compared with it on `images`, with `examples` to click on. The page's title is
-    `name`; its link to the card is `link`, or the file with the text `card`. Raises InputError for a model or pixels
-    that a browser can't have, and where the program is not the model's. A program with weights of 8 bits that is too
-    far from the model is left out, and a line says so.
+    The folder of a model in float32, compared with it on `images`, or scikit-learn's photographs; the page has the
+    first of them to click on. Its title is `name`; it links the card, which is at `link`, or has the text `card`.
+    Raises InputError for a model or pixels that a browser can't have, and where the program is not the model's.
     """
     settings = pixel_settings(processor, model.config.num_channels)
     if (size := sum(weight.nbytes for weight in model.state_dict().values())) > MAX_BYTES:
         raise InputError(f"The weights take {size / 1e9:.1f} GB: a page holds {MAX_BYTES / 1e9:.1f} GB at most.")
+    count, credit = EXAMPLES, ""
+    if images is None:
+        images, count, credit = photographs(), 2, CREDIT  # no quarters of photographs on the page
     pixel_values = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    programs, lines = compared_programs(model, pixel_values)
+    photos = {f"examples/{i + 1}.jpg": small_copy(processor, image) for i, image in enumerate(images[:count])}
+    config = stock_config(model)
+    if SMALL not in programs:  # which transformers.js takes in a browser if it is not told
+        config["transformers.js_config"] = {"dtype": "fp32"}
+    page = {
+        "name": name,
+        "link": link or ("card.md" if card else None),
+        "labels": [str(model.config.id2label[index]) for index in range(model.num_labels)],
+        "is_multi_label": model.config.problem_type == "multi_label_classification",
+        "is_calibrated": model.config.temperature != 1,
+        "pixels": settings | {"background_color": processor.background_color, "rows_first": PILLOW_CHOOSES_AXIS},
+        "programs": {path: len(program.content) for path, program in programs.items()},
+        "examples": list(photos),
+        "credit": credit,
+        "onnxruntime": f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist/ort.wasm.bundle.min.mjs",
+    }
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    text = template.replace("{{ name }}", html.escape(name))
+    text = text.replace("{{ settings }}", json.dumps(page).replace("<", "\\u003c"))  # no </script> in a label
+    record = {"export_format": "web", "onnxruntime_web": ONNXRUNTIME_WEB, "comparisons": lines}
+    files = {path: program.content for path, program in programs.items()} | photos
+    files |= {"index.html": text.encode()} | ({"card.md": card.encode()} if card else {})
+    for path, content in (("config", config), ("preprocessor_config", settings), ("export", record)):
+        files[f"{path}.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    return WebFolder(files, programs, lines)
+
+
+def compared_programs(
+    model: ViTScratchForImageClassification, pixel_values: torch.Tensor
+) -> tuple[dict[str, Program], list[str]]:
+    """
+    The programs of a model by their paths, and a line on each. That with weights of 8 bits is left out if it is too far
+    from the model.
+    """
+    exact = export(model, "onnx").program
+    graphs = {EXACT: exact, SMALL: quantizer().quantize(exact, {}, ExportFormat.ONNX)}
     programs, lines = {}, []
-    for path in (EXACT, SMALL):
-        is_small = path == SMALL
-        program = Program(export(model, "onnx", int8=is_small))
+    for path, graph in graphs.items():
+        program, is_small = Program(graph), path == SMALL
         comparison = compare(model, program, pixel_values)
         try:
             check(comparison, "onnx", is_small)
@@ -98,31 +136,7 @@ def build(
             f"{path}: {len(program.content) / 1e6:,.1f} MB. On {comparison.n} images logits differ from the model's by "
             f"up to {comparison.difference:.1e}, and {comparison.agreement:.0%} have the same best label."
         )
-
-    photos = {f"examples/{i + 1}.jpg": small_copy(processor, image) for i, image in enumerate(examples[:EXAMPLES])}
-    config = stock_config(model)
-    if SMALL not in programs:  # which transformers.js takes in a browser if it is not told
-        config["transformers.js_config"] = {"dtype": "fp32"}
-    page = {
-        "name": name,
-        "link": link or ("card.md" if card else None),
-        "labels": [str(model.config.id2label[index]) for index in range(model.num_labels)],
-        "is_multi_label": model.config.problem_type == "multi_label_classification",
-        "is_calibrated": model.config.temperature != 1,
-        "pixels": settings | {"background_color": processor.background_color, "rows_first": PILLOW_CHOOSES_AXIS},
-        "programs": {path: len(program.content) for path, program in programs.items()},
-        "examples": list(photos),
-        "onnxruntime": f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist/ort.wasm.bundle.min.mjs",
-    }
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    text = template.replace("{{ name }}", html.escape(name))
-    text = text.replace("{{ settings }}", json.dumps(page).replace("<", "\\u003c"))  # no </script> in a label
-    record = {"export_format": "web", "onnxruntime_web": ONNXRUNTIME_WEB, "comparisons": lines}
-    files = {path: program.content for path, program in programs.items()} | photos
-    files |= {"index.html": text.encode()} | ({"card.md": card.encode()} if card else {})
-    for path, content in (("config", config), ("preprocessor_config", settings), ("export", record)):
-        files[f"{path}.json"] = (json.dumps(content, indent=2) + "\n").encode()
-    return WebFolder(files, programs, lines)
+    return programs, lines
 
 
 def name_and_card(source: str) -> tuple[str, str | None, str | None]:

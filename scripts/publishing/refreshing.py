@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renews the code of a model's folder, which newer transformers may not run, if its numbers stay the same."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -100,6 +101,18 @@ def plan_renewal(source: str, revision: str | None = None) -> Renewal:
         )
     lines.append(f"Outputs of the old and the new code differ by at most {difference:.1e}.")
     return Renewal(folder, uploads, lines)
+
+
+def refresh_code(arguments: argparse.Namespace) -> None:
+    """What publish.py --refresh_code does."""
+    if arguments.repo_id or arguments.space or arguments.private or arguments.license:
+        raise InputError("--refresh_code takes a folder or a Hub id, --yes, --revision and --create_pr, nothing else.")
+    renewal = plan_renewal(arguments.folder, arguments.revision)
+    print(*renewal.lines, sep="\n")
+    if renewal.uploads and not arguments.yes:
+        print("Nothing was changed. To write the new files, add --yes.")
+    elif renewal.uploads:
+        print(f"Renewed: {renew(arguments.folder, renewal, arguments.revision, arguments.create_pr)}")
 
 
 def renew(source: str, renewal: Renewal, revision: str | None = None, create_pr: bool = False) -> str:

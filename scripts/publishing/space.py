@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Space on the Hub: the page of scripts/app.py for one model. It needs nothing of this package."""
+"""A Space on the Hub for one model: the page of scripts/app.py, or one without a server. It needs not this package."""
 
+import argparse
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
 
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.hub.commit import PAGE, ConnectionLost, find_model
@@ -38,13 +42,9 @@ def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]
     folder, problems = Path(source), []
     model, has_code, revision = repo_id, True, "main"
     if folder.is_dir():
-        problems = check_model(folder)
-        if not problems and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
-            problems = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
-    elif source.count("/") != 1:
-        raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
+        problems = check_classifier(folder)
     else:
-        found = find_model(source)
+        found = find_source(source)
         model, has_code = source, any(file.rfilename.endswith(".py") for file in found.siblings or ())
         revision = found.sha if has_code else "main"  # other people's code is pinned to the commit that it has now
 
@@ -58,7 +58,50 @@ def plan_space(source: str, repo_id: str) -> tuple[list[Upload], list[str], str]
     return sorted(uploads, key=lambda upload: upload.path), problems, model
 
 
-def check_served(model: str) -> str | None:
+def check_classifier(folder: Path) -> list[str]:
+    problems = check_model(folder)
+    if not problems and "ForImageClassification" not in (folder / "config.json").read_text("utf-8"):
+        problems = [f"{folder} holds no image classifier, but the page shows classes. Fine-tune it first."]
+    return problems
+
+
+def find_source(source: str) -> Any:
+    if source.count("/") != 1:
+        raise InputError(f"{source} is no folder, nor USER/NAME of a model on the Hub.")
+    return find_model(source)
+
+
+def plan_static(source: str, repo_id: str, images: list[str] | None) -> tuple[list[Upload], list[str], str]:
+    """As `plan_space`, of a Space that has the model in it: its licence is that of the model's card."""
+    from exporting.web import build
+
+    from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+    from modeling_vit_scratch.evaluation.predictions import load_model
+
+    folder = Path(source)
+    if folder.is_dir():
+        if problems := check_classifier(folder):
+            return [], problems, repo_id
+        card = ModelCard.load(folder / "README.md").data if (folder / "README.md").is_file() else None
+    else:
+        card = find_source(source).card_data
+    if card is None or card.license is None:
+        return [], [f"{source} has no card with a licence, which holds for its weights here, too."], repo_id
+    model = repo_id if folder.is_dir() else source
+    arguments = EvaluationArguments()
+    arguments.model = source
+    network, processor = load_model(arguments)
+    web = build(network.float().eval(), processor, images, model, f"https://huggingface.co/{model}")
+    print(*(f"  {line}" for line in web.lines), sep="\n")
+    text = Path(__file__).with_name("static_space.md").read_text(encoding="utf-8")
+    readme = ModelCard(text.format(title=repo_id.rpartition("/")[2], model=model))
+    for name in ("license", "license_name", "license_link"):
+        setattr(readme.data, name, card.get(name))
+    files = web.files | {"README.md": str(readme).encode()}
+    return [Upload(path, content) for path, content in sorted(files.items())], [], model
+
+
+def check_served(model: str, arguments: argparse.Namespace) -> str | None:
     """What the user has to do so that a Space can load its model, if anything. Raises InputError if there is none."""
     try:
         private = find_model(model).private
@@ -66,4 +109,8 @@ def check_served(model: str) -> str | None:
         if isinstance(error, ConnectionLost):
             raise
         raise InputError(f"{error} The page needs the model on the Hub: publish it first, without --space.") from error
+    if private and arguments.static:
+        if not arguments.private:
+            raise InputError(f"{model} is private, and a page with --static holds its weights: add --private.")
+        return None
     return f"{model} is private: give the Space the secret HF_TOKEN, a token that may read it." if private else None
