@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder for browsers: what stock transformers, ONNX Runtime, node and Chromium make of it."""
 
+import base64
 import contextlib
+import functools
+import http.server
 import io
 import json
+import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +128,6 @@ for (const { settings, width, height, data } of Image) {
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node (nodejs.org)")
 def test_the_page_resizes_as_pillow_does(tmp_path):
-    import base64
-
     (tmp_path / "run.js").write_text(NODE)
     photo = Image.fromarray(load_sample_images().images[0][:300])
     rows = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 7, 3), dtype=np.uint8))
@@ -216,3 +219,75 @@ def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, cap
     (model / "README.md").unlink()
     assert "no card with a licence" in error("--space", "--static", model, "owner/pets")
     assert "--static goes with --space" in error("--static", model, "owner/pets")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MODULES = [ROOT / "node_modules", *map(Path, filter(None, os.environ.get("NODE_PATH", "").split(os.pathsep)))]
+RUNTIME = next((path for path in (m / "onnxruntime-web" / "dist" for m in MODULES) if path.is_dir()), None)
+
+
+@pytest.fixture(scope="module")
+def tab(made):
+    """The page in Chromium, from a server of files, with ONNX Runtime Web from npm in place of the CDN."""
+    reason = "needs playwright, Chromium, and onnxruntime-web from npm: see docs/howto/export.md"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=reason)
+    if not CHROMIUM or not RUNTIME:
+        pytest.skip(reason)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=made[1])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def from_npm(route):
+        name = route.request.url.rpartition("/")[2]
+        kind = "application/wasm" if name.endswith("wasm") else "text/javascript"
+        headers = {"Access-Control-Allow-Origin": "*"}
+        route.fulfill(path=RUNTIME / name, content_type=kind, headers=headers)
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--headless"])
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        page.route("https://cdn.jsdelivr.net/**", from_npm)
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        yield page
+        browser.close()
+    server.shutdown()
+
+
+def test_the_browser_computes_the_logits_of_given_pixels(made, tab):
+    pixel_values = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = made[3](pixel_values).logits[0]
+    for path, atol in (("onnx/model.onnx", 1e-4), ("onnx/model_quantized.onnx", 0.5)):
+        run = "([values, dims, path]) => logitsOf({ values: new Float32Array(values), dims }, path).then(Array.from)"
+        got = tab.evaluate(run, [pixel_values.flatten().tolist(), [1, 3, 16, 24], path])
+        torch.testing.assert_close(torch.tensor(got), expected, atol=atol, rtol=0)
+
+
+def test_a_photo_in_the_browser_has_the_scores_that_it_has_here(made, tab, tmp_path):
+    folder, _, _, model = made
+    processor = ViTScratchImageProcessor.from_pretrained(folder)
+    turned = Image.fromarray(load_sample_images().images[0])
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    for file in (*map(Path, load_sample_images().filenames), tmp_path / "turned.jpg", tmp_path / "clear.png"):
+        with torch.no_grad():
+            expected = model(**processor(str(file), return_tensors="pt")).logits[0].softmax(-1)
+        tab.locator("#file").set_input_files(file)
+        tab.locator("#status", has_text="Classified in").wait_for()
+        got = tab.evaluate("classify(document.getElementById('file').files[0])")
+        torch.testing.assert_close(torch.tensor(got), expected, atol=0.01, rtol=0)
+        best = LABELS[int(expected.argmax())].replace("_", " ")
+        assert tab.locator("#scores .label").first.inner_text() == best
+        assert tab.locator("#scores .score").all_inner_texts() == [f"{100 * s:.1f}%" for s in sorted(got, reverse=True)]
+
+
+def test_a_file_that_is_no_photo_is_said(tab, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    tab.locator("#file").set_input_files(tmp_path / "broken.jpg")
+    tab.get_by_text("broken.jpg is no photo that this browser reads").wait_for()
+    tab.get_by_alt_text("Example 1").click()
+    tab.locator("#scores li").first.wait_for()
