@@ -132,7 +132,8 @@ def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, proce
     if arguments.dataset:
         print(count_right(model, processor, evaluation, {"the model": model, **web.programs}))
     print(f"""To see the page: python -m http.server --directory {arguments.output}, and open http://localhost:8000
-In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }})""")
+In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }}),
+  which resizes photos less exactly than the page: see docs/howto/export.md""")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ LABELS = {0: "brown_bear", 1: "cat", 2: "</script><b>zebra</b>"}
 TERMS = "license: other\nlicense_name: terms\nlicense_link: https://example.com"
 FILES = {
     "card.md", "config.json", "examples/1.jpg", "examples/2.jpg", "export.json", "index.html", "onnx/model.onnx",
-    "onnx/model_quantized.onnx", "preprocessor_config.json",
+    "onnx/model_quantized.onnx", "pixels.js", "preprocessor_config.json",
 }  # fmt: skip
 
 
@@ -262,6 +262,7 @@ def test_the_browser_computes_the_logits_of_given_pixels(made, tab):
         run = "([values, dims, path]) => logitsOf({ values: new Float32Array(values), dims }, path).then(Array.from)"
         got = tab.evaluate(run, [pixel_values.flatten().tolist(), [1, 3, 16, 24], path])
         torch.testing.assert_close(torch.tensor(got), expected, atol=atol, rtol=0)
+    assert tab.evaluate("import('./pixels.js').then(module => module.scoresOf([0, 0], true))") == [0.5, 0.5]
 
 
 def test_a_photo_in_the_browser_has_the_scores_that_it_has_here(made, tab, tmp_path):

@@ -34,7 +34,8 @@ INT8_TOLERANCE, INT8_AGREEMENT = 0.15, 0.8
 # What `save` writes.
 WRITTEN = (
     "export.json", "config.json", "preprocessor_config.json", "*_vit_scratch.py", "model.pt2", "model.onnx",
-    "model.onnx.data", "openvino_model.xml", "openvino_model.bin", "onnx", "examples", "index.html", "card.md",
+    "model.onnx.data", "openvino_model.xml", "openvino_model.bin", "onnx", "examples", "index.html", "pixels.js",
+    "card.md",
 )  # fmt: skip
 MAX_BATCH, MAX_ROWS = 1024, 256
 # For each format its name in transformers, as in DynamoExporter and DynamoConfig, and what has to be installed.

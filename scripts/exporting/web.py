@@ -103,9 +103,12 @@ def build(
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     text = template.replace("{{ name }}", html.escape(name))
     text = text.replace("{{ settings }}", json.dumps(page).replace("<", "\\u003c"))  # no </script> in a label
+    # For other pages too, with transformers.js: its own way of resizing has other scores.
+    script = template.partition('<script id="pixels">')[2].partition("</script>")[0]
     record = {"export_format": "web", "onnxruntime_web": ONNXRUNTIME_WEB, "comparisons": lines}
     files = {path: program.content for path, program in programs.items()} | photos
-    files |= {"index.html": text.encode()} | ({"card.md": card.encode()} if card else {})
+    files |= {"index.html": text.encode(), "pixels.js": f"{script}\nexport {{ pixelValues, scoresOf }};\n".encode()}
+    files |= {"card.md": card.encode()} if card else {}
     for path, content in (("config", config), ("preprocessor_config", settings), ("export", record)):
         files[f"{path}.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return WebFolder(files, programs, lines)
