@@ -195,17 +195,19 @@ def test_a_program_of_8_bits_that_is_too_far_is_left_out(made, monkeypatch):
 
 def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, capsys):  # noqa: F811
     model, site = Path(shutil.copytree(made[0], tmp_path / "pets")), made[1]
-    publish("--space", "--static", model, "owner/pets")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    static = ("--space", "--static", model, "owner/pets", "--images", tmp_path / "photo.png")
+    publish(*static)
     shown = capsys.readouterr().out
     for part in ("onnx/model_quantized.onnx: ", "sdk: static", "bytes  index.html", "publish it first", "--yes"):
         assert part in shown, part
     assert hub.repositories == {}
     publish(model, "owner/pets", "--yes", "--private")
-    assert "holds its weights: add --private" in error("--space", "--static", model, "owner/pets", "--yes")
-    publish("--space", "--static", model, "owner/pets", "--yes", "--private")
+    assert "holds its weights: add --private" in error(*static, "--yes")
+    publish(*static, "--yes", "--private")
     repository = hub.repositories["spaces/owner/pets"]
     files = repository.files()
-    assert set(files) == FILES - {"card.md"} | {"README.md", ".gitattributes"}
+    assert set(files) == FILES - {"card.md", "examples/2.jpg"} | {"README.md", ".gitattributes"}
     assert files["onnx/model.onnx"] == (site / "onnx/model.onnx").read_bytes()
     assert b'"link": "https://huggingface.co/owner/pets"' in files["index.html"]
     card = RepoCard(files["README.md"].decode()).data.to_dict()
@@ -214,10 +216,10 @@ def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, cap
     assert len(card["short_description"]) <= 60
 
     repository.add("main", {**files, "examples/9.jpg": b"", "notes.txt": b"mine"}, "more")
-    publish("--space", "--static", model, "owner/pets", "--yes", "--private")  # an update: it is ours
+    publish(*static, "--yes", "--private")  # an update: it is ours
     assert set(repository.files()) == set(files) | {"notes.txt"}
     (model / "README.md").unlink()
-    assert "no card with a licence" in error("--space", "--static", model, "owner/pets")
+    assert "no card with a licence" in error(*static)
     assert "--static goes with --space" in error("--static", model, "owner/pets")
 
 
