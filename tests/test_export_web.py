@@ -193,7 +193,7 @@ def test_a_program_of_8_bits_that_is_too_far_is_left_out(made, monkeypatch):
     assert config["transformers.js_config"] == {"dtype": "fp32"}  # else it asks for 8 bits in a browser
 
 
-def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, capsys):  # noqa: F811
+def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, monkeypatch, capsys):  # noqa: F811
     model, site = Path(shutil.copytree(made[0], tmp_path / "pets")), made[1]
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
     static = ("--space", "--static", model, "owner/pets", "--images", tmp_path / "photo.png")
@@ -221,6 +221,8 @@ def test_a_static_space_holds_the_model_and_its_licence(made, hub, tmp_path, cap
     (model / "README.md").unlink()
     assert "no card with a licence" in error(*static)
     assert "--static goes with --space" in error("--static", model, "owner/pets")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'needs onnx, onnxscript, onnxruntime: pip install -e ".[export]"' in error(*static)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

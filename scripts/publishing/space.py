@@ -73,10 +73,13 @@ def find_source(source: str) -> Any:
 
 def plan_static(source: str, repo_id: str, images: list[str] | None) -> tuple[list[Upload], list[str], str]:
     """As `plan_space`, of a Space that has the model in it: its licence is that of the model's card."""
-    from exporting.web import build
-
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
+    from modeling_vit_scratch.exporting.export import missing_packages
+
+    if missing := missing_packages("web"):
+        raise InputError(f'--static needs {", ".join(missing)}: pip install -e ".[export]"')
+    from exporting.web import build
 
     folder = Path(source)
     if folder.is_dir():
@@ -86,7 +89,8 @@ def plan_static(source: str, repo_id: str, images: list[str] | None) -> tuple[li
     else:
         card = find_source(source).card_data
     if card is None or card.license is None:
-        return [], [f"{source} has no card with a licence, which holds for its weights here, too."], repo_id
+        problem = "has no card with a licence, and its weights are in the page. Write it: scripts/card.py --license"
+        return [], [f"{source} {problem}"], repo_id
     model = repo_id if folder.is_dir() else source
     arguments = EvaluationArguments()
     arguments.model = source
