@@ -6,7 +6,6 @@ more is held than the names in one folder: a million images are listed in consta
 
 import codecs
 import csv
-import fnmatch
 import importlib
 import importlib.util
 import json
@@ -96,13 +95,13 @@ def left_out_line(left_out: Counter[str]) -> str | None:
 def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
     """The files at any depth, sorted by folder, without hidden ones. Links are followed, but not in circles."""
     try:
-        identity, names = _scan(folder)
+        status, names = os.stat(folder), sorted(os.listdir(folder))
     except OSError as error:
         yield Item(folder, folder, error=f"the folder can't be read: {error.strerror}")
         return
-    for name, is_folder in () if identity in above else names:
-        path = os.path.join(folder, name)
-        if is_folder:
+    identity = status.st_dev, status.st_ino
+    for path in (os.path.join(folder, name) for name in names if identity not in above and not is_hidden(name)):
+        if os.path.isdir(path):
             yield from walk(path, (*above, identity))
         else:
             yield Item(path, path)
@@ -113,52 +112,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _scan(folder: str) -> tuple[tuple[int, int], list[tuple[str, bool]]]:
-    """What identifies a folder, and what is in it and not hidden: sorted names, and whether each is a folder."""
-
-    def is_folder(entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:  # a link to itself; whoever opens it reports that
-            return False
-
-    status = os.stat(folder)
-    with os.scandir(folder) as entries:
-        names = sorted((entry.name, is_folder(entry)) for entry in entries if not is_hidden(entry.name))
-    return (status.st_dev, status.st_ino), names
-
-
-def match(pattern: str) -> Iterator[str]:
-    """As `glob.iglob(pattern, recursive=True)`, but sorted, and with no more than a folder's names in memory."""
-    root = os.sep if pattern.startswith(os.sep) else ""
-    yield from _match(root, [part for part in pattern.split(os.sep) if part])
-
-
-def _match(folder: str, parts: list[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    head, rest = parts[0], parts[1:]
-    if not any(sign in head for sign in "*?["):
-        path = os.path.join(folder, head)
-        if os.path.lexists(path):
-            yield from _match(path, rest) if rest else [path]
-        return
-    try:
-        identity, names = _scan(folder or ".")
-    except OSError:
-        return
-    if head == "**" and identity in above:
-        return
-    if head == "**" and rest:  # no folder in between
-        yield from _match(folder, rest)
-    for name, is_folder in names:
-        path = os.path.join(folder, name)
-        if head == "**" and is_folder:
-            yield from _match(path, parts, (*above, identity))
-        elif head == "**" and not rest:
-            yield path
-        elif head != "**" and fnmatch.fnmatchcase(name, head) and (is_folder or not rest):
-            yield from _match(path, rest) if rest else [path]
-
-
 # --- Lists and tables -------------------------------------------------------------------------------------------------
 
 
@@ -167,11 +120,6 @@ def list_lines(file: IO[str], folder: str) -> Iterator[Item]:
     for line in file:
         if name := line.rstrip("\r\n"):
             yield _beside(folder, name)
-
-
-def list_text_file(path: str) -> Iterator[Item]:
-    with _opened(path) as file:
-        yield from list_lines(file, os.path.dirname(path))
 
 
 def list_table(path: str, image_column: str | None) -> Iterator[Item]:
@@ -195,7 +143,7 @@ def list_table(path: str, image_column: str | None) -> Iterator[Item]:
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """Of a CSV file, as text, or JSON lines. InputError if it can't be opened, ValueError or csv.Error if damaged."""
-    with _opened(path) as file:
+    with opened(path) as file:
         if path.lower().endswith(".csv"):
             yield from csv.DictReader(file)
             return
@@ -226,7 +174,7 @@ def is_whole_number(text: str) -> bool:
     return digits.isascii() and digits.isdecimal() and len(digits) < 19 and str(int(text)) == text
 
 
-def _opened(path: str) -> IO[str]:
+def opened(path: str) -> IO[str]:
     try:
         with open(path, "rb") as file:
             is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -271,12 +271,11 @@ def to_output(
         for name in ("labels", "scores")
     )
     names, columns = np.array(label_names, dtype=object), {"image": rows["image"].combine_chunks()}
-    if is_regression and top_k == 1:
-        columns["prediction"] = pyarrow.array(scores[:, 0])
-    for rank in range(0 if is_regression and top_k == 1 else top_k):
+    for rank in range(top_k):
         end = f"_{rank + 1}" if rank else ""
-        columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
-        columns[f"score{end}"] = pyarrow.array(scores[:, rank])
+        if not is_regression:
+            columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
+        columns["prediction" if is_regression else f"score{end}"] = pyarrow.array(scores[:, rank])
     for name in more:
         columns[name] = rows[name]
         if name == "set":

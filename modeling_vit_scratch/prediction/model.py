@@ -49,18 +49,18 @@ class Predictor:
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
         self.uncertainty, self.columns = uncertainty, []  # of the output, beside labels, scores and embeddings
-        if uncertainty and top_k and (self.config.calibrated or self.config.temperature == 1.0):
-            self.columns += ["set"] if uncertainty.score_threshold is None else ["set", "abstain"]
-        # Of each label, for images with several: evaluate.py --calibrate.
-        thresholds = getattr(self.config, "label_thresholds", None) if top_k and self.config.calibrated else None
-        self.label_thresholds = thresholds and np.array(thresholds, dtype=np.float32)
-        self.columns += ["set"] if thresholds else []
+        self.label_names = [str(self.config.id2label[index]) for index in range(self.config.num_labels if top_k else 0)]
+        # From which score each label is in the set, (K,), where evaluate.py --calibrate has fitted that.
+        thresholds = getattr(self.config, "label_thresholds", None) if self.config.calibrated else None
+        if uncertainty and (self.config.calibrated or self.config.temperature == 1.0):
+            thresholds = [uncertainty.set_threshold] * len(self.label_names)
+            self.columns += ["abstain"] if top_k and uncertainty.score_threshold is not None else []
+        self.thresholds = np.array(thresholds, dtype=np.float32) if top_k and thresholds else None
+        self.columns = self.columns if self.thresholds is None else ["set", *self.columns]
         if uncertainty and has_embeddings:
             self.columns += ["novelty", "novelty_percentile"]
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
-        indices = range(self.config.num_labels if top_k else 0)
-        self.label_names = [str(self.config.id2label[index]) for index in indices]
         self.width = self.config.representation_size or self.config.pooled_width  # of an embedding
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
             model.classifier.register_forward_pre_hook(
@@ -100,11 +100,9 @@ class Predictor:
         require_finite(output.logits)
         sort = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
         scores, labels = (values.cpu().numpy() for values in sort)
-        if self.label_thresholds is not None:
-            more["sets"] = np.where(scores >= self.label_thresholds[labels], labels, -1)
-        elif "set" in self.columns:
-            is_in = scores >= self.uncertainty.set_threshold
-            is_in[:, 0] = True
+        if self.thresholds is not None:
+            is_in = scores >= self.thresholds[labels]
+            is_in[:, 0] |= self.uncertainty is not None  # with one label per image, a set is never empty
             more["sets"] = np.where(is_in, labels, -1)
         if "abstain" in self.columns:
             more["abstain"] = scores[:, 0] < self.uncertainty.score_threshold

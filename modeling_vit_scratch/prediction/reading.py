@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From INPUTs to batches of pixels. The main process reads the rows of tables; workers read and decode the files."""
 
+import glob
 import itertools
 import math
 import os
@@ -73,10 +74,10 @@ class Inputs:
         elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
             yield from self._list_path(given)
         elif any(sign in given for sign in "*?["):
-            paths = listing.match(given)
-            if (first := next(paths, None)) is None:
+            paths = sorted(glob.glob(given, recursive=True), key=lambda path: path.split(os.sep))
+            if not paths:
                 raise InputError(f"{given}: nothing matches this pattern.")
-            for path in itertools.chain([first], paths):
+            for path in paths:
                 yield from self._list_path(path)
         elif ending in listing.image_endings():
             yield Item(given, given)  # one missing photo among others is no reason to stop
@@ -97,7 +98,8 @@ class Inputs:
         elif ending in listing.TABLES:
             yield from listing.list_table(path, self._arguments.image_column_name)
         elif ending in listing.LISTS:
-            yield from listing.list_text_file(path)
+            with listing.opened(path) as file:
+                yield from listing.list_lines(file, os.path.dirname(path))
         else:
             yield listing.item_of_file(path, path)
 

@@ -117,7 +117,8 @@ def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
     if predicted + broken != job.count:
         raise RuntimeError(f"{job.folder} accounts for {predicted + broken} of {job.count} images: this is a bug.")
     names, width = predictor.label_names, predictor.width if predictor.has_embeddings else None
-    how = names, predictor.top_k, width, predictor.columns, predictor.config.problem_type == "regression"
+    is_regression = predictor.config.problem_type == "regression" and predictor.top_k == 1
+    how = names, predictor.top_k, width, predictor.columns, is_regression
     write_output(job.output, (to_output(rows, *how) for rows in job.read_parts()))
     job.remove()
     print(f"Written: {job.output} ({predicted:,} images).")
