@@ -40,7 +40,7 @@ def main() -> int:
     wait_for_all(processes)
     broken = 0
     if accelerator.is_main_process:
-        _, broken = finish(job, predictor)
+        _, broken = finish(job)
     wait_for_all(processes)
     accelerator.end_training()
     return int(broken > arguments.max_broken_images)

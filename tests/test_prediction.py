@@ -416,7 +416,7 @@ def runner(place):
         inputs = Inputs(arguments)
         job, missing, _ = open_job(predictor, inputs, arguments, accelerator)
         run_job(job, missing, predictor, inputs, arguments, accelerator)
-        return finish(job, predictor)
+        return finish(job)
 
     return run
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,12 +39,6 @@ JOB, ITEMS, LOCK = "job.json", "items.jsonl", "lock"
 BLOCK, SECONDS = 512, 30.0
 ROW_GROUP = 16_384  # rows of OUTPUT: about 50 MB with the embeddings of B/16
 _PART = re.compile(r"(\d+)-(\d+)\.part")
-_PART_COLUMNS = pyarrow.schema({
-    "image": pyarrow.string(), "fault": pyarrow.string(), "labels": pyarrow.list_(pyarrow.int32()),
-    "scores": pyarrow.list_(pyarrow.float32()), "embedding": pyarrow.list_(pyarrow.float32()),
-    "set": pyarrow.list_(pyarrow.int32()), "abstain": pyarrow.bool_(),
-    "novelty": pyarrow.float32(), "novelty_percentile": pyarrow.float32(),
-})  # fmt: skip
 
 
 class Job:
@@ -213,8 +207,9 @@ class Job:
 class Writer:
     """Collects consecutive batches, and writes them as a part of the job; `waiting` are not on the disk yet."""
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._rows, self._first, self._end, self._since = job, [], 0, 0, time.monotonic()
+    def __init__(self, job: Job, label_names: list[str], is_regression: bool) -> None:
+        self._job, self._labels = job, (label_names, is_regression)
+        self._rows, self._first, self._end, self._since = [], 0, 0, time.monotonic()
 
     @property
     def waiting(self) -> int:
@@ -224,7 +219,7 @@ class Writer:
         if batch.number != self._end:
             self.flush()
             self._first = batch.number
-        self._rows.append(part_rows(batch.names, batch.errors, prediction))
+        self._rows.append(part_rows(batch.names, batch.errors, prediction, *self._labels))
         self._end = batch.number + 1
         if self.waiting * self._job.batch_size >= BLOCK or time.monotonic() - self._since >= SECONDS:
             self.flush()
@@ -235,21 +230,27 @@ class Writer:
         self._rows, self._first, self._since = [], self._end, time.monotonic()
 
 
-def part_rows(names: list[str], errors: list[str | None], prediction: Prediction) -> pyarrow.Table:
-    """Rows of a part, of names (N,), errors (N,) and a prediction of N images."""
-    nothing, sets, embeddings = [None] * len(names), prediction.sets, prediction.embeddings
-    columns = {
-        "image": list(map(printable, names)),
-        "fault": [None if error is None else printable(error) for error in errors],
-        "labels": list(prediction.labels.astype(np.int32)),
-        "scores": list(prediction.scores.astype(np.float32)),
-        "embedding": nothing if embeddings is None else list(embeddings),
-        "set": nothing if sets is None else [row[row >= 0] for row in sets],
-    }
-    for name in ("abstain", "novelty", "novelty_percentile"):
-        values = getattr(prediction, name)
-        columns[name] = nothing if values is None else values
-    return pyarrow.table(columns, schema=_PART_COLUMNS)
+def part_rows(
+    names: list[str], errors: list[str | None], prediction: Prediction, label_names: Sequence[str] = (),
+    is_regression: bool = False,
+) -> pyarrow.Table:  # fmt: skip
+    """Rows of names (N,), errors (N,) and a prediction of N images: the columns of the output, and "fault"."""
+    faults = [None if error is None else printable(error) for error in errors]
+    columns = {"image": list(map(printable, names)), "fault": pyarrow.array(faults, pyarrow.string())}
+    of_labels = np.array(label_names, dtype=object)
+    for rank, (labels, scores) in enumerate(zip(prediction.labels.T, prediction.scores.T)):
+        end = f"_{rank + 1}" if rank else ""
+        if not is_regression:
+            columns[f"label{end}"] = of_labels[labels]
+        columns["prediction" if is_regression else f"score{end}"] = scores.astype(np.float32)
+    if prediction.sets is not None:
+        sets = [of_labels[row[row >= 0]].tolist() for row in prediction.sets]
+        columns["set"] = pyarrow.array(sets, pyarrow.list_(pyarrow.string()))
+    names = ("abstain", "novelty", "novelty_percentile")
+    columns |= {name: values for name in names if (values := getattr(prediction, name)) is not None}
+    if (values := prediction.embeddings) is not None:
+        columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+    return pyarrow.table(columns)
 
 
 def printable(text: str) -> str:
@@ -257,38 +258,9 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def to_output(
-    rows: pyarrow.Table, label_names: list[str], top_k: int, width: int | None, more: Iterable[str] = (),
-    is_regression: bool = False,
-) -> pyarrow.Table:  # fmt: skip
-    """
-    The readable images of a part, in the columns of the output, also `more` of a part. `width` is that of embeddings,
-    if it has them.
-    """
-    rows = rows.filter(pyarrow.compute.is_null(rows["fault"]))
-    labels, scores = (
-        rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), top_k)
-        for name in ("labels", "scores")
-    )
-    names, columns = np.array(label_names, dtype=object), {"image": rows["image"].combine_chunks()}
-    for rank in range(top_k):
-        end = f"_{rank + 1}" if rank else ""
-        if not is_regression:
-            columns[f"label{end}"] = pyarrow.array(names[labels[:, rank]], pyarrow.string())
-        columns["prediction" if is_regression else f"score{end}"] = pyarrow.array(scores[:, rank])
-    for name in more:
-        columns[name] = rows[name]
-        if name == "set":
-            of_images = [names[labels].tolist() for labels in rows[name].to_pylist()]
-            columns[name] = pyarrow.array(of_images, pyarrow.list_(pyarrow.string()))
-    if width is not None:
-        values = rows["embedding"].combine_chunks().flatten()
-        columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(values, width)
-    return pyarrow.table(columns)
-
-
-def write_output(file: Path, tables: Iterator[pyarrow.Table]) -> None:
-    """Parquet, CSV, with lists as JSON, or JSON lines; the same bytes however rows are split into tables."""
+def write_output(file: Path, parts: Iterable[pyarrow.Table]) -> None:
+    """Parquet, CSV, with lists as JSON, or JSON lines; the same bytes however rows are split into parts."""
+    tables = (rows.filter(pyarrow.compute.is_null(rows["fault"])).drop_columns("fault") for rows in parts)
     ending, first = file.suffix.lower(), next(tables)
     tables = itertools.chain([first], tables)
     with atomic_write(file) as unfinished:

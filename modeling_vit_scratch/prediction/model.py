@@ -48,20 +48,17 @@ class Predictor:
         self.model, self.processor = speed_up(model.to(device, dtype).eval()), processor
         self.config: ViTScratchConfig = model.config
         self.top_k, self.has_embeddings, self.device, self.dtype = top_k, has_embeddings, device, dtype
-        self.uncertainty, self.columns = uncertainty, []  # of the output, beside labels, scores and embeddings
         self.label_names = [str(self.config.id2label[index]) for index in range(self.config.num_labels if top_k else 0)]
-        # From which score each label is in the set, (K,), where evaluate.py --calibrate has fitted that.
+        self.is_regression = top_k == 1 and self.config.problem_type == "regression"
+        # What evaluate.py --calibrate has fitted: from which score each label is in the set, (K,), and how new it is.
         thresholds = getattr(self.config, "label_thresholds", None) if self.config.calibrated else None
+        self.uncertainty, self.score_threshold = uncertainty, None
         if uncertainty and (self.config.calibrated or self.config.temperature == 1.0):
             thresholds = [uncertainty.set_threshold] * len(self.label_names)
-            self.columns += ["abstain"] if top_k and uncertainty.score_threshold is not None else []
+            self.score_threshold = uncertainty.score_threshold
         self.thresholds = np.array(thresholds, dtype=np.float32) if top_k and thresholds else None
-        self.columns = self.columns if self.thresholds is None else ["set", *self.columns]
-        if uncertainty and has_embeddings:
-            self.columns += ["novelty", "novelty_percentile"]
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
-        self.width = self.config.representation_size or self.config.pooled_width  # of an embedding
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
             model.classifier.register_forward_pre_hook(
                 lambda classifier, inputs: setattr(self._pooled, "value", inputs[0])
@@ -89,7 +86,7 @@ class Predictor:
             pooled = output.pooler_output if isinstance(self.model, ViTScratchModel) else self._pooled.value
             require_finite(pooled)
             pooled, self._pooled.value = pooled.float().cpu(), None
-            if "novelty" in self.columns:
+            if self.uncertainty:
                 distances = self.uncertainty.novelty(pooled)
                 more |= zip(("novelty", "novelty_percentile"), (values.numpy() for values in distances))
             pooled = pooled.numpy()
@@ -104,8 +101,8 @@ class Predictor:
             is_in = scores >= self.thresholds[labels]
             is_in[:, 0] |= self.uncertainty is not None  # with one label per image, a set is never empty
             more["sets"] = np.where(is_in, labels, -1)
-        if "abstain" in self.columns:
-            more["abstain"] = scores[:, 0] < self.uncertainty.score_threshold
+        if self.score_threshold is not None:
+            more["abstain"] = scores[:, 0] < self.score_threshold
         return Prediction(labels[:, : self.top_k], scores[:, : self.top_k], pooled, **more)
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:

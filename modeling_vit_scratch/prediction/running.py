@@ -16,7 +16,7 @@ from ..common.processes import Processes, StopSignals
 from ..common.workers import lost_worker
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
-from .job import Job, Writer, to_output, write_errors, write_output
+from .job import Job, Writer, write_errors, write_output
 from .model import Predictor, fingerprint
 from .reading import Inputs, build_loader
 
@@ -38,6 +38,7 @@ def open_job(
                 # Decides the last bits of a CPU's results: a job keeps the number that it began with.
                 "threads": (job.settings() or {}).get("threads", torch.get_num_threads()),
                 "python": platform.python_version(),
+                "parts": "columns of the output",
                 **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
             }
             if job.start(inputs.items(), settings, arguments.overwrite, arguments.inputs):
@@ -61,7 +62,8 @@ def run_job(
 ) -> None:  # fmt: skip
     """Predicts this process's share of the missing batches. After Ctrl-C, the finished ones are on the disk."""
     share = job.share(missing, accelerator.process_index, accelerator.num_processes)
-    writer, is_alone, shown_at = Writer(job), accelerator.num_processes == 1, 0.0
+    writer = Writer(job, predictor.label_names, predictor.is_regression)
+    is_alone, shown_at = accelerator.num_processes == 1, 0.0
     bar = tqdm(
         total=job.count, initial=job.num_predicted(), desc="predicting", unit=" images", smoothing=0.05,
         disable=not accelerator.is_main_process, mininterval=0.1 if sys.stderr.isatty() else 60,
@@ -111,15 +113,12 @@ def wait_for_all(processes: Processes) -> None:
         ) from error
 
 
-def finish(job: Job, predictor: Predictor) -> tuple[int, int]:
+def finish(job: Job) -> tuple[int, int]:
     """Writes OUTPUT and OUTPUT.errors.csv, says so, and removes the job. Returns the number of images in each."""
     predicted, broken = write_errors(job.errors, job.read_parts())
     if predicted + broken != job.count:
         raise RuntimeError(f"{job.folder} accounts for {predicted + broken} of {job.count} images: this is a bug.")
-    names, width = predictor.label_names, predictor.width if predictor.has_embeddings else None
-    is_regression = predictor.config.problem_type == "regression" and predictor.top_k == 1
-    how = names, predictor.top_k, width, predictor.columns, is_regression
-    write_output(job.output, (to_output(rows, *how) for rows in job.read_parts()))
+    write_output(job.output, job.read_parts())
     job.remove()
     print(f"Written: {job.output} ({predicted:,} images).")
     if broken:

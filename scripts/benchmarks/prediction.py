@@ -98,7 +98,7 @@ class PredictionBenchmark:
             inputs = Inputs(arguments)
             job, missing, _ = open_job(predictor, inputs, arguments, accelerator)
             run_job(job, missing, predictor, inputs, arguments, accelerator)
-            finish(job, predictor)
+            finish(job)
             return output
 
         return run
