@@ -15,7 +15,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn import metrics
 
 from ..common.records import NUM_BINS
-from .compute_metrics import TOP_K, multi_label_scores
+from .compute_metrics import TOP_K
 
 
 # A probability below this counts as this in a logarithm: the smallest normal float64.
@@ -194,7 +194,7 @@ def _measure_classes(values: np.ndarray, labels: np.ndarray) -> dict[str, Measur
 def _measure_labels(
     values: np.ndarray, labels: np.ndarray, threshold: float
 ) -> tuple[dict[str, Measure], dict[str, dict[str, Any]]]:
-    """The measures, and what is already known about the metrics: exact values, and numbers of images and labels."""
+    """The measures, and of how many images or labels some of them are the means."""
     answers, (n, num_labels), images = (values >= threshold).astype(np.int64), values.shape, np.arange(len(values))
     each_label = _average_precision(values, labels, images)
     pooled = _average_precision(values.reshape(-1, 1), labels.reshape(-1, 1), np.repeat(images, num_labels))
@@ -233,16 +233,11 @@ def _measure_labels(
     }
     for metric, statistic in of_counts.items():
         measures[metric] = lambda rows, statistic=statistic: statistic(np.bincount(rows, minlength=n))
-    micro = metrics.average_precision_score(labels, values, average="micro") if labels.any() else np.nan
-    exact = multi_label_scores(values, labels, answers) | {
-        "micro_average_precision": float(micro),
-        "hamming_loss": float(metrics.hamming_loss(labels, answers)),
-        "ece": reliability(values.ravel(), labels.ravel()).expected_error,
+    known: dict[str, dict[str, Any]] = {
+        "samples_f1": {"n": int(has_either.sum())},
+        "mean_average_precision": {"num_labels": int(labels.any(axis=0).sum())},
+        "macro_f1": {"num_labels": int(either.any(axis=0).sum())},
     }
-    known: dict[str, dict[str, Any]] = {metric: {"value": value} for metric, value in exact.items()}
-    known["samples_f1"]["n"] = int(has_either.sum())
-    known["mean_average_precision"]["num_labels"] = int(labels.any(axis=0).sum())
-    known["macro_f1"]["num_labels"] = int(either.any(axis=0).sum())
     return measures, known
 
 
