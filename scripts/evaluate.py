@@ -56,22 +56,18 @@ def main() -> None:
         is_multi_label = model.config.problem_type == MULTI_LABEL
         data = read_evaluation_data(arguments, names, is_multi_label, verify=accelerator.is_main_process)
     data = data.without_broken()
-    if arguments.label_issues:
+    predictions = predict(speed_up(model), processor, data.examples, accelerator, arguments)
+    if not accelerator.is_main_process:
+        pass
+    elif arguments.label_issues:
         from modeling_vit_scratch.evaluation.label_issues import write_label_issues
 
-        line = write_label_issues(model.to(accelerator.device), processor, data, arguments)
-        accelerator.print(line)
-        accelerator.end_training()
-        return
-    predictions = predict(speed_up(model), processor, data.examples, accelerator, arguments)
-    if arguments.problem_type == "regression":
+        print(write_label_issues(model.config, data, predictions, arguments))
+    elif arguments.problem_type == "regression":
         from modeling_vit_scratch.evaluation.regression import write_regression
 
-        if accelerator.is_main_process:
-            print(write_regression(data, predictions, arguments))
-        accelerator.end_training()
-        return
-    if accelerator.is_main_process:
+        print(write_regression(data, predictions, arguments))
+    else:
         report = build_report(arguments, model, data, predictions, accelerator)
         files = write_report(report, data, arguments)
         if importlib.util.find_spec("matplotlib") is None:

@@ -54,7 +54,6 @@ def test_the_command_writes_a_table_and_a_sheet(tmp_path, monkeypatch, capsys):
         str(tmp_path / "out"),
     ]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr("modeling_vit_scratch.evaluation.probes.image_features", lambda model, x: x.mean(dim=(2, 3)))
     assert run_command_line(load_script("evaluate").main) == 0
     assert "labels are doubtful. Look at them: " in capsys.readouterr().out
     with open(tmp_path / "out" / "label_issues.csv", newline="") as file:

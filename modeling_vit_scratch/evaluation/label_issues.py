@@ -6,21 +6,21 @@ probabilities that a linear classifier of the model's features gives to images t
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..common.errors import InputError
-from ..data.dataset import ImageClassificationDataset
+from ..configuration_vit_scratch import ViTScratchConfig
+from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..visualization.grids import draw_grid
 from .arguments import EvaluationArguments
 from .data import EvaluationData
-from .probes import Features, extract_features
+from .predictions import Predictions
+from .probes import Features
 
 
 FOLDS, L2 = 5, 100.0
@@ -46,19 +46,14 @@ def label_quality(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nda
     return scores, find_label_issues(labels, probabilities, n_jobs=1)
 
 
-def write_label_issues(model: Any, processor: Any, data: EvaluationData, arguments: EvaluationArguments) -> str:
+def write_label_issues(
+    config: ViTScratchConfig, data: EvaluationData, predictions: Predictions, arguments: EvaluationArguments
+) -> str:
     """Writes label_issues.csv, the most doubtful label first, and .png, its first images. Returns a line to print."""
-    if isinstance(data.examples.labels, np.ndarray):
-        raise InputError("--label_issues is for images with one label each.")
-    images = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
-    loading = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers, processor
-    features = extract_features(model, images, *loading)
-    if not PartialState().is_main_process:
-        return ""
-    used, labels = np.unique(features.labels, return_inverse=True)
-    probabilities = out_of_fold(Features(features.values, labels), arguments.seed)
+    used, labels = np.unique(predictions.labels, return_inverse=True)
+    probabilities = out_of_fold(Features(predictions.features, labels), arguments.seed)
     scores, is_issue = label_quality(probabilities, labels)
-    folder, names = Path(arguments.output_dir), [model.config.id2label[index] for index in used.tolist()]
+    folder, names = Path(arguments.output_dir), [config.id2label[index] for index in used.tolist()]
     order, likely = np.argsort(scores, kind="stable").tolist(), probabilities.argmax(axis=1)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "label_issues.csv", "w", newline="", encoding="utf-8") as file:
@@ -67,9 +62,9 @@ def write_label_issues(model: Any, processor: Any, data: EvaluationData, argumen
         for i in order:
             of_image = data.examples.name(i), names[labels[i]], names[likely[i]]
             table.writerow([*of_image, f"{probabilities[i, likely[i]]:.6f}", f"{scores[i]:.6f}", bool(is_issue[i])])
-    columns = min(COLUMNS, len(order))
+    decoder, columns = ViTScratchImageProcessor(num_channels=config.num_channels), min(COLUMNS, len(order))
     shown = np.array(order[: min(ROWS, len(order) // columns) * columns]).reshape(-1, columns).tolist()
-    grid = [[np.asarray(data.examples.decode(i, images.decoder).convert("RGB")) for i in row] for row in shown]
+    grid = [[np.asarray(data.examples.decode(i, decoder).convert("RGB")) for i in row] for row in shown]
     titles = [[f"{names[labels[i]]}: {names[likely[i]]}?" for i in row] for row in shown]
     draw_grid(grid, "The most doubtful labels: LABEL: WHAT IT LOOKS LIKE?", folder / SHEET, titles)
     return (

@@ -38,6 +38,8 @@ def load_model(arguments: EvaluationArguments) -> tuple[ViTScratchForImageClassi
             raise InputError(f"{given}: MODEL {name} predicts a number, and that is for labels. Leave it out.")
     elif problem == "regression" or outputs < 2:
         raise InputError(f"MODEL {name} does not classify: it has problem_type={problem!r} and {outputs} outputs.")
+    if arguments.label_issues and problem == MULTI_LABEL:
+        raise InputError("--label_issues is for images with one label each.")
     if arguments.threshold is not None and problem != MULTI_LABEL:
         raise InputError(
             f"--threshold {arguments.threshold:g} is for models that give an image any number of labels. MODEL {name} "
