@@ -69,7 +69,7 @@ def main() -> None:
         print(write_regression(data, predictions, arguments))
     else:
         report = build_report(arguments, model, data, predictions, accelerator)
-        files = write_report(report, data, arguments)
+        files = write_report(report, data, model, arguments)
         if importlib.util.find_spec("matplotlib") is None:
             print('No figures: they are drawn with matplotlib, pip install -e ".[plot]"')
         else:

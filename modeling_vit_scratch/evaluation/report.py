@@ -4,7 +4,6 @@
 import csv
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,26 +199,14 @@ def fit_label_thresholds(values: np.ndarray, labels: np.ndarray) -> list[float]:
     return thresholds
 
 
-def store_temperature(
-    folder: str | os.PathLike[str], temperature: float | None, label_thresholds: list[float] | None = None
-) -> None:
-    """Writes what is not None into config.json, and the code that applies it beside it: older code would not."""
-    config = ViTScratchConfig.from_pretrained(folder)
-    config.temperature = config.temperature if temperature is None else temperature
-    if label_thresholds is not None:
-        config.label_thresholds = label_thresholds
-    config.save_pretrained(folder)
-    # transformers copies the code of an object, not of a class: the smallest model will do.
-    smallest = ViTScratchForImageClassification(type(config).from_variant("test/4", num_labels=2))
-    custom_object_save(smallest, folder)
-
-
 def has_better_thresholds(calibration: dict[str, Any]) -> bool:
     """Whether thresholds of each label have a better macro F1 than one for all, on images they were not fitted to."""
     return calibration.get("macro_f1", 0.0) > calibration.get("macro_f1_at_one_threshold", 0.0)
 
 
-def write_report(report: Report, data: EvaluationData, arguments: EvaluationArguments) -> list[Path]:
+def write_report(
+    report: Report, data: EvaluationData, model: ViTScratchForImageClassification, arguments: EvaluationArguments
+) -> list[Path]:
     """Writes all but the figures into --output_dir, and a temperature that helps into the model. Returns the files."""
     folder, record = Path(arguments.output_dir), report.record
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,15 +222,19 @@ def write_report(report: Report, data: EvaluationData, arguments: EvaluationArgu
         arrays = {"image": np.array(images), "logits": report.logits, "labels": report.labels}
         names = np.array(record["confusion_matrix"]["labels"])
         np.savez_compressed(files[-1], **arrays, label_names=names, temperature=record["temperature"])
+    folder = Path(arguments.model)
     if calibration := record["calibration"]:
-        thresholds = calibration.get("label_thresholds") if has_better_thresholds(calibration) else None
-        temperature = record["temperature"] if calibration["is_stored"] else None
-        if temperature is not None or thresholds is not None:
-            store_temperature(arguments.model, temperature, thresholds)
+        config = ViTScratchConfig.from_pretrained(folder)
+        if calibration["is_stored"]:
+            config.temperature = record["temperature"]
+        if has_better_thresholds(calibration):
+            config.label_thresholds = calibration["label_thresholds"]
+        if calibration["is_stored"] or has_better_thresholds(calibration):
+            config.save_pretrained(folder)
+            custom_object_save(model, folder)  # older code would not apply it
     if report.novelty is not None:
-        folder = Path(arguments.model)
         thresholds = {**record["uncertainty"], "data": record["dataset"]["name"]}
-        uncertainty.store(folder, thresholds, report.novelty, ViTScratchConfig.from_pretrained(folder).temperature)
+        uncertainty.store(folder, thresholds, report.novelty, config.temperature)
         files += [folder / uncertainty.RECORD, folder / uncertainty.ARRAYS]
     return files
 
