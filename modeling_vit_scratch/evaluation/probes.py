@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -180,18 +180,14 @@ def linear_probe(train: Features, test: Features, l2_grid: tuple[float, ...] = L
     if counts[counts > 0].min() < 2:
         raise ValueError("The linear probe holds out a part of every class: give at least two images of each.")
     size = max(round(HELD_OUT * len(train.labels)), int((counts > 0).sum()))
-    kept_values, held_values, kept_labels, held_labels = train_test_split(
-        *train, test_size=size, stratify=train.labels, random_state=seed
-    )
-    kept, held = Features(kept_values, kept_labels), Features(held_values, held_labels)
-
-    def accuracy(train: Features, test: Features, l2: float) -> float:
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / l2, max_iter=1000))
-        return float(classifier.fit(*train).score(*test))
-
-    accuracies = {l2: accuracy(kept, held, l2) for l2 in l2_grid}
-    best = max(l2_grid, key=lambda l2: (accuracies[l2], l2))  # of equals the strongest
-    return LinearProbe(accuracy(train, test, best), best, accuracies)
+    strengths = sorted(l2_grid, reverse=True)  # of equals the strongest
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        {"logisticregression__C": [1.0 / l2 for l2 in strengths]},
+        cv=StratifiedShuffleSplit(1, test_size=size, random_state=seed),
+    ).fit(*train)
+    accuracies = dict(zip(reversed(strengths), search.cv_results_["mean_test_score"][::-1].tolist()))
+    return LinearProbe(float(search.score(*test)), strengths[search.best_index_], accuracies)
 
 
 def run_probes(
@@ -238,13 +234,7 @@ class Probe(TrainerCallback):
     ) -> None:
         self.trainer, self.kinds, self.train, self.test = trainer, kinds, train, test
         self.num_classes, self.every = num_classes, every
-        self.is_training, self.last_step = False, -1
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.is_training = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.is_training = False
+        self.last_step = -1
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.every is not None and state.global_step % self.every == 0:
@@ -254,7 +244,7 @@ class Probe(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # After training, the model that is evaluated may be of another step.
-        if self.is_training and state.global_step != self.last_step:
+        if self.trainer.is_in_train and state.global_step != self.last_step:
             self._log(state.global_step)
 
     def _log(self, step: int) -> None:
