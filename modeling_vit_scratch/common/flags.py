@@ -89,14 +89,18 @@ class Parser(argparse.ArgumentParser):
         words = [re.sub(r"(^|^--\w+=)~(?=/|$)", lambda found: found[1] + home, word) for word in words]
         return super().parse_known_args(words, namespace)
 
-    def parse(self, kind: type[_Arguments], argv: list[str] | None = None) -> _Arguments:
-        """Parses a command line (default: of this process) into a dataclass, positional arguments included."""
+    def parse(self, kind: type[_Arguments], argv: list[str] | None, check: Callable[..., None]) -> _Arguments:
+        """A command line (default: of this process) as a dataclass. InputError with all mistakes; `check` adds some."""
         namespace, unknown = self.parse_known_args(argv)
         refuse_unknown(unknown, self.known_flags(), self.problems)
         values = {**vars(namespace), **self.instead_of_invalid}
         arguments = fill(kind, values)
         for action in self._get_positional_actions():
             setattr(arguments, action.dest, values[action.dest])
+        check_limits(arguments, self.problems)
+        check(arguments, self.problems)
+        if self.problems.messages:
+            raise self.problems.as_error()
         return arguments
 
     def known_flags(self) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..common.errors import Problems
 from ..common.files import writing_problem
-from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, check_limits, flag
+from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag, flag
 
 
 # Images in a row of the figure.
@@ -115,15 +115,10 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         help="digits, elpv, a folder with one folder per class or with a metadata.jsonl, a .parquet, .csv, .jsonl or "
         ".tar file, a quoted pattern of such, or a data set of the Hub",
     )
-    arguments = parser.parse(EvaluationArguments, argv)
-    _check(arguments, parser.problems)
-    if parser.problems.messages:
-        raise parser.problems.as_error()
-    return arguments
+    return parser.parse(EvaluationArguments, argv, _check)
 
 
 def _check(arguments: EvaluationArguments, problems: Problems) -> None:
-    check_limits(arguments, problems)
     if arguments.examples > MAX_EXAMPLES:
         problems.add(f"--examples {arguments.examples} must be at most {MAX_EXAMPLES}.")
     if arguments.examples and importlib.util.find_spec("matplotlib") is None:

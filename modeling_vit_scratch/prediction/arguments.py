@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.errors import Problems
 from ..common.files import writing_problem
-from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, check_limits, flag
+from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, flag
 from ..common.workers import available_cores
 
 
@@ -76,18 +76,13 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
         "paths (.txt, or - for standard input) or a table of them (.csv, .jsonl); a .parquet file of images; a "
         "WebDataset shard (.tar); a data set of the Hub, digits or elpv",
     )
-    arguments = parser.parse(PredictionArguments, argv)
-    _check(arguments, parser.problems)
-    if parser.problems.messages:
-        raise parser.problems.as_error()
-    return arguments
+    return parser.parse(PredictionArguments, argv, _check)
 
 
 def _check(arguments: PredictionArguments, problems: Problems) -> None:
     if arguments.dataloader_num_workers is None:
         share = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         arguments.dataloader_num_workers = 0 if arguments.output is None else min(8, share)
-    check_limits(arguments, problems)
     if arguments.max_broken_images is None:
         arguments.max_broken_images = 0 if arguments.output is None else sys.maxsize
     if arguments.top_k == 0 and not arguments.embeddings:
