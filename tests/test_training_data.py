@@ -109,14 +109,14 @@ def test_training_evaluation_and_prediction_find_the_same_images(tmp_path, monke
 
 def read_with_a_closed_folder(place, monkeypatch):
     (place / "cat" / "closed").mkdir()
-    scan = os.scandir
+    read_folder = os.listdir
 
-    def scandir(path):
+    def listdir(path):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied")
-        return scan(path)
+        return read_folder(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "listdir", listdir)
     read(train_dir=str(place), train_val_split=0.25)
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from ..common.errors import InputError
 from ..common.records import METRIC_TITLES, NO_PERCENT, title_of
+from ..data.sources import listed
 
 
 CARD_TEMPLATE = "template.md"
@@ -107,11 +108,6 @@ def size(value: int | Sequence[int]) -> str:
     return f"{height} x {width}"
 
 
-def names(values: Sequence[str], limit: int = 10) -> str:
-    shown = ", ".join(map(str, values[:limit]))
-    return shown + (f" and {len(values) - limit:,} more" if len(values) > limit else "")
-
-
 def url(address: str) -> Markup:
     """A path or an address as the target of a link."""
     return Markup(quote(address, safe="/:?&=#%+,;@!~*'"))
@@ -128,6 +124,6 @@ def code_block(text: Any, language: str = "text") -> Markup:
 
 
 FILTERS = {
-    "number": number, "percent": percent, "score": score, "metric_title": title_of, "size": size, "names": names,
+    "number": number, "percent": percent, "score": score, "metric_title": title_of, "size": size, "names": listed,
     "metric_name": lambda metric: METRIC_TITLES.get(metric, metric), "url": url, "code": code, "code_block": code_block,
 }  # fmt: skip

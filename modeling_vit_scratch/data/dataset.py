@@ -66,9 +66,7 @@ class StoredImage:
     def _read(self, function: Callable[..., Any], **settings: Any) -> Any:
         try:
             return function(self._content(), name=self.name, **settings)
-        except ImageDecodeError:
-            raise
-        except ValueError as error:  # another number of channels
+        except ValueError as error:  # also another number of channels
             raise ImageDecodeError(str(error)) from error
 
     def _content(self) -> str | bytes:

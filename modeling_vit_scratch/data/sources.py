@@ -6,7 +6,7 @@ import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,9 +116,9 @@ def find_columns(
     return None if image is None or (label is None and needs_labels) else (image, label)
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[Any], limit: int = 10) -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 @dataclass(frozen=True)

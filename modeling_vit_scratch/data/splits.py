@@ -207,7 +207,8 @@ def read_split(
         return None
     images, groups = _read_images(dataset, columns[0], split, problems), None
     labels, targets = ([], [0] * len(dataset), False), None
-    if columns[1] is not None and (arguments.problem_type or is_float(dataset.features[columns[1]])):
+    is_float = getattr(features.get(columns[1]), "dtype", "").startswith("float")
+    if columns[1] is not None and (arguments.problem_type or is_float):
         targets = read_targets(dataset, columns[1], split, problems)
         labels = targets and ([columns[1]], [0] * len(dataset), True)
     elif columns[1] is not None:
@@ -235,11 +236,6 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
         )
         return None
     return images if column == "image" else images.rename_column(column, "image")
-
-
-def is_float(feature: Any) -> bool:
-    """Whether a column of this type holds numbers with a fraction."""
-    return isinstance(feature, datasets.Value) and "float" in feature.dtype
 
 
 def read_targets(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> list[float] | None:
