@@ -128,7 +128,7 @@ def read_data(
     evaluated = sample(held_out, arguments.max_eval_samples, seed)
     kept, overlap, near = images.compare(kept, evaluated, validation is not None)
     num_classes = 0 if is_stream else len(set(train.used()))
-    if arguments.folds and getattr(train, "targets", None):
+    if arguments.folds and train.is_regression:
         problems.add("--folds is for labels, and these images have numbers. Leave it out.")
     if len(kept) < num_classes and not train.is_multi_label:
         way_out = "Add images, or raise --max_train_samples." if arguments.max_train_samples else "Add images."
@@ -155,10 +155,9 @@ def read_data(
     held_out_part = parts[-1].select([index - first for index in evaluated])
     names, buffer_size = train.label_names, arguments.shuffle_buffer_size
     is_multi_label = train.is_multi_label and bool(names)
-    is_regression = getattr(train, "targets", None) is not None
     return ImageData(
-        source, names, train_part, held_out_part, split, buffer_size, is_multi_label, is_regression, record, lines,
-        overlap, near,
+        source, names, train_part, held_out_part, split, buffer_size, is_multi_label, train.is_regression, record,
+        lines, overlap, near,
     )  # fmt: skip
 
 
@@ -168,24 +167,26 @@ class LabelledSplit:
 
     images: datasets.Dataset
     label_names: list[str]  # the split's own; without any, all images are of class 0
-    indices: list[int] | list[list[int]]  # of each image's label, or labels, in these names
+    indices: list[int] | list[list[int]] | list[float]  # of each image's label, or labels, in these names; or numbers
     is_ordered: bool  # whether the data define the order of the names
     is_multi_label: bool = False
+    is_regression: bool = False  # all images have one label, the column's name, and a number
     groups: list[Any] | None = None  # of each image; None for one that is in none
-    targets: list[float] | None = None  # for regression: of each image, which all have one label, the column's name
 
     def used(self) -> list[int]:
         """The labels of all images, one after the other."""
+        if self.is_regression:
+            return [0] * len(self.indices)
         return list(itertools.chain.from_iterable(self.indices)) if self.is_multi_label else self.indices
 
     def rows(self) -> list[list[int]]:
         """The labels of each image."""
-        return self.indices if self.is_multi_label else [[index] for index in self.indices]
+        return self.indices if self.is_multi_label else [[index] for index in self.used()]
 
     def examples(self, new_index: dict[int, int] | None = None, num_labels: int | None = None) -> Examples:
         """With the indices of these names, or with their `new_index` among `num_labels` others."""
-        if self.targets is not None:
-            return Examples(self.images, self.targets)
+        if self.is_regression:
+            return Examples(self.images, self.indices)
         if new_index is None:
             new_index, num_labels = {index: index for index in self.used()}, len(self.label_names)
         if self.is_multi_label:
@@ -206,18 +207,18 @@ def read_split(
         problems.add(f"The {split} split has no images.")
         return None
     images, groups = _read_images(dataset, columns[0], split, problems), None
-    labels, targets = ([], [0] * len(dataset), False), None
+    labels = [], [0] * len(dataset), False
     is_float = getattr(features.get(columns[1]), "dtype", "").startswith("float")
     if columns[1] is not None and (arguments.problem_type or is_float):
-        targets = read_targets(dataset, columns[1], split, problems)
-        labels = targets and ([columns[1]], [0] * len(dataset), True)
+        numbers = read_numbers(dataset, columns[1], split, problems)
+        labels = numbers and ([columns[1]], numbers, True, False, True)
     elif columns[1] is not None:
         labels = read_labels(dataset, columns[1], arguments.label_separator, split, problems)
     if images is not None and (arguments.group_column_name or arguments.group_from):
         groups = read_groups(dataset, images, arguments, split, problems)
     if images is None or labels is None:
         return None
-    return replace(LabelledSplit(images, *labels), groups=groups, targets=targets)
+    return LabelledSplit(images, *labels, groups=groups)
 
 
 def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> datasets.Dataset | None:
@@ -238,21 +239,21 @@ def _read_images(dataset: datasets.Dataset, column: str, split: str, problems: P
     return images if column == "image" else images.rename_column(column, "image")
 
 
-def read_targets(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> list[float] | None:
+def read_numbers(dataset: datasets.Dataset, column: str, split: str, problems: Problems) -> list[float] | None:
     """The numbers of a column, for regression. None if there is another value: see the problems."""
-    targets = []
+    numbers = []
     for row, value in enumerate(dataset[column]):
         try:
-            targets.append(float(value))
+            numbers.append(float(value))
         except (TypeError, ValueError):
-            targets.append(math.nan)
-        if not math.isfinite(targets[-1]):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
             problems.add(
                 f"Column {column!r} of the {split} split has {value!r} in row {row}, and regression needs a finite "
                 "number for each image. Correct or remove it."
             )
             return None
-    return targets
+    return numbers
 
 
 def read_labels(
@@ -313,7 +314,7 @@ def _usable_labels(train: LabelledSplit, needs_labels: bool, problems: Problems)
             f"The {number} training images have lists of labels with {len(train.label_names)} different labels; at "
             "least two are needed. For an image to have one label or not, make two classes of it."
         )
-    elif len(counts) == 1 and not train.is_multi_label and train.targets is None:
+    elif len(counts) == 1 and not train.is_multi_label and not train.is_regression:
         problems.add(
             f"All {number} training images are of one class, {train.label_names[next(iter(counts))]!r}. Two classes "
             "are the least there is to learn."
@@ -329,9 +330,9 @@ def _held_out_examples(train: LabelledSplit | ImageStream, validation: LabelledS
         validation = replace(validation, label_names=names)
     if not train.label_names or not (validation.label_names or validation.is_multi_label):
         return Examples(validation.images, [0] * len(validation.indices))
-    if isinstance(train, LabelledSplit) and (train.targets is None) != (validation.targets is None):
+    if train.is_regression != validation.is_regression:
         problems.add("One of the splits has numbers to predict, the other one labels. Align them.")
-    elif validation.targets is not None:
+    elif validation.is_regression:
         return validation.examples()
     if train.is_multi_label != validation.is_multi_label:
         several, one = ("training", "validation") if train.is_multi_label else ("validation", "training")
@@ -370,7 +371,7 @@ def hold_out(
     counts = Counter(label for _, label in different)
     parts = Counter(label for _, label in {(g, label) for g, row in zip(groups or ids, rows) for label in row})
     if not 0.0 < fraction < 1.0 or (
-        split.label_names and len(counts) < 2 and not split.is_multi_label and split.targets is None
+        split.label_names and len(counts) < 2 and not split.is_multi_label and not split.is_regression
     ):
         return []
     if not split.is_multi_label:

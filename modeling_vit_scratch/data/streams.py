@@ -60,7 +60,7 @@ class ImageStream:
     label_names: list[str]  # in the order of the class indices; [] where labels are not needed: all are then 0
     is_multi_label: bool = False
     label_separator: str | None = None  # between several labels in a text
-    is_ordered = True  # as in `LabelledSplit`
+    is_ordered, is_regression = True, False  # as in `LabelledSplit`
 
     @property
     def count(self) -> int | None:

@@ -78,10 +78,9 @@ def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label
             "The data have a list of labels for each image, and MODEL gives each image one. Evaluate it on images with "
             "one label, or fine-tune it on such lists."
         )
-    if (split.targets is None) != (arguments.problem_type is None):
+    if split.is_regression != (arguments.problem_type is not None):
         raise InputError("MODEL predicts numbers and the data have labels, or the other way round. Give other data.")
-    is_number = split.targets is not None
-    label_indices = None if is_number else _match_labels(split, label_names, arguments, problems)
+    label_indices = None if split.is_regression else _match_labels(split, label_names, arguments, problems)
     if problems.messages:
         raise problems.as_error()
     examples = split.examples(label_indices, len(label_names))
@@ -165,8 +164,6 @@ def _choose_images(
     role = "trained on; held out were" if choice == "train" else "held out from training:"
     seen = earlier.has_seen([ids[index] for index in chosen])
     part = replace(split, images=split.images.select(chosen), indices=[split.indices[index] for index in chosen])
-    if split.targets is not None:
-        part = replace(part, targets=[split.targets[index] for index in chosen])
     return part, whole if how is None else f"{role} {how}", seen
 
 
