@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from ..common.errors import InputError
-from ..common.records import METRIC_TITLES, NO_PERCENT, title_of
+from ..common.records import METRIC_TITLES, format_score, title_of
 from ..data.sources import listed
 
 
@@ -97,11 +97,6 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def score(value: float, metric: str) -> str:
-    """The value of a metric, most of them as percentages."""
-    return f"{value:.4f}" if metric in NO_PERCENT else percent(value)
-
-
 def size(value: int | Sequence[int]) -> str:
     """Height and width: 224 x 224."""
     height, width = (value, value) if isinstance(value, int) else value
@@ -124,6 +119,7 @@ def code_block(text: Any, language: str = "text") -> Markup:
 
 
 FILTERS = {
-    "number": number, "percent": percent, "score": score, "metric_title": title_of, "size": size, "names": listed,
-    "metric_name": lambda metric: METRIC_TITLES.get(metric, metric), "url": url, "code": code, "code_block": code_block,
+    "number": number, "percent": percent, "size": size, "names": listed, "score": format_score,
+    "metric_title": title_of, "metric_name": lambda metric: METRIC_TITLES.get(metric, metric),
+    "url": url, "code": code, "code_block": code_block,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from ..common.files import write_text
-from ..common.records import METRIC_TITLES, NO_PERCENT, provenance
+from ..common.records import METRIC_TITLES, format_score, provenance
 from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..pretraining.arguments import PretrainingArguments
@@ -93,7 +93,7 @@ def result_message(
     record: dict[str, Any], folder: str | os.PathLike[str], example: Path | None = None, warning: str | None = None
 ) -> str:
     """The last lines that training prints: the result, a warning about it, where the model is, and how to use it."""
-    value = f"{record['value']:.4f}" if record["metric"] in NO_PERCENT else f"{100 * record['value']:.2f} %"
+    value = format_score(record["value"], record["metric"])
     title, broken = METRIC_TITLES.get(record["metric"], record["metric"]), record["training"]["broken_images"]
     replaced = f"\n{broken} training images could not be read: others took their places." if broken else ""
     warned = "" if warning is None else f"\n{warning}"

@@ -225,15 +225,12 @@ def _metadata(records: ModelRecords, values: dict[str, Any]) -> ModelCardData:
 
 def _hub_results(records: ModelRecords) -> list[EvalResult]:
     """Results on images that it was not trained on: of evaluations, and of the training if none is on the same."""
-    shown = [one for one in records.evaluations if not one["dataset"]["seen_in_training"]]
+    shown, training = [one for one in records.evaluations if not one["dataset"]["seen_in_training"]], records.training
     found = [(record, record["dataset"]["images"], one) for record in shown for one in record["results"]]
-    if (training := records.training) is not None:
-        images = (training["dataset"]["name"], training["n"])
-        if images not in [(one["dataset"]["name"], one["n"]) for one in shown]:
-            found += [
-                (training, training["dataset"]["held_out"], {"metric": metric, "value": value, "n": training["n"]})
-                for metric, value in training["metrics"].items()
-            ]
+    evaluated = [(one["dataset"]["name"], one["n"]) for one in shown]
+    if training is not None and (training["dataset"]["name"], training["n"]) not in evaluated:
+        results = ({"metric": key, "value": value, "n": training["n"]} for key, value in training["metrics"].items())
+        found += [(training, training["dataset"]["held_out"], result) for result in results]
     return [
         _hub_result(record, images, result)
         for record, images, result in found

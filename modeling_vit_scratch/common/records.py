@@ -32,6 +32,11 @@ def title_of(metric: str) -> str:
     return title[:1].upper() + title[1:]
 
 
+def format_score(value: float, metric: str) -> str:
+    """The value of a metric, most of them as percentages: 98.89 %."""
+    return f"{value:.4f}" if metric in NO_PERCENT else f"{100 * value:.2f} %"
+
+
 def interval_of(result: dict[str, Any]) -> list[float] | None:
     """The interval of a result: for fractions of images Wilson's, even where all are right; else the bootstrap's."""
     return result.get("wilson_interval") or result.get("interval")

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..common import uncertainty
 from ..common.errors import InputError, on_screen
-from ..common.records import NO_PERCENT, NUM_BINS, digests, interval_of, provenance, title_of
+from ..common.records import NUM_BINS, digests, format_score, interval_of, provenance, title_of
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
@@ -261,9 +261,9 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
     intervals = [interval_of(result) for result in record["results"]]
     lines.append(f"{'':<28}{'value':>9}" + ("   95 % interval" if any(intervals) else ""))
     for result, interval in zip(record["results"], intervals):
-        show = "{:.4f}".format if result["metric"] in NO_PERCENT else lambda x: f"{100 * x:.2f} %"
-        line = f"{title_of(result['metric']):<28}{show(result['value']):>9}"
-        lines.append(line if interval is None else f"{line}   {show(interval[0])} to {show(interval[1])}")
+        metric = result["metric"]
+        ends = " to ".join(format_score(end, metric) for end in interval or ())
+        lines.append(f"{title_of(metric):<28}{format_score(result['value'], metric):>9}   {ends}".rstrip())
     threshold = record["threshold"]
     key, title = ("f1", "F1") if threshold is None else ("average_precision", "average precision")
     worst = sorted((row for row in record["per_class"] if row["n"]), key=lambda row: row[key])[:5]
