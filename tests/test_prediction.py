@@ -114,7 +114,8 @@ def test_a_folder_is_read_to_every_depth_in_the_order_of_names(here, tmp_path):
     (tmp_path / "circle").mkdir()
     (tmp_path / "circle" / "back").symlink_to(tmp_path / "circle")
     (tmp_path / "circle" / "1.png").write_bytes(encoded(0, 1))
-    assert names_of(tmp_path / "circle") == [str(tmp_path / "circle" / "1.png")]
+    for given in (tmp_path / "circle", tmp_path / "circle" / "**" / "*.png"):
+        assert names_of(given) == [str(tmp_path / "circle" / "1.png")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no files with the ending of an image"):
         names_of(tmp_path / "empty")

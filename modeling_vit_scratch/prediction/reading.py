@@ -74,7 +74,8 @@ class Inputs:
         elif os.path.lexists(given) and (given not in BUILT_IN or os.path.isfile(given)):
             yield from self._list_path(given)
         elif any(sign in given for sign in "*?["):
-            paths = sorted(glob.glob(given, recursive=True), key=lambda path: path.split(os.sep))
+            found = (path for path in glob.iglob(given, recursive=True) if not _is_in_circle(path))
+            paths = sorted(found, key=lambda path: path.split(os.sep))
             if not paths:
                 raise InputError(f"{given}: nothing matches this pattern.")
             for path in paths:
@@ -181,6 +182,12 @@ class Inputs:
             given = "Give one with --split" if options.split is None else f"--split {options.split} is none of them"
             raise InputError(f"{name} has the splits {', '.join(splits)}. {given}.")
         return splits[options.split]
+
+
+def _is_in_circle(path: str) -> bool:
+    """Whether a link on the way leads back to a folder that it is in: glob follows it some forty times."""
+    folders = Path(path).absolute().parents
+    return any(one.is_symlink() and one.resolve() in map(Path.resolve, one.parents) for one in folders)
 
 
 def _first_line(error: Exception, name: str = "") -> str:
