@@ -51,19 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     from transformers.utils import logging
 
     from benchmarks.timing import format_table, summarize, time_in_turns
+    from exporting.export import check, check_output, compare, count_right, export, missing_packages, photographs, save
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
-    from modeling_vit_scratch.exporting.export import (
-        check,
-        check_output,
-        compare,
-        count_right,
-        export,
-        missing_packages,
-        photographs,
-        save,
-    )
 
     logging.disable_progress_bar()
     if missing := missing_packages(arguments.format):
@@ -122,9 +113,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, processor: Any) -> None:
+    from exporting.export import count_right, save
     from exporting.web import build, name_and_card
-
-    from modeling_vit_scratch.exporting.export import count_right, save
 
     web = build(model, processor, arguments.images, *name_and_card(arguments.model))
     save([web], arguments.output, sum(map(len, web.files.values())))

@@ -35,7 +35,7 @@ def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, pr
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
     from modeling_vit_scratch.training.progress import undecided_line
-    from modeling_vit_scratch.visualization.grids import draw_near_copies
+    from modeling_vit_scratch.visualization.figures import draw_near_copies
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint

@@ -52,9 +52,9 @@ def draw_figure(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from modeling_vit_scratch.visualization.arrays import find_photos, open_model
-    from modeling_vit_scratch.visualization.commands import FIGURES, Subject
     from modeling_vit_scratch.visualization.figures import check_drawing
-    from modeling_vit_scratch.visualization.limits import LIMITS
+    from startup.figures import LIMITS
+    from visualizing.commands import FIGURES, Subject
 
     size, arrays = arguments.image_size, arguments.save_arrays
     file = arguments.output or Path("outputs", "figures", f"{arguments.figure}.png")
@@ -79,8 +79,7 @@ def draw_figure(arguments: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each figure."""
-    from modeling_vit_scratch.visualization.limits import LIMITS
-    from startup.figures import AUGMENTATION, DESCRIPTIONS
+    from startup.figures import AUGMENTATION, DESCRIPTIONS, LIMITS
 
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)
@@ -125,8 +124,8 @@ def draw_augmentation(model_arguments: Any, data_arguments: Any, training_argume
     """The images of a training run, by the run's own code."""
     from modeling_vit_scratch.data.splits import read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
-    from modeling_vit_scratch.visualization.commands import augmentation_grid
-    from modeling_vit_scratch.visualization.grids import draw_grid
+    from modeling_vit_scratch.visualization.figures import draw_grid
+    from visualizing.commands import augmentation_grid
 
     seed = training_arguments.seed
     data = read_data(data_arguments, seed, problems, model_arguments.cache_dir)

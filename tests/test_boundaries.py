@@ -78,7 +78,6 @@ ALLOWED = {
     "visualization": {"common", "data", "page"},
     "evaluation": {"common", "acceleration", "data", "visualization"},
     "prediction": {"common", "acceleration", "data"},
-    "exporting": {"common", "data", "evaluation"},
     "hub": {"common"},
     "training": {"common", "acceleration", "checkpoint", "data", "augmentation", "recipes", "evaluation", "hub"},
     "pretraining": {"common", "data", "augmentation", "training"},

@@ -216,7 +216,7 @@ def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overla
         {**record, "training": {"broken_images": 0}}, "outputs/x"
     )
     pytest.importorskip("matplotlib")
-    from modeling_vit_scratch.visualization.grids import draw_near_copies
+    from modeling_vit_scratch.visualization.figures import draw_near_copies
 
     assert draw_near_copies(data.near_copies, str(tmp_path / "out"))
     sheet = Image.open(tmp_path / "out" / "near_copies.png")

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_images import CLASSES, class_folders, load_script
 from transformers.exporters import ExportedModel
 
+from exporting.export import Comparison, check, compare, missing_packages, photographs
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.exporting.export import Comparison, check, compare, missing_packages, photographs
 from startup.status import run_command_line
 
 
@@ -100,7 +100,7 @@ def test_weights_of_8_bits_that_are_too_far_from_the_model_are_refused(folder, t
             check(
                 Comparison(n=10, difference=0.1, relative_difference=relative, agreement=agreement), "onnx", int8=True
             )
-    monkeypatch.setattr("modeling_vit_scratch.exporting.export.compare", lambda *_: Comparison(10, 2.0, 0.7, 0.6))
+    monkeypatch.setattr("exporting.export.compare", lambda *_: Comparison(10, 2.0, 0.7, 0.6))
     if not missing_packages("onnx"):
         assert run_script(monkeypatch, folder, tmp_path / "int8", "--int8") == 2
         assert "70% of their spread (15% is allowed), and 60% have" in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_every_kind_of_position_as_onnx(pooling, tmp_path):
     script.write_text(f"""
 import torch
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.exporting.export import check, compare, export
+from exporting.export import check, compare, export
 for kind in {kinds}:
     fields = dict(num_labels=3, num_hidden_layers=1, position_embedding=kind, pooling={pooling!r})
     config = ViTScratchConfig.from_variant("test/4", **fields)
@@ -161,7 +161,7 @@ def test_a_program_that_computes_something_else_is_not_written(folder):
 def test_mistakes_are_told_and_nothing_is_written(folder, tmp_path, monkeypatch, capsys, flags, part, status):
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(b"broken")
-    monkeypatch.setattr("modeling_vit_scratch.exporting.export.missing_packages", lambda name: [])
+    monkeypatch.setattr("exporting.export.missing_packages", lambda name: [])
     assert run_script(monkeypatch, folder, "program", *flags) == status
     assert part in capsys.readouterr().err
     assert not Path("program").exists()

@@ -24,9 +24,9 @@ from tiny_images import ROOT, load_script
 from transformers import AutoConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from exporting.export import export, missing_packages
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.exporting.export import export, missing_packages
 
 
 if missing := missing_packages("web"):

@@ -22,7 +22,7 @@ from modeling_vit_scratch.augmentation.on_device import (
 )
 from modeling_vit_scratch.augmentation.photo import Chain, PhotoAugmentation
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.visualization.commands import augmentation_grid
+from visualizing.commands import augmentation_grid
 
 
 SIZE = (40, 48)

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_images import build, load_script
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.visualization.commands import augmentation_grid
-from modeling_vit_scratch.visualization.grids import draw_grid
+from modeling_vit_scratch.visualization.figures import draw_grid
+from visualizing.commands import augmentation_grid
 
 
 def test_the_grid_has_what_the_run_will_see(pets, tmp_path):

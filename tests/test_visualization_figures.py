@@ -28,10 +28,9 @@ from modeling_vit_scratch.visualization.arrays import (
     read_photo,
     rollout_maps,
 )
-from modeling_vit_scratch.visualization.commands import FIGURES, Subject
-from modeling_vit_scratch.visualization.limits import LIMITS
-from startup.figures import DESCRIPTIONS
+from startup.figures import DESCRIPTIONS, LIMITS
 from startup.status import run_command_line
+from visualizing.commands import FIGURES, Subject
 
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..visualization.grids import draw_grid
+from ..visualization.figures import draw_grid
 from .arguments import EvaluationArguments
 from .data import EvaluationData
 from .predictions import Predictions

@@ -23,8 +23,8 @@ from transformers.exporters.configs import ExportFormat
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from exporting.export import check, compare, export, photographs, quantizer
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.exporting.export import check, compare, export, photographs, quantizer
 from modeling_vit_scratch.image_processing_vit_scratch import PILLOW_CHOOSES_AXIS, ViTScratchImageProcessor
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 

@@ -73,9 +73,9 @@ def find_source(source: str) -> Any:
 
 def plan_static(source: str, repo_id: str, images: list[str] | None) -> tuple[list[Upload], list[str], str]:
     """As `plan_space`, of a Space that has the model in it: its licence is that of the model's card."""
+    from exporting.export import missing_packages
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
-    from modeling_vit_scratch.exporting.export import missing_packages
 
     if missing := missing_packages("web"):
         raise InputError(f'--static needs {", ".join(missing)}: pip install -e ".[export]"')

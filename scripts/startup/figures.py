@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures of visualize.py show, for its --help."""
+"""What the figures of visualize.py show, and how many photos they take, for its --help."""
+
+# Figures of photos. The paper averages the attention distance over 128 (Figure 11); the others fit on a page.
+LIMITS = {"distance": 128, "rollout": 8, "heads": 1, "gradcam": 8, "sheet": 128}
 
 DESCRIPTIONS: dict[str, str] = {
     "filters": """

@@ -19,13 +19,13 @@ from transformers import exporters
 from transformers.exporters import ExportedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.errors import InputError
-from ..common.files import writing_problem
-from ..data.collation import ImageCollator, Normalize
-from ..data.dataset import ImageClassificationDataset
-from ..evaluation.arguments import EvaluationArguments
-from ..evaluation.data import read_evaluation_data
-from ..modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.files import writing_problem
+from modeling_vit_scratch.data.collation import ImageCollator, Normalize
+from modeling_vit_scratch.data.dataset import ImageClassificationDataset
+from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+from modeling_vit_scratch.evaluation.data import read_evaluation_data
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
 
 TOLERANCE = 1e-4  # of logits, between the program and the model

@@ -14,15 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer
 
-from ..common.errors import InputError
-from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.dataset import ImageClassificationDataset
-from ..data.streams import StreamDataset
-from ..modeling_vit_scratch import ViTScratchPreTrainedModel
-from ..page.pictures import MAX_TILES
-from . import arrays, figures
-from .figures import TITLES
-from .limits import LIMITS
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.data.dataset import ImageClassificationDataset
+from modeling_vit_scratch.data.streams import StreamDataset
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchPreTrainedModel
+from modeling_vit_scratch.page.pictures import MAX_TILES
+from modeling_vit_scratch.visualization import arrays, figures
+from modeling_vit_scratch.visualization.figures import TITLES
+from startup.figures import LIMITS
 
 
 @dataclass(frozen=True)
