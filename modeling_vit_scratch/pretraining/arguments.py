@@ -19,12 +19,14 @@ OBJECTIVES: dict[str, tuple[str, float | None]] = {
     "mpp": ("masked patch prediction (the paper's B.1.2)", 0.5),
     "simmim": ("the pixels of masked squares", 0.6),
     "mae": ("the pixels of masked patches, from the visible ones", 0.75),
+    "distillation": ("the features of --teacher_model", None),
 }
 _RATIOS = ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
 # Random crops and Adam's second decay as published. Without labels there is no accuracy.
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "mpp": {"metric_for_best_model": "loss"},
+    "distillation": {"metric_for_best_model": "loss"},
     "simmim": {"metric_for_best_model": "loss", "smallest_area": 0.67},
     "mae": {"metric_for_best_model": "loss", "smallest_area": 0.2, "adam_beta2": 0.95},
 }
@@ -56,7 +58,7 @@ class PretrainingArguments:
     def metadata(self) -> dict[str, Any]:
         """The flags that the objective reads, for the record."""
         own_flag = {"mpp": "mpp_target", "simmim": "mask_patch_size", "mae": "norm_pix_loss"}
-        names = () if self.is_supervised else ("mask_ratio", own_flag[self.objective])
+        names = ("mask_ratio", own_flag[self.objective]) if self.objective in own_flag else ()
         return {"objective": self.objective} | {name: getattr(self, name) for name in names}
 
     def check(self, training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
@@ -66,13 +68,19 @@ class PretrainingArguments:
             return
         if self.mpp_target not in MPP_TARGETS:
             problems.add(f"--mpp_target {self.mpp_target} is none of {', '.join(MPP_TARGETS)}.")
+        if OBJECTIVES[self.objective][1] is None and self.mask_ratio is not None:
+            problems.add("--mask_ratio goes with an --objective that masks: mpp, simmim or mae. Leave it out.")
         if self.is_supervised:
-            if self.mask_ratio is not None:
-                problems.add("--mask_ratio goes with an --objective that masks: mpp, simmim or mae. Leave it out.")
             return
         if self.mask_ratio is None:
             self.mask_ratio = OBJECTIVES[self.objective][1]
         objective = f"--objective {self.objective}"
+        if self.objective == "distillation" and recipe.teacher_model is None:
+            problems.add(f"{objective} needs a --teacher_model.")
+        if self.objective != "distillation" and recipe.teacher_model is not None:
+            problems.add(f"--teacher_model goes with --objective supervised or distillation, not {self.objective}.")
+        if recipe.teacher_model is not None and recipe.distillation_flags:
+            problems.add(f"{recipe.distillation_flags}: {objective} is about features alone. Leave this out.")
         label_flags = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "balanced_sampling")}
         label_flags["label_smoothing_factor"] = training.label_smoothing_factor
         for name, value in label_flags.items():
