@@ -271,13 +271,13 @@ def test_mistakes_are_named(pets, tmp_path, stock, more, message):
 
 def test_teachers_that_do_not_fit_are_refused(pets, tmp_path, stock, ours):
     config = ViTScratchConfig.from_variant("test/4", **labelled(["cat", "owl"]))
-    with pytest.raises(InputError, match=r"for 1 of 2: owl\. Its classes are zebra, dog"):
+    with pytest.raises(InputError, match=r"for 1 of 2: owl\. It has zebra, dog"):
         Teacher(str(stock), default_processor(config), config, ["cat", "owl"])
     several = ViTScratchConfig(**labelled(CLASSES), problem_type="multi_label_classification")
     with pytest.raises(InputError, match="several labels"):
         Teacher(str(stock), default_processor(config), several, list(CLASSES))
     five = ViTScratchConfig.from_variant("test/4", num_channels=5)
-    with pytest.raises(InputError, match="takes 3 channels, and the images have 5"):
+    with pytest.raises(InputError, match="takes 3 channels, the images have 5"):
         Teacher(str(stock), default_processor(five), five, None)
     ViTForImageClassification.from_pretrained(stock).vit.save_pretrained(tmp_path)  # no classifier
     ViTImageProcessor().save_pretrained(tmp_path)

@@ -62,7 +62,7 @@ class Distillation:
         student, targets = kept.get("student", outputs["logits"]).float(), targets[: len(labels)]
         if self.kind == "features":
             targets = F.layer_norm(targets, targets.shape[1:])
-            losses = F.smooth_l1_loss(student, targets, reduction="none", beta=2.0).mean(1)
+            losses = F.smooth_l1_loss(student, targets, reduction="none", beta=2.0).mean(1)  # (B,)
         elif self.kind == "soft":
             student, targets = ((logits / self.tau).log_softmax(1) for logits in (student, targets))
             losses = self.tau**2 * F.kl_div(student, targets, reduction="none", log_target=True).sum(1)
@@ -77,20 +77,16 @@ class Distillation:
 
     def metadata(self) -> dict[str, Any]:
         """For the record."""
-        weight = "" if self.label_loss is None else f", weight {self.alpha:g}"
-        temperature = f", temperature {self.tau:g}" if self.kind == "soft" else ""
-        how = f"{self.kind}{weight}{temperature}"
+        how = self.kind if self.label_loss is None else f"{self.kind}, weight {self.alpha:g}"
+        how += f", temperature {self.tau:g}" if self.kind == "soft" else ""
         return {"teacher": self.teacher.name, "teacher_weights": self.teacher.digest, "distillation": how}
 
     def describe(self) -> str:
-        teacher, model = self.teacher, self.teacher.model
-        size = "the student's" if teacher.size is None else "{} x {}".format(*teacher.size)
-        others = 0 if teacher.order is None else model.config.num_labels - len(teacher.order)
-        dropped = f" Its {others:,} other classes are left out, the rest is renormalised." if others else ""
-        return (
-            f"Teacher: {teacher.name}, {model.config.model_type}, {model.num_parameters():,} parameters, at {size} "
-            f"pixels. Distillation: {self.metadata()['distillation']}.{dropped}"
-        )
+        model, order = self.teacher.model, self.teacher.order
+        line = f"Teacher: {self.teacher.name}, {model.config.model_type}, {model.num_parameters():,} parameters; "
+        line += f"{self.metadata()['distillation']}."
+        others = 0 if order is None else model.config.num_labels - len(order)
+        return f"{line} Its {others:,} other classes are left out, the rest is renormalised." if others else line
 
 
 def add_distillation_token(model: ViTScratchForImageClassification) -> ViTScratchForImageClassification:

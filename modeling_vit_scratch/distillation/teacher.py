@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained network of any family that shows a student what it makes of the same images."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
-from ..common.pretrained import loading, refuse_missing_path
+from ..common.pretrained import hash_weights, loading, refuse_missing_path
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import normalization
+from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchModel
 
 
@@ -42,8 +42,7 @@ class Teacher:
             raise InputError(f"{what} lacks weights, e.g. {min(missing)}: it was not trained for this. Give another.")
         self.channels = getattr(model.config, "num_channels", 3)
         if student.num_channels not in (1, self.channels):
-            has = f"and the images have {student.num_channels}"
-            raise InputError(f"{what} takes {self.channels} channels, {has}. Give another.")
+            raise InputError(f"{what} takes {self.channels} channels, the images have {student.num_channels}.")
         self.order = None if labels is None else _match_labels(what, model.config, labels, student.problem_type)
         # (x - student's offset) / student's scale are pixel values: exactly x for the same processor.
         (scale, offset), (own_scale, own_offset) = normalization(processor), normalization(own)
@@ -52,11 +51,7 @@ class Teacher:
         self.size, self.model = _input_size(own), model.eval().requires_grad_(False)
         self.has_class_token = any(key.endswith(_TOKENS) for key, _ in model.named_parameters())
         self.name = Path(name).resolve().name if Path(name).exists() else name
-        digest = hashlib.sha256()
-        for key, weight in sorted(model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy())
-        self.digest = digest.hexdigest()[:16]
+        self.digest = hash_weights(model).hexdigest()[:16]
         with loading(what):  # it would fail so in the first step
             self.width = self(torch.zeros(1, student.num_channels, *student.image_hw)).shape[1]
 
@@ -88,11 +83,9 @@ def _match_labels(what: str, config: Any, labels: list[str], problem: str) -> li
         raise InputError(f"{what}: with several labels for an image, only --distillation_type features works.")
     unmatched = [label for label in labels if names.count(label) != 1]
     if unmatched:
-        shown = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
         raise InputError(
-            f"{what} must have each label once, and has not, for {len(unmatched)} of {len(labels)}: {shown}. Its "
-            f"classes are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Give a teacher of these classes, "
-            "or take --distillation_type features, which needs none."
+            f"{what} must have each label once, and has not, for {len(unmatched)} of {len(labels)}: "
+            f"{listed(unmatched)}. It has {listed(names)}. --distillation_type features needs no classes."
         )
     return [names.index(label) for label in labels]
 

@@ -75,12 +75,11 @@ class PretrainingArguments:
         if self.mask_ratio is None:
             self.mask_ratio = OBJECTIVES[self.objective][1]
         objective = f"--objective {self.objective}"
-        if self.objective == "distillation" and recipe.teacher_model is None:
-            problems.add(f"{objective} needs a --teacher_model.")
-        if self.objective != "distillation" and recipe.teacher_model is not None:
-            problems.add(f"--teacher_model goes with --objective supervised or distillation, not {self.objective}.")
-        if recipe.teacher_model is not None and recipe.distillation_flags:
-            problems.add(f"{recipe.distillation_flags}: {objective} is about features alone. Leave this out.")
+        if (self.objective == "distillation") != (recipe.teacher_model is not None):
+            needs = "needs a" if self.objective == "distillation" else "has no"
+            problems.add(f"{objective} {needs} --teacher_model.")
+        if recipe.distillation_flags:
+            problems.add(f"{recipe.distillation_flags}: not with {objective}, which is about images alone.")
         label_flags = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "balanced_sampling")}
         label_flags["label_smoothing_factor"] = training.label_smoothing_factor
         for name, value in label_flags.items():

@@ -13,6 +13,7 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from ..common.records import license_problem
+from ..distillation.arguments import DistillationFlags
 from ..recipes.from_data import STARTS
 
 
@@ -96,7 +97,7 @@ class ModelArguments(HubFlags):
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(DistillationFlags):
     """Augmentation, loss, learning rates of layers and average of weights: what the Trainer has no flags for."""
 
     recipe: str | None = flag(
@@ -155,52 +156,10 @@ class RecipeArguments:
         at_least=1,
     )
 
-    teacher_model: str | None = flag(
-        None,
-        "Learn from this classifier, too: a folder or a Hub id. See `--help all`: --distillation_type.",
-        metavar="MODEL",
-    )
-    distillation_type: str = flag(
-        "soft",
-        "What --teacher_model teaches: soft, its probabilities; hard, its classes; token, its classes to a "
-        "distillation token (DeiT); features, what a linear layer makes of the student's.",
-        choices=("soft", "hard", "token", "features"),
-    )
-    distillation_alpha: float = flag(
-        0.5, "Weight of the teacher in the loss; the labels have the rest.", at_least=0, at_most=1
-    )
-    distillation_tau: float = flag(1.0, "Temperature of soft distillation.", above=0)
-
     message: str | None = field(init=False, default=None)  # for the user, on the recipe
     # What `recipes.from_data` plans, "" for nothing; and the flags that it may set.
     plan: str = field(init=False, default="")
     open_flags: frozenset[str] = field(init=False, default=frozenset())
-
-    @property
-    def distills(self) -> bool:
-        return self.teacher_model is not None and self.distillation_alpha > 0
-
-    @property
-    def distillation_flags(self) -> str:
-        """Those that have another value than their default, beside --teacher_model."""
-        names = ("distillation_type", "distillation_alpha", "distillation_tau")
-        return ", ".join(f"--{name}" for name in names if getattr(self, name) != getattr(RecipeArguments, name))
-
-    def check_distillation(self, problems: Problems) -> None:
-        """Adds what does not go together."""
-        kind = f"--distillation_type {self.distillation_type}"
-        if self.teacher_model is None and self.distillation_flags:
-            problems.add(f"{self.distillation_flags}: there is no teacher. Add --teacher_model, or leave this out.")
-        if self.teacher_model is None:
-            return
-        if self.distillation_tau != 1.0 and self.distillation_type != "soft":
-            problems.add(f"--distillation_tau is for --distillation_type soft, not for {self.distillation_type}.")
-        if self.loss != "softmax" and self.distillation_type != "features":
-            problems.add(f"{kind} compares probabilities that sum to 1: it needs --loss softmax, not {self.loss}.")
-        adapted = "--lora_rank" if self.lora_rank is not None else f"--freeze {self.freeze}" if self.freeze else None
-        is_stuck = self.distillation_type == "token" or (self.distillation_type, self.freeze) == ("features", "encoder")
-        if adapted and is_stuck:
-            problems.add(f"{kind} trains what {adapted} keeps as it is. Leave one of them out.")
 
 
 @dataclass
@@ -316,7 +275,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
                 "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
                 "all classes there. Keep one of them."
             )
-        recipe.check_distillation(problems)
+        recipe.check_distillation(recipe.loss, recipe.freeze, recipe.lora_rank, problems)
         if recipe.freeze is not None:
             is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
             if recipe.freeze not in ("encoder", "embeddings") and not is_layers:

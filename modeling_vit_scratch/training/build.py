@@ -151,7 +151,8 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
 def regression(arguments: ImageTrainingArguments) -> Objective:
     """A number for each image, with the mean squared error. Raises InputError for flags that need labels."""
     recipe = arguments.recipe_arguments
-    given = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "class_weights", "balanced_sampling")}
+    names = ("mixup", "cutmix", "class_weights", "balanced_sampling", "teacher_model")
+    given = {name: getattr(recipe, name) for name in names}
     given |= {"loss": recipe.loss != "softmax", "label_smoothing_factor": arguments.label_smoothing_factor}
     if wrong := " ".join(f"--{name}" for name, value in {**given, "probe": arguments.probe}.items() if value):
         raise InputError(f"{wrong}: needs labels, and these images have numbers to predict. Leave it out.")
