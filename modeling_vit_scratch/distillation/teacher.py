@@ -55,9 +55,9 @@ class Teacher:
         with loading(what):  # it would fail so in the first step
             self.width = self(torch.zeros(1, student.num_channels, *student.image_hw)).shape[1]
 
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)
-        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+    def to(self, device: torch.device) -> "Teacher":
+        self.model, self.scale, self.shift = (part.to(device) for part in (self.model, self.scale, self.shift))
+        return self
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:

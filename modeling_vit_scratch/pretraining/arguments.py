@@ -16,10 +16,10 @@ MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixe
 # A description, and the fraction of patches to hide.
 OBJECTIVES: dict[str, tuple[str, float | None]] = {
     "supervised": ("labels, with the paper's tanh layer (3.1)", None),
-    "mpp": ("masked patch prediction (the paper's B.1.2)", 0.5),
+    "mpp": ("masked patch prediction (B.1.2)", 0.5),
     "simmim": ("the pixels of masked squares", 0.6),
-    "mae": ("the pixels of masked patches, from the visible ones", 0.75),
-    "distillation": ("the features of --teacher_model", None),
+    "mae": ("those of masked patches", 0.75),
+    "distillation": ("features of --teacher_model", None),
 }
 _RATIOS = ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
 # Random crops and Adam's second decay as published. Without labels there is no accuracy.

@@ -63,18 +63,15 @@ def build_trainer(
         processor = measured(processor, data.train)
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
-    recipe, loss, distillation = arguments.recipe_arguments, objective.compute_loss_func, None
+    recipe, loss = arguments.recipe_arguments, objective.compute_loss_func
     kind = recipe.distillation_type if objective.description is None else "features"
     if recipe.distills and kind == "token":
         model = add_distillation_token(model)
     adapt(model, recipe)
     if recipe.distills:
         labels = None if kind == "features" else data.label_names
-        teacher = Teacher(recipe.teacher_model, processor, model.config, labels)
-        loss = distillation = Distillation(
-            model, teacher, kind, recipe.distillation_alpha, recipe.distillation_tau, label_loss=loss
-        )
-        teacher.to(arguments.device)
+        teacher = Teacher(recipe.teacher_model, processor, model.config, labels).to(arguments.device)
+        loss = Distillation(model, teacher, kind, recipe.distillation_alpha, recipe.distillation_tau, loss)
     if objective.description is None:
         train_set, held_out = store_features(model, (train_set, held_out), processor, arguments)
     merge = merge_adapters if any(map(is_temporary, model.state_dict())) else None
@@ -84,9 +81,9 @@ def build_trainer(
         trainer = ImageTrainer(
             speed_up(model), arguments, average=None if decay is None else WeightAverage(decay, warmup),
             stream_batches=batches, objective=objective.description, images=data.images,
-            distillation=distillation, finished_model=objective.finished_model or merge,
-            data_collator=objective.data_collator, compute_loss_func=loss, train_dataset=train_set,
-            eval_dataset=held_out, processing_class=processor, callbacks=[SetEpoch(train_set)], **objective.metrics,
+            finished_model=objective.finished_model or merge, data_collator=objective.data_collator,
+            compute_loss_func=loss, train_dataset=train_set, eval_dataset=held_out,
+            processing_class=processor, callbacks=[SetEpoch(train_set)], **objective.metrics,
         )  # fmt: skip
     except (ValueError, ImportError) as error:  # transformers says what is wrong with its flags
         raise InputError(str(error)) from error

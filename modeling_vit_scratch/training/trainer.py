@@ -117,7 +117,6 @@ class ImageTrainer(TrainerOverrides, Trainer):
         objective: str | None = None,
         finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None,
         images: dict[str, Any] | None = None,
-        distillation: Distillation | None = None,
         **others: Any,
     ) -> None:
         self.pusher = HubPusher(args, self.log_line, self._on_push_begin, self.copy_model)  # the Trainer prepares it
@@ -125,7 +124,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
         self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
         self.objective, self.finished_model, self.images = objective, finished_model, images
-        self.distillation = distillation
+        loss = self.compute_loss_func
+        self.distillation = loss if isinstance(loss, Distillation) else None
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.changed: set[str] = set()  # names of settings that were others in the run that is resumed
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
