@@ -86,7 +86,7 @@ class Distillation:
         line = f"Teacher: {self.teacher.name}, {model.config.model_type}, {model.num_parameters():,} parameters; "
         line += f"{self.metadata()['distillation']}."
         others = 0 if order is None else model.config.num_labels - len(order)
-        return f"{line} Its {others:,} other classes are left out, the rest is renormalised." if others else line
+        return f"{line} Left out of its probabilities: {others:,} classes that are no labels here." if others else line
 
 
 def add_distillation_token(model: ViTScratchForImageClassification) -> ViTScratchForImageClassification:
