@@ -28,8 +28,9 @@ class Teacher:
     """
 
     def __init__(
-        self, name: str, processor: BaseImageProcessor, student: ViTScratchConfig, labels: list[str] | None
-    ) -> None:
+        self, name: str, processor: BaseImageProcessor, student: ViTScratchConfig, labels: list[str] | None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         what = f"--teacher_model {name}"
         refuse_missing_path(what, name)
         kind = AutoModel if labels is None else AutoModelForImageClassification
@@ -46,18 +47,14 @@ class Teacher:
         self.order = None if labels is None else _match_labels(what, model.config, labels, student.problem_type)
         # (x - student's offset) / student's scale are pixel values: exactly x for the same processor.
         (scale, offset), (own_scale, own_offset) = normalization(processor), normalization(own)
-        self.scale = own_scale / scale
-        self.shift = own_offset - offset * self.scale
-        self.size, self.model = _input_size(own), model.eval().requires_grad_(False)
+        self.scale = (own_scale / scale).to(device)
+        self.shift = (own_offset - offset * (own_scale / scale)).to(device)
+        self.size, self.model = _input_size(own), model.to(device).eval().requires_grad_(False)
         self.has_class_token = any(key.endswith(_TOKENS) for key, _ in model.named_parameters())
         self.name = Path(name).resolve().name if Path(name).exists() else name
         self.digest = hash_weights(model).hexdigest()[:16]
         with loading(what):  # it would fail so in the first step
-            self.width = self(torch.zeros(1, student.num_channels, *student.image_hw)).shape[1]
-
-    def to(self, device: torch.device) -> "Teacher":
-        self.model, self.scale, self.shift = (part.to(device) for part in (self.model, self.scale, self.shift))
-        return self
+            self.width = self(torch.zeros(1, student.num_channels, *student.image_hw, device=device)).shape[1]
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def build_trainer(
     adapt(model, recipe)
     if recipe.distills:
         labels = None if kind == "features" else data.label_names
-        teacher = Teacher(recipe.teacher_model, processor, model.config, labels).to(arguments.device)
+        teacher = Teacher(recipe.teacher_model, processor, model.config, labels, arguments.device)
         loss = Distillation(model, teacher, kind, recipe.distillation_alpha, recipe.distillation_tau, loss)
     if objective.description is None:
         train_set, held_out = store_features(model, (train_set, held_out), processor, arguments)
