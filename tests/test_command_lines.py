@@ -220,9 +220,12 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
             "hub_strategy",
             "problem_type",
             "hub_private_repo",
+            "distillation_type",
+            "distillation_alpha",
+            "distillation_tau",
         }  # --help all shows them
         if script is PRETRAIN:
-            hidden |= {"freeze", "lora_rank"}  # for classifiers
+            hidden |= {"freeze", "lora_rank", "teacher_model"}  # for classifiers
             hidden |= {"mpp_target", *(name for name in names if name.startswith("decoder_"))}
         assert build_parser(script).shown == set(names) - hidden
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tiny_images import build, build_pretrainer, difference, flags, image, load_script, weights
 from transformers import AutoImageProcessor, pipeline
 
-from modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
+from modeling_vit_scratch import ViTScratchConfig, ViTScratchForMaskedImageModeling, ViTScratchModel
 from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.pretrained import default_processor
 from modeling_vit_scratch.pretraining.arguments import OBJECTIVES, PRETRAIN
 from modeling_vit_scratch.training.command_line import parse_arguments
 
@@ -24,6 +25,17 @@ RANDOM = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def naming(tmp_path_factory):
+    """The flags that name an objective, with a teacher for that which needs one."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = ViTScratchConfig.from_variant("test/4", hidden_size=48)
+    ViTScratchModel(config).save_pretrained(folder)
+    default_processor(config).save_pretrained(folder)
+    teacher = {"distillation": ("--teacher_model", str(folder))}
+    return lambda objective: ("--objective", objective, *teacher.get(objective, ()))
+
+
 def refusal(*argv):
     with pytest.raises(InputError) as caught:
         raise parse_arguments([*map(str, argv)], PRETRAIN)[-1].as_error()
@@ -31,8 +43,8 @@ def refusal(*argv):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(objective, pets, tmp_path):
-    more = flags(pets, "--objective", objective, "--num_train_epochs", "2", *RANDOM)
+def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(objective, naming, pets, tmp_path):
+    more = flags(pets, *naming(objective), "--num_train_epochs", "2", *RANDOM)
     straight = build_pretrainer(tmp_path / "straight", *more, "--dataloader_num_workers", "2")
     straight.args.save_strategy, straight.args.save_steps = "steps", 7  # in the middle of the second epoch
     straight.train()
@@ -43,13 +55,13 @@ def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(objective, pe
 
 
 @pytest.mark.parametrize("objective", UNLABELLED)
-def test_the_update_of_accumulated_batches_is_that_of_one(objective, pets, tmp_path):
+def test_the_update_of_accumulated_batches_is_that_of_one(objective, naming, pets, tmp_path):
     # Eight images: one batch, or batches of three, three and two, which a mean of means would weigh alike.
     updates = []
     for folder, batch, accumulation in (("whole", "8", "1"), ("parts", "3", "3")):
         trainer = build_pretrainer(
             tmp_path / folder,
-            *flags(pets, "--objective", objective, "--optim", "sgd", "--max_grad_norm", "0", "--warmup_steps", "0"),
+            *flags(pets, *naming(objective), "--optim", "sgd", "--max_grad_norm", "0", "--warmup_steps", "0"),
             *("--max_train_samples", "8", "--max_steps", "1", "--learning_rate", "1"),
             *("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation),
         )
@@ -65,8 +77,8 @@ def test_the_update_of_accumulated_batches_is_that_of_one(objective, pets, tmp_p
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_fine_tuning_goes_on_from_the_folder(objective, pets, tmp_path):
-    trainer = build_pretrainer(tmp_path / "pre", *flags(pets, "--objective", objective, "--max_steps", "2"))
+def test_fine_tuning_goes_on_from_the_folder(objective, naming, pets, tmp_path):
+    trainer = build_pretrainer(tmp_path / "pre", *flags(pets, *naming(objective), "--max_steps", "2"))
     trainer.train()
     trainer.save_model()
     tuned = build(tmp_path / "tuned", *flags(pets, "--model_name_or_path", str(tmp_path / "pre")))
@@ -111,14 +123,13 @@ def test_the_folder_is_the_model_that_people_load(pets, tmp_path):
         assert (tmp_path / objective / "modeling_vit_scratch.py").is_file()
 
 
-def test_pretraining_goes_on_from_another_model(pets, tmp_path):
+def test_pretraining_goes_on_from_another_model(naming, pets, tmp_path):
     first = build_pretrainer(tmp_path / "first", *flags(pets, "--objective", "mae", "--max_steps", "1"))
     first.train()
     first.save_model()
     for objective in UNLABELLED:
         second = build_pretrainer(
-            tmp_path / objective,
-            *flags(pets, "--objective", objective, "--model_name_or_path", str(tmp_path / "first")),
+            tmp_path / objective, *flags(pets, *naming(objective), "--model_name_or_path", str(tmp_path / "first"))
         )
         taken = second.model.vit.state_dict()
         assert all(torch.equal(taken[name], tensor) for name, tensor in first.model.vit.state_dict().items())

@@ -17,6 +17,7 @@ from modeling_vit_scratch.training.arguments import ModelArguments
 
 STEPS = ("--max_steps", "6", "--learning_rate", "0.01", "--dataloader_num_workers", "0")
 SAVED = ("--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "9")
+DISTILLED = ("--config_overrides", "use_distillation_token=True,use_distillation_head=True")
 NOISE = "hidden_dropout_prob=0.1,attention_probs_dropout_prob=0.1,drop_path_rate=0.1"
 
 
@@ -51,7 +52,7 @@ def test_frozen_weights_stay_bit_by_bit_and_all_others_learn(pets, tmp_path, wha
     assert bool(noisy) == (what in ("embeddings", "1"))
 
 
-@pytest.mark.parametrize("more", [(), ("--smallest_area", "0.5"), ("--mixup", "0.2")])
+@pytest.mark.parametrize("more", [(), ("--smallest_area", "0.5"), ("--mixup", "0.2"), DISTILLED])
 def test_without_augmentation_the_encoder_has_seen_all_images_before_the_first_step(pets, tmp_path, more):
     seen = []
     trainer = build(tmp_path / "out", *flags(pets, *STEPS, "--freeze", "encoder", *more))

@@ -15,6 +15,7 @@ from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..pretraining.arguments import PretrainingArguments
 from ..recipes.table import find_recipe
+from ..training.adaptation import is_temporary
 from ..training.arguments import LAMB, ModelArguments
 from ..training.trainer import ImageTrainer, ImageTrainingArguments
 
@@ -134,7 +135,7 @@ def _model_metadata(model: PreTrainedModel, arguments: ModelArguments) -> dict[s
     start = arguments.model_name_or_path
     is_local = start is not None and Path(start).exists()
     return {
-        "num_parameters": sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
+        "num_parameters": sum(p.numel() for name, p in model.named_parameters() if not is_temporary(name)),
         "started_from": "scratch" if start is None else Path(start).resolve().name if is_local else start,
         "base_model": None if is_local else start,
         "license": None if start is None else _license_of(Path(start, "README.md") if is_local else start),
@@ -204,6 +205,7 @@ def training_metadata(trainer: ImageTrainer) -> dict[str, Any]:
         "weight_average": recipe.ema_decay,
         "frozen": recipe.freeze,
         "lora_rank": recipe.lora_rank,
+        **(trainer.distillation.metadata() if trainer.distillation else {}),
         "precision": precision,
         "processes": arguments.world_size,
         "broken_images": len(trainer.step_guard.broken_images),

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a pretrained model with its image processor, for training, evaluation, prediction and figures."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ..configuration_vit_scratch import ViTScratchConfig
@@ -56,6 +59,15 @@ def require_finite(outputs: Tensor) -> None:
             "MODEL's outputs are NaN or infinite: its weights are damaged, or too large for its dtype. Take weights of "
             "an earlier checkpoint, or float32."
         )
+
+
+def hash_weights(model: PreTrainedModel) -> Any:
+    """SHA-256 of the weights, from hashlib."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest
 
 
 def load_processor(name: str, hub: dict[str, Any], config: ViTScratchConfig) -> ViTScratchImageProcessor:

@@ -135,6 +135,14 @@ class MixingCollator(ImageCollator):
 # --- On the device ----------------------------------------------------------------------------------------------------
 
 
+def normalization(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each channel, (C or 1, 1, 1), with which an image processor normalises pixels 0 to 255."""
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    mean, std = np.broadcast_arrays(np.atleast_1d(np.float64(mean)), np.atleast_1d(np.float64(std)))
+    return tuple(torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (factor / std, -mean / std))
+
+
 class Normalize:
     """
     uint8 (B, C, H, W) to float32 on the same device, bit for bit as this library's image processor does it, whatever
@@ -145,12 +153,7 @@ class Normalize:
         self.is_needed = isinstance(processor, ViTScratchImageProcessor)
         self.takes_floats = self.is_needed and not processor.do_eight_bits
         if self.is_needed:
-            factor = processor.rescale_factor if processor.do_rescale else 1.0
-            mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-            mean, std = np.broadcast_arrays(np.atleast_1d(np.float64(mean)), np.atleast_1d(np.float64(std)))
-            self.scale, self.offset = (
-                torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (factor / std, -mean / std)
-            )
+            self.scale, self.offset = normalization(processor)
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         is_normalized = pixel_values.dtype != torch.uint8 and not (self.takes_floats and pixel_values.ndim == 4)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of a prediction: pixels to scores and embeddings, and the fingerprint of its weights and settings."""
 
-import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import torch
 
 from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
-from ..common.pretrained import load_pretrained, loading, require_finite
+from ..common.pretrained import hash_weights, load_pretrained, loading, require_finite
 from ..common.uncertainty import Uncertainty, load
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import Normalize
@@ -138,10 +137,7 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
 
 def fingerprint(predictor: Predictor) -> str:
     """SHA-256 of weights, configuration, processor and thresholds, which decide the output."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(predictor.model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest = hash_weights(predictor.model)
     for settings in (predictor.config.to_dict(), predictor.processor.to_dict()):
         kept = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())

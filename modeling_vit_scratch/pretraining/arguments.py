@@ -16,15 +16,17 @@ MPP_TARGETS = {"mean_color": "mean colours", "downsized": "colours at 4 x 4 pixe
 # A description, and the fraction of patches to hide.
 OBJECTIVES: dict[str, tuple[str, float | None]] = {
     "supervised": ("labels, with the paper's tanh layer (3.1)", None),
-    "mpp": ("masked patch prediction (the paper's B.1.2)", 0.5),
+    "mpp": ("masked patch prediction (B.1.2)", 0.5),
     "simmim": ("the pixels of masked squares", 0.6),
-    "mae": ("the pixels of masked patches, from the visible ones", 0.75),
+    "mae": ("those of masked patches", 0.75),
+    "distillation": ("features of --teacher_model", None),
 }
 _RATIOS = ", ".join(f"{ratio:g} for {name}" for name, (_, ratio) in OBJECTIVES.items() if ratio)
 # Random crops and Adam's second decay as published. Without labels there is no accuracy.
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "mpp": {"metric_for_best_model": "loss"},
+    "distillation": {"metric_for_best_model": "loss"},
     "simmim": {"metric_for_best_model": "loss", "smallest_area": 0.67},
     "mae": {"metric_for_best_model": "loss", "smallest_area": 0.2, "adam_beta2": 0.95},
 }
@@ -56,7 +58,7 @@ class PretrainingArguments:
     def metadata(self) -> dict[str, Any]:
         """The flags that the objective reads, for the record."""
         own_flag = {"mpp": "mpp_target", "simmim": "mask_patch_size", "mae": "norm_pix_loss"}
-        names = () if self.is_supervised else ("mask_ratio", own_flag[self.objective])
+        names = ("mask_ratio", own_flag[self.objective]) if self.objective in own_flag else ()
         return {"objective": self.objective} | {name: getattr(self, name) for name in names}
 
     def check(self, training: TrainingFlags, recipe: RecipeArguments, problems: Problems) -> None:
@@ -66,13 +68,18 @@ class PretrainingArguments:
             return
         if self.mpp_target not in MPP_TARGETS:
             problems.add(f"--mpp_target {self.mpp_target} is none of {', '.join(MPP_TARGETS)}.")
+        if OBJECTIVES[self.objective][1] is None and self.mask_ratio is not None:
+            problems.add("--mask_ratio goes with an --objective that masks: mpp, simmim or mae. Leave it out.")
         if self.is_supervised:
-            if self.mask_ratio is not None:
-                problems.add("--mask_ratio goes with an --objective that masks: mpp, simmim or mae. Leave it out.")
             return
         if self.mask_ratio is None:
             self.mask_ratio = OBJECTIVES[self.objective][1]
         objective = f"--objective {self.objective}"
+        if (self.objective == "distillation") != (recipe.teacher_model is not None):
+            needs = "needs a" if self.objective == "distillation" else "has no"
+            problems.add(f"{objective} {needs} --teacher_model.")
+        if recipe.distillation_flags:
+            problems.add(f"{recipe.distillation_flags}: not with {objective}, which is about images alone.")
         label_flags = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "balanced_sampling")}
         label_flags["label_smoothing_factor"] = training.label_smoothing_factor
         for name, value in label_flags.items():

@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..augmentation.masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
+from ..data.collation import ImageCollator
 from ..data.splits import ImageData
 from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
 from ..training.arguments import ModelArguments
@@ -36,22 +37,27 @@ def build_pretraining(
     if arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
     classifier, processor, lines = build_model(model_arguments, [], channels, arguments.seed)
-    try:
-        model, collator = build_masked_model(classifier.config, options, processor)
-    except ValueError as error:
-        raise InputError(f"--objective {options.objective}: {error}") from error
-    model.vit.load_state_dict(classifier.vit.state_dict(), strict=False)  # which has a pooler, and no mask token
+    if options.objective == "distillation":
+        model, collator, loss = classifier, ImageCollator(), None  # the teacher's
+        description = "the teacher's features, by a linear layer on the student's"
+    else:
+        try:
+            model, collator = build_masked_model(classifier.config, options, processor)
+        except ValueError as error:
+            raise InputError(f"--objective {options.objective}: {error}") from error
+        model.vit.load_state_dict(classifier.vit.state_dict(), strict=False)  # which has a pooler, and no mask token
+        loss, description = mean_loss, collator.description
     # No objective takes the labels, which only count the images; the Trainer would not find them by itself.
     arguments.label_names, arguments.prediction_loss_only = ["labels"], True
     # SimMIM's model is saved as a whole, for masked image modeling.
     finished = None if isinstance(model, ViTScratchForMaskedImageModeling) else encoder_of
-    objective = Objective(collator, mean_loss, description=collator.description, finished_model=finished)
+    objective = Objective(collator, loss, description=description, finished_model=finished)
     return build_trainer(model, processor, data, arguments, objective), lines
 
 
 def encoder_of(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScratchModel:
     """The encoder of a pretraining model, given its weights."""
-    encoder = ViTScratchModel(model.config, add_pooling_layer=False)
+    encoder = ViTScratchModel(model.config, add_pooling_layer=any(name.startswith("vit.pooler.") for name in weights))
     encoder.load_state_dict({name: weights[f"vit.{name}"] for name in encoder.state_dict()})
     return encoder
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from ..common.records import license_problem
+from ..distillation.arguments import DistillationFlags
 from ..recipes.from_data import STARTS
 
 
@@ -96,7 +97,7 @@ class ModelArguments(HubFlags):
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(DistillationFlags):
     """Augmentation, loss, learning rates of layers and average of weights: what the Trainer has no flags for."""
 
     recipe: str | None = flag(
@@ -274,6 +275,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
                 "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
                 "all classes there. Keep one of them."
             )
+        recipe.check_distillation(recipe.loss, recipe.freeze, recipe.lora_rank, problems)
         if recipe.freeze is not None:
             is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
             if recipe.freeze not in ("encoder", "embeddings") and not is_layers:

@@ -23,11 +23,13 @@ from ..data.collation import ImageCollator, MixingCollator, input_size
 from ..data.dataset import ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
+from ..distillation.loss import Distillation, add_distillation_token
+from ..distillation.teacher import Teacher
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
 from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from ..recipes.from_data import FEW_HELD_OUT, settings_from_data
-from .adaptation import adapt, merge_adapters, store_features
+from .adaptation import adapt, is_temporary, merge_adapters, store_features
 from .arguments import ModelArguments
 from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, is_head, positive_weights
 from .progress import add_progress
@@ -61,18 +63,26 @@ def build_trainer(
         processor = measured(processor, data.train)
     objective = objective or classification(data, arguments)
     train_set, held_out = build_datasets(data, processor, model.config, arguments, objective)
-    adapt(model, arguments.recipe_arguments)
+    recipe, loss = arguments.recipe_arguments, objective.compute_loss_func
+    kind = recipe.distillation_type if objective.description is None else "features"
+    if recipe.distills and kind == "token":
+        model = add_distillation_token(model)
+    adapt(model, recipe)
+    if recipe.distills:
+        labels = None if kind == "features" else data.label_names
+        teacher = Teacher(recipe.teacher_model, processor, model.config, labels, arguments.device)
+        loss = Distillation(model, teacher, kind, recipe.distillation_alpha, recipe.distillation_tau, loss)
     if objective.description is None:
         train_set, held_out = store_features(model, (train_set, held_out), processor, arguments)
-    merge = None if arguments.recipe_arguments.lora_rank is None else merge_adapters
+    merge = merge_adapters if any(map(is_temporary, model.state_dict())) else None
     batches = StreamBatches.from_arguments(train_set, arguments) if isinstance(train_set, StreamDataset) else None
-    decay, warmup = arguments.recipe_arguments.ema_decay, arguments.recipe_arguments.ema_warmup
+    decay, warmup = recipe.ema_decay, recipe.ema_warmup
     try:
         trainer = ImageTrainer(
             speed_up(model), arguments, average=None if decay is None else WeightAverage(decay, warmup),
             stream_batches=batches, objective=objective.description, images=data.images,
             finished_model=objective.finished_model or merge, data_collator=objective.data_collator,
-            compute_loss_func=objective.compute_loss_func, train_dataset=train_set, eval_dataset=held_out,
+            compute_loss_func=loss, train_dataset=train_set, eval_dataset=held_out,
             processing_class=processor, callbacks=[SetEpoch(train_set)], **objective.metrics,
         )  # fmt: skip
     except (ValueError, ImportError) as error:  # transformers says what is wrong with its flags
@@ -123,9 +133,10 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
             raise InputError("--class_weights need the labels of all training images, which a stream does not have.")
         given, labels = recipe.class_weights, data.train.labels
         weights = positive_weights(given, labels) if data.is_multi_label else class_weights(given, labels, count)
-    if data.is_multi_label and (recipe.loss != "softmax" or recipe.class_weights or smoothing):
+    is_own = recipe.loss != "softmax" or recipe.class_weights or recipe.distills  # not the model's or the Trainer's
+    if data.is_multi_label and (is_own or smoothing):
         loss = MultiLabelLoss(recipe.loss, smoothing, weights)
-    elif not data.is_multi_label and (recipe.loss != "softmax" or recipe.class_weights):
+    elif not data.is_multi_label and is_own:
         loss = ClassificationLoss(recipe.loss, count, smoothing, weights)
     if data.is_multi_label and arguments.metric_for_best_model == "accuracy":
         arguments.metric_for_best_model = "mean_average_precision"
@@ -137,7 +148,8 @@ def classification(data: ImageData, arguments: ImageTrainingArguments) -> Object
 def regression(arguments: ImageTrainingArguments) -> Objective:
     """A number for each image, with the mean squared error. Raises InputError for flags that need labels."""
     recipe = arguments.recipe_arguments
-    given = {name: getattr(recipe, name) for name in ("mixup", "cutmix", "class_weights", "balanced_sampling")}
+    names = ("mixup", "cutmix", "class_weights", "balanced_sampling", "teacher_model")
+    given = {name: getattr(recipe, name) for name in names}
     given |= {"loss": recipe.loss != "softmax", "label_smoothing_factor": arguments.label_smoothing_factor}
     if wrong := " ".join(f"--{name}" for name, value in {**given, "probe": arguments.probe}.items() if value):
         raise InputError(f"{wrong}: needs labels, and these images have numbers to predict. Leave it out.")

@@ -104,7 +104,7 @@ FINETUNE = Script(
     usage="%(prog)s [--train_dir DIR | --dataset_name NAME] [--model_name_or_path MODEL | --variant NAME] [...]",
     defaults=lambda source, given: FINE_TUNING if given.model_name_or_path else {},
     note="Where no flag names them, epochs, batch and learning rates follow from the images, and the run says why.\n",
-    groups={"adaptation": ("freeze", "lora_rank")},
+    groups={"adaptation": ("freeze", "lora_rank", "teacher_model")},
 )
 
 

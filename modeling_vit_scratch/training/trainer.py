@@ -36,6 +36,7 @@ from ..common.records import git_commit
 from ..common.workers import available_cores, lost_worker
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
+from ..distillation.loss import Distillation
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
@@ -55,7 +56,7 @@ DECIDING_ARGUMENTS = (
     "metric_for_best_model", "train_sampling_strategy",
 )  # fmt: skip
 # Of `RecipeArguments`: what no number of the run follows from.
-NOT_SETTINGS = ("recipe", "message", "plan", "open_flags")
+NOT_SETTINGS = ("recipe", "message", "plan", "open_flags", "teacher_model")
 # Numbers that an optimizer keeps for each weight, if known.
 _OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "lamb": 2, "sgd": 1}
 
@@ -123,6 +124,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.accelerator.dataloader_config.non_blocking = True  # the host does not wait while a batch is sent
         self.normalize, self.average, self.stream_batches = Normalize(self.processing_class), average, stream_batches
         self.objective, self.finished_model, self.images = objective, finished_model, images
+        loss = self.compute_loss_func
+        self.distillation = loss if isinstance(loss, Distillation) else None
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.changed: set[str] = set()  # names of settings that were others in the run that is resumed
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
@@ -148,6 +151,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         return {
             **{f"--{name}": values[name] for name in DECIDING_ARGUMENTS},
             **{f"--{name}": value for name, value in recipe.items() if name not in NOT_SETTINGS},
+            "teacher": self.distillation and self.distillation.metadata(),
             "processes": self.args.world_size,
             "training images": None if self.stream_batches is not None else len(self.train_dataset),
             "augmentation": self.train_dataset.augmentation.description,
@@ -175,6 +179,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         recipe = self.args.recipe_arguments.message
         trained = describe_trained(self.model, _OPTIMIZER_STATES.get(self.args.optimizer_name, 0))
         parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation(), trained]
+        parts += [self.distillation and self.distillation.describe()]
         return [*filter(None, parts), describe_groups(self._parameter_groups())]
 
     def describe_sharding(self) -> str | None:
@@ -302,9 +307,15 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """As in Trainer, for a batch of the loader."""
         inputs = self.prepare_batch(inputs)
         self._samples += len(inputs["pixel_values"])
+        if self.distillation is not None:
+            self._show_teacher(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_guard.add_loss(loss)
         return loss
+
+    def _show_teacher(self, pixel_values: torch.Tensor) -> None:
+        with self.accelerator.autocast():
+            self.distillation.watch(pixel_values)
 
     def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Moves a batch of the loader to the device, normalises and mixes it: see `collation`."""
@@ -383,6 +394,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         """As in Trainer. The last batches of several processes are padded; the loss leaves out the padding, too."""
         kwargs["ignore_keys"] = kwargs.get("ignore_keys") or ["hidden_states", "attentions"]
         inputs = self.prepare_batch(inputs)
+        if self.distillation is not None and self.objective is not None:  # without labels, its loss is the only one
+            self._show_teacher(inputs["pixel_values"])
         number, state = len(inputs["pixel_values"]), self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return super().prediction_step(model, inputs, *args, **kwargs)
