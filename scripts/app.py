@@ -47,13 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f'{error}. The page needs gradio: pip install -e ".[app]"') from error
     examples = example_photos(arguments.examples)
+    credit = "" if arguments.examples else " (photos: danielbuechele and vultilion on Flickr, CC BY 2.0)"
     viewer = open_viewer(arguments.model, arguments.revision, arguments.trust_remote_code)
     card = Path(arguments.model, "README.md")
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     link = None if Path(arguments.model).exists() else f"https://huggingface.co/{arguments.model}"
     where = {"server_name": arguments.server_name, "server_port": arguments.server_port}
     try:
-        launch(build(viewer, link, examples, text), share=arguments.share, allowed_paths=examples, **where)
+        launch(build(viewer, link, examples, text, credit), share=arguments.share, allowed_paths=examples, **where)
     except (OSError, ValueError, HTTPError) as error:  # the port is taken; the server does not answer in time
         port = f" --server_port {arguments.server_port}" if arguments.server_port else ""
         raise InputError(

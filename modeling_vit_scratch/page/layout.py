@@ -36,7 +36,7 @@ SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
 WELCOME = [
     ("What is it?", "Drop a photo, paste one or use the camera: the most likely classes, with their scores."),
     ("Where does it look?", "Attention over your photo, layer by layer and head by head."),
-    ("What does it see?", "The patches that the photo becomes, and what the model knows of their places."),
+    ("What does it see?", "The patches that the photo becomes, and what the model knows about their positions."),
 ]
 LOOKS = (
     "Attention is what mixes the patches. A head says for each of them how much it counts; rollout follows that "
@@ -45,7 +45,7 @@ LOOKS = (
 HEADS = "Every head, from left to right; every layer, from top to bottom. Click on one to see it large."
 SEES = "The photo in the model's own size. A Vision Transformer cuts it into patches: each becomes a token."
 PLACES = (
-    "How alike the position embeddings are: each tile stands for a patch at its place, and is bright where its "
+    "How alike the position embeddings are: each tile stands for the patch at its position, and is bright where its "
     "embedding is like that of another patch."
 )
 PROGRESS = gr.Progress()
@@ -60,7 +60,9 @@ SEVERAL = f"Up to {MAX_PHOTOS} photos at once. Each is a row, and the table can 
 Shown = tuple[Explanation, pictures.Overview]
 
 
-def build(viewer: Viewer, link: str | None = None, examples: Sequence[str] = (), card: str = "") -> gr.Blocks:
+def build(
+    viewer: Viewer, link: str | None = None, examples: Sequence[str] = (), card: str = "", credit: str = ""
+) -> gr.Blocks:
     """The page of a model, with a link to where it comes from, photos to try, and the Markdown of its card."""
     quiet = {"api_visibility": "private"}  # a page for people
     # gr.Image would open the file itself, and say nothing of a broken one that helps: `uploaded` takes its place.
@@ -75,7 +77,7 @@ def build(viewer: Viewer, link: str | None = None, examples: Sequence[str] = (),
                     if examples:
                         tried = gr.Dataset(
                             components=[gr.Image(visible=False)], samples=[[path] for path in examples],
-                            type="index", label="Or try one of these",
+                            type="index", label=f"Or try one of these{credit}",
                         )  # fmt: skip
                 with gr.Column(min_width=300):
                     scores = gr.HTML(markup.welcome(WELCOME))
@@ -95,7 +97,7 @@ def build(viewer: Viewer, link: str | None = None, examples: Sequence[str] = (),
                     gr.HTML(markup.title("What it sees", SEES))
                     patches = picture("The photo cut into patches", ["download"])
                 with gr.Column(min_width=300, visible=False) as placing:
-                    gr.HTML(markup.title("What it knows of places", PLACES))
+                    gr.HTML(markup.title("What it knows about positions", PLACES))
                     positions = picture("Similarity of position embeddings", ["download"])
         with gr.Tab("Several photos"):
             gr.HTML(markup.note(SEVERAL))
