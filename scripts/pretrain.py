@@ -6,8 +6,8 @@ Pretrains a Vision Transformer: on labels, or on images alone.
     python scripts/pretrain.py --train_dir photos --variant S/16 --objective mae       without labels
     accelerate launch scripts/finetune.py --model_name_or_path outputs/photos-pretrained --train_dir fewer_photos
 
-Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae, distillation (the features of a
---teacher_model). What it writes is the --model_name_or_path of scripts/finetune.py.
+Objectives: supervised, mpp (the paper's masked patch prediction), simmim, mae, dino, distillation (the features
+of a --teacher_model). What it writes is the --model_name_or_path of scripts/finetune.py.
 """
 
 from startup.quick import before_torch, run_command_line

@@ -195,7 +195,7 @@ def test_examples_of_several_labels(tmp_path, monkeypatch):
         assert figure.width > 200
 
 
-@pytest.mark.parametrize("objective", ["mae", "simmim", "mpp"])
+@pytest.mark.parametrize("objective", ["mae", "simmim", "mpp", "dino"])
 def test_pretrained_without_labels_fine_tuned_described_and_published(tmp_path, monkeypatch, capsys, objective):
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path / "photos", each=4)

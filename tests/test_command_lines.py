@@ -226,7 +226,10 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
         }  # --help all shows them
         if script is PRETRAIN:
             hidden |= {"freeze", "lora_rank", "teacher_model"}  # for classifiers
-            hidden |= {"mpp_target", *(name for name in names if name.startswith("decoder_"))}
+            hidden |= {"mpp_target", "mask_patch_size", "norm_pix_loss"}
+            hidden |= {name for name in names if name.startswith(("decoder_", "warmup_teacher_"))}
+            hidden |= {"out_dim", "momentum_teacher", "teacher_temp", "weight_decay_end", "freeze_last_layer"}
+            hidden |= {"local_crops_scale", "global_crops_scale"}
         assert build_parser(script).shown == set(names) - hidden
 
 

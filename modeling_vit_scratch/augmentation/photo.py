@@ -19,11 +19,14 @@ from .auto_augment import ColorJitter, RandomErasing, auto_augment
 class PhotoAugmentation:
     """
     A random part of the image, resized to (height, width), and mirrored half of the time (Szegedy et al.,
-    arXiv:1409.4842, section 6). `smallest_area` is a fraction; the usual 0.08 is for a million images.
+    arXiv:1409.4842, section 6). The areas are fractions; the usual 0.08 is for a million images.
     """
 
-    def __init__(self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA) -> None:
-        self.size, self.resample, self.smallest_area = size, resample, smallest_area
+    def __init__(
+        self, size: tuple[int, int], resample: int, smallest_area: float = PHOTO_SMALLEST_AREA,
+        largest_area: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.size, self.resample, self.smallest_area, self.largest_area = size, resample, smallest_area, largest_area
         self.description = f"a random part of at least {100 * smallest_area:g} % of the area, mirrored half of the time"
 
     def __call__(
@@ -32,8 +35,7 @@ class PhotoAugmentation:
         """An array (H, W, C) of any number of channels becomes (C, height, width)."""
         size, is_array = self.size[::-1], isinstance(image, np.ndarray)
         width, height = image.shape[1::-1] if is_array else (image.width, image.height)
-        box = self._random_box(width, height, generator)
-        is_mirrored = generator.random() < 0.5
+        box, is_mirrored = self.draw(width, height, generator)
         if is_array:
             bands = map(Image.fromarray, np.ascontiguousarray(np.moveaxis(image, -1, 0)))
             pixels = np.stack([np.asarray(band.crop(box).resize(size, self.resample)) for band in bands])
@@ -43,11 +45,15 @@ class PhotoAugmentation:
         image = image.crop(box).resize(size, self.resample)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
+    def draw(self, width: int, height: int, generator: np.random.Generator) -> tuple[tuple[int, int, int, int], bool]:
+        """The box of a part, and whether it is mirrored."""
+        return self._random_box(width, height, generator), generator.random() < 0.5
+
     def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
         """Left, top, right, bottom as in torchvision's `RandomResizedCrop`, but multiples of a JPEG decoder's scale."""
         result_shape = self.size[1] / self.size[0]
         for _ in range(10):
-            area = width * height * generator.uniform(self.smallest_area, 1.0)
+            area = width * height * generator.uniform(self.smallest_area, self.largest_area)
             shape = result_shape * math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
             part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
             is_inside = 0 < part_width <= width and 0 < part_height <= height

@@ -37,7 +37,10 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 class Augmentation(Protocol):
-    """Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards."""
+    """
+    Any callable (image, generator) -> image that can be pickled for worker processes; `description` is for cards. Of
+    crops of an image, lists by the names that the network takes them under: see `augmentation.multi_crop`.
+    """
 
     description: str
 
@@ -282,7 +285,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return self.examples.name(index)
 
-    def _begin(self, index: int, stored: StoredImage) -> Callable[[], torch.Tensor]:
+    def _begin(self, index: int, stored: StoredImage) -> Callable[[], Any]:
         """Does what comes before decoding; the function returned decodes, and may raise ImageDecodeError."""
         take_in_hand(stored.name)
         if self.augmentation is None:
@@ -299,7 +302,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         part = part.to_image() if photo.is_decoded and isinstance(part, PhotoPart) else part
         return partial(self._to_pixels, part)
 
-    def _example(self, index: int, pixels: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    def _example(self, index: int, pixels: Callable[[], Any]) -> dict[str, Any]:
         """The image, or in place of a broken one another: always the same in an epoch, after a resumption too."""
         broken: dict[int, str] = {}
         wanted, others = index, None
@@ -321,7 +324,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
                 pixels = self._begin(index, *self.examples.stored([index]))
         labels = self.examples.label(index)
         labels = labels if isinstance(labels, int) else torch.as_tensor(labels, dtype=torch.float32)
-        example = {"pixel_values": pixel_values, "labels": labels}
+        values = pixel_values if isinstance(pixel_values, dict) else {"pixel_values": pixel_values}
+        example = {**values, "labels": labels}
         if self.with_keys:
             example["key"] = (self.seed, int(self._epoch), index)
         return {**example, "broken": broken} if broken else example
@@ -331,7 +335,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             return stored.fit(self.processor)
         return self.processor(stored.decode(self.decoder), return_tensors="pt")["pixel_values"][0]
 
-    def _to_pixels(self, image: Image.Image | PhotoPart | np.ndarray) -> torch.Tensor:
+    def _to_pixels(self, image: Image.Image | PhotoPart | np.ndarray | dict[str, list[Image.Image]]) -> Any:
+        if isinstance(image, dict):  # crops
+            return {name: torch.stack(list(map(self._to_pixels, crops))) for name, crops in image.items()}
         if isinstance(image, np.ndarray):
             return torch.from_numpy(image)
         if self.is_ours:

@@ -9,15 +9,21 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..augmentation.masking import MaskingCollator, corrupted_patches, masked_squares, visible_patches
+from ..augmentation.multi_crop import MultiCrop
 from ..common.errors import InputError
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.collation import ImageCollator
+from ..data.collation import ImageCollator, input_size
 from ..data.splits import ImageData
-from ..modeling_vit_scratch import ViTScratchForMaskedImageModeling, ViTScratchModel
+from ..modeling_vit_scratch import (
+    ViTScratchForImageClassification,
+    ViTScratchForMaskedImageModeling,
+    ViTScratchModel,
+)  # fmt: skip
 from ..training.arguments import ModelArguments
 from ..training.build import Objective, build_model, build_trainer
 from ..training.trainer import ImageTrainer, ImageTrainingArguments
-from .arguments import MPP_TARGETS, PretrainingArguments
+from .arguments import CROP_SCALES, MPP_TARGETS, PretrainingArguments
+from .dino import DinoSteps, SelfDistillation
 from .models import MaskedAutoencoder, MaskedPatchPrediction
 
 
@@ -37,6 +43,11 @@ def build_pretraining(
     if arguments.recipe_arguments.loss != "softmax" or arguments.recipe_arguments.class_weights:
         raise InputError("--loss and --class_weights are about labels, and this objective has none. Leave them out.")
     classifier, processor, lines = build_model(model_arguments, [], channels, arguments.seed)
+    # No objective takes the labels, which only count the images; the Trainer would not find them by itself.
+    arguments.label_names, arguments.prediction_loss_only = ["labels"], True
+    if options.objective == "dino":
+        model, objective = build_dino(classifier, options, processor, arguments, data.source.augmentation == "photo")
+        return build_trainer(model, processor, data, arguments, objective), lines
     if options.objective == "distillation":
         model, collator, loss = classifier, ImageCollator(), None  # the teacher's
         description = "the teacher's features, by a linear layer on the student's"
@@ -47,8 +58,6 @@ def build_pretraining(
             raise InputError(f"--objective {options.objective}: {error}") from error
         model.vit.load_state_dict(classifier.vit.state_dict(), strict=False)  # which has a pooler, and no mask token
         loss, description = mean_loss, collator.description
-    # No objective takes the labels, which only count the images; the Trainer would not find them by itself.
-    arguments.label_names, arguments.prediction_loss_only = ["labels"], True
     # SimMIM's model is saved as a whole, for masked image modeling.
     finished = None if isinstance(model, ViTScratchForMaskedImageModeling) else encoder_of
     objective = Objective(collator, loss, description=description, finished_model=finished)
@@ -66,6 +75,38 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | N
     """The share of a batch in the mean over all images of an update, from its own mean; for `compute_loss_func`."""
     loss = outputs["loss"]
     return loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)
+
+
+def build_dino(
+    classifier: ViTScratchForImageClassification, options: PretrainingArguments, processor: BaseImageProcessor,
+    arguments: ImageTrainingArguments, is_photo: bool,
+) -> tuple[SelfDistillation, Objective]:  # fmt: skip
+    """Student and teacher, which begin with the encoder of a classifier. Raises InputError for other channels."""
+    config = classifier.config
+    if config.num_channels not in (1, 3) or not getattr(processor, "do_eight_bits", True):
+        raise InputError("--objective dino changes colours of grey and colour images, and these are of another kind.")
+    size = input_size(processor, config)
+    local_size = tuple(max(round(3 / 7 * side / patch), 1) * patch for side, patch in zip(size, config.patch_hw))
+    local_scale, global_scale = next(scales for side, scales in CROP_SCALES.items() if max(size) <= side)
+    options.local_crops_scale = options.local_crops_scale or local_scale
+    options.global_crops_scale = options.global_crops_scale or global_scale
+    scales = options.global_crops_scale, options.local_crops_scale
+    crops = MultiCrop(size, local_size, options.local_crops_number, processor.resample, *scales, is_photo)
+    model = SelfDistillation(config, options.out_dim)
+    model.vit.load_state_dict(classifier.vit.state_dict())
+    model.start_student()
+    steps = DinoSteps(model, options, arguments.weight_decay)
+    description = (
+        f"what a teacher says about other crops, {options.out_dim:,} outputs (DINO); momentum "
+        f"{options.momentum_teacher:g} to 1, weight decay to {options.weight_decay_end:g}, temperature from "
+        f"{options.warmup_teacher_temp:g} to {options.teacher_temp:g} in {options.warmup_teacher_temp_epochs:g} epochs"
+        f", last layer frozen for {options.freeze_last_layer:g} epochs"
+    )
+    objective = Objective(
+        ImageCollator(), steps.loss, description=description, finished_model=encoder_of, augmentation=crops,
+        callbacks=(steps,),
+    )  # fmt: skip
+    return model, objective
 
 
 def build_masked_model(

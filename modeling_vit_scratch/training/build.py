@@ -20,7 +20,7 @@ from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
-from ..data.dataset import ImageClassificationDataset, measured
+from ..data.dataset import Augmentation, ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..distillation.loss import Distillation, add_distillation_token
@@ -45,6 +45,8 @@ class Objective:
     metrics: dict[str, Any] = field(default_factory=dict)
     description: str | None = None  # for people; None for classification
     finished_model: Callable[[PreTrainedModel, dict[str, torch.Tensor]], PreTrainedModel] | None = None
+    augmentation: Augmentation | None = None  # in place of the flags', of held-out images too
+    callbacks: tuple[TrainerCallback, ...] = ()
 
 
 def build_trainer(
@@ -83,7 +85,7 @@ def build_trainer(
             stream_batches=batches, objective=objective.description, images=data.images,
             finished_model=objective.finished_model or merge, data_collator=objective.data_collator,
             compute_loss_func=loss, train_dataset=train_set, eval_dataset=held_out,
-            processing_class=processor, callbacks=[SetEpoch(train_set)], **objective.metrics,
+            processing_class=processor, callbacks=[SetEpoch(train_set), *objective.callbacks], **objective.metrics,
         )  # fmt: skip
     except (ValueError, ImportError) as error:  # transformers says what is wrong with its flags
         raise InputError(str(error)) from error
@@ -167,10 +169,12 @@ def build_datasets(
 ) -> tuple[Dataset, Dataset]:
     """The augmented training set and the held-out set. Raises InputError if the flags don't fit the data."""
     kind, channels = data.source.augmentation, config.num_channels
-    augmentation = build_augmentation(kind, input_size(processor, config), processor.resample, channels, arguments)
+    size = input_size(processor, config)
+    augmentation = build_augmentation(kind, size, processor.resample, channels, arguments)
+    augmentation = objective.augmentation or augmentation
     # An objective without labels draws its masks from the keys of images, of held-out ones too.
     keys = {"seed": arguments.seed, "with_keys": objective.description is not None}
-    held_out = ImageClassificationDataset(data.validation, processor, channels, **keys)
+    held_out = ImageClassificationDataset(data.validation, processor, channels, objective.augmentation, **keys)
     keeps_values = not getattr(processor, "do_eight_bits", True)
     if arguments.images_on_device:
         if keeps_values:

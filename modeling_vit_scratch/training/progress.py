@@ -18,6 +18,7 @@ _HEARTBEAT_SECONDS = 10 * 60
 _UNDECIDED = 0.1  # how much of ln K the losses of a guess differ by
 _LAST_LOSSES = 10  # one batch can be far from the mean
 _NAMES = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "micro_f1", "macro_f1", "rmse", "mae", "r2")
+_ENTROPIES = ("teacher_entropy", "mean_teacher_entropy")  # of --objective dino
 
 
 def add_progress(trainer: ImageTrainer) -> None:
@@ -35,7 +36,7 @@ def report_line(logs: dict[str, float]) -> str | None:
     part = "held out" if "eval_loss" in logs else "training" if "loss" in logs else "probe" if probes else None
     if part is None:
         return None
-    names = (*_NAMES, "grad_norm", "learning_rate")
+    names = (*_NAMES, *_ENTROPIES, "grad_norm", "learning_rate")
     values = {name: logs.get(f"eval_{name}", logs.get(name)) for name in names} | probes
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
     return f"epoch {logs['epoch']:<6.4g} {part}  {shown}"
@@ -54,7 +55,7 @@ class LogLines(TrainerCallback):
     """No bar: one line an epoch with the mean training loss since the last line and the held-out metrics."""
 
     def __init__(self) -> None:
-        self.losses, self.printed_at, self.is_training = [], 0.0, False
+        self.losses, self.printed_at, self.is_training, self.entropies = [], 0.0, False, []
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self.losses, self.printed_at, self.is_training = [], time.monotonic(), True
@@ -65,6 +66,7 @@ class LogLines(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
+            self.entropies = [f"{name} {logs[name]:.4g}" for name in _ENTROPIES if name in logs]
         is_due = time.monotonic() - self.printed_at > _HEARTBEAT_SECONDS
         if "eval_loss" in logs or any(name.startswith("probe_") for name in logs) or is_due:
             self._print(state, logs)
@@ -76,7 +78,7 @@ class LogLines(TrainerCallback):
     def _print(self, state: TrainerState, logs: dict[str, float]) -> None:
         if not self.is_training or not state.is_world_process_zero:
             return
-        parts = [f"loss {sum(self.losses) / len(self.losses):.4g}"] if self.losses else []
+        parts = [", ".join([f"loss {sum(self.losses) / len(self.losses):.4g}", *self.entropies])] if self.losses else []
         held_out = [f"{name} {logs[f'eval_{name}']:.4g}" for name in _NAMES if f"eval_{name}" in logs]
         parts += [f"held out: {', '.join(held_out)}"] if held_out else []
         parts += [f"{name.removeprefix('probe_')} {logs[name]:.4g}" for name in logs if name.startswith("probe_")]

@@ -322,7 +322,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         batch = {name: value for name, value in batch.items() if name not in ("keys", "broken")}
         batch = send_to_device(batch, self.args.device)
         weights, boxes = (batch.pop(name, None) for name in ("mixing_weights", "mixing_boxes"))
-        batch["pixel_values"] = self.normalize(batch["pixel_values"])
+        batch |= {name: self.normalize(value) for name, value in batch.items() if name.endswith("pixel_values")}
         if weights is not None:
             repeats = self.args.recipe_arguments.aug_repeats
             batch["pixel_values"] = mix(batch["pixel_values"], weights, boxes, repeats)
