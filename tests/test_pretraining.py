@@ -176,7 +176,7 @@ def test_the_held_out_loss_is_the_same_whenever_it_is_asked_for(pets, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (("--objective", "clip"), "none of supervised, mpp, simmim, mae, dino"),
+        (("--objective", "clip"), "none of supervised, mpp, simmim, mae, distillation, dino"),
         (("--objective", "mae", "--mask_ratio", 1), "--mask_ratio 1 must be above 0 and below 1"),
         (("--mask_ratio", 0.5), "goes with an --objective that masks"),
         (("--objective", "mae", "--mixup", 0.2), "--mixup 0.2 needs labels"),

@@ -170,8 +170,8 @@ def build_datasets(
     """The augmented training set and the held-out set. Raises InputError if the flags don't fit the data."""
     kind, channels = data.source.augmentation, config.num_channels
     size = input_size(processor, config)
-    augmentation = build_augmentation(kind, size, processor.resample, channels, arguments)
-    augmentation = objective.augmentation or augmentation
+    augmentation = objective.augmentation
+    augmentation = augmentation or build_augmentation(kind, size, processor.resample, channels, arguments)
     # An objective without labels draws its masks from the keys of images, of held-out ones too.
     keys = {"seed": arguments.seed, "with_keys": objective.description is not None}
     held_out = ImageClassificationDataset(data.validation, processor, channels, objective.augmentation, **keys)
