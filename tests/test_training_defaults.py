@@ -103,7 +103,8 @@ def test_of_equal_checkpoints_the_one_with_the_lowest_loss_is_the_best():
 
     class Ours(Trainer, Stock):
         def __init__(self):
-            self.state = TrainerState()
+            self.state, self.control = TrainerState(), None
+            self.early_end = SimpleNamespace(after_evaluation=lambda *_: None)
 
     trainer = Ours()
     evaluations = [(0.5, 1.3), (0.8, 0.9), (0.8, 1.1), (0.8, 0.7), (0.6, 0.1), (0.8, 0.7)]

@@ -104,7 +104,7 @@ def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: Pre
     if not recipe.plan or data.num_train is None:
         return
     heads = (weight for name, weight in model.named_parameters() if is_head(name) and name.endswith("weight"))
-    is_fresh = not any(weight.any() for weight in heads)
+    is_fresh = any(not row.any() for weight in heads for row in weight)  # the row of a label, at least
     found = settings_from_data(recipe.plan, data.num_train, model.config.hidden_size, is_fresh, arguments.world_size)
     lines = ["Chosen for these images, where no flag says otherwise:"]
     for name, (value, reason) in found.items():
