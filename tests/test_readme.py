@@ -36,9 +36,9 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 # What makes a long command short.
 SHORTER = {
     "python scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
-    "accelerate launch scripts/finetune.py --train_dir photos": "--image_size 32 --max_steps 2",
-    "torchrun --nproc_per_node 2 scripts/finetune.py": "--image_size 32 --max_steps 2",
-    "python scripts/pretrain.py --objective mae": "--image_size 32 --max_steps 2",
+    "accelerate launch scripts/finetune.py --train_dir photos": "--variant Mi/16 --image_size 32 --max_steps 2",
+    "torchrun --nproc_per_node 2 scripts/finetune.py": "--variant Mi/16 --image_size 32 --max_steps 2",
+    "python scripts/pretrain.py --objective mae": "--variant Mi/16 --image_size 32 --max_steps 2",
     "python scripts/finetune.py --model_name_or_path outputs/pretrained": "--max_steps 2",
 }
 LAUNCHED = (
