@@ -57,18 +57,17 @@ docs: $(VENV)/installed-docs
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Python compiles what is imported when it is: all that is installed would take half a minute more.
 $(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 # A second environment that sees the first one's packages, but not this one: a path file does not follow the path files
