@@ -104,7 +104,12 @@ def test_a_temperature_that_does_not_help_is_told_and_not_stored(trained, tmp_pa
     assert report["calibration"]["fitted_temperature"] == 0.1
     assert report["results"] == report["calibration"]["without_temperature"]
     assert ViTScratchConfig.from_pretrained(model).temperature == 1.0
-    assert "was not stored" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "was not stored" in printed
+    assert "MODEL was trained on these images" not in printed
+    flags = ("--output_dir", tmp_path / "seen", "--calibrate", "--bootstrap_resamples", "0", "--split", "train")
+    assert evaluate_script(monkeypatch, model, trained / "pets", *flags) == 0
+    assert "MODEL was trained on these images" in capsys.readouterr().out
 
 
 def sorted_half(count, seed=42):

@@ -290,6 +290,11 @@ def report_message(record: dict[str, Any], model: str, files: list[Path]) -> str
             f"images: NLL {value_of(before, 'nll'):.4f} to {value_of(after, 'nll'):.4f}, "
             f"ECE {value_of(before, 'ece'):.2%} to {value_of(after, 'ece'):.2%}. {outcome}"
         )
+        if record["dataset"]["seen_in_training"]:
+            lines.append(
+                "MODEL was trained on these images, and is surer of them than of others: what was fitted to them "
+                "promises too much. Calibrate on images that it has not seen."
+            )
         if "label_thresholds" in calibration:
             stored = "They are" if has_better_thresholds(calibration) else "They do not help, and are not"
             names = record["confusion_matrix"]["labels"]
