@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from .errors import InputError
+from .files import atomic_write, write_text
 from .records import digests
 
 
@@ -47,9 +48,10 @@ class Uncertainty(NamedTuple):
 
 def store(folder: Path, record: dict[str, Any], novelty: Novelty, temperature: float) -> None:
     """Writes both files, for the weights that are in the folder."""
-    save_file(novelty._asdict(), folder / ARRAYS)
+    with atomic_write(folder / ARRAYS) as unfinished:
+        save_file(novelty._asdict(), unfinished)
     record = {**record, "fitted_to": {"weights": digests(folder), "temperature": temperature}}
-    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def load(name: str, hub: dict[str, Any], temperature: float) -> Uncertainty | None:

@@ -196,8 +196,9 @@ def find_copies(parts: Sequence[Examples], decode: bool = True, num_channels: in
     same = [first.setdefault(looks[index].pixels or looks[index].identity, index) for index in by_file]
     hashed, near = [index for index, look in enumerate(looks) if same[index] == index and look.hash is not None], None
     if hashed:
-        hashes, cut = (np.stack([getattr(looks[i], name) for i in hashed]) for name in ("hash", "parts"))
-        near = [(hashed[a], hashed[b]) for a, b in near_pairs(hashes, cut if with_parts else None)]
+        hashes = np.stack([looks[index].hash for index in hashed])
+        cut = np.stack([looks[index].parts for index in hashed]) if with_parts else None
+        near = [(hashed[a], hashed[b]) for a, b in near_pairs(hashes, cut)]
     broken = {index: look.broken for index, look in enumerate(looks) if look.broken is not None}
     return Copies([look.identity for look in looks], broken, same, near)
 

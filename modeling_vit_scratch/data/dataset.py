@@ -163,9 +163,8 @@ class Examples:
     """Images as stored, and their labels."""
 
     images: datasets.Dataset  # one column, "image", of undecoded `datasets.Image`
-    labels: (
-        list[int] | list[float] | np.ndarray
-    )  # class indices; numbers to predict; or where an image may have several, (N, K) uint8, 0 and 1
+    # Class indices; numbers to predict; or where an image may have several labels, (N, K) uint8, 0 and 1.
+    labels: list[int] | list[float] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.files import write_text
 from ..common.records import provenance, title_of
 from .arguments import EvaluationArguments
 from .compute_metrics import regression_scores
@@ -30,7 +31,7 @@ def write_regression(data: EvaluationData, predictions: Predictions, arguments: 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"results": results, "seen_in_training": data.seen_in_training, **provenance("scikit-learn")}
-    (folder / "regression.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "regression.json", json.dumps(record, indent=2) + "\n")
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         rows = ([data.examples.name(index), *pair] for index, pair in enumerate(zip(targets, values)))
         csv.writer(file).writerows([["image", "label", "prediction"], *rows])
