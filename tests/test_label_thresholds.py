@@ -49,10 +49,12 @@ def folder(tmp_path_factory):
 def test_evaluate_stores_what_predict_applies_and_training_drops(folder, tmp_path):
     scripts, model = ROOT / "scripts", folder / "model"
     words = [scripts / "evaluate.py", model, folder, "--split", "all", "--calibrate", "--output_dir", "report"]
+    words += ["--threshold", "0.99"]  # which no score reaches
     printed = run_script([*words, "--bootstrap_resamples", "0"], tmp_path)[0]
     report = json.loads((tmp_path / "report" / "results.json").read_text())["calibration"]
     assert "Thresholds of labels, fitted to the same (green " in printed
     is_better = report["macro_f1"] > report["macro_f1_at_one_threshold"]
+    assert is_better
     config = ViTScratchConfig.from_pretrained(model)
     assert getattr(config, "label_thresholds", None) == (report["label_thresholds"] if is_better else None)
     config.label_thresholds = [0.4, 0.6]  # whatever was found
