@@ -11,6 +11,8 @@ from tiny_images import build as build_trainer
 from tiny_images import class_folders, load_script
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.models import ACCELERATED, ModelBenchmark
 from modeling_vit_scratch import (
@@ -20,6 +22,7 @@ from modeling_vit_scratch import (
     ViTScratchImageProcessor,
     ViTScratchModel,
 )
+from modeling_vit_scratch.acceleration import layers
 from modeling_vit_scratch.acceleration.speed_up import only_pooled_output, speed_up, undo_speed_up
 from modeling_vit_scratch.prediction.model import Predictor
 
@@ -111,6 +114,64 @@ def test_class_token_alone_gives_the_logits_and_gradients_of_all_tokens(pixel_va
     b.loss.backward()
     for (name, one), other in zip(short.named_parameters(), full.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Counts the calls of PyTorch's fused attention."""
+    calls, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, **kwargs):
+        calls.append(args[0].dtype)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"pooling": "mean", "qkv_bias": False}])
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_training_in_bfloat16_has_the_gradients_of_float64_without_fused_attention(
+    pixel_values, fused_calls, options, is_autocast
+):
+    images, labels, exact = pixel_values.bfloat16(), torch.tensor([2, 0]), build(**options).double()
+    exact.load_state_dict(build(**options).bfloat16().state_dict())
+    plain = copy.deepcopy(exact).to(torch.float32 if is_autocast else torch.bfloat16).train()
+    fast, errors = speed_up(copy.deepcopy(plain)), []
+    exact(images.double(), labels=labels).loss.backward()
+    wanted = torch.cat([weight.grad.flatten() for weight in exact.parameters()])
+    fused_calls.clear()
+    for model in (fast, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            loss = model(images.float() if is_autocast else images, labels=labels).loss
+        loss.backward()
+        got = torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
+        errors.append((got - wanted).norm() / wanted.norm())
+        assert len(fused_calls) == (0 if model is fast else 2)
+    assert errors[0] < 0.03
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("why", ["float32", "no gradient", "many tokens", "dropout", "attentions", "another sdpa"])
+def test_bfloat16_on_a_cpu_keeps_fused_attention_where_it_is_better_or_asked_for(
+    pixel_values, fused_calls, monkeypatch, why
+):
+    model, seen = speed_up(build("dropout" if why == "dropout" else "default").bfloat16()).train(), []
+    if why == "float32":
+        model.float()
+    if why == "many tokens":
+        monkeypatch.setattr(layers, "MOST_TOKENS", 4)
+    if why == "another sdpa":
+        monkeypatch.setitem(
+            ALL_ATTENTION_FUNCTIONS._global_mapping,
+            "sdpa",
+            lambda *a, **k: seen.append(a) or sdpa_attention_forward(*a, **k),
+        )
+    with torch.set_grad_enabled(why != "no gradient"):
+        outputs = model(pixel_values.to(model.dtype), output_attentions=True if why == "attentions" else None)
+    assert len(fused_calls) == (0 if why == "attentions" else 2)
+    assert len(seen) == (2 if why == "another sdpa" else 0)
+    assert (outputs.attentions is not None) == (why == "attentions")
 
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "gelu_python", "relu"])

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration import blocked_linear
-from modeling_vit_scratch.acceleration.blocked_linear import BlockedLinear, is_available
+from modeling_vit_scratch.acceleration import layers
+from modeling_vit_scratch.acceleration.layers import BlockedLinear, is_available
 from modeling_vit_scratch.acceleration.speed_up import speed_up
 
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="this PyTorch has no 
 
 @pytest.fixture(autouse=True)
 def also_small_products(monkeypatch):
-    monkeypatch.setattr(blocked_linear, "SMALL", 0)
+    monkeypatch.setattr(layers, "SMALL", 0)
 
 
 def both(**options) -> tuple[nn.Module, nn.Module]:
@@ -142,7 +142,7 @@ def test_where_the_operators_fail_all_stays_as_it_was(monkeypatch):
 def test_small_products_stay_with_the_library_that_is_quicker_to_call(pixel_values, monkeypatch):
     _, blocked = both()
     with torch.no_grad():
-        monkeypatch.setattr(blocked_linear, "SMALL", 10**9)
+        monkeypatch.setattr(layers, "SMALL", 10**9)
         blocked(pixel_values)
         assert not any("_blocked" in layer.__dict__ for layer in blocked.modules())
         blocked.to(torch.bfloat16)(pixel_values)  # whose weights are reordered in each call otherwise

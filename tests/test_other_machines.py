@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machines that are not ours: other users, read-only folders, little shared memory, half a cluster."""
 
+import encodings.raw_unicode_escape  # noqa: F401  # here, as matplotlib: root's Python can't be read by the other user
 import os
+import platform
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  # here: root's Python can't be read by the other user
+import matplotlib.figure  # noqa: F401
 import pytest
 import torch
 from forked import run_in_child
@@ -220,3 +223,27 @@ def test_usr1_and_hup_save_a_checkpoint_and_nohup_keeps_its_word(pets, tmp_path)
             assert signals.poll() == signal.SIGUSR1
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+PAGES_TAKEN = """
+import resource
+import startup.quick
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    blocks = [bytearray(16 << 20) for _ in range(8)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_commands_keep_freed_memory_for_the_next_step_unless_the_user_has_set_it():
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    kept, given_back = (
+        int(subprocess.check_output([sys.executable, "-c", PAGES_TAKEN], env={**plain, **given}, cwd="scripts"))
+        for given in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})
+    )
+    assert 5 * kept < given_back
