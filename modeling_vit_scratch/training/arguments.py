@@ -144,6 +144,16 @@ class RecipeArguments(DistillationFlags):
         None, "Decay of a moving average of the weights, then evaluated and saved. Example: 0.9999", above=0, below=1
     )
     ema_warmup: bool = flag(True, "Begin with a lower decay, (1 + n) / (10 + n).")
+    progressive_image_size: int | None = flag(
+        None,
+        "Train on images of N pixels a side at first, which grow to their full size in two thirds of the training. "
+        "Example: 96",
+        metavar="N",
+        at_least=1,
+    )
+    patch_drop_rate: float = flag(
+        0.0, "Leave out this share of each training image's patches. Example: 0.5", at_least=0, below=1
+    )
     freeze: str | None = flag(
         None,
         "Keep the weights of the encoder, the embeddings, or these and the first N layers. With `encoder`, features "

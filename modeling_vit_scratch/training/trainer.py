@@ -28,6 +28,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from ..augmentation.fewer_tokens import FewerTokens
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.flags import flag
@@ -126,6 +127,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self.objective, self.finished_model, self.images = objective, finished_model, images
         loss = self.compute_loss_func
         self.distillation = loss if isinstance(loss, Distillation) else None
+        self.fewer_tokens = FewerTokens(model, args.recipe_arguments)
         self.processes, self.workers, self.resumed_step = Processes(args.ddp_timeout), WorkerProcesses(), 0
         self.changed: set[str] = set()  # names of settings that were others in the run that is resumed
         self.run_folder = RunFolder(args, self.processes, self.log_line, self._checkpoint_size())
@@ -309,6 +311,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         self._samples += len(inputs["pixel_values"])
         if self.distillation is not None:
             self._show_teacher(inputs["pixel_values"])
+        share = self.state.global_step / self.state.max_steps
+        inputs["pixel_values"] = self.fewer_tokens.resize(inputs["pixel_values"], share)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_guard.add_loss(loss)
         return loss
