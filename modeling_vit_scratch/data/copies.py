@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
-from ..common.workers import available_cores
+from ..common.flags import available_cores
 from ..image_decoding_vit_scratch import ImageDecodeError, read_array
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .dataset import Examples

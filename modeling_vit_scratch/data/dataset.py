@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.workers import take_in_hand
+from ..common.errors import take_in_hand
 from ..image_decoding_vit_scratch import ImageDecodeError, decode_errors, is_scalable_jpeg, open_image, orientation_of
 from ..image_processing_vit_scratch import TORCH_FILTERS, ViTScratchImageProcessor, resize_interleaved
 

@@ -28,12 +28,11 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
-from ..common.flags import flag
+from ..common.flags import available_cores, flag
 from ..common.processes import Processes, has_lost_contact
 from ..common.records import git_commit
-from ..common.workers import available_cores, lost_worker
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
 from ..distillation.loss import Distillation
