@@ -22,8 +22,7 @@ from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassificat
 from modeling_vit_scratch.cards.run_record import _model_metadata, training_metadata
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.pretrained import default_processor
-from modeling_vit_scratch.distillation.loss import Distillation
-from modeling_vit_scratch.distillation.teacher import Teacher
+from modeling_vit_scratch.distillation.teacher import Distillation, Teacher
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.optimization import ClassificationLoss
 

@@ -15,8 +15,8 @@ from ..data.collation import MixingCollator
 from ..data.splits import ImageData
 from ..pretraining.arguments import PretrainingArguments
 from ..recipes.table import find_recipe
-from ..training.adaptation import is_temporary
 from ..training.arguments import LAMB, ModelArguments
+from ..training.optimization import is_temporary
 from ..training.trainer import ImageTrainer, ImageTrainingArguments
 
 

@@ -35,13 +35,19 @@ from ..common.processes import Processes, has_lost_contact
 from ..common.records import git_commit
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
-from ..distillation.loss import Distillation
+from ..distillation.teacher import Distillation
 from ..hub.contents import shareable
 from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .adaptation import describe_trained
 from .arguments import LAMB, RecipeArguments, TrainingFlags
-from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .optimization import (
+    Lamb,
+    WeightAverage,
+    decay_parameter_names,
+    describe_groups,
+    describe_trained,
+    parameter_groups,
+)
 from .safety import BestCheckpoint, EarlyEnd, RunFolder, SaveOnSignal, StepGuard, check_same_model
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
