@@ -357,7 +357,7 @@ def _build_training_arguments(
     """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from ..augmentation.auto_augment import auto_augment
+    from ..augmentation.photo import auto_augment
     from ..hub.commit import check_can_publish
     from .trainer import ImageTrainingArguments
 
