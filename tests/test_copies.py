@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tiny_images import read
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.data.copies import near_pairs, pixel_hashes
+from modeling_vit_scratch.data.copies import draw_near_copies, near_pairs, pixel_hashes
 from modeling_vit_scratch.data.held_out import choose_held_out
 
 
@@ -215,9 +215,6 @@ def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overla
     assert "held-out images are in the training set, 3 near copies." in result_message(
         {**record, "training": {"broken_images": 0}}, "outputs/x"
     )
-    pytest.importorskip("matplotlib")
-    from modeling_vit_scratch.visualization.figures import draw_near_copies
-
     assert draw_near_copies(data.near_copies, str(tmp_path / "out"))
     sheet = Image.open(tmp_path / "out" / "near_copies.png")
     assert sheet.height > 3 * 300
