@@ -365,7 +365,7 @@ def draw_near_copies(pairs: list[tuple[StoredImage, StoredImage]], folder: str) 
     for number, pair in enumerate(shown):
         for column, (part, image) in enumerate(zip(("held out", "training"), pair)):
             left, top = column * _TILE, number * (_TILE + 16)
-            name = Path(image.name).name.encode("latin-1", "replace").decode("latin-1")  # what Pillow's font has
+            name = Path(image.name).name.encode("ascii", "replace").decode()  # what Pillow's own font has
             draw.text((left + 4, top + 2), f"{part}: {name}", fill="black")
             sheet.paste(ImageOps.contain(image.decode(decoder), (_TILE - 4, _TILE - 4)), (left, top + 16))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ from ..common.records import git_commit
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
 from ..distillation.teacher import Distillation
+from ..hub.commit import HubPusher, link_folder
 from ..hub.contents import shareable
-from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
 from .arguments import LAMB, RecipeArguments, TrainingFlags
 from .optimization import (
