@@ -29,7 +29,7 @@ def main() -> None:
 
 def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> tuple[Any, Any]:
     """A run from the data to the saved model. Returns the data and the accelerator."""
-    from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
+    from modeling_vit_scratch.cards.records import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.copies import draw_near_copies
     from modeling_vit_scratch.data.held_out import read_earlier

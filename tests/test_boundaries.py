@@ -92,7 +92,7 @@ ALLOWED = {
         "hub",
     },
     "pretraining": {"common", "data", "augmentation", "training"},
-    "cards": {"common", "data", "recipes", "evaluation", "training", "pretraining"},
+    "cards": {"common", "data", "recipes", "training"},
 }
 
 

@@ -206,10 +206,10 @@ def test_groups_from_a_column_or_from_paths_stay_on_one_side_and_where_they_were
 
 
 def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overlapping, tmp_path):
-    from modeling_vit_scratch.cards.run_record import _dataset_metadata, result_message
+    from modeling_vit_scratch.cards.records import dataset_metadata, result_message
 
     data = read(**overlapping, allow_overlap=True)
-    metadata = json.loads(json.dumps(_dataset_metadata(data)))
+    metadata = json.loads(json.dumps(dataset_metadata(data)))
     assert metadata["overlap"]["near_copies"] == 3
     record = {"metric": "accuracy", "value": 0.5, "n": 13, "selection": "the last step", "dataset": metadata}
     assert "held-out images are in the training set, 3 near copies." in result_message(

@@ -17,8 +17,7 @@ from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.records import METRIC_TITLES, license_note, title_of
 from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_records, gather, read_json, read_records
-from .rendering import CARD_TEMPLATE, render
-from .values import template_values
+from .values import CARD_TEMPLATE, render, template_values
 
 
 # The template of this model's cards, in its folder; without, the one beside this file.

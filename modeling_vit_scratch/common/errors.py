@@ -5,8 +5,9 @@ import mmap
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -52,6 +53,11 @@ class Problems:
             return InputError(self.messages[0])
         lines = [f"  {number}. {message}" for number, message in enumerate(self.messages, start=1)]
         return InputError("\n".join([f"{len(lines)} problems:", *lines]))
+
+
+def listed(names: Sequence[Any], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def on_screen(text: str) -> str:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.errors import InputError
+from ..common.errors import InputError, listed
 from ..common.pretrained import hash_weights, loading, refuse_missing_path
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import normalization
-from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 
 
