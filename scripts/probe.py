@@ -46,7 +46,7 @@ def main() -> None:
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
-    from modeling_vit_scratch.evaluation.probes import KINDS, extract_features, run_probes, table
+    from modeling_vit_scratch.evaluation.during_training import KINDS, extract_features, run_probes, table
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0

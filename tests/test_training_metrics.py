@@ -16,7 +16,7 @@ from transformers import EvalPrediction
 from modeling_vit_scratch.cards.records import build_record, result_message, write_record
 from modeling_vit_scratch.common import records as provenance_module
 from modeling_vit_scratch.common.records import command_line, git_commit
-from modeling_vit_scratch.evaluation.compute_metrics import (
+from modeling_vit_scratch.evaluation.during_training import (
     ImageClassificationMetric,
     build_compute_metrics,
     rank_labels,

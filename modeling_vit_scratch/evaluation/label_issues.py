@@ -19,8 +19,8 @@ from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..visualization.figures import draw_grid
 from .arguments import EvaluationArguments
 from .data import EvaluationData
+from .during_training import Features
 from .predictions import Predictions
-from .probes import Features
 
 
 FOLDS, L2 = 5, 100.0

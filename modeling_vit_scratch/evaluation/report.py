@@ -22,8 +22,8 @@ from ..common.records import NUM_BINS, digests, format_score, interval_of, prove
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments
-from .compute_metrics import multi_label_scores
 from .data import EvaluationData
+from .during_training import multi_label_scores
 from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
 from .predictions import MULTI_LABEL, Predictions
 from .uncertainty import fit_novelty, fit_thresholds

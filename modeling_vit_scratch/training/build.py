@@ -27,8 +27,7 @@ from ..data.dataset import Augmentation, ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..distillation.teacher import Distillation, Teacher, add_distillation_token
-from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
-from ..evaluation.probes import build_probe, extract_features
+from ..evaluation.during_training import build_compute_metrics, build_probe, extract_features, rank_labels
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from ..recipes.table import FEW_HELD_OUT, settings_from_data
 from .arguments import ModelArguments, RecipeArguments
