@@ -21,7 +21,7 @@ from modeling_vit_scratch.data.dataset import ImageClassificationDataset
 from modeling_vit_scratch.data.sources import read_source
 from modeling_vit_scratch.data.splits import read_split
 from modeling_vit_scratch.evaluation.during_training import Features, extract_features
-from modeling_vit_scratch.evaluation.label_issues import label_quality, out_of_fold
+from scripts.evaluating.label_issues import label_quality, out_of_fold
 
 
 SHARE, SEEDS = 0.05, (0, 1, 2)
