@@ -20,7 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..common.errors import InputError
 from ..common.files import write_text
-from ..common.records import METRIC_TITLES, digests, format_score, license_note, license_problem, provenance
+from ..common.records import METRIC_TITLES, digests, format_score, license_problem, provenance
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..recipes.table import find_recipe
@@ -351,7 +351,7 @@ def gather(records: ModelRecords, transfer: Path | None = None) -> ModelRecords:
         transfer_record = read_json(file)
         if not transfer_record.get("cells") or "weights" not in transfer_record:
             raise InputError(f"{file} has no cells of a transfer table: make it with scripts/transfer.py.")
-        if _is_of_other_weights(transfer_record["weights"], folder):
+        if is_of_other_weights(transfer_record["weights"], folder):
             raise InputError(
                 f"{file} is of other weights than those in {folder}: their SHA-256 differ. Remove it, or run "
                 f"scripts/transfer.py --model_name_or_path {folder}."
@@ -459,30 +459,10 @@ def _check_evaluation(
             f"{file} is of another model: one with {record['model']['num_parameters']:,} parameters, and this one has "
             f"{training['model']['num_parameters']:,}. {again}"
         )
-    if _is_of_other_weights(record["model"].get("weights"), folder):
+    if is_of_other_weights(record["model"].get("weights"), folder):
         raise InputError(f"{file} is of other weights than those in {folder}: their SHA-256 differ. {again}")
 
 
-def _is_of_other_weights(theirs: dict[str, str] | None, folder: Path) -> bool:
+def is_of_other_weights(theirs: dict[str, str] | None, folder: Path) -> bool:
     """Whether the digests differ from those of the folder; False if either is not known."""
     return bool(theirs) and digests(folder) not in ({}, theirs)
-
-
-def stale_reports(folder: Path) -> list[str]:
-    """A message for each report, in a folder to publish, that is of other weights."""
-    return [
-        f"{file.relative_to(folder).as_posix()} is of other weights than those in {folder}. Remove it, or evaluate "
-        "again, and write the card anew."
-        for file in sorted((folder / EVALUATIONS).rglob(RECORD))
-        if _is_of_other_weights(read_json(file).get("model", {}).get("weights"), folder)
-    ]
-
-
-def license_notes(folder: Path, card: str | None) -> list[str]:
-    """What to say of a card whose licence gives more than that of the weights that training started from."""
-    try:
-        base = json.loads((folder / RECORD).read_text("utf-8"))["model"]["license"]
-        note = license_note(ModelCard(card).data.license, base)
-    except (OSError, ValueError, KeyError, TypeError):  # no card, or no record of ours
-        return []
-    return [note] if note else []
