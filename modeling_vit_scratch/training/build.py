@@ -4,7 +4,6 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
-from ..data.dataset import Augmentation, ImageClassificationDataset, measured
+from ..data.dataset import Augmentation, FeatureDataset, ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
 from ..distillation.teacher import Distillation, Teacher, add_distillation_token
@@ -413,23 +412,6 @@ class StoredFeatures(ViTScratchModel):
         if pixel_values.ndim != 2:
             return super().forward(pixel_values, *args, **kwargs)
         return BaseModelOutputWithPooling(pooler_output=pixel_values.to(self.dtype))
-
-
-class FeatureDataset(ImageClassificationDataset):
-    """The images of a data set as features (N, D)."""
-
-    def __init__(self, images: ImageClassificationDataset, features: Tensor) -> None:
-        none = SimpleNamespace(description="none: the features of each image are computed once")
-        super().__init__(images.examples, images.processor, augmentation=none, seed=images.seed)
-        self.features = features
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        labels = map(self.examples.label, indices)
-        labels = [one if isinstance(one, int) else torch.as_tensor(one, dtype=torch.float32) for one in labels]
-        return [
-            {"pixel_values": feature, "labels": label, "key": (self.seed, int(self._epoch), index)}
-            for index, label, feature in zip(indices, labels, self.features[list(map(self.examples.index, indices))])
-        ]
 
 
 def store_features(

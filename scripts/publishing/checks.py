@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model's folder can be published: it loads and runs, has this version's code, and reports of its own weights."""
+"""Whether a model's folder can be published: it loads and runs, has this version's code, and reports of its weights."""
 
 import json
 from pathlib import Path
