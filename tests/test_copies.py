@@ -218,6 +218,15 @@ def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overla
     assert draw_near_copies(data.near_copies, str(tmp_path / "out"))
     sheet = Image.open(tmp_path / "out" / "near_copies.png")
     assert sheet.height > 3 * 300
+    pixels = np.asarray(sheet.convert("L"))
+    tiles = [
+        pixels[top + 20 : top + 200, left : left + 200]
+        for top in range(0, sheet.height, sheet.height // 3)
+        for left in (0, 300)
+    ]
+    assert all(tile.std() > 5 for tile in tiles[:6])  # a picture, no white paper
+    for left, right in zip(tiles[:6:2], tiles[1:6:2]):
+        assert np.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.8  # and the two of a pair look alike
     assert draw_near_copies([], str(tmp_path / "none")) == []
 
 
