@@ -60,11 +60,11 @@ def main() -> None:
     if not accelerator.is_main_process:
         pass
     elif arguments.label_issues:
-        from modeling_vit_scratch.evaluation.label_issues import write_label_issues
+        from evaluating.label_issues import write_label_issues
 
         print(write_label_issues(model.config, data, predictions, arguments))
     elif arguments.problem_type == "regression":
-        from modeling_vit_scratch.evaluation.regression import write_regression
+        from evaluating.regression import write_regression
 
         print(write_regression(data, predictions, arguments))
     else:
@@ -73,7 +73,7 @@ def main() -> None:
         if importlib.util.find_spec("matplotlib") is None:
             print('No figures: they are drawn with matplotlib, pip install -e ".[plot]"')
         else:
-            from modeling_vit_scratch.evaluation.figures import draw_report
+            from evaluating.figures import draw_report
 
             files += draw_report(report, data, model, processor, Path(arguments.output_dir))
         card = refresh_card(arguments.model, arguments.output_dir) if arguments.update_card else None

@@ -29,13 +29,13 @@ def main() -> None:
 
 def train(model_arguments: Any, data_arguments: Any, training_arguments: Any, problems: Any) -> tuple[Any, Any]:
     """A run from the data to the saved model. Returns the data and the accelerator."""
-    from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
+    from modeling_vit_scratch.cards.records import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
+    from modeling_vit_scratch.data.copies import draw_near_copies
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import export_examples, read_data
     from modeling_vit_scratch.training.build import build_model, build_trainer
     from modeling_vit_scratch.training.progress import undecided_line
-    from modeling_vit_scratch.visualization.figures import draw_near_copies
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
     start, checkpoint = model_arguments.model_name_or_path, training_arguments.resume_from_checkpoint

@@ -21,7 +21,7 @@ def main() -> None:
         parsed = parse_arguments(script=PRETRAIN, description=__doc__)
         model_arguments, data_arguments, training_arguments, pretraining, problems = parsed
 
-    from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
+    from modeling_vit_scratch.cards.records import build_record, result_message, write_record
     from modeling_vit_scratch.cards.writing import write_training_card
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import read_data
@@ -43,7 +43,7 @@ def main() -> None:
 
     if is_first:
         wall_time = outcome.metrics["train_runtime"]
-        record = build_record(trainer, data, model_arguments, scores, wall_time, pretraining)
+        record = build_record(trainer, data, model_arguments, scores, wall_time, pretraining.metadata())
         write_record(record, training_arguments.output_dir)
         write_training_card(trainer, record)
     trainer.save_model()

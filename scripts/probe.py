@@ -41,11 +41,12 @@ def main() -> None:
         problems.add("--streaming: probes go through the images once and need their number. Leave it out.")
 
     from modeling_vit_scratch.acceleration.speed_up import speed_up
-    from modeling_vit_scratch.cards.run_record import build_probe_record, write_record
+    from modeling_vit_scratch.cards.records import dataset_metadata, model_metadata, write_record
+    from modeling_vit_scratch.common.records import provenance
     from modeling_vit_scratch.data.dataset import ImageClassificationDataset
     from modeling_vit_scratch.data.held_out import read_earlier
     from modeling_vit_scratch.data.splits import check_for_probes, read_data
-    from modeling_vit_scratch.evaluation.probes import KINDS, extract_features, run_probes, table
+    from modeling_vit_scratch.evaluation.during_training import KINDS, extract_features, run_probes, table
     from modeling_vit_scratch.training.build import load_encoder
 
     seed, is_first = training_arguments.seed, training_arguments.process_index == 0
@@ -75,8 +76,9 @@ def main() -> None:
                 train, test, len(data.label_names), kinds, seed, report=lambda line: print(line, flush=True)
             )
             folder.mkdir(parents=True, exist_ok=True)
-            record = build_probe_record(found, data, encoder, model_arguments, seed, own.random_weights)
-            write_record(record, folder)
+            metadata = {"dataset": dataset_metadata(data), "model": model_metadata(encoder, model_arguments)}
+            record = {"probes": found, "n": len(data.validation), "seed": seed, "random_weights": own.random_weights}
+            write_record({**record, **metadata, **provenance()}, folder)
             print(table(found), f"Record: {folder / 'results.json'}", sep="\n")
     except ValueError as error:
         raise InputError(str(error)) from error

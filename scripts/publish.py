@@ -126,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan_model(arguments: argparse.Namespace, folder: Path) -> tuple[list[Any], list[str], list[str]]:
     """What is uploaded of a model's folder; what is wrong with it; and what else there is to say, a line each."""
-    from modeling_vit_scratch.cards.records import CardOptions, license_notes, stale_reports
+    from modeling_vit_scratch.cards.records import CardOptions
     from modeling_vit_scratch.cards.writing import card_to_publish
-    from modeling_vit_scratch.hub.contents import changed_code, check_model, collect, prepare_card
+    from modeling_vit_scratch.hub.contents import collect, prepare_card
+    from publishing.checks import changed_code, check_model, license_notes, stale_reports
 
     faults, terms = check_model(folder), (arguments.license, arguments.license_name, arguments.license_link)
     architecture = None if faults else json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]

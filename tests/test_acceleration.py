@@ -22,7 +22,7 @@ from modeling_vit_scratch import (
     ViTScratchImageProcessor,
     ViTScratchModel,
 )
-from modeling_vit_scratch.acceleration import layers
+from modeling_vit_scratch.acceleration import speed_up as layers
 from modeling_vit_scratch.acceleration.speed_up import only_pooled_output, speed_up, undo_speed_up
 from modeling_vit_scratch.prediction.model import Predictor
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration import layers
-from modeling_vit_scratch.acceleration.layers import BlockedLinear, is_available
-from modeling_vit_scratch.acceleration.speed_up import speed_up
+from modeling_vit_scratch.acceleration import speed_up as layers
+from modeling_vit_scratch.acceleration.speed_up import BlockedLinear, is_available, speed_up
 
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")

@@ -77,7 +77,7 @@ ALLOWED = {
     "recipes": {"common"},
     "page": set(),
     "visualization": {"common", "data", "page"},
-    "evaluation": {"common", "acceleration", "data", "visualization"},
+    "evaluation": {"common", "acceleration", "data"},
     "prediction": {"common", "acceleration", "data"},
     "hub": {"common"},
     "training": {
@@ -92,7 +92,7 @@ ALLOWED = {
         "hub",
     },
     "pretraining": {"common", "data", "augmentation", "training"},
-    "cards": {"common", "data", "recipes", "evaluation", "training", "pretraining"},
+    "cards": {"common", "data", "recipes", "training"},
 }
 
 

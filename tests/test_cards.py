@@ -18,10 +18,8 @@ from PIL import Image
 from tiny_images import ROOT, load_script
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
-from modeling_vit_scratch.cards.records import CardOptions, read_records
-from modeling_vit_scratch.cards.rendering import FILTERS, render
-from modeling_vit_scratch.cards.run_record import _license_of
-from modeling_vit_scratch.cards.values import template_values
+from modeling_vit_scratch.cards.records import CardOptions, _license_of, read_records
+from modeling_vit_scratch.cards.values import FILTERS, render, template_values
 from modeling_vit_scratch.cards.writing import card_text, draw_curves, stored_options, template_text
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.records import digests

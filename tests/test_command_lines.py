@@ -17,13 +17,8 @@ from modeling_vit_scratch.common.flags import BUILT_IN, DataArguments, Parser, f
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
 from modeling_vit_scratch.prediction.arguments import PredictionArguments
 from modeling_vit_scratch.pretraining.arguments import OBJECTIVE_DEFAULTS, OBJECTIVES, PRETRAIN, PretrainingArguments
-from modeling_vit_scratch.training.arguments import (
-    DATA_SETS,
-    VARIANT_NAMES,
-    ModelArguments,
-    RecipeArguments,
-    TrainingFlags,
-)
+from modeling_vit_scratch.recipes.table import DATA_SETS
+from modeling_vit_scratch.training.arguments import VARIANT_NAMES, ModelArguments, RecipeArguments, TrainingFlags
 from modeling_vit_scratch.training.command_line import FINETUNE, build_parser, parse_arguments
 
 
@@ -223,6 +218,8 @@ def test_every_flag_is_in_one_group_of_help_or_is_the_trainers():
             "distillation_type",
             "distillation_alpha",
             "distillation_tau",
+            "progressive_image_size",
+            "patch_drop_rate",
         }  # --help all shows them
         if script is PRETRAIN:
             hidden |= {"freeze", "lora_rank", "teacher_model"}  # for classifiers

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tiny_images import read
 
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.data.copies import near_pairs, pixel_hashes
+from modeling_vit_scratch.data.copies import draw_near_copies, near_pairs, pixel_hashes
 from modeling_vit_scratch.data.held_out import choose_held_out
 
 
@@ -206,21 +206,27 @@ def test_groups_from_a_column_or_from_paths_stay_on_one_side_and_where_they_were
 
 
 def test_the_record_the_card_and_the_last_lines_say_what_is_on_both_sides(overlapping, tmp_path):
-    from modeling_vit_scratch.cards.run_record import _dataset_metadata, result_message
+    from modeling_vit_scratch.cards.records import dataset_metadata, result_message
 
     data = read(**overlapping, allow_overlap=True)
-    metadata = json.loads(json.dumps(_dataset_metadata(data)))
+    metadata = json.loads(json.dumps(dataset_metadata(data)))
     assert metadata["overlap"]["near_copies"] == 3
     record = {"metric": "accuracy", "value": 0.5, "n": 13, "selection": "the last step", "dataset": metadata}
     assert "held-out images are in the training set, 3 near copies." in result_message(
         {**record, "training": {"broken_images": 0}}, "outputs/x"
     )
-    pytest.importorskip("matplotlib")
-    from modeling_vit_scratch.visualization.figures import draw_near_copies
-
     assert draw_near_copies(data.near_copies, str(tmp_path / "out"))
     sheet = Image.open(tmp_path / "out" / "near_copies.png")
     assert sheet.height > 3 * 300
+    pixels = np.asarray(sheet.convert("L"))
+    tiles = [
+        pixels[top + 20 : top + 200, left : left + 200]
+        for top in range(0, sheet.height, sheet.height // 3)
+        for left in (0, 300)
+    ]
+    assert all(tile.std() > 5 for tile in tiles[:6])  # a picture, no white paper
+    for left, right in zip(tiles[:6:2], tiles[1:6:2]):
+        assert np.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.8  # and the two of a pair look alike
     assert draw_near_copies([], str(tmp_path / "none")) == []
 
 

@@ -19,11 +19,10 @@ from transformers import (
 )
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchModel
-from modeling_vit_scratch.cards.run_record import _model_metadata, training_metadata
+from modeling_vit_scratch.cards.records import model_metadata, training_metadata
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.pretrained import default_processor
-from modeling_vit_scratch.distillation.loss import Distillation
-from modeling_vit_scratch.distillation.teacher import Teacher
+from modeling_vit_scratch.distillation.teacher import Distillation, Teacher
 from modeling_vit_scratch.training.arguments import ModelArguments
 from modeling_vit_scratch.training.optimization import ClassificationLoss
 
@@ -194,7 +193,7 @@ def test_a_run_resumes_exactly_and_its_folder_needs_no_teacher(pets, tmp_path, s
     model = ViTScratchForImageClassification.from_pretrained(tmp_path / "straight").eval()
     assert stored.keys() == model.state_dict().keys()
     assert not any("teacher" in name for name in stored)
-    assert _model_metadata(straight.model, ModelArguments())["num_parameters"] == model.num_parameters()
+    assert model_metadata(straight.model, ModelArguments())["num_parameters"] == model.num_parameters()
     pixels = torch.rand(2, 3, *model.config.image_hw)
     with torch.no_grad():
         assert torch.allclose(model(pixels).logits, straight.model.eval()(pixels).logits, atol=1e-5)

@@ -21,8 +21,8 @@ from tiny_images import build, difference, flags, load_script, weights
 from modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted
 from modeling_vit_scratch.data.held_out import read_earlier
+from modeling_vit_scratch.hub.commit import checkpoint_uploads
 from modeling_vit_scratch.hub.contents import CODE
-from modeling_vit_scratch.hub.pushing import checkpoint_uploads
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from sklearn.datasets import load_digits
 from tiny_images import CLASSES, build, class_folders, image, load_script
 
+from evaluating.label_issues import label_quality, out_of_fold
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.evaluation.label_issues import label_quality, out_of_fold
-from modeling_vit_scratch.evaluation.probes import Features
+from modeling_vit_scratch.evaluation.during_training import Features
 from startup.status import run_command_line
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_images import build, class_folders, difference, flags, weights
 
 from modeling_vit_scratch import ViTScratchForImageClassification
-from modeling_vit_scratch.cards.run_record import _model_metadata
+from modeling_vit_scratch.cards.records import model_metadata
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.training.arguments import ModelArguments
 
@@ -91,7 +91,7 @@ def test_adapters_become_plain_weights_with_the_same_logits(pets, tmp_path):
     trainer.save_model()
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: value.shape for name, value in stored.items()} == {n: v.shape for n, v in plain.state_dict().items()}
-    assert _model_metadata(trainer.model, ModelArguments())["num_parameters"] == plain.num_parameters()
+    assert model_metadata(trainer.model, ModelArguments())["num_parameters"] == plain.num_parameters()
     # As peft merges, and with the logits of the adapters.
     adapted = trainer.model.eval()
     pixels = torch.randn(4, 3, *adapted.config.image_hw, generator=torch.Generator().manual_seed(0))

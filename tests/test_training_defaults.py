@@ -8,7 +8,7 @@ import torch
 from tiny_images import CLASSES, build, class_folders
 from transformers import TrainerState
 
-from modeling_vit_scratch.recipes.from_data import STARTS, settings_from_data
+from modeling_vit_scratch.recipes.table import STARTS, settings_from_data
 from modeling_vit_scratch.training.trainer_overrides import TrainerOverrides
 
 

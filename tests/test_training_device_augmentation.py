@@ -8,9 +8,8 @@ from golden_policies import picture
 from PIL import Image
 from tiny_images import build, build_pretrainer, difference, flags, weights
 
-from modeling_vit_scratch.augmentation import auto_augment as policies
 from modeling_vit_scratch.augmentation import on_device
-from modeling_vit_scratch.augmentation.auto_augment import ColorJitter, RandomErasing, auto_augment
+from modeling_vit_scratch.augmentation import photo as policies
 from modeling_vit_scratch.augmentation.on_device import (
     OPERATIONS,
     BatchChain,
@@ -20,7 +19,7 @@ from modeling_vit_scratch.augmentation.on_device import (
     BatchRandAugment,
     operate,
 )
-from modeling_vit_scratch.augmentation.photo import Chain, PhotoAugmentation
+from modeling_vit_scratch.augmentation.photo import Chain, ColorJitter, PhotoAugmentation, RandomErasing, auto_augment
 from modeling_vit_scratch.common.errors import InputError
 from visualizing.commands import augmentation_grid
 

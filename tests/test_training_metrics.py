@@ -13,10 +13,10 @@ from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 from tiny_images import build, class_folders
 from transformers import EvalPrediction
 
-from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
+from modeling_vit_scratch.cards.records import build_record, result_message, write_record
 from modeling_vit_scratch.common import records as provenance_module
 from modeling_vit_scratch.common.records import command_line, git_commit
-from modeling_vit_scratch.evaluation.compute_metrics import (
+from modeling_vit_scratch.evaluation.during_training import (
     ImageClassificationMetric,
     build_compute_metrics,
     rank_labels,

@@ -14,8 +14,8 @@ from transformers.trainer_utils import HubStrategy
 from modeling_vit_scratch.common.errors import InputError, TrainingStopped
 from modeling_vit_scratch.common.files import damage, find_checkpoints, read_manifest
 from modeling_vit_scratch.common.processes import Processes
-from modeling_vit_scratch.hub import pushing
-from modeling_vit_scratch.hub.pushing import HubPusher
+from modeling_vit_scratch.hub import commit as pushing
+from modeling_vit_scratch.hub.commit import HubPusher
 from modeling_vit_scratch.training.safety import RunFolder, StepGuard
 
 

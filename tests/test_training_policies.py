@@ -11,13 +11,15 @@ import torch
 from golden_policies import FILE, picture, unpack
 from PIL import Image, ImageFilter, ImageOps
 
-from modeling_vit_scratch.augmentation.auto_augment import (
+from modeling_vit_scratch.augmentation.photo import (
     BIG_VISION_RANDAUGMENT,
     OPERATIONS,
     TIMM_RANDAUGMENT,
     TORCHVISION_RANDAUGMENT,
     TORCHVISION_TRIVIALAUGMENT,
+    Chain,
     ColorJitter,
+    PhotoAugmentation,
     RandAugment,
     RandomErasing,
     ThreeAugment,
@@ -25,7 +27,6 @@ from modeling_vit_scratch.augmentation.auto_augment import (
     _operate,
     auto_augment,
 )
-from modeling_vit_scratch.augmentation.photo import Chain, PhotoAugmentation
 
 
 GOLDEN = json.loads(FILE.read_text())["operations"]
@@ -229,7 +230,7 @@ def test_settings_out_of_range_are_refused(make):
 def test_operations_are_drawn_evenly_and_as_often_as_asked(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "modeling_vit_scratch.augmentation.auto_augment._operate",
+        "modeling_vit_scratch.augmentation.photo._operate",
         lambda image, name, scale, fraction, generator: (seen.append((name, fraction)), image)[1],
     )
     generator, image, times = np.random.default_rng(0), noise(), 3000

@@ -17,7 +17,7 @@ from modeling_vit_scratch import (
     ViTScratchModel,
 )
 from modeling_vit_scratch.common.errors import InputError
-from modeling_vit_scratch.evaluation.probes import (
+from modeling_vit_scratch.evaluation.during_training import (
     Features,
     balanced_subset,
     choose_shots,

@@ -349,7 +349,7 @@ def test_a_run_with_an_average_does_not_go_on_from_one_without(pets, tmp_path):
 
 
 def test_the_record_tells_what_was_done(pets, tmp_path):
-    from modeling_vit_scratch.cards.run_record import training_metadata
+    from modeling_vit_scratch.cards.records import training_metadata
 
     trainer = build(tmp_path / "out", *flags(pets, *EVERYTHING, "--max_steps", "1"))
     trainer.train()

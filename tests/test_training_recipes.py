@@ -10,7 +10,7 @@ import pytest
 from tiny_images import ROOT
 
 from modeling_vit_scratch import VARIANTS, ViTScratchConfig
-from modeling_vit_scratch.augmentation.auto_augment import auto_augment
+from modeling_vit_scratch.augmentation.photo import auto_augment
 from modeling_vit_scratch.recipes.table import RECIPES, find_recipe, fit_batch_size, scale_learning_rate
 from modeling_vit_scratch.training.command_line import parse_arguments
 

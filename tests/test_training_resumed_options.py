@@ -11,7 +11,7 @@ from forked import run_in_child
 from safetensors.torch import load_file
 from tiny_images import build, class_folders, difference, flags, weights
 
-from modeling_vit_scratch.cards.run_record import training_metadata
+from modeling_vit_scratch.cards.records import training_metadata
 from modeling_vit_scratch.common import files
 from modeling_vit_scratch.common.errors import InputError
 

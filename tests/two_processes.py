@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.trainer_callback import TrainerCallback
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification
-from modeling_vit_scratch.acceleration.layers import has_user_hooks
+from modeling_vit_scratch.acceleration.speed_up import has_user_hooks
 from modeling_vit_scratch.training.trainer import ImageTrainer
 
 

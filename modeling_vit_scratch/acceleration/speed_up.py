@@ -1,31 +1,225 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes a model faster, or undoes it. The network's own files stay what one reads; the faster code is here:
+Makes a model faster, or undoes it. The network's own files stay what one reads; the faster layers are here, with the
+same numbers up to rounding:
 
-* The last layer of a classifier computes the class token alone, also in training. The other tokens need keys and values
-  only: 7 % fewer operations at 12 layers, with the same logits and gradients.
-* Linear layers keep their weights in blocks for oneDNN, on a CPU without gradients.
-* GELU works in place or within the product before it, without gradients: it saves a CPU 4 % of its time and more.
-* Attention is two products and a softmax, in training in bfloat16 on a CPU.
+* `FasterLayer` and `FasterAttention`: the last layer of a classifier computes the class token alone, also in training.
+  The other tokens need keys and values only: 7 % fewer operations at 12 layers.
+* `FasterAttention`, in training in bfloat16 on a CPU: two matrix products and a softmax. PyTorch's fused attention
+  takes two to five times as long for its backward pass there, and is faster everywhere else.
+* `BlockedLinear`, on a CPU without gradients: weights that are reordered once into the blocks of oneDNN. For float32
+  PyTorch calls MKL, which leaves a tenth of an AMD core unused; for bfloat16 it calls oneDNN, which reorders the
+  weights in every pass. torch.compile with freezing does the same, but needs a compiler.
+* `FasterMLP`, without gradients: GELU within the product before it or in place. It saves a CPU 4 % of its time.
 """
 
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.activations import GELUActivation, GELUTanh
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..encoder_vit_scratch import ViTScratchAttention, ViTScratchLayer, ViTScratchMLP
+from ..encoder_vit_scratch import ViTScratchAttention, ViTScratchLayer, ViTScratchMLP, eager_attention_forward
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
-from .layers import (
-    BlockedLinear,
-    FasterAttention,
-    FasterLayer,
-    FasterMLP,
-    has_user_hooks,
-    is_available,
-    is_modified,
-    is_quantised,
-)
 
+
+# Hooks of these libraries move weights, count operations or record outputs. They need not see every token.
+_LIBRARIES = ("torch.", "transformers.", "accelerate.")
+# Layers of these compute each token by itself. Others may scale all tokens of a batch by the largest.
+_LAYERS = ("torch.nn.", "transformers.activations", "peft.", __name__.partition(".")[0])
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+)  # fmt: skip
+
+
+# Hooks are looked for in every pass, so that those added after `speed_up` count too: a microsecond for a layer.
+def _hooks(layer: nn.Module) -> tuple[Mapping, ...]:
+    return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+
+
+def _has_user_hooks(hooks: Iterable[Mapping]) -> bool:
+    functions = (function for mapping in hooks if mapping for function in mapping.values())
+    return any(not (getattr(function, "__module__", None) or "").startswith(_LIBRARIES) for function in functions)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer is of another library, or has weights of a type of its own, as quantisers make them."""
+    is_plain = type(getattr(layer, "weight", None)) in (nn.Parameter, Tensor, type(None))
+    return not is_plain or not type(layer).__module__.startswith(_LAYERS)
+
+
+def is_modified(layer: nn.Module) -> bool:
+    """Whether a layer is quantised or has hooks or a replaced forward, which faster code would skip."""
+    return is_quantised(layer) or any(_hooks(layer)) or "forward" in layer.__dict__ or _has_user_hooks(_GLOBAL_HOOKS)
+
+
+def has_user_hooks(layers: Iterable[nn.Module]) -> bool:
+    """Whether a user's hook or forward on one of the layers has to see every token."""
+    is_hooked = any("forward" in layer.__dict__ or _has_user_hooks(_hooks(layer)) for layer in layers)
+    return is_hooked or _has_user_hooks(_GLOBAL_HOOKS)
+
+
+# Multiplications. A call of oneDNN takes ten microseconds more, which fewer of them in float32 would not make up for.
+SMALL = 4_000_000
+
+
+@functools.cache
+def is_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this PyTorch and processor can do it for weights of this type. The operators are inductor's."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        ones = torch.ones(2, 2, dtype=dtype)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(ones, None)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(ones, blocked, ones[0], "none", [], ""), 3 * ones)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class BlockedLinear(nn.Linear):
+    """
+    A linear layer that is faster on a CPU without gradients, and otherwise unchanged. The reordered weight is a second
+    copy that is in no state dict, and is made again when the weight has changed.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        return self.product(inputs) if self.fits(inputs) else super().forward(inputs)
+
+    def fits(self, inputs: Tensor) -> bool:
+        """Whether `product` can be called, and is worth its call."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or is_traced or torch.is_autocast_enabled("cpu"):
+            return False
+        weight = self.weight
+        is_here = inputs.device.type == weight.device.type == "cpu" and inputs.dtype == weight.dtype
+        is_small = weight.dtype == torch.float32 and inputs.numel() * self.out_features < SMALL
+        return is_here and not is_small and is_available(weight.dtype)
+
+    def product(self, inputs: Tensor, activation: str = "none", kind: str = "") -> Tensor:
+        """As `forward`, from the blocked weight; oneDNN's `activation` comes while the results are in the cache."""
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._blocked_weight(), self.bias, activation, [], kind)
+
+    def _blocked_weight(self) -> Tensor:
+        weight = self.weight.detach()
+        # A tensor made in inference mode has no version counter, but can't be trained either.
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        known, blocked, _ = self.__dict__.get("_blocked", (None, None, None))
+        if known != state:
+            blocked = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            # One assignment, for other threads; it keeps the weight, so that nothing else gets its address.
+            self.__dict__["_blocked"] = (state, blocked, weight)
+        return blocked
+
+    def train(self, mode: bool = True) -> "BlockedLinear":
+        """As in torch, but drops the copy: training may change the weight without a new version."""
+        self.__dict__.pop("_blocked", None)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Reordered tensors can't be copied or pickled; a copy or another process reorders again.
+        return {name: value for name, value in self.__dict__.items() if name != "_blocked"}
+
+
+class FasterMLP(ViTScratchMLP):
+    """An MLP whose GELU is part of the product or overwrites its input, if no gradient and nobody else needs that."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        approximation = _gelu_approximation(self.activation)
+        is_stock = type(self.fc1) in (nn.Linear, BlockedLinear) and approximation is not None
+        if not is_stock or torch.is_grad_enabled() or is_traced or any(map(is_modified, (self.fc1, self.activation))):
+            return super().forward(hidden_states)
+        if type(self.fc1) is BlockedLinear and self.fc1.fits(hidden_states):
+            activated = self.fc1.product(hidden_states, "gelu", approximation)
+        else:
+            activated = torch.ops.aten.gelu_(self.fc1(hidden_states), approximate=approximation)
+        return self.dropout(self.fc2(self.dropout(activated)))
+
+
+def _gelu_approximation(activation: nn.Module) -> str | None:
+    """torch's name for the kind of GELU; None for other activations."""
+    if type(activation) is GELUActivation and activation.act is F.gelu:
+        return "none"
+    return "tanh" if type(activation) is GELUTanh else None
+
+
+# The spelled-out products keep their weights (B, A, T, T) for the backward pass, which the fused attention does not.
+MOST_TOKENS = 640
+
+
+class FasterAttention(ViTScratchAttention):
+    """The same attention, with queries of the `only_first` Q tokens, if given."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, only_first: int | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T or Q, D), and the weights (B, A, T or Q, T) if they were computed."""
+        dropout = self.attention_dropout if self.training else 0.0
+        is_plain = attention_mask is None and not dropout and not kwargs.get("output_attentions")
+        use_products = is_plain and self._is_fused_attention_slow(hidden_states)
+        if only_first is None and not use_products:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        heads = (hidden_states.shape[0], -1, self.heads, hidden_states.shape[-1] // self.heads)
+        query, key, value = (part.reshape(heads).transpose(1, 2) for part in self._project(hidden_states, only_first))
+        query, key, weights = self.q_norm(query), self.k_norm(key), None
+        if use_products and query.dtype == key.dtype == value.dtype == torch.bfloat16:
+            attended = attention_by_products(query, key, value, self.scaling)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attended, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        return self.dropout(self.proj(attended.flatten(2))), weights  # (B, Q, A, E) -> (B, Q, D)
+
+    def _is_fused_attention_slow(self, hidden_states: Tensor) -> bool:
+        """In training in bfloat16 on a CPU; False if it is not PyTorch's, or has positions of its own to add."""
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return (
+            torch.bfloat16 in (autocast, hidden_states.dtype) and hidden_states.device.type == "cpu"
+            and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and hidden_states.shape[1] <= MOST_TOKENS and self.config._attn_implementation == "sdpa"
+            and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+            and self.relative_positions is None and self.rotary_positions is None
+        )  # fmt: skip
+
+    def _project(self, hidden_states: Tensor, only_first: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries (B, T or Q, D), keys and values (B, T, D)"""
+        if only_first is None or type(self.qkv) not in (nn.Linear, BlockedLinear) or is_modified(self.qkv):
+            query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+            return query[:, :only_first], key, value
+        width, weight, bias = hidden_states.shape[-1], self.qkv.weight, self.qkv.bias
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        query = F.linear(hidden_states[:, :only_first], weight[:width], q_bias)
+        return query, *F.linear(hidden_states, weight[width:], kv_bias).chunk(2, dim=-1)
+
+
+def attention_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """softmax(q k^T scaling) v of three (B, A, T, E), as (B, T, A, E). The softmax is summed up in float32."""
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.softmax(query * scaling @ key.transpose(2, 3), dim=-1)  # (B, A, T, T)
+        return (weights @ value).transpose(1, 2)
+
+
+class FasterLayer(ViTScratchLayer):
+    """A layer that computes the first `num_queries` tokens only, if given: (B, T, D) -> (B, Q, D)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, num_queries: int | None = None, **kwargs: Any) -> Tensor:
+        if num_queries is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.attention(self.layernorm_before(hidden_states), only_first=num_queries)
+        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.layer_scale_attention(attended))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.layer_scale_mlp(transformed))
+
+
+# The call -------------------------------------------------------------------------------------------------------------
 
 # Arguments of a classifier that ask for nothing beside logits and loss.
 _LOGITS_ONLY = {"pixel_values", "labels", "num_items_in_batch", "return_dict", "interpolate_pos_encoding"}

@@ -5,8 +5,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from ..data.dataset import Photo, reduction
-from .auto_augment import OPERATIONS
-from .photo import PhotoAugmentation
+from .photo import OPERATIONS, PhotoAugmentation
 
 
 # `DataAugmentationDINO` in main_dino.py: torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1), for four of five crops.

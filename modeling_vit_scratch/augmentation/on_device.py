@@ -4,7 +4,7 @@
 many small images: 100,000 of 64 x 64 are 1.2 GB, and as much once more for those of an epoch. They are augmented at the
 start of an epoch, some thousand at a time: many small operations for every batch would take longer than learning.
 
-Operations that only map colours give the same bits as in `auto_augment`; those that resample differ by rounding.
+Operations that only map colours give the same bits as in `photo`; those that resample differ by rounding.
 Nothing here waits for the device. Random numbers are a row for each image: it depends on (seed, epoch, index) alone.
 """
 
@@ -25,8 +25,7 @@ from ..common.errors import InputError
 from ..data.collation import ImageCollator, prepare_workers
 from ..data.dataset import Augmentation, ImageClassificationDataset
 from ..image_decoding_vit_scratch import ImageDecodeError
-from . import auto_augment as policies
-from .photo import Chain, PhotoAugmentation
+from . import photo
 
 
 # Keeps these random numbers apart from others with the same seed and epoch.
@@ -45,7 +44,7 @@ def to_device(values: np.ndarray, like: Tensor) -> Tensor:
     return (values.pin_memory() if like.is_cuda else values).to(like.device, non_blocking=True)
 
 
-# Operations: uint8 (B, C, H, W) and the strength of each image, (B,) float32, as in `auto_augment.OPERATIONS`
+# Operations: uint8 (B, C, H, W) and the strength of each image, (B,) float32, as in `photo.OPERATIONS`
 
 
 def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def _affine(images: Tensor, *coefficients: Tensor | float) -> Tensor:
     x, y = (a * columns + b * rows + c).expand(shape), (d * columns + e * rows + f).expand(shape)
     is_inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
     # Pillow cuts off decimals; a little is added, since what should be a whole number may lie just below.
-    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(policies.GREY)).to(torch.uint8)
+    return torch.where(is_inside, (_sample(images, x, y) + 1e-3).floor(), float(photo.GREY)).to(torch.uint8)
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ class BatchErasing(_BatchStep):
         left, top, right, bottom = (to_device(edge, images)[:, None] for edge in self.boxes((height, width), draws).T)
         columns, rows = (torch.arange(side, device=images.device)[None] for side in (width, height))
         is_erased = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
-        return images.masked_fill(is_erased[:, None], policies.GREY)
+        return images.masked_fill(is_erased[:, None], photo.GREY)
 
     def boxes(self, size: tuple[int, int], draws: np.ndarray) -> np.ndarray:
         """As in `BatchPhoto`, of what is erased; all 0 where nothing is."""
@@ -246,7 +245,7 @@ def _first_inside(
 class BatchRandAugment(_BatchStep):
     """`RandAugment`, all dialects but big_vision's, which has Cutout; and `TrivialAugmentWide`."""
 
-    def __init__(self, policy: policies.RandAugment | policies.TrivialAugmentWide) -> None:
+    def __init__(self, policy: photo.RandAugment | photo.TrivialAugmentWide) -> None:
         super().__init__(policy)
         self.names, self.num_draws = tuple(policy.scales), 4 * policy.num_operations
         if missing := [name for name in self.names if name not in OPERATIONS]:
@@ -274,7 +273,7 @@ class BatchRandAugment(_BatchStep):
         return np.where(draws[:, 3] < self.one.probability, chosen, 0), strengths
 
     def _fractions(self, draws: np.ndarray) -> list[float]:
-        if isinstance(self.one, policies.TrivialAugmentWide):
+        if isinstance(self.one, photo.TrivialAugmentWide):
             return (np.floor(draws * 31) / 30).tolist()
         noise = torch.special.ndtri(torch.from_numpy(draws.astype(np.float64)).clamp(1e-9, 1 - 1e-9)).numpy()
         magnitudes = self.one.magnitude + self.one.magnitude_std * noise
@@ -294,8 +293,8 @@ class BatchColorJitter(_BatchStep):
 
 
 _BATCH_KINDS = {
-    PhotoAugmentation: BatchPhoto, policies.ColorJitter: BatchColorJitter, policies.RandomErasing: BatchErasing,
-    policies.RandAugment: BatchRandAugment, policies.TrivialAugmentWide: BatchRandAugment,
+    photo.PhotoAugmentation: BatchPhoto, photo.ColorJitter: BatchColorJitter, photo.RandomErasing: BatchErasing,
+    photo.RandAugment: BatchRandAugment, photo.TrivialAugmentWide: BatchRandAugment,
 }  # fmt: skip
 
 
@@ -304,7 +303,7 @@ class BatchChain:
 
     def __init__(self, augmentation: Augmentation) -> None:
         self.description, self.steps = augmentation.description, []
-        for step in augmentation.steps if isinstance(augmentation, Chain) else (augmentation,):
+        for step in augmentation.steps if isinstance(augmentation, photo.Chain) else (augmentation,):
             if type(step) not in _BATCH_KINDS:
                 raise InputError(
                     f"--images_on_device: {step.description} is not made for whole batches. ra, ta_wide and timm's "

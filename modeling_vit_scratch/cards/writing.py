@@ -8,17 +8,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
 
 from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.records import METRIC_TITLES, license_note, title_of
 from .records import CARD, CURVES, EVALUATIONS, CardOptions, ModelRecords, copy_records, gather, read_json, read_records
-from .rendering import CARD_TEMPLATE, render
-from .values import template_values
+from .values import CARD_TEMPLATE, render, template_values
+
+
+if TYPE_CHECKING:  # writing a card needs no trainer
+    from transformers import Trainer
 
 
 # The template of this model's cards, in its folder; without, the one beside this file.
@@ -112,7 +114,7 @@ def refresh_card(model: str, report: str) -> str | None:
     return f"Updated: {folder / CARD}"
 
 
-def write_training_card(trainer: Trainer, record: dict[str, Any]) -> None:
+def write_training_card(trainer: "Trainer", record: dict[str, Any]) -> None:
     """Writes the card before the model is saved. An error is only a warning: it is no reason to lose the model."""
     folder = Path(trainer.args.output_dir)
     earlier = stored_options(folder)

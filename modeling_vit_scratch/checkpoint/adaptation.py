@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.errors import listed
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from ..positions_vit_scratch import resample_positions
-from .files import shortlist
 
 
 def resize_matrix(old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -86,9 +86,9 @@ def adapt(
     if issubclass(cls, ViTScratchForImageClassification):
         notes += _head_notes(source, config, state, dropped_layer)
     if fresh:
-        notes.append(f"New, initialised at random: {shortlist(fresh, 6)}.")
+        notes.append(f"New, initialised at random: {listed(fresh, 6)}.")
     if unused := [name for name in source if name.removeprefix(prefix) not in wanted]:
-        notes.append(f"Not used by {cls.__name__}: {shortlist(unused, 6)}.")
+        notes.append(f"Not used by {cls.__name__}: {listed(unused, 6)}.")
     return state, notes
 
 

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import listed
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling
 from .architecture import Evidence, infer_config, infer_processor
 from .families import Row, find_family
-from .files import CheckpointError, TensorFile, find_files, open_tensors, shortlist, write_tensors
+from .files import CheckpointError, TensorFile, find_files, open_tensors, write_tensors
 from .formats import FORMATS, NATIVE, NPZ, SAME, TIMM, TRANSFORMERS, Format, Rule, expand, find_dialect, recognise
 from .layouts import fold_registers, join, split, unstack, unwrap
 from .their_files import their_configs
@@ -179,12 +180,12 @@ def _match(evidence: Evidence, config: ViTScratchConfig) -> dict[str, tuple[list
             their_shapes = " and ".join(f"{name} {tuple(evidence.shapes[name])}" for name in theirs)
             wrong.append(f"{their_shapes} (wanted for {ours} {tuple(expected[ours])})")
     problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
-    problems = [f"{what} ({len(names)}): {shortlist(names, 20)}" for what, names in problems.items() if names]
+    problems = [f"{what} ({len(names)}): {listed(names, 20)}" for what, names in problems.items() if names]
     if problems:
         raise evidence.fail(f"looks like a {evidence.form.title}, but keys are {'; '.join(problems)}.")
     for reason in dict.fromkeys(evidence.left_out.values()):
         names = [name for name, why in evidence.left_out.items() if why == reason]
-        evidence.notes.append(f"Left out: {shortlist(names, 4)} ({reason}).")
+        evidence.notes.append(f"Left out: {listed(names, 4)} ({reason}).")
     return rows
 
 
@@ -244,7 +245,7 @@ def save_checkpoint(
             leftover.discard(ours)
             tensors.update(zip(theirs, rule.write(state[ours], config)))
     if leftover:
-        names = shortlist(sorted(leftover), 8)
+        names = listed(sorted(leftover), 8)
         raise ValueError(f"The {form.name} format has no place for {names}: the model can't be written in it.")
     if form is TIMM and config.representation_size and not origin:
         raise ValueError("timm has no representation layer (pre_logits): the model can't be written in its format.")

@@ -57,11 +57,6 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be read, or not exactly. The message has the file's name, the reason and a way out."""
 
 
-def shortlist(names: list[str], most: int) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
 class TensorFile(Mapping[str, Tensor]):
     """Names to tensors, each read when it is asked for. `shapes` has all shapes without reading one."""
 

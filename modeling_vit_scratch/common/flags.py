@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import operator
 import os
 import re
@@ -272,6 +273,16 @@ class LabelFlags(ImageFlags):
     )
     allow_overlap: bool = flag(False, "Accept the same image in training and held out, or with two labels.")
     max_eval_samples: int | None = flag(None, "Evaluate on at most N images, chosen at random.", at_least=1)
+
+
+def available_cores() -> int:
+    """The cores that this process may use, by its affinity and the quota of its container; workers are as many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or a quota of "max"
+        return cores
 
 
 @dataclass

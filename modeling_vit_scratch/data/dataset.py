@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import datasets
@@ -21,7 +22,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..common.workers import take_in_hand
+from ..common.errors import take_in_hand
 from ..image_decoding_vit_scratch import ImageDecodeError, decode_errors, is_scalable_jpeg, open_image, orientation_of
 from ..image_processing_vit_scratch import TORCH_FILTERS, ViTScratchImageProcessor, resize_interleaved
 
@@ -349,3 +350,20 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
 def _fail(error: ImageDecodeError) -> torch.Tensor:
     raise error
+
+
+class FeatureDataset(ImageClassificationDataset):
+    """The images of a data set as features (N, D), in place of pixels."""
+
+    def __init__(self, images: ImageClassificationDataset, features: torch.Tensor) -> None:
+        none = SimpleNamespace(description="none: the features of each image are computed once")
+        super().__init__(images.examples, images.processor, augmentation=none, seed=images.seed)
+        self.features = features
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        labels = map(self.examples.label, indices)
+        labels = [one if isinstance(one, int) else torch.as_tensor(one, dtype=torch.float32) for one in labels]
+        return [
+            {"pixel_values": feature, "labels": label, "key": (self.seed, int(self._epoch), index)}
+            for index, label, feature in zip(indices, labels, self.features[list(map(self.examples.index, indices))])
+        ]

@@ -6,7 +6,7 @@ import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pyarrow.parquet
 
-from ..common.errors import InputError, Problems, TrainingStopped
+from ..common.errors import InputError, Problems, TrainingStopped, listed
 from ..common.flags import DataArguments
 from . import listing
 from .streams import ImageStream, Shard
@@ -114,11 +114,6 @@ def find_columns(
     label_problems = problems if needs_labels else Problems()
     label = listing.find_column("label", arguments.label_column_name, features, split, label_problems)
     return None if image is None or (label is None and needs_labels) else (image, label)
-
-
-def listed(names: Sequence[Any], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 @dataclass(frozen=True)

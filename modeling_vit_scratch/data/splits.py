@@ -18,15 +18,14 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..common.errors import InputError, Problems
+from ..common.errors import InputError, Problems, listed
 from ..common.flags import DataArguments
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from .copies import find_copies
+from .copies import ImagesOfBothSides, find_copies, read_groups
 from .dataset import Examples, StoredImage, multi_hot
 from .held_out import Earlier, choose_folds, choose_held_out, images_record, notes
 from .listing import is_class_label, is_label_list, left_out_line, path_beside, split_labels
-from .overlap import ImagesOfBothSides, read_groups
-from .sources import FOLDER_COLUMN, Source, find_columns, listed, read_source
+from .sources import FOLDER_COLUMN, Source, find_columns, read_source
 from .streams import ImageStream
 
 
@@ -44,7 +43,7 @@ class ImageData:
     is_regression: bool = False  # a number for each image; the one label name is that of the column
     images: dict[str, Any] | None = None  # see `held_out`; None where no file was read
     notes: list[str] = field(default_factory=list)  # for the user
-    overlap: dict[str, Any] = field(default_factory=dict)  # of both sides: see `overlap`
+    overlap: dict[str, Any] = field(default_factory=dict)  # of both sides: see `copies`
     near_copies: list[tuple[StoredImage, StoredImage]] = field(default_factory=list)  # held out and training
 
     @property

@@ -12,13 +12,13 @@ from typing import Any
 import datasets
 from accelerate.utils import broadcast_object_list
 
-from ..common.errors import InputError, Problems
+from ..common.errors import InputError, Problems, listed
 from ..common.flags import BUILT_IN, DataArguments, fill
 from ..data.copies import find_broken, find_copies, identities, listed_below
 from ..data.dataset import Examples
 from ..data.held_out import Earlier, read_earlier
 from ..data.listing import left_out_line
-from ..data.sources import Source, listed, read_source
+from ..data.sources import Source, read_source
 from ..data.splits import LabelledSplit, hold_out, read_split, sample
 from .arguments import EvaluationArguments
 

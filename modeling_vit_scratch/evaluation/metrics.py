@@ -15,7 +15,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn import metrics
 
 from ..common.records import NUM_BINS
-from .compute_metrics import TOP_K
+from .during_training import TOP_K
 
 
 # A probability below this counts as this in a logarithm: the smallest normal float64.

@@ -17,14 +17,13 @@ from sklearn.metrics import precision_recall_curve
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..common import uncertainty
-from ..common.errors import InputError, on_screen
+from ..common.errors import InputError, listed, on_screen
 from ..common.records import NUM_BINS, digests, format_score, interval_of, provenance, title_of
 from ..configuration_vit_scratch import ViTScratchConfig
-from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
 from .arguments import EvaluationArguments
-from .compute_metrics import multi_label_scores
 from .data import EvaluationData
+from .during_training import multi_label_scores
 from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
 from .predictions import MULTI_LABEL, Predictions
 from .uncertainty import fit_novelty, fit_thresholds

@@ -10,8 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
-import torch
 from huggingface_hub import ModelCard
 from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
@@ -20,9 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .. import configuration_vit_scratch, image_processing_vit_scratch, modeling_vit_scratch
 from ..common.errors import InputError
 from ..common.records import license_problem
-from ..configuration_vit_scratch import ViTScratchConfig
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchForMaskedImageModeling, ViTScratchModel
+from ..modeling_vit_scratch import ViTScratchForImageClassification
 
 
 # The modules that auto_map names, and whatever they import of each other: as transformers finds what it saves.
@@ -36,7 +32,6 @@ OUTDATED = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\
 # Folders of checkpoints to resume from, here or in a repository.
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 
-_MODELS = (ViTScratchForImageClassification, ViTScratchModel, ViTScratchForMaskedImageModeling)
 _MODEL_FILES = {
     "config.json", "preprocessor_config.json", "README.md", "LICENSE", "NOTICE", "results.json", "training_args.json",
     "uncertainty.json", "uncertainty.safetensors",
@@ -177,45 +172,6 @@ def _is_wanted(path: PurePosixPath, shown: set[str]) -> bool:
         return path.name in _MODEL_FILES or _WEIGHTS.fullmatch(path.name) is not None or path.suffix in _FIGURES
     is_record = path.suffix in _FIGURES or path.name in ("results.json", "transfer.json")
     return path.parts[0] in _FIGURE_FOLDERS and is_record
-
-
-def changed_code(folder: Path) -> list[str]:
-    """The code files that the folder lacks or has in another version than this one."""
-    found = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-    return [module.name for module in CODE if found.get(module.name) != module.read_bytes()]
-
-
-def check_model(folder: Path) -> list[str]:
-    """The problems, a line each, of loading a folder's processor and model and running it on a grey image."""
-    pickles = [path.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
-    has_weights = any(folder.glob("model*.safetensors"))
-    if pickles and not has_weights:
-        return [f"{pickles[0]} is a pickle: loading it can run any code. Convert it: scripts/convert.py."]
-    missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
-    missing += [] if has_weights else ["model.safetensors"]
-    if missing:
-        return [f"{folder} has no {', no '.join(missing)}: it is not a finished model. Train or convert one into it."]
-    try:
-        config = ViTScratchConfig.from_pretrained(folder)
-        name = (config.architectures or [""])[0]
-        classes = {model_class.__name__: model_class for model_class in _MODELS}
-        if name not in classes:
-            return [f"config.json names the architecture {name or 'nothing'}. Known ones: {', '.join(classes)}."]
-        processor = ViTScratchImageProcessor.from_pretrained(folder)
-        model, info = classes[name].from_pretrained(folder, output_loading_info=True)
-        lines = [
-            f"The weights do not fit config.json: {title.replace('_', ' ')} {', '.join(sorted(map(str, keys))[:3])}."
-            for title, keys in info.items()
-            if title.endswith("_keys") and keys
-        ]
-        image = np.full((40, 30, processor.num_channels), 128, np.uint8)
-        with torch.no_grad():
-            outputs = model.eval()(processor(image, return_tensors="pt")["pixel_values"].to(model.dtype))
-        if not all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor)):
-            lines.append("The model's output for a grey image is not finite (NaN or infinity).")
-    except Exception as error:  # a damaged folder can raise anything
-        return [f"{folder} can't be loaded: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"]
-    return lines
 
 
 def prepare_card(

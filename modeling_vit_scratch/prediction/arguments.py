@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..common.errors import Problems
 from ..common.files import writing_problem
-from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, flag
-from ..common.workers import available_cores
+from ..common.flags import FastDecodeFlag, HubFlags, ImageFlags, Parser, ReadingFlags, available_cores, flag
 
 
 # What --output may end in.

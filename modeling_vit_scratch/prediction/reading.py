@@ -22,9 +22,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..common.errors import InputError, Problems
+from ..common.errors import InputError, Problems, take_in_hand
 from ..common.flags import BUILT_IN, DataArguments
-from ..common.workers import take_in_hand
 from ..data import listing
 from ..data.collation import prepare_workers
 from ..data.listing import Item, image_column_of

@@ -11,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, on_screen
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, on_screen
 from ..common.processes import Processes, StopSignals
-from ..common.workers import lost_worker
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
 from .job import Job, Writer, write_errors, write_output

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Published runs as rows: `--recipe NAME` puts a row between the defaults of the command line and its flags.
-
-Every number is from the source that the row names, or is ours. "GV" is github.com/google-research/vision_transformer at
-c6de1e5, "BV" github.com/google-research/big_vision at 0127fb6, "MAE" github.com/facebookresearch/mae at efb2a80,
-"SimMIM" github.com/microsoft/SimMIM at d3e29bc. A run that `differs` from the published one may have another result.
-
-For all: the "linear" schedule of the TensorFlow code ends at 1e-5 (GV, vit_jax/utils.py), here `polynomial` with
-`lr_end`. BV's weight decay is relative to the schedule: 1e-4 at a rate of 1e-3 is torch's 0.1. Models of the JAX code
-have the tanh form of GELU.
+Settings of runs as tables, for flags that a command leaves open: defaults by what it starts from, published runs, and
+what follows from the number of images. A later one replaces an earlier one: from scratch, the data set, the script, a
+saved model, a recipe, the command line. Imports no torch.
 """
 
 import dataclasses
@@ -17,6 +11,101 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+
+# --- From the number of images ----------------------------------------------------------------------------------------
+
+
+# A run is a budget of steps, and a batch grows with the square root of the number of images: so a hundred images are
+# seen 60 times each, and ten thousand 5 times. Rates fall with the width of the network. What this was measured on,
+# beside a grid of other settings and a linear probe: docs/measurements.md, by scripts/experiments/defaults.py.
+
+# A command that gives one of these keeps the fixed defaults.
+LENGTH_AND_BATCH = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+FEW_HELD_OUT = 500  # fewer choose a checkpoint by their loss
+SMALLEST_BATCH, LARGEST_BATCH = 16, 64
+FRESH_HEAD_MULTIPLIER = 10.0  # it starts at zero, the rest is trained already
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, or trains: its budget, and its learning rate at a width."""
+
+    name: str
+    steps: int
+    epochs: tuple[int, int]  # at least and at most: each ends with an evaluation and a checkpoint
+    learning_rate: float
+    width: int  # above which the rate falls as 1 / width
+    head_multiplier: float = 1.0  # of a fresh classifier
+
+
+STARTS = {
+    "checkpoint": Start("from a checkpoint", 600, (5, 60), 3e-4, 256, FRESH_HEAD_MULTIPLIER),
+    "adapters": Start("adapters", 600, (5, 60), 1e-3, 256, 3.0),
+    "head": Start("the classifier alone", 1500, (20, 100), 1e-2, 10**9),
+    "scratch": Start("from scratch", 2400, (30, 200), 1e-3, 384),
+}
+
+
+def settings_from_data(
+    start: str, images: int, width: int, has_fresh_head: bool, processes: int = 1
+) -> dict[str, tuple[Any, str]]:
+    """By flag the value and the reason, for so many training images and a network of this width."""
+    rule = STARTS[start]
+    batch = min(max(2 ** round(math.log2(images) / 2), SMALLEST_BATCH), LARGEST_BATCH)
+    per_device = max(1, batch // processes)
+    steps_per_epoch = -(-images // (per_device * processes))
+    epochs = min(max(round(rule.steps / steps_per_epoch), rule.epochs[0]), rule.epochs[1])
+    rate = float(f"{rule.learning_rate * min(1.0, rule.width / width):.2g}")
+    among = "" if processes == 1 else f", shared by {processes} processes"
+    found: dict[str, tuple[Any, str]] = {
+        "per_device_train_batch_size": (
+            per_device, f"about the square root of {images:,} images, {SMALLEST_BATCH} to {LARGEST_BATCH}{among}"
+        ),
+        "num_train_epochs": (
+            float(epochs), f"about {rule.steps:,} steps {rule.name}, in {rule.epochs[0]} to {rule.epochs[1]} epochs"
+        ),
+        "learning_rate": (rate, f"{rule.name}, for a width of {width}"),
+    }  # fmt: skip
+    if rule.head_multiplier != 1.0 and has_fresh_head:
+        found["head_learning_rate_multiplier"] = (rule.head_multiplier, "the classifier is new, the encoder is not")
+    return found
+
+
+# --- From what the command starts from --------------------------------------------------------------------------------
+
+
+FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": STARTS["scratch"].learning_rate}
+# Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
+DATA_SETS: dict[str, dict[str, Any]] = {
+    # So small that worker processes would cost time.
+    "digits": {
+        "variant": "Mi/4", "image_size": [8], "num_train_epochs": 40.0, "dataloader_num_workers": 0,
+        "load_best_model_at_end": False,
+    },
+    # A defect is a small part of a cell: most of the cell must stay in view.
+    "elpv": {"variant": "Mi/8", "smallest_area": 0.7, "num_train_epochs": 40.0, "load_best_model_at_end": False},
+}  # fmt: skip
+# A saved model or a config.json has an architecture.
+SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
+FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
+# --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
+HEAD_ALONE = {"smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0}
+ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
+
+
+# --- Published runs: `--recipe NAME` ----------------------------------------------------------------------------------
+
+
+# `--recipe NAME` puts a row between the defaults of the command line and its flags.
+#
+# Every number is from the source that the row names, or is ours. "GV" is github.com/google-research/vision_transformer
+# at c6de1e5, "BV" github.com/google-research/big_vision at 0127fb6, "MAE" github.com/facebookresearch/mae at efb2a80,
+# "SimMIM" github.com/microsoft/SimMIM at d3e29bc. A run that `differs` from the published one may have another result.
+#
+# For all: the "linear" schedule of the TensorFlow code ends at 1e-5 (GV, vit_jax/utils.py), here `polynomial` with
+# `lr_end`. BV's weight decay is relative to the schedule: 1e-4 at a rate of 1e-3 is torch's 0.1. Models of the JAX code
+# have the tanh form of GELU.
 
 
 @dataclass(frozen=True)

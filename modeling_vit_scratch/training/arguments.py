@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The flags of training, and tables of defaults that depend on the command. Imports no torch.
-
-A later one replaces an earlier one: from scratch, the data set, the script, a saved model, a recipe, the command line.
-"""
+"""The flags of training. Imports no torch."""
 
 import ast
 import re
@@ -13,27 +9,8 @@ from typing import Any
 from ..common.errors import Problems
 from ..common.flags import PHOTO_SMALLEST_AREA, FastDecodeFlag, HubFlags, ReadingFlags, SeedFlag, flag
 from ..common.records import license_problem
-from ..distillation.arguments import DistillationFlags
-from ..recipes.from_data import STARTS
+from ..recipes.table import FINE_TUNING, FROM_SCRATCH
 
-
-FROM_SCRATCH: dict[str, Any] = {"variant": "S/16", "learning_rate": STARTS["scratch"].learning_rate}
-# Built-in data sets. The accuracy is that of the last epoch, so that nothing is chosen on the held-out images.
-DATA_SETS: dict[str, dict[str, Any]] = {
-    # So small that worker processes would cost time.
-    "digits": {
-        "variant": "Mi/4", "image_size": [8], "num_train_epochs": 40.0, "dataloader_num_workers": 0,
-        "load_best_model_at_end": False,
-    },
-    # A defect is a small part of a cell: most of the cell must stay in view.
-    "elpv": {"variant": "Mi/8", "smallest_area": 0.7, "num_train_epochs": 40.0, "load_best_model_at_end": False},
-}  # fmt: skip
-# A saved model or a config.json has an architecture.
-SAVED_ARCHITECTURE: dict[str, Any] = {"variant": None, "image_size": None, "patch_size": None}
-FINE_TUNING: dict[str, Any] = {"learning_rate": 1e-4}
-# --freeze encoder: without augmentation an epoch costs next to nothing. --lora_rank: new weights, which start at zero.
-HEAD_ALONE = {"smallest_area": 1.0, "learning_rate": STARTS["head"].learning_rate, "num_train_epochs": 50.0}
-ADAPTERS: dict[str, Any] = {"learning_rate": STARTS["adapters"].learning_rate}
 
 # The variants of `ViTScratchConfig` but for the tests' own; importing them from there would import torch.
 VARIANT_NAMES = (
@@ -97,8 +74,8 @@ class ModelArguments(HubFlags):
 
 
 @dataclass
-class RecipeArguments(DistillationFlags):
-    """Augmentation, loss, learning rates of layers and average of weights: what the Trainer has no flags for."""
+class RecipeArguments:
+    """Augmentation, loss, teacher, learning rates of layers and average of weights: the Trainer has no flags for it."""
 
     recipe: str | None = flag(
         None,
@@ -165,11 +142,52 @@ class RecipeArguments(DistillationFlags):
         "Train low-rank adapters of this rank (LoRA) and the head; merged into plain weights at the end. Example: 8",
         at_least=1,
     )
+    teacher_model: str | None = flag(
+        None,
+        "Learn from this classifier, too: a folder or a Hub id. See `--help all`: --distillation_type.",
+        metavar="MODEL",
+    )
+    distillation_type: str = flag(
+        "soft",
+        "What --teacher_model teaches: soft, its probabilities; hard, its classes; token, its classes to a "
+        "distillation token (DeiT); features, what a linear layer makes of the student's.",
+        choices=("soft", "hard", "token", "features"),
+    )
+    distillation_alpha: float = flag(
+        0.5, "Weight of the teacher in the loss; the labels have the rest.", at_least=0, at_most=1
+    )
+    distillation_tau: float = flag(1.0, "Temperature of soft distillation.", above=0)
 
     message: str | None = field(init=False, default=None)  # for the user, on the recipe
-    # What `recipes.from_data` plans, "" for nothing; and the flags that it may set.
+    # What `recipes.table` plans, "" for nothing; and the flags that it may set.
     plan: str = field(init=False, default="")
     open_flags: frozenset[str] = field(init=False, default=frozenset())
+
+    @property
+    def distills(self) -> bool:
+        return self.teacher_model is not None and self.distillation_alpha > 0
+
+    @property
+    def distillation_flags(self) -> str:
+        """Those that have another value than their default, beside --teacher_model."""
+        names = ("distillation_type", "distillation_alpha", "distillation_tau")
+        return ", ".join(f"--{name}" for name in names if getattr(self, name) != getattr(RecipeArguments, name))
+
+    def check_distillation(self, problems: Problems) -> None:
+        """Adds what does not go together."""
+        kind, how = self.distillation_type, f"--distillation_type {self.distillation_type}"
+        if self.teacher_model is None:
+            if self.distillation_flags:
+                problems.add(f"{self.distillation_flags}: there is no teacher. Add --teacher_model, or leave this out.")
+            return
+        if self.distillation_tau != 1.0 and kind != "soft":
+            problems.add(f"--distillation_tau is for --distillation_type soft, not for {kind}.")
+        if self.loss != "softmax" and kind != "features":
+            problems.add(f"{how} compares probabilities that sum to 1: it needs --loss softmax, not {self.loss}.")
+        if (self.freeze and kind == "token") or (self.freeze == "encoder" and kind == "features"):
+            problems.add(f"{how} trains what --freeze {self.freeze} keeps as it is. Leave one of them out.")
+        if self.lora_rank and kind == "token":
+            problems.add(f"{how} trains a new token, and --lora_rank adapters alone. Leave one of them out.")
 
 
 @dataclass
@@ -285,7 +303,7 @@ class TrainingFlags(ReadingFlags, FastDecodeFlag, SeedFlag):
                 "--loss bce makes a whole class of every probability above 0, and --label_smoothing_factor would put "
                 "all classes there. Keep one of them."
             )
-        recipe.check_distillation(recipe.loss, recipe.freeze, recipe.lora_rank, problems)
+        recipe.check_distillation(problems)
         if recipe.freeze is not None:
             is_layers = recipe.freeze.isdecimal() and int(recipe.freeze) > 0
             if recipe.freeze not in ("encoder", "embeddings") and not is_layers:

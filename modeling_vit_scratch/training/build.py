@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """From arguments to a model, data sets, an objective and the trainer."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from ..acceleration.speed_up import speed_up
@@ -20,18 +22,24 @@ from ..common.errors import InputError
 from ..common.pretrained import default_processor, load_pretrained, loading
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.collation import ImageCollator, MixingCollator, input_size
-from ..data.dataset import Augmentation, ImageClassificationDataset, measured
+from ..data.dataset import Augmentation, FeatureDataset, ImageClassificationDataset, measured
 from ..data.splits import ImageData
 from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stream
-from ..distillation.loss import Distillation, add_distillation_token
-from ..distillation.teacher import Teacher
-from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
-from ..evaluation.probes import build_probe
+from ..distillation.teacher import Distillation, Teacher, add_distillation_token
+from ..evaluation.during_training import build_compute_metrics, build_probe, extract_features, rank_labels
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
-from ..recipes.from_data import FEW_HELD_OUT, settings_from_data
-from .adaptation import adapt, is_temporary, merge_adapters, store_features
-from .arguments import ModelArguments
-from .optimization import ClassificationLoss, MultiLabelLoss, WeightAverage, class_weights, is_head, positive_weights
+from ..recipes.table import FEW_HELD_OUT, settings_from_data
+from .arguments import ModelArguments, RecipeArguments
+from .optimization import (
+    ClassificationLoss,
+    MultiLabelLoss,
+    WeightAverage,
+    class_weights,
+    is_head,
+    is_temporary,
+    layer_number,
+    positive_weights,
+)
 from .progress import add_progress
 from .trainer import ImageTrainer, ImageTrainingArguments
 
@@ -99,7 +107,7 @@ def build_trainer(
 
 
 def set_from_data(arguments: ImageTrainingArguments, data: ImageData, model: PreTrainedModel) -> None:
-    """Sets the flags that the command leaves to the number of images, with a message; see `recipes.from_data`."""
+    """Sets the flags that the command leaves to the number of images, with a message; see `recipes.table`."""
     recipe = arguments.recipe_arguments
     if not recipe.plan or data.num_train is None:
         return
@@ -345,3 +353,88 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.train_set.set_epoch(int(state.epoch or 0))
+
+
+# --- Training a part of a network: frozen layers, low-rank adapters (LoRA), a head on features computed once ----------
+
+
+_ADAPTER = "default"  # peft's name of an adapter, in the names of its weights
+
+
+def adapt(model: PreTrainedModel, recipe: RecipeArguments) -> None:
+    """Freezes what --freeze names, or adds the adapters of --lora_rank. Raises InputError if the flag does not fit."""
+    if recipe.lora_rank is not None:
+        _add_adapters(model, recipe.lora_rank)
+    elif recipe.freeze is not None:
+        freeze, layers = recipe.freeze, model.config.num_hidden_layers
+        last = {"embeddings": 0, "encoder": layers + 1}.get(freeze)
+        last = int(freeze) if last is None else last
+        if freeze != "encoder" and last > layers:
+            raise InputError(f"--freeze {freeze}: the network has {layers} layers. Give that at most, or encoder.")
+        for name, parameter in model.named_parameters():
+            if not is_head(name) and layer_number(name, layers) <= last:
+                parameter.requires_grad_(False)
+        for name, module in model.named_modules():  # what does not learn needs no noise
+            if not is_head(name) and layer_number(f"{name}.", layers) <= last:
+                for attribute in {"p", "rate", "attention_dropout"} & vars(module).keys():
+                    setattr(module, attribute, 0.0)
+
+
+def _add_adapters(model: PreTrainedModel, rank: int) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InputError('--lora_rank needs peft: pip install -e ".[lora]"')
+    from peft import LoraConfig, inject_adapter_in_model  # here: it takes seconds
+
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and ".layers." in name]
+    # Hu et al., arXiv:2106.09685; all linear layers and a scale of 2: Dettmers et al., arXiv:2305.14314.
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), model, _ADAPTER)
+    for name, parameter in model.named_parameters():
+        if is_head(name):
+            parameter.requires_grad_(True)
+
+
+def merge_adapters(model: PreTrainedModel, weights: dict[str, Tensor]) -> ViTScratchForImageClassification:
+    """A network without what is temporary, W + scale B A in place of W, from one that has it and its weights."""
+    plain = {name.replace(".base_layer.", "."): value for name, value in weights.items() if not is_temporary(name)}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            down, up = (weights[f"{name}.lora_{which}.{_ADAPTER}.weight"] for which in "AB")
+            plain[f"{name}.weight"] = plain[f"{name}.weight"] + layer.scaling[_ADAPTER] * (up @ down)
+    merged = ViTScratchForImageClassification(model.config)
+    merged.load_state_dict(plain)
+    return merged
+
+
+class StoredFeatures(ViTScratchModel):
+    """An encoder that also takes its own pooled output, (B, D) in place of pixels, and returns it."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        if pixel_values.ndim != 2:
+            return super().forward(pixel_values, *args, **kwargs)
+        return BaseModelOutputWithPooling(pooler_output=pixel_values.to(self.dtype))
+
+
+def store_features(
+    model: ViTScratchForImageClassification,
+    datasets: tuple[ImageClassificationDataset, ImageClassificationDataset],
+    processor: BaseImageProcessor,
+    arguments: Any,
+) -> tuple[ImageClassificationDataset, ImageClassificationDataset]:
+    """The data sets as features, which a frozen encoder then takes; as they are if a head or flag needs the images."""
+    train, recipe = datasets[0], arguments.recipe_arguments
+    augments = arguments.smallest_area < 1 or recipe.auto_augment or recipe.color_jitter or recipe.random_erasing
+    augments = augments or recipe.mixup or recipe.cutmix or recipe.aug_repeats > 1 or arguments.images_on_device
+    augments = augments or recipe.distills  # a teacher needs the pixels, too
+    is_stored = isinstance(train, ImageClassificationDataset) and not arguments.max_broken_images
+    is_stored = is_stored and model.distillation_classifier is None  # which sees another token
+    if recipe.freeze != "encoder" or augments or not is_stored:
+        return datasets
+    plain = ImageClassificationDataset(train.examples, processor, model.config.num_channels)
+    model.to(arguments.device)
+    size, workers = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers
+    stored = []
+    for images in (plain, datasets[1]):
+        features = extract_features(model, images, size, workers, processor).values
+        stored.append(FeatureDataset(images, torch.from_numpy(features)))
+    model.vit.__class__ = StoredFeatures
+    return tuple(stored)

@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import InputError, Problems
 from ..common.files import MANIFEST, STATE, damage, find_checkpoints, latest_whole, writing_problem
 from ..common.flags import DataArguments, Parser, check_limits, fill, first_look, flag_name, refuse_unknown
-from ..recipes.from_data import LENGTH_AND_BATCH
-from ..recipes.table import RECIPES, Recipe, find_recipe, fit_batch_size, recipe_table
-from .arguments import (
+from ..recipes.table import (
     ADAPTERS,
     DATA_SETS,
     FINE_TUNING,
     FROM_SCRATCH,
     HEAD_ALONE,
-    LAMB,
+    LENGTH_AND_BATCH,
+    RECIPES,
     SAVED_ARCHITECTURE,
-    VARIANT_NAMES,
-    ModelArguments,
-    RecipeArguments,
-    TrainingFlags,
+    Recipe,
+    find_recipe,
+    fit_batch_size,
+    recipe_table,
 )
+from .arguments import LAMB, VARIANT_NAMES, ModelArguments, RecipeArguments, TrainingFlags
 
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _set_defaults(
 def _plan(
     argv: list[str], script: Script, source: str, given: argparse.Namespace, defaults: dict[str, Any], optimizer: str
 ) -> tuple[str, frozenset[str]]:
-    """What `recipes.from_data` is to plan, and the flags that the command leaves to it."""
+    """What `recipes.table` is to plan, and the flags that the command leaves to it."""
     named = {flag_name(word)[2:] for word in argv if word.startswith("--")} | defaults.keys()
     named |= DATA_SETS.get(source, {}).keys()
     if script is not FINETUNE or given.recipe or "adam" not in optimizer or named & {*LENGTH_AND_BATCH}:
@@ -357,7 +357,7 @@ def _build_training_arguments(
     """The arguments of the Trainer. If it refuses the values, raises InputError with all problems."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    from ..augmentation.auto_augment import auto_augment
+    from ..augmentation.photo import auto_augment
     from ..hub.commit import check_can_publish
     from .trainer import ImageTrainingArguments
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from ..common.errors import InputError
+from ..distillation.teacher import PROJECTION
 
 
 class ClassificationLoss:
@@ -149,6 +150,11 @@ def is_head(name: str) -> bool:
     return name.startswith(("classifier.", "distillation_classifier."))
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a weight serves training alone: of an adapter, or of the projection that a teacher's features need."""
+    return ".lora_" in name or name.startswith(PROJECTION)
+
+
 def layer_number(name: str, num_layers: int) -> int:
     """As in BEiT (Bao et al., arXiv:2106.08254) and MAE: 0 for embeddings, 1 to L for layers, L + 1 after them."""
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
@@ -200,6 +206,18 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     lines = [f"{'parameters':<18}{'learning rate':>14}{f'decay {decay:g}':>16}{'no decay':>12}"]
     lines += [f"{layer:<18}{rate:>14.3g}{row[True]:>16,}{row[False]:>12,}" for (layer, rate), row in rows.items()]
     return "\n".join(lines)
+
+
+def describe_trained(model: PreTrainedModel, optimizer_states: int) -> str | None:
+    """How many parameters are trained, and what that saves; None if all are."""
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if trained == total:
+        return None
+    here, all_of_them = (4 * (1 + optimizer_states) * count / 1e6 for count in (trained, total))  # in float32
+    return (
+        f"Trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %); their gradients and optimizer "
+        f"states take {here:,.1f} MB, those of all {all_of_them:,.1f} MB."
+    )
 
 
 class Lamb(torch.optim.Optimizer):

@@ -29,21 +29,26 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from ..augmentation.fewer_tokens import FewerTokens
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
-from ..common.flags import flag
+from ..common.flags import available_cores, flag
 from ..common.processes import Processes, has_lost_contact
 from ..common.records import git_commit
-from ..common.workers import available_cores, lost_worker
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
-from ..distillation.loss import Distillation
+from ..distillation.teacher import Distillation
+from ..hub.commit import HubPusher, link_folder
 from ..hub.contents import shareable
-from ..hub.pushing import HubPusher, link_folder
 from ..image_decoding_vit_scratch import ImageDecodeError
-from .adaptation import describe_trained
 from .arguments import LAMB, RecipeArguments, TrainingFlags
-from .optimization import Lamb, WeightAverage, decay_parameter_names, describe_groups, parameter_groups
+from .optimization import (
+    Lamb,
+    WeightAverage,
+    decay_parameter_names,
+    describe_groups,
+    describe_trained,
+    parameter_groups,
+)
 from .safety import BestCheckpoint, EarlyEnd, RunFolder, SaveOnSignal, StepGuard, check_same_model
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws with matplotlib, an extra; in viridis and magma, which read the same in grey and to the colour-blind."""
 
-import importlib.util
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ from PIL import Image
 
 from ..common.errors import InputError
 from ..common.files import writing_problem
-from ..data.dataset import StoredImage
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
 
 
 STYLE = {
@@ -22,7 +19,6 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.08, "svg.hashsalt": "vit",  # the same names in the file every time
 }  # fmt: skip
 CAPTION_POINTS = 7.5
-MAX_PAIRS_IN_SHEET = 24
 TITLES = {
     "filters": "Patch embedding filters: principal components",
     "positions": "Position embedding similarity",
@@ -140,16 +136,3 @@ def draw_grid(grid: Any, title: str, file: Path, titles: list[list[str]] | None 
                 axes[row, column].set_title("as it is" if column == 0 else f"epoch {column}", fontsize=8)
 
     save_figure(draw, (size * columns, size * rows + 0.6), file)
-
-
-def draw_near_copies(pairs: list[tuple[StoredImage, StoredImage]], folder: str) -> list[str]:
-    """Draws held-out images beside the training images that they look like, if there are any. A line for the user."""
-    if not pairs or importlib.util.find_spec("matplotlib") is None:
-        return []
-    decoder, shown, file = ViTScratchImageProcessor(), pairs[:MAX_PAIRS_IN_SHEET], Path(folder, "near_copies.png")
-    grid = [[np.asarray(image.decode(decoder)) for image in pair] for pair in shown]
-    titles = [
-        [f"{part}: {Path(image.name).name}" for part, image in zip(("held out", "training"), pair)] for pair in shown
-    ]
-    draw_grid(grid, f"{len(shown)} of {len(pairs)} near copies", file, titles)
-    return [f"Look at the near copies: {file}"]

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from modeling_vit_scratch.checkpoint.conversion import load_checkpoint, save_checkpoint
-from modeling_vit_scratch.checkpoint.files import shortlist
 from modeling_vit_scratch.checkpoint.formats import FORMATS, NATIVE
-from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.common.errors import InputError, listed
 from modeling_vit_scratch.common.files import share
 from modeling_vit_scratch.modeling_vit_scratch import (
     ViTScratchForImageClassification,
@@ -26,10 +25,9 @@ def _check_output(source: str | os.PathLike, output: Path, overwrite: bool) -> N
             raise InputError(f"{output} is, holds or is part of {source}, which is read. Give another name.")
     names = sorted(os.listdir(output)) if output.is_dir() else []
     if not overwrite and (names or output.is_file()):
-        listed = f", with {shortlist(names, 8)}" if names else ""
+        some = f", with {listed(names, 8)}" if names else ""
         raise InputError(
-            f"{output} is there already{listed}. Give another name, or --overwrite to write over what has the same"
-            " names."
+            f"{output} is there already{some}. Give another name, or --overwrite to write over what has the same names."
         )
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from evaluating.label_issues import label_quality, out_of_fold
 from modeling_vit_scratch import ViTScratchForImageClassification
 from modeling_vit_scratch.common.errors import Problems
 from modeling_vit_scratch.common.flags import DataArguments
@@ -20,8 +24,7 @@ from modeling_vit_scratch.common.records import digests, provenance
 from modeling_vit_scratch.data.dataset import ImageClassificationDataset
 from modeling_vit_scratch.data.sources import read_source
 from modeling_vit_scratch.data.splits import read_split
-from modeling_vit_scratch.evaluation.label_issues import label_quality, out_of_fold
-from modeling_vit_scratch.evaluation.probes import Features, extract_features
+from modeling_vit_scratch.evaluation.during_training import Features, extract_features
 
 
 SHARE, SEEDS = 0.05, (0, 1, 2)

@@ -12,7 +12,7 @@ from modeling_vit_scratch.cards.values import PRETRAINED, SCRATCH
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.common.flags import BUILT_IN
 from modeling_vit_scratch.data.sources import FILE_READERS
-from modeling_vit_scratch.recipes.from_data import LENGTH_AND_BATCH
+from modeling_vit_scratch.recipes.table import LENGTH_AND_BATCH
 from modeling_vit_scratch.training.arguments import ModelArguments, TrainingFlags
 from modeling_vit_scratch.training.build import load_encoder
 from modeling_vit_scratch.training.command_line import parse_arguments

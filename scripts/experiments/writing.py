@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modeling_vit_scratch.cards.rendering import render
-from modeling_vit_scratch.cards.values import transfer_values
+from modeling_vit_scratch.cards.values import render, transfer_values
 from modeling_vit_scratch.common.files import write_text
 
 

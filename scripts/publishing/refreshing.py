@@ -18,7 +18,8 @@ from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.common.files import write_text
 from modeling_vit_scratch.configuration_vit_scratch import AUTO_MAP, CODE_VERSION
 from modeling_vit_scratch.hub.commit import commit, find_model, prepare
-from modeling_vit_scratch.hub.contents import CODE, Upload, changed_code
+from modeling_vit_scratch.hub.contents import CODE, Upload
+from publishing.checks import changed_code
 
 
 # The two versions of the code may round otherwise.

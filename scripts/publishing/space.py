@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 
 from modeling_vit_scratch.common.errors import InputError
 from modeling_vit_scratch.hub.commit import PAGE, ConnectionLost, find_model
-from modeling_vit_scratch.hub.contents import Upload, check_model
+from modeling_vit_scratch.hub.contents import Upload
+from publishing.checks import check_model
 
 
 _PAGE = Path(find_spec("modeling_vit_scratch").origin).parent / "page"

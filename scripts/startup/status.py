@@ -7,8 +7,13 @@ import signal
 import sys
 from collections.abc import Callable
 
-from modeling_vit_scratch.common.errors import InputError, TrainingStopped, on_screen, without_worker_traceback
-from modeling_vit_scratch.common.workers import lost_worker
+from modeling_vit_scratch.common.errors import (
+    InputError,
+    TrainingStopped,
+    lost_worker,
+    on_screen,
+    without_worker_traceback,
+)
 
 
 # A full disk, a full quota, or a limit on the size of a file (ulimit -f).

@@ -13,14 +13,14 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..common.errors import InputError
-from ..configuration_vit_scratch import ViTScratchConfig
-from ..image_processing_vit_scratch import ViTScratchImageProcessor
-from ..visualization.figures import draw_grid
-from .arguments import EvaluationArguments
-from .data import EvaluationData
-from .predictions import Predictions
-from .probes import Features
+from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.configuration_vit_scratch import ViTScratchConfig
+from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+from modeling_vit_scratch.evaluation.data import EvaluationData
+from modeling_vit_scratch.evaluation.during_training import Features
+from modeling_vit_scratch.evaluation.predictions import Predictions
+from modeling_vit_scratch.image_processing_vit_scratch import ViTScratchImageProcessor
+from modeling_vit_scratch.visualization.figures import draw_grid
 
 
 FOLDS, L2 = 5, 100.0

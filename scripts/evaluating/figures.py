@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.collation import Normalize
-from ..data.dataset import ImageClassificationDataset
-from ..modeling_vit_scratch import ViTScratchForImageClassification
-from ..visualization.arrays import as_pixels, rollout_maps
-from ..visualization.figures import lit
-from .data import EvaluationData
-from .metrics import value_of
-from .report import EXAMPLES_FIGURE, Report
+from modeling_vit_scratch.data.collation import Normalize
+from modeling_vit_scratch.data.dataset import ImageClassificationDataset
+from modeling_vit_scratch.evaluation.data import EvaluationData
+from modeling_vit_scratch.evaluation.metrics import value_of
+from modeling_vit_scratch.evaluation.report import EXAMPLES_FIGURE, Report
+from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
+from modeling_vit_scratch.visualization.arrays import as_pixels, rollout_maps
+from modeling_vit_scratch.visualization.figures import lit
 
 
 # Blue and orange of Okabe and Ito, which colour-blind people can tell apart.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.files import write_text
-from ..common.records import provenance, title_of
-from .arguments import EvaluationArguments
-from .compute_metrics import regression_scores
-from .data import EvaluationData
-from .predictions import Predictions
+from modeling_vit_scratch.common.files import write_text
+from modeling_vit_scratch.common.records import provenance, title_of
+from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
+from modeling_vit_scratch.evaluation.data import EvaluationData
+from modeling_vit_scratch.evaluation.during_training import regression_scores
+from modeling_vit_scratch.evaluation.predictions import Predictions
 
 
 def write_regression(data: EvaluationData, predictions: Predictions, arguments: EvaluationArguments) -> str:
