@@ -28,6 +28,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from ..acceleration.speed_up import precision_advice
 from ..augmentation.fewer_tokens import FewerTokens
 from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
 from ..common.files import STATE, read_manifest
@@ -186,7 +187,8 @@ class ImageTrainer(TrainerOverrides, Trainer):
         recipe = self.args.recipe_arguments.message
         trained = describe_trained(self.model, _OPTIMIZER_STATES.get(self.args.optimizer_name, 0))
         parts = [self.pusher.describe(), recipe, self.describe_sharding(), self.describe_augmentation(), trained]
-        parts += [self.distillation and self.distillation.describe()]
+        half = precision_advice(self.args.device, self.args.bf16 or self.args.fp16, "--bf16 True")
+        parts += [self.distillation and self.distillation.describe(), half]
         return [*filter(None, parts), describe_groups(self._parameter_groups())]
 
     def describe_sharding(self) -> str | None:
