@@ -16,11 +16,8 @@ from transformers import EvalPrediction
 from modeling_vit_scratch.cards.run_record import build_record, result_message, write_record
 from modeling_vit_scratch.common import records as provenance_module
 from modeling_vit_scratch.common.records import command_line, git_commit
-from modeling_vit_scratch.evaluation.compute_metrics import (
-    ImageClassificationMetric,
-    build_compute_metrics,
-    rank_labels,
-)
+from modeling_vit_scratch.evaluation.classification_metric import ImageClassificationMetric
+from modeling_vit_scratch.evaluation.compute_metrics import build_compute_metrics, rank_labels
 from modeling_vit_scratch.training.arguments import ModelArguments
 
 
@@ -65,6 +62,16 @@ def test_in_batches_and_at_once_and_twice():
         assert compute(EvalPrediction(ranked, labels)) == expected
     assert compute(EvalPrediction(torch.tensor(ranked[:1]), torch.tensor(labels[:1])), compute_result=False) == {}
     assert compute(EvalPrediction(torch.tensor(ranked[1:]), torch.tensor(labels[1:])), compute_result=True) == expected
+
+
+@pytest.mark.parametrize(("num_labels", "is_multi_label"), [(3, False), (6, False), (3, True)])
+def test_the_names_that_are_known_before_training_are_those_of_the_scores(num_labels, is_multi_label):
+    compute = build_compute_metrics(num_labels, is_multi_label)
+    names = set(compute.names)
+    labels = np.eye(num_labels, dtype=np.float32)
+    ranked = labels if is_multi_label else np.tile(np.arange(5), (num_labels, 1))
+    scores = compute(EvalPrediction(ranked, labels if is_multi_label else np.arange(num_labels)))
+    assert names == set(scores) - {"images"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..common.flags import HubFlags, LabelFlags, Parser, ReadingFlags, SeedFlag,
 
 # Images in a row of the figure.
 MAX_EXAMPLES = 8
+TOP_K = 5  # of top-5 accuracy
 # --help: the groups of the flags, in their order.
 GROUPS = {
     "most used": (

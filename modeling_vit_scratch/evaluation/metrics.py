@@ -15,7 +15,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn import metrics
 
 from ..common.records import NUM_BINS
-from .compute_metrics import TOP_K
+from .arguments import TOP_K
 
 
 # A probability below this counts as this in a logarithm: the smallest normal float64.
@@ -306,3 +306,27 @@ def confusion(values: np.ndarray, labels: np.ndarray, threshold: float = 0.5) ->
     if labels.ndim == 2:
         return metrics.multilabel_confusion_matrix(labels, given)
     return metrics.confusion_matrix(labels, given, labels=range(values.shape[1]))
+
+
+def regression_scores(values: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """RMSE, MAE and R2 of numbers (N,)."""
+    measures = {"rmse": metrics.root_mean_squared_error, "mae": metrics.mean_absolute_error}
+    measures |= {"r2": metrics.r2_score} if len(targets) > 1 else {}
+    return {name: float(measure(targets, values)) for name, measure in measures.items()}
+
+
+def multi_label_scores(values: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> dict[str, float]:
+    """
+    Mean average precision (over labels that an image has), F1 (macro and samples: over labels or images with a label or
+    an answer), and exact match: of logits or probabilities, labels and answers (N, K); 0 where there is none.
+    """
+    present, mean = labels.any(axis=0), 0.0
+    if present.any():
+        mean = metrics.average_precision_score(labels[:, present], values[:, present], average="macro")
+    scores = {"mean_average_precision": float(mean)}
+    for average in ("micro", "macro", "samples"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty mean
+            value = metrics.f1_score(labels, answers, average=average, zero_division=np.nan)
+        scores[f"{average}_f1"] = float(np.nan_to_num(value))
+    return scores | {"exact_match": float((labels == answers).all(axis=1).mean())}

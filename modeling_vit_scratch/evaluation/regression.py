@@ -10,8 +10,8 @@ import numpy as np
 from ..common.files import write_text
 from ..common.records import provenance, title_of
 from .arguments import EvaluationArguments
-from .compute_metrics import regression_scores
 from .data import EvaluationData
+from .metrics import regression_scores
 from .predictions import Predictions
 
 

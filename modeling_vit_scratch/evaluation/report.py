@@ -22,8 +22,8 @@ from ..common.records import NUM_BINS, digests, format_score, interval_of, prove
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..data.sources import listed
 from ..modeling_vit_scratch import ViTScratchForImageClassification
+from . import metrics
 from .arguments import EvaluationArguments
-from .compute_metrics import multi_label_scores
 from .data import EvaluationData
 from .metrics import answers, confidences, confusion, per_class, probabilities, reliability, score, value_of
 from .predictions import MULTI_LABEL, Predictions
@@ -92,7 +92,7 @@ def build_report(
                 probabilities(predictions.logits[fitted_rows], temperature, True), labels[fitted_rows]
             )
             values, others = probabilities(predictions.logits[rows], temperature, True), labels[rows]
-            scores = [multi_label_scores(values, others, values >= one)["macro_f1"] for one in (threshold, own)]
+            scores = [metrics.multi_label_scores(values, others, values >= one)["macro_f1"] for one in (threshold, own)]
             calibration |= {"label_thresholds": own, "macro_f1_at_one_threshold": scores[0], "macro_f1": scores[1]}
         description += f"; the half of them that the temperature was not fitted to, chosen with seed {seed}"
     results, labels, logits = score_at(temperature), labels[rows], predictions.logits[rows]

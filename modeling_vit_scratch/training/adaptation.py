@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..common.errors import InputError
 from ..data.dataset import ImageClassificationDataset
 from ..distillation.loss import PROJECTION
-from ..evaluation.probes import extract_features
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel
 from .arguments import RecipeArguments
 from .optimization import is_head, layer_number
@@ -128,6 +127,8 @@ def store_features(
     is_stored = is_stored and model.distillation_classifier is None  # which sees another token
     if recipe.freeze != "encoder" or augments or not is_stored:
         return datasets
+    from ..evaluation.probes import extract_features  # imports much of scikit-learn
+
     plain = ImageClassificationDataset(train.examples, processor, model.config.num_channels)
     model.to(arguments.device)
     size, workers = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers

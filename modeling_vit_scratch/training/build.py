@@ -26,7 +26,6 @@ from ..data.streams import ImageStream, StreamBatches, StreamDataset, check_stre
 from ..distillation.loss import Distillation, add_distillation_token
 from ..distillation.teacher import Teacher
 from ..evaluation.compute_metrics import build_compute_metrics, rank_labels
-from ..evaluation.probes import build_probe
 from ..modeling_vit_scratch import ViTScratchForImageClassification, ViTScratchModel, ViTScratchPreTrainedModel
 from ..recipes.from_data import FEW_HELD_OUT, settings_from_data
 from .adaptation import adapt, is_temporary, merge_adapters, store_features
@@ -94,6 +93,8 @@ def build_trainer(
     logging.disable_progress_bar()  # the bar of each checkpoint that is written, not the training bar
     add_progress(trainer)
     if arguments.probe:
+        from ..evaluation.probes import build_probe  # imports much of scikit-learn
+
         trainer.add_callback(build_probe(trainer, data))
     return trainer
 

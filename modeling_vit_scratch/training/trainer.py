@@ -380,11 +380,14 @@ class ImageTrainer(TrainerOverrides, Trainer):
         images = Subset(self.eval_dataset, range(min(len(self.eval_dataset), size * arguments.world_size)))
         generator = torch.Generator()  # of its own: the loader draws a seed
         first = DataLoader(images, size, collate_fn=self.data_collator, generator=generator)
-        callbacks, handler.callbacks = handler.callbacks, []
+        callbacks, handler.callbacks, compute = handler.callbacks, [], self.compute_metrics
+        known = getattr(compute, "names", ())
+        self.compute_metrics = None if known else compute  # what computes them need not be imported before training
         try:
             metrics = self.evaluation_loop(self.accelerator.prepare_data_loader(first), "Evaluation").metrics
         finally:
-            handler.callbacks = callbacks
+            handler.callbacks, self.compute_metrics = callbacks, compute
+        metrics = [*metrics, *(f"eval_{name}" for name in known)]
         name = arguments.metric_for_best_model
         if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
             names = ", ".join(key.removeprefix("eval_") for key in metrics if key != "eval_images")
