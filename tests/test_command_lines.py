@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_images import ROOT
+from tiny_images import ROOT, class_folders
 
 from modeling_vit_scratch import VARIANTS
 from modeling_vit_scratch.checkpoint.formats import FORMATS
@@ -161,6 +161,50 @@ print("whole")
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["whole"], done.stderr
+
+
+# Runs a script up to the first batch of its network (in training, the first step), and says what it has imported.
+TO_THE_FIRST_BATCH = """
+import gc, json, os, runpy, sys
+import torch
+def stop(module, inputs):
+    if type(module).__name__ == "ViTScratchForImageClassification" and module.training == ("finetune" in sys.argv[0]):
+        print(json.dumps([gc.isenabled(), gc.get_freeze_count(), sorted(sys.modules)]), flush=True)
+        os._exit(0)
+torch.nn.modules.module.register_module_forward_pre_hook(stop)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "needless"),
+    [
+        (
+            "finetune",
+            ["--train_dir", "{images}", "--variant", "test/4", "--image_size", "16", "--output_dir", "{out}"],
+            {"matplotlib"},
+        ),
+        (
+            "predict",
+            [str(ROOT / "model_cards" / "vit-tiny-imagenet"), "{images}", "--output", "{out}.csv"],
+            {"datasets", "evaluate", "matplotlib", "pandas", "peft", "sklearn", "transformers.trainer"},
+        ),
+    ],
+)
+def test_until_its_first_batch_a_run_imports_what_it_needs_and_freezes_it(script, words, needless, tmp_path):
+    class_folders(tmp_path / "images")
+    words = [word.format(images=tmp_path / "images", out=tmp_path / "out") for word in words]
+    command = [sys.executable, "-c", TO_THE_FIRST_BATCH, str(ROOT / "scripts" / f"{script}.py"), *words]
+    done = subprocess.run(
+        [*command, "--dataloader_num_workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    collects, frozen, modules = json.loads(done.stdout.splitlines()[-1])
+    assert not needless & set(modules)
+    assert collects
+    assert frozen > 100_000  # objects of torch and transformers, which no collection looks at again
 
 
 def test_every_script_reads_its_command_line_first():

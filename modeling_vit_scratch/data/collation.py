@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
-from transformers import TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_vit_scratch import ViTScratchConfig
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments  # imports peft and more, which a prediction does without
 
 
 # Keeps these random numbers apart from others with the same seed and epoch.
@@ -195,7 +198,7 @@ def input_size(processor: BaseImageProcessor, config: ViTScratchConfig) -> tuple
 
 
 def process_loader(
-    dataset: Dataset, arguments: TrainingArguments, collator: Callable[..., Any], batches: Sampler[list] | None
+    dataset: Dataset, arguments: "TrainingArguments", collator: Callable[..., Any], batches: Sampler[list] | None
 ) -> DataLoader:
     """The loader of one process: of the `batches` of a stream or, without, by these samplers."""
     batching: dict[str, Any] = {"batch_sampler": batches}

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 from transformers.utils.hub import cached_file
 
 from ..common.errors import InputError
@@ -212,5 +211,7 @@ def hold_out_by_seed(labels: list[int], fraction: float, seed: int) -> list[int]
     count = max(int(np.ceil(fraction * len(labels))), len(set(labels)))
     if min(np.unique(labels, return_counts=True)[1]) < 2 or count > len(labels) - len(set(labels)):
         return []
+    from sklearn.model_selection import train_test_split
+
     _, held = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
     return sorted(held.tolist())

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import datasets
 from PIL import Image
 
 from ..common.errors import InputError, Problems
@@ -205,8 +204,8 @@ def find_column(
     if named is not None:
         problems.add(f"{flag} {named}: the {split} split has no such column. Its columns: {listing}.")
         return None
-    is_right = is_class_label if kind == "label" else lambda feature: isinstance(feature, datasets.Image)
-    candidates = [column for column, feature in features.items() if is_right(feature)]
+    is_right = is_class_label if kind == "label" else lambda feature: isinstance(feature, _datasets().Image)
+    candidates = [column for column, feature in features.items() if feature is not None and is_right(feature)]
     candidates = candidates or [column for column in features if column.lower() in USUAL_NAMES[kind]]
     if len(candidates) == 1:
         return candidates[0]
@@ -226,16 +225,23 @@ def image_column_of(table: str, named: str | None, features: Mapping[str, Any]) 
 
 def is_class_label(feature: Any) -> bool:
     """Whether a column of this type holds a `ClassLabel`, or a list of them."""
-    return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
+    return isinstance(getattr(feature, "feature", feature), _datasets().ClassLabel)
 
 
 def is_label_list(feature: Any) -> bool:
     """Whether a column of this type holds lists of names or whole numbers."""
+    datasets = _datasets()
     if not isinstance(feature, datasets.List | datasets.LargeList):
         return False
     inner = feature.feature
     is_value = isinstance(inner, datasets.Value) and ("string" in inner.dtype or "int" in inner.dtype)
     return is_value or isinstance(inner, datasets.ClassLabel)
+
+
+def _datasets() -> Any:
+    import datasets  # not before it is needed: it imports pandas, and a prediction of files has no columns
+
+    return datasets
 
 
 def split_labels(text: str | None, separator: str) -> list[str]:

@@ -11,9 +11,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 import psutil
 import pyarrow
@@ -27,11 +26,13 @@ from ..common.flags import BUILT_IN, DataArguments
 from ..data import listing
 from ..data.collation import prepare_workers
 from ..data.listing import Item, image_column_of
-from ..data.sources import read_source
 from ..image_decoding_vit_scratch import ImageDecodeError
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
 from .arguments import PredictionArguments
 
+
+if TYPE_CHECKING:
+    import datasets  # which imports pandas: needed for tables alone
 
 MAX_BYTES = 1 << 30  # of an encoded image in a shard or a table
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -128,6 +129,8 @@ class Inputs:
 
     def _parquet(self, path: str) -> tuple[pyarrow.parquet.ParquetFile, str]:
         if path not in self._tables:
+            import datasets
+
             try:
                 file = pyarrow.parquet.ParquetFile(path, memory_map=True)
                 features = datasets.Features.from_arrow_schema(file.schema_arrow)
@@ -155,15 +158,21 @@ class Inputs:
                 reason = f"row group {group} can't be read: {_first_line(error)}"
                 yield from (ValueError(reason) for _ in range(max(row, first), end))
 
-    def _hub(self, name: str) -> tuple[datasets.Dataset, str]:
+    def _hub(self, name: str) -> "tuple[datasets.Dataset, str]":
         if name not in self._tables:
+            import datasets
+
             table = self._load(name)
             column = image_column_of(name, self._arguments.image_column_name, table.features)
             table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
             self._tables[name] = table, column
         return self._tables[name]
 
-    def _load(self, name: str) -> datasets.Dataset:
+    def _load(self, name: str) -> "datasets.Dataset":
+        import datasets
+
+        from ..data.sources import read_source
+
         options, problems = self._arguments, Problems()
         if name in BUILT_IN:
             source = read_source(DataArguments(dataset_name=name), options.cache_dir, problems)

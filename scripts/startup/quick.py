@@ -19,6 +19,7 @@ with the package's modules alone, and imports the package itself when it knows w
 """
 
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
@@ -55,10 +56,16 @@ _keep_freed_memory()
 @contextmanager
 def before_torch() -> Iterator[None]:
     """Modules of the package that are imported in here come without its __init__, which runs at the end."""
-    yield
-    package = sys.modules[PACKAGE]
-    if not hasattr(package, "__version__"):
-        package.__spec__.loader.exec_module(package)
+    # Imports make 400,000 objects that stay. To look for garbage among them time and again is a fifth of a start.
+    gc.disable()
+    try:
+        yield
+        package = sys.modules[PACKAGE]
+        if not hasattr(package, "__version__"):
+            package.__spec__.loader.exec_module(package)
+            gc.freeze()  # nor later; and processes that are forked for reading go on sharing their memory
+    finally:
+        gc.enable()
 
 
 if PACKAGE not in sys.modules:  # lets its modules be imported without its __init__
