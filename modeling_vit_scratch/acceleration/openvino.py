@@ -5,6 +5,7 @@ so this is for many images, or for a server.
 """
 
 import copy
+import functools
 import importlib.util
 import threading
 import warnings
@@ -95,7 +96,7 @@ class _Outputs(nn.Module):
 
 
 def _compile(outputs: nn.Module, image_shape: tuple[int, int, int], precision: str, threads: int, streams: int):
-    from openvino import Core, PartialShape
+    from openvino import PartialShape
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -105,7 +106,7 @@ def _compile(outputs: nn.Module, image_shape: tuple[int, int, int], precision: s
         warnings.simplefilter("ignore")  # of the tracer, on sizes, which are fixed here: what comes out is compared
         # What openvino.convert_model does, but for the message about it that it sends to its makers.
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(outputs, example_input=torch.zeros(2, *image_shape))
+        decoder = TorchScriptPythonDecoder(outputs, example_input=torch.zeros(2, *image_shape), shared_memory=False)
         program = frontend.convert(frontend.load(decoder))
         program.reshape(PartialShape([-1, *image_shape]))
     settings = {
@@ -114,4 +115,12 @@ def _compile(outputs: nn.Module, image_shape: tuple[int, int, int], precision: s
         "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,  # several processes would be tied to the same cores
     }
-    return Core().compile_model(program, "CPU", settings)
+    return _core().compile_model(program, "CPU", settings)
+
+
+@functools.cache
+def _core():
+    """One for the process: each brings a stack for signals, and of two, the one that ends first leaves a dead one."""
+    from openvino import Core
+
+    return Core()
