@@ -83,7 +83,7 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
     try:
         viewer = load(source, trust_remote_code, revision)
         speed_up(viewer.model)
-        return viewer
+        return take_openvino(viewer)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip()
     try:
@@ -93,7 +93,28 @@ def open_viewer(source: str, revision: str, trust_remote_code: bool) -> Any:
         raise InputError(message) from error
     if not getattr(model, "num_labels", 0) or not hasattr(model, "classifier"):
         raise InputError(f"The model {source} has no trained classifier. Train one with scripts/finetune.py.")
-    return Viewer(speed_up(model), processor, Path(source).name or source)
+    return take_openvino(Viewer(speed_up(model), processor, Path(source).name or source))
+
+
+def take_openvino(viewer: Any) -> Any:
+    """Lets OpenVINO compute the scores of photos without maps, where it is installed and all photos get one size."""
+    import torch
+    from PIL import Image
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    from modeling_vit_scratch.acceleration.openvino import Program, is_installed
+    from modeling_vit_scratch.common.errors import InputError
+
+    if is_installed():
+        photos = [Image.new("RGB", size) for size in ((300, 200), (200, 300))]
+        try:
+            shapes = [viewer.processor(images=[one], return_tensors="pt")["pixel_values"].shape[1:] for one in photos]
+            if shapes[0] == shapes[1]:
+                program = Program(viewer.model, tuple(shapes[0]), False, torch.get_num_threads())
+                viewer.scorer = lambda pixel_values: ImageClassifierOutput(logits=program(pixel_values)[0])
+        except (InputError, ValueError) as error:
+            print(f"torch computes all scores: {error}")
+    return viewer
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ Measures how fast this library is beside what one would use without it, on this 
 `finetune`: whole runs of finetune.py's trainer. `prediction`: what predict.py does once its model is loaded. `packing`:
 without padding. `loading`: until there is a model, in fresh processes. `soak`: predict.py and finetune.py. `inference`,
 `training`: the same weights in everybody's implementation, where it is installed (timm, torchvision and vit-pytorch in
-an environment of their own: see README); the logits must be equal before anything is timed. On a GPU: --dtype bfloat16
---compile --batch_size 256 --profile. Ways that are compared take turns, round by round; the table has medians over the
-rounds, and the ratio of each way to ours within a round, with its quartiles. All numbers, with the hardware, the
-versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
+an environment of their own: see README); the logits must be equal before anything is timed; on a CPU
+`inference` has OpenVINO and ONNX Runtime beside them, which convert the model in their first step. On a GPU:
+--dtype bfloat16 --compile --batch_size 256 --profile. Ways that are compared take turns, round by round; the table has
+medians over the rounds, and the ratio of each way to ours within a round, with its quartiles. All numbers, with the
+hardware, the versions and the command, go into OUTPUT_DIR/TASK.json, and a picture beside it.
 """
 
 import importlib.util

@@ -391,3 +391,18 @@ def test_a_soak_s_commands_are_known_to_their_scripts(photos, tmp_path):
         line = lines[name]
         assert line[1] == str(tmp_path / "scripts" / name)
         parse(line[2:])
+
+
+def test_programs_that_people_deploy_compute_our_logits():
+    pytest.importorskip("openvino")
+    for dtype, tolerance in (("float32", {"OpenVINO": 1e-5, "ONNX Runtime": 1e-5}), ("bfloat16", {"OpenVINO": 0.03})):
+        benchmark = ModelBenchmark("inference", "test/4", 16, dtype, num_labels=5, peers=())
+        models, missing = benchmark.models()
+        assert set(tolerance) <= {*models, *missing}
+        if dtype == "bfloat16":
+            assert missing["ONNX Runtime"] == "it computes in float32 here, not in bfloat16"
+        steps = benchmark.ways(models, 3)
+        expected = steps[OURS]().float()
+        for name, allowed in tolerance.items():
+            if name in steps:
+                assert (steps[name]().float() - expected).abs().max() < allowed * expected.abs().max()

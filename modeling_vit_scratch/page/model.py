@@ -40,6 +40,7 @@ class Viewer:
         with contextlib.suppress(ValueError, AttributeError):  # of models without attention
             model.set_attn_implementation("eager")  # the one that every model of transformers gives weights of
         self.pipeline = pipeline("image-classification", model=model, image_processor=processor)
+        self.scorer = self.model  # or something faster with the same logits, for photos without maps
         self.is_probability = self.config.problem_type != "regression"
 
     def read(self, file: str, name: str) -> Image.Image:
@@ -101,7 +102,8 @@ class Viewer:
         """`pixel_values` of the photo, and the model's outputs."""
         try:
             pixel_values = self.processor(images=[image], return_tensors="pt")["pixel_values"]
-            return pixel_values, self.model(pixel_values.to(self.model.device, self.model.dtype), **options)
+            run = self.model if options else self.scorer
+            return pixel_values, run(pixel_values.to(self.model.device, self.model.dtype), **options)
         except (ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise PhotoError(f"{name}: the model can't take this photo. {reason}") from error

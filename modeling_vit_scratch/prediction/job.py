@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,9 +51,10 @@ class Job:
         self._lock: IO[str] | None = None
 
     def start(
-        self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool, inputs: Iterable[str] = ()
-    ) -> bool:
-        """Lists all images, and begins the job or, with the same `settings`, continues it; whether it was there."""
+        self, items: Iterable[Item], settings: dict[str, Any], overwrite: bool, inputs: Iterable[str] = (),
+        backend: Callable[[int], str] = lambda count: "torch",
+    ) -> bool:  # fmt: skip
+        """Begins the job or, with the same settings, continues it; whether it was there. `backend` takes the count."""
         if not self.settings() and not overwrite:
             for path in filter(os.path.exists, (self.output, self.errors)):
                 raise InputError(f"--output {self.output}: {path} is there already. Give --overwrite to replace it, or "
@@ -69,6 +70,7 @@ class Job:
             self.count, digest, stamps = self._write_items(listed, items)
             if not self.count:
                 raise InputError("The inputs have no images in them.")
+            settings = {**settings, "backend": backend(self.count)}
         except BaseException:
             listed.unlink(missing_ok=True)
             self._remove_if_empty()

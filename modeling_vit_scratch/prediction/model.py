@@ -2,13 +2,16 @@
 """The model of a prediction: pixels to scores and embeddings, and the fingerprint of its weights and settings."""
 
 import json
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ..acceleration.openvino import PAYS_FROM, Program, is_installed
 from ..acceleration.speed_up import speed_up
 from ..common.errors import InputError
 from ..common.pretrained import hash_weights, load_pretrained, loading, require_finite
@@ -58,10 +61,16 @@ class Predictor:
         self.thresholds = np.array(thresholds, dtype=np.float32) if top_k and thresholds else None
         self._normalize, self._pooled = Normalize(processor), threading.local()
         self._pool: ThreadPoolExecutor | None = None
+        self.program: Program | None = None  # computes in place of the model
         if has_embeddings and isinstance(model, ViTScratchForImageClassification):
             model.classifier.register_forward_pre_hook(
                 lambda classifier, inputs: setattr(self._pooled, "value", inputs[0])
             )
+
+    def use_openvino(self) -> None:
+        """From now on OpenVINO computes, with as many threads as torch has now. InputError if it can't: see Program."""
+        threads, shape = torch.get_num_threads(), (self.config.num_channels, *self.config.image_hw)
+        self.program = Program(self.model, shape, self.has_embeddings, threads, streams=threads)
 
     def __call__(self, pixels: torch.Tensor) -> Prediction:
         """Of pixels (B, C, H, W), uint8."""
@@ -79,12 +88,11 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, pixels: torch.Tensor) -> Prediction:
-        pixel_values = self._normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
-        output, pooled, more = self.model(pixel_values), None, {}
-        if self.has_embeddings:
-            pooled = output.pooler_output if isinstance(self.model, ViTScratchModel) else self._pooled.value
+        logits, pooled = self._outputs(self._normalize(pixels.to(self.device, non_blocking=True)))
+        more = {}
+        if pooled is not None:
             require_finite(pooled)
-            pooled, self._pooled.value = pooled.float().cpu(), None
+            pooled = pooled.float().cpu()
             if self.uncertainty:
                 distances = self.uncertainty.novelty(pooled)
                 more |= zip(("novelty", "novelty_percentile"), (values.numpy() for values in distances))
@@ -93,8 +101,8 @@ class Predictor:
             return Prediction(
                 np.zeros((len(pixels), 0), np.int32), np.zeros((len(pixels), 0), np.float32), pooled, **more
             )
-        require_finite(output.logits)
-        sort = self._scores(output.logits.float()).sort(dim=-1, descending=True, stable=True)
+        require_finite(logits)
+        sort = self._scores(logits.float()).sort(dim=-1, descending=True, stable=True)
         scores, labels = (values.cpu().numpy() for values in sort)
         if self.thresholds is not None:
             is_in = scores >= self.thresholds[labels]
@@ -103,6 +111,15 @@ class Predictor:
         if self.score_threshold is not None:
             more["abstain"] = scores[:, 0] < self.score_threshold
         return Prediction(labels[:, : self.top_k], scores[:, : self.top_k], pooled, **more)
+
+    def _outputs(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits and embeddings, those of both that there are."""
+        is_encoder = isinstance(self.model, ViTScratchModel)
+        if self.program is not None:
+            found = self.program(pixel_values)
+            return None if is_encoder else found[0], found[-1] if self.has_embeddings else None
+        output = self.model(pixel_values.to(self.dtype))
+        return (None, output.pooler_output) if is_encoder else (output.logits, self._pooled.__dict__.pop("value", None))
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """As in a pipeline of transformers: sigmoid for models with several labels per image or a single one."""
@@ -133,6 +150,28 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
         uncertainty = load(name, hub, config.temperature)
     dtype = getattr(torch, arguments.dtype)
     return Predictor(model, processor, arguments.top_k, arguments.embeddings, device, dtype, uncertainty)
+
+
+def choose_backend(predictor: Predictor, wanted: str, known: str, count: int) -> str:
+    """
+    "torch", or OpenVINO's name and version where that computes from now on. "auto" keeps what is `known` of a run that
+    was begun, and otherwise takes OpenVINO where it is installed and `count` images are worth it. InputError if
+    OpenVINO has to compute and can't; where "auto" was free, torch computes, and the reason is told.
+    """
+    is_open, predictor.program = wanted == "auto" and not known, None
+    if is_open:
+        is_possible = torch.device(predictor.device).type == "cpu" and predictor.dtype != torch.float16
+        known = "openvino" if count >= PAYS_FROM and is_possible and is_installed() else "torch"
+    if (known if wanted == "auto" else wanted) == "torch":
+        return "torch"
+    try:
+        predictor.use_openvino()
+    except InputError as error:
+        if not is_open:
+            raise InputError(f"{error} Give --backend torch, and --overwrite if the run was begun.") from error
+        print(f"torch computes: {error}", file=sys.stderr)
+        return "torch"
+    return f"openvino {version('openvino')}"
 
 
 def fingerprint(predictor: Predictor) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run: opens the job, predicts batch after batch with rows on the disk every so often, and writes the output."""
 
+import functools
 import itertools
 import platform
 import sys
@@ -16,7 +17,7 @@ from ..common.processes import Processes, StopSignals
 from ..data.listing import left_out_line
 from .arguments import PredictionArguments
 from .job import Job, Writer, write_errors, write_output
-from .model import Predictor, fingerprint
+from .model import Predictor, choose_backend, fingerprint
 from .reading import Inputs, build_loader
 
 
@@ -26,32 +27,38 @@ def open_job(
     """Begins or continues a job, in one process for all. The job, its missing batches, and who shares them."""
     job = Job(arguments.output, arguments.per_device_eval_batch_size)
     processes = Processes(timeout=7 * 24 * 3600)  # they wait for the slowest at the end of the run
-    state: tuple[int, list[tuple[int, int]], int] | str | None = None
+    state: tuple[int, list[tuple[int, int]], int, str] | str | None = None
     if accelerator.is_main_process:
         names = ("top_k", "embeddings", "fast_decode", "calibrated", "dtype", "per_device_eval_batch_size")
         try:
+            before = job.settings() or {}
+            # Decides the last bits of a CPU's results: a job keeps the number that it began with.
+            torch.set_num_threads(threads := before.get("threads", torch.get_num_threads()))
+            known = "" if arguments.overwrite else before.get("backend", "")
             settings = {  # what decides the bytes of the output, beside the images
                 **{f"--{name}": getattr(arguments, name) for name in names},
                 "MODEL (SHA-256)": fingerprint(predictor),
                 "device": str(predictor.device).partition(":")[0],
-                # Decides the last bits of a CPU's results: a job keeps the number that it began with.
-                "threads": (job.settings() or {}).get("threads", torch.get_num_threads()),
+                "threads": threads,
                 "python": platform.python_version(),
                 "parts": "columns of the output",
                 **{name: version(name) for name in ("torch", "pillow", "numpy", "pyarrow")},
             }
-            if job.start(inputs.items(), settings, arguments.overwrite, arguments.inputs):
+            choose = functools.partial(choose_backend, predictor, arguments.backend, known)
+            if job.start(inputs.items(), settings, arguments.overwrite, arguments.inputs, choose):
                 print(f"Going on with {job.folder}.")
             if line := left_out_line(inputs.left_out):
                 print(line, file=sys.stderr)
-            state = job.count, job.missing(), settings["threads"]
+            state = job.count, job.missing(), threads, job.settings()["backend"]
         except InputError as error:
             state = str(error)
     state = processes.gather(state)[0]
     if isinstance(state, str):
         raise InputError(state)
-    job.count, missing, threads = state
+    job.count, missing, threads, backend = state
     torch.set_num_threads(threads)
+    if backend != "torch" and not accelerator.is_main_process:
+        predictor.use_openvino()
     return job, missing, processes
 
 
@@ -127,6 +134,8 @@ def finish(job: Job) -> tuple[int, int]:
 
 def print_table(predictor: Predictor, inputs: Inputs, arguments: PredictionArguments) -> int:
     """Prints a row for each label of each image; broken images go to the standard error. Returns their number."""
+    if arguments.backend == "openvino":
+        predictor.use_openvino()
     items, size, broken = inputs.items(), arguments.per_device_eval_batch_size, 0
     batches = iter(lambda: list(itertools.islice(items, size)), [])
     first = next(batches, [])

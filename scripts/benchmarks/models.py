@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.deployed import deployed_models
 from benchmarks.peers import PEERS, build_peers, random_batch
 from benchmarks.timing import OURS
 from conversion.verification import model_output
@@ -70,6 +71,9 @@ class ModelBenchmark:
         ours = plain_model(self.variant, self.image_size, self.num_labels)
         with tempfile.TemporaryDirectory() as folder:
             theirs, missing = build_peers(ours, folder, self.peers)
+        if self.task == "inference" and self.device == "cpu" and not self.compile:
+            deployed, not_deployed = deployed_models(ours, self.dtype)
+            theirs, missing = {**theirs, **deployed}, {**missing, **not_deployed}
         models = {OURS: ours, ACCELERATED: speed_up(copy.deepcopy(ours)), **theirs}
         return {name: self._prepare(model) for name, model in models.items()}, missing
 
