@@ -24,10 +24,12 @@ from tiny_images import CLASSES, ROOT, encoded, image, load_script
 from transformers import pipeline
 
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
+from modeling_vit_scratch.acceleration import speed_up as speed_up_module
 from modeling_vit_scratch.common.errors import InputError, TrainingInterrupted, on_screen
 from modeling_vit_scratch.common.processes import StopSignals
 from modeling_vit_scratch.data.listing import Item
 from modeling_vit_scratch.prediction import job as jobs
+from modeling_vit_scratch.prediction import model as model_module
 from modeling_vit_scratch.prediction import reading
 from modeling_vit_scratch.prediction.arguments import parse_arguments
 from modeling_vit_scratch.prediction.model import Prediction, load_predictor
@@ -639,3 +641,23 @@ def test_refused_commands(flags, words):
     with pytest.raises(InputError) as caught:
         parse_arguments(["model", "photos", *flags])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "wanted"), [(7.0, 0.1, "bfloat16"), (7.0, 5.0, "float32"), (0.2, 0.1, "float32")]
+)
+def test_dtype_auto_takes_bfloat16_where_it_is_faster_and_agrees(place, monkeypatch, capsys, gain, spread, wanted):
+    monkeypatch.setattr(model_module, "bfloat16_gain", lambda: gain)
+    model = ViTScratchForImageClassification.from_pretrained(place / "model")
+    torch.nn.init.normal_(model.classifier.weight, std=spread)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    name, reason = model_module.choose_dtype(model, torch.device("cpu"))
+    assert name == wanted, reason
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    arguments = parse_arguments([str(place / "model"), "photo.jpg", "--dtype", "auto"])
+    predictor = load_predictor(arguments)
+    assert f"--dtype auto: {arguments.dtype}, " in capsys.readouterr().err
+    assert {weight.dtype for weight in predictor.model.parameters()} == {getattr(torch, arguments.dtype)}
+    monkeypatch.setattr(speed_up_module, "bfloat16_gain", lambda: gain)
+    load_predictor(parse_arguments([str(place / "model"), "photo.jpg", "--dtype", "bfloat16"]))
+    assert ("5.0 times more slowly" in capsys.readouterr().err) == (gain < 1)

@@ -40,7 +40,12 @@ class PredictionArguments(ImageFlags, ReadingFlags, FastDecodeFlag, HubFlags):
     )
     embeddings: bool = flag(False, "Also write the encoder's pooled output, which the classifier sees.")
     calibrated: bool = flag(True, "Apply the temperature of MODEL.")
-    dtype: str = flag("float32", "Precision of the network.", choices=("float32", "bfloat16", "float16"))
+    dtype: str = flag(
+        "float32",
+        "Precision of the network. auto: bfloat16 where the processor computes it faster and the model's scores for "
+        "made-up images stay within 0.02; else float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     backend: str = flag(
         "auto",
         "What computes on a CPU. auto: openvino where it is installed, for 10,000 images and more; else torch.",
