@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,11 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..common import files
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped
-from ..common.processes import Processes, StopSignals
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker
+from ..common.processes import Processes, StopSignals, has_lost_contact
 from ..configuration_vit_scratch import ViTScratchConfig
 
 
@@ -395,3 +396,32 @@ def _announce(what: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         # Not print, which fails if the signal came while something else was printing.
         os.write(2, f"\n{what}: saving a checkpoint after this step. Once more to stop at once.\n".encode())
+
+
+@contextmanager
+def errors_explained(trainer: Trainer) -> Iterator[None]:
+    """Turns errors of signals, lost workers and lost processes into messages for users."""
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except (KeyboardInterrupt, RuntimeError) as error:
+        state, arguments, advice = trainer.state, trainer.args, trainer.run_folder.resume_advice()
+        step, size = state.global_step + 1, arguments.per_device_train_batch_size
+        batch = f"--per_device_train_batch_size ({size} now)"
+        if isinstance(error, KeyboardInterrupt) or trainer.save_on_signal.number:
+            # The launcher may have ended the other processes first, which raises a RuntimeError here.
+            message = f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}"
+            raise TrainingInterrupted(message, trainer.save_on_signal.number or signal.SIGINT) from error
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            message = f"Out of memory at step {step}: {str(error).splitlines()[0]} Ways out: a lower {batch} with "
+            message += "more --gradient_accumulation_steps, --gradient_checkpointing True, or a smaller --image_size."
+        elif lost := lost_worker(error, f" at step {step}"):
+            workers = f"--dataloader_num_workers ({arguments.dataloader_num_workers} now)"
+            message = f"{lost} Ways out: a lower {workers} or {batch}."
+        elif arguments.world_size > 1 and has_lost_contact(error):
+            message = f"Process {arguments.process_index} of {arguments.world_size} has lost the others at step "
+            message += f"{step}: one of them has ended, see its message."
+        else:
+            raise
+        raise TrainingStopped(f"{message} {advice}") from error

@@ -7,10 +7,9 @@ weights. The private methods of the Trainer that it replaces are in trainer_over
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from transformers.training_args import OptimizerNames
 
 from ..acceleration.speed_up import precision_advice
 from ..augmentation.fewer_tokens import FewerTokens
-from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, lost_worker, without_worker_traceback
+from ..common.errors import InputError, TrainingInterrupted, TrainingStopped, without_worker_traceback
 from ..common.files import STATE, read_manifest
 from ..common.flags import available_cores, flag
-from ..common.processes import Processes, has_lost_contact
+from ..common.processes import Processes
 from ..common.records import git_commit
 from ..data.collation import Normalize, mix, process_loader
 from ..data.streams import StreamBatches
@@ -50,7 +49,7 @@ from .optimization import (
     describe_trained,
     parameter_groups,
 )
-from .safety import BestCheckpoint, EarlyEnd, RunFolder, SaveOnSignal, StepGuard, check_same_model
+from .safety import BestCheckpoint, EarlyEnd, RunFolder, SaveOnSignal, StepGuard, check_same_model, errors_explained
 from .trainer_overrides import TrainerOverrides, WorkerProcesses
 
 
@@ -225,7 +224,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
             self._prepare_resumption(checkpoint)
         try:
             try:
-                with self._errors_explained():
+                with errors_explained(self):
                     outcome = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                     self.step_guard.stop_if_bad()
                     self.count_samples()
@@ -259,36 +258,6 @@ class ImageTrainer(TrainerOverrides, Trainer):
         for part in (self.average, self.stream_batches):
             if part is not None:
                 part.start_from = checkpoint
-
-    @contextmanager
-    def _errors_explained(self) -> Iterator[None]:
-        """Turns errors of signals, lost workers and lost processes into messages for users."""
-        try:
-            yield
-        except TrainingStopped:
-            raise
-        except (KeyboardInterrupt, RuntimeError) as error:
-            state, arguments, advice = self.state, self.args, self.run_folder.resume_advice()
-            step, size = state.global_step + 1, arguments.per_device_train_batch_size
-            batch = f"--per_device_train_batch_size ({size} now)"
-            if isinstance(error, KeyboardInterrupt) or self.save_on_signal.number:
-                # The launcher may have ended the other processes first, which raises a RuntimeError here.
-                message = f"Interrupted at step {state.global_step} of {state.max_steps}. {advice}"
-                raise TrainingInterrupted(message, self.save_on_signal.number or signal.SIGINT) from error
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                message = f"Out of memory at step {step}: {str(error).splitlines()[0]} Ways out: a lower {batch} with "
-                message += (
-                    "more --gradient_accumulation_steps, --gradient_checkpointing True, or a smaller --image_size."
-                )
-            elif lost := lost_worker(error, f" at step {step}"):
-                workers = f"--dataloader_num_workers ({arguments.dataloader_num_workers} now)"
-                message = f"{lost} Ways out: a lower {workers} or {batch}."
-            elif arguments.world_size > 1 and has_lost_contact(error):
-                message = f"Process {arguments.process_index} of {arguments.world_size} has lost the others at step "
-                message += f"{step}: one of them has ended, see its message."
-            else:
-                raise
-            raise TrainingStopped(f"{message} {advice}") from error
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """As in Trainer, but a run resumed from its last step has no epoch left: the Trainer takes one more step."""
@@ -371,7 +340,7 @@ class ImageTrainer(TrainerOverrides, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer, with clear errors; with --ema_decay, of the averaged weights."""
-        with self._errors_explained():
+        with errors_explained(self):
             self.step_guard.stop_if_bad()
             with nullcontext() if self.average is None else self.average.applied_to(self.model):
                 return super().evaluate(*args, **kwargs)
