@@ -78,16 +78,22 @@ def test_near_copies_are_found_and_a_thousand_different_pictures_are_not():
 
 
 def planted(count, seed):
-    """Hashes like those of photos, every tenth near another: at about the limits of colours and of similarity."""
+    """
+    Hashes like those of photos, every tenth near another: at about the limit of similarity, half of them by noise in
+    the strongest numbers alone. Colours are in steps of 12, so that some of two blocks differ by as much.
+    """
     random = np.random.default_rng(seed)
-    colours = np.clip(random.normal(115, 45, (count, 1)) + random.normal(0, 15, (count, 3)), 0, 255)
-    waves = random.normal(size=(count, 255)) * np.arange(1, 256) ** -0.4
-    copies, originals = random.permutation(count)[: count // 5].reshape(2, -1)
-    amount = np.where(random.random((len(copies), 1)) < 0.5, 0.3, 0.55)
-    noise = random.normal(size=(len(copies), 255)) / np.sqrt(255)
-    waves[copies] = waves[originals] + amount * noise * np.linalg.norm(waves[originals], axis=1, keepdims=True)
+    colours = random.normal(115, 45, (count, 1)) + random.normal(0, 15, (count, 3))
+    waves = random.normal(size=(count, 255)) * np.arange(1, 256) ** -0.35
+    copies, originals = random.permutation(count)[: count // 5 // 2 * 2].reshape(2, -1)
+    noise = random.normal(size=(len(copies), 255)) * np.where(
+        random.random((len(copies), 1)) < 0.5, 1, np.arange(255) < 8
+    )
+    noise *= np.linalg.norm(waves[originals], axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    waves[copies] = waves[originals] + random.uniform(0.3, 0.6, (len(copies), 1)) * noise
     colours[copies] = colours[originals] + random.uniform(-20, 20, (len(copies), 3))
-    return np.float16(np.concatenate([colours, waves / np.linalg.norm(waves, axis=1, keepdims=True)], axis=1))
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    return np.float16(np.concatenate([np.clip(colours / 12, 0, 21).round() * 12, waves], axis=1))
 
 
 @pytest.mark.parametrize("count", [2, 40, 9000])

@@ -62,9 +62,6 @@ _PARTS = np.concatenate([_cosines(*part, GRID) for part in ((0.0, 0.95), (0.025,
 _PLACES = [(row, column) for row in range(3) for column in range(3)] + [(3, 3)]
 
 
-_AT_ONCE = 16  # images that a process looks at before it tells
-
-
 class Look(NamedTuple):
     """What a look at an image tells."""
 
@@ -85,9 +82,9 @@ def look_at(
     settings = {"do_convert_rgb": num_channels is not None, "input_data_format": "channels_last"}
     settings |= {"num_channels": num_channels or 3, "do_eight_bits": num_channels in (1, 3)}
     decoders = (ViTScratchImageProcessor(), ViTScratchImageProcessor(**settings)) if decode else None
-    look, batches = partial(_look_at, examples, decoders, with_parts), math.ceil(len(examples) / _AT_ONCE)
-    workers = min(available_cores(), batches) if batches > 1 else 0
-    loader = DataLoader(range(len(examples)), _AT_ONCE, num_workers=workers, collate_fn=look)
+    look, workers = partial(_look_at, examples, decoders, with_parts), min(available_cores(), len(examples) // 50)
+    # One process would not be faster than this one, and to start some takes as long as fifty small images.
+    loader = DataLoader(range(len(examples)), 16, num_workers=workers if workers > 1 else 0, collate_fn=look)
     prepare_workers(loader)
     title = "checking images" if decode else "reading images"
     looks = itertools.chain.from_iterable(loader)
