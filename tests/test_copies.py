@@ -77,6 +77,39 @@ def test_near_copies_are_found_and_a_thousand_different_pictures_are_not():
         assert len(pairs) == found
 
 
+def planted(count, seed):
+    """
+    Hashes like those of photos, every tenth near another: at about the limit of similarity, half of them by noise in
+    the strongest numbers alone. Colours are in steps of 12, so that some of two blocks differ by as much.
+    """
+    random = np.random.default_rng(seed)
+    colours = random.normal(115, 45, (count, 1)) + random.normal(0, 15, (count, 3))
+    waves = random.normal(size=(count, 255)) * np.arange(1, 256) ** -0.35
+    copies, originals = random.permutation(count)[: count // 5 // 2 * 2].reshape(2, -1)
+    noise = random.normal(size=(len(copies), 255)) * np.where(
+        random.random((len(copies), 1)) < 0.5, 1, np.arange(255) < 8
+    )
+    noise *= np.linalg.norm(waves[originals], axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    waves[copies] = waves[originals] + random.uniform(0.3, 0.6, (len(copies), 1)) * noise
+    colours[copies] = colours[originals] + random.uniform(-20, 20, (len(copies), 3))
+    waves /= np.linalg.norm(waves, axis=1, keepdims=True)
+    return np.float16(np.concatenate([np.clip(colours / 12, 0, 21).round() * 12, waves], axis=1))
+
+
+@pytest.mark.parametrize("count", [2, 40, 9000])
+def test_near_pairs_are_those_of_all_pairs(count):
+    """In blocks, and with numbers left out where these can't matter, no pair is lost, and none added."""
+    originals = planted(count, seed=count)
+    colours, waves = originals[:, :3].astype(np.float64), originals[:, 3:].astype(np.float32)
+    expected = []
+    for first in range(0, count, 1000):
+        one, other = np.argwhere(waves[first : first + 1000] @ waves.T >= 0.9).T + [[first], [0]]
+        alike = np.abs(colours[one] - colours[other]).max(axis=1, initial=0) <= 16
+        expected += [(int(a), int(b)) for a, b in zip(one[alike], other[alike]) if a < b]
+    assert near_pairs(originals) == expected
+    assert count < 9000 or 200 < len(expected) < 700
+
+
 def folders(place, numbers, names=("a", "b")):
     """Pictures of these numbers, in turn in a folder for each class."""
     for index, number in enumerate(numbers):

@@ -13,10 +13,12 @@ images the hashes of ten parts of each are compared, too: they find most copies 
 
 import contextlib
 import hashlib
+import itertools
+import math
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +27,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..common.errors import Problems
+from ..common.errors import Problems, take_in_hand
 from ..common.flags import DataArguments, LabelFlags, available_cores
 from ..image_decoding_vit_scratch import ImageDecodeError, read_array
 from ..image_processing_vit_scratch import ViTScratchImageProcessor
+from .collation import prepare_workers
 from .dataset import Examples, StoredImage
 from .held_out import Earlier
 
@@ -70,37 +74,47 @@ class Look(NamedTuple):
 
 def look_at(
     examples: Examples, decode: bool = True, with_parts: bool = False, num_channels: int | None = None
-) -> list[Look]:
-    """Reads each image once, in threads. Without `decode`, only the identity is found. `num_channels`: of arrays."""
-    decoder = ViTScratchImageProcessor()
+) -> Iterator[Look]:
+    """
+    Reads each image once, in their order. Without `decode`, only the identity is found. `num_channels`: of arrays. In
+    processes, as many as there are cores: threads would wait for each other, for Python's lock.
+    """
     settings = {"do_convert_rgb": num_channels is not None, "input_data_format": "channels_last"}
     settings |= {"num_channels": num_channels or 3, "do_eight_bits": num_channels in (1, 3)}
-    of_arrays = ViTScratchImageProcessor(**settings)
+    decoders = (ViTScratchImageProcessor(), ViTScratchImageProcessor(**settings)) if decode else None
+    look, workers = partial(_look_at, examples, decoders, with_parts), min(available_cores(), len(examples) // 50)
+    # One process would not be faster than this one, and to start some takes as long as fifty small images.
+    loader = DataLoader(range(len(examples)), 16, num_workers=workers if workers > 1 else 0, collate_fn=look)
+    prepare_workers(loader)
+    title = "checking images" if decode else "reading images"
+    looks = itertools.chain.from_iterable(loader)
+    return iter(tqdm(looks, total=len(examples), desc=title, unit="", leave=False, disable=None))
 
-    def look(index: int) -> Look:
-        (image,) = examples.stored([index])
+
+def _look_at(
+    examples: Examples, decoders: tuple[ViTScratchImageProcessor, ...] | None, with_parts: bool, indices: list[int]
+) -> list[Look]:
+    """`decoders`: that of photos and that of arrays."""
+    looks = []
+    for image in examples.stored(indices):
+        take_in_hand(image.name)
         content = image.content
         with contextlib.suppress(OSError):  # decoding reports it
             if isinstance(content, str) and Path(content).is_file():  # a pipe would be waited for
                 content = Path(content).read_bytes()
         # Where there is no file to read, as for a URL, the path counts.
         known = content if isinstance(content, bytes) else image.name.encode("utf-8", "surrogateescape")
-        identity = hashlib.sha256(known).hexdigest()[:16]
-        if not decode:
-            return Look(identity)
+        look = Look(hashlib.sha256(known).hexdigest()[:16])
         try:
             image = replace(image, content=content or image.content)
-            if read_array(image.content) is not None:
-                image.decode(of_arrays)
-                return Look(identity)
-            return Look(identity, None, *pixel_hashes(image.decode(decoder), with_parts))
+            if decoders and read_array(image.content) is not None:
+                image.decode(decoders[1])
+            elif decoders:
+                look = Look(look.identity, None, *pixel_hashes(image.decode(decoders[0]), with_parts))
         except (ImageDecodeError, ValueError) as error:
-            return Look(identity, str(error))
-
-    title = "checking images" if decode else "reading images"
-    with ThreadPoolExecutor(available_cores()) as pool:  # reading, hashing and decoding do not hold Python's lock
-        found = pool.map(look, range(len(examples)))
-        return list(tqdm(found, total=len(examples), desc=title, unit="", leave=False, disable=None))
+            look = Look(look.identity, str(error))
+        looks.append(look)
+    return looks
 
 
 def pixel_hashes(image: Image.Image, with_parts: bool = False) -> tuple[str, np.ndarray | None, np.ndarray | None]:
@@ -128,33 +142,56 @@ def _unit(waves: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(hashes: np.ndarray, parts: np.ndarray | None = None) -> list[tuple[int, int]]:
-    """The pairs of near copies among perceptual hashes (N, 258), and those of the `parts` (N, 10, 255) if given."""
+    """
+    The pairs of near copies among perceptual hashes (N, 258), and those of the `parts` (N, 10, 255) if given. Blocks
+    whose colours may be near are compared, first in short: that tells most images apart, and misses no pair.
+    """
     brightness = hashes[:, :3].mean(axis=1, dtype=np.float32)
-    order = np.argsort(brightness, kind="stable")
-    brightness, colours, waves = brightness[order], hashes[order, :3].astype(np.float32), hashes[order, 3:]
-    some = waves[:: max(1, len(waves) // 500)].astype(np.float32)
-    limit, pairs = SIMILARITY, []
+    some = np.argsort(brightness, kind="stable")[:: max(1, len(hashes) // 500)]
+    some = hashes[some, 3:].astype(np.float32)
+    limit, pairs = SIMILARITY, set()
     if len(some) > 30:  # the lower half of the pairs tells how alike all images are: copies are in the upper one
         usual = np.arctanh(np.clip((some @ some.T)[np.triu_indices(len(some), 1)], -0.99, 0.99))
         low, quarter = np.quantile(usual, [0.05, 0.25])
         deviation = (quarter - low) / 0.97  # of a normal distribution, whose quartile is 0.674 below the mean
         limit = max(limit, float(np.tanh(quarter + (0.674 + DEVIATIONS) * deviation)))
-    for first in range(0, len(waves), 1024):
-        block = waves[first : first + 1024].astype(np.float32)
-        brightest = brightness[first + len(block) - 1] + MAX_COLOUR_DIFFERENCE
-        for start in range(first, int(np.searchsorted(brightness, brightest, "right")), 8192):
-            others = waves[start : start + 8192].astype(np.float32)
-            is_near = block @ others.T >= limit
+    colours, short = hashes[:, :3].astype(np.float32), None
+    if parts is None:
+        axes = np.linalg.eigh(some.T @ some)[1][:, :-32:-1]  # the 31 along which images vary most
+        steps = (hashes[first : first + 4096, 3:] for first in range(0, len(hashes), 4096))
+        short = np.concatenate([_shortened(waves, axes) for waves in steps])
+    # Images of like colours, in blocks with bounds.
+    blocks = np.array_split(np.lexsort((colours // MAX_COLOUR_DIFFERENCE).T), math.ceil(len(colours) / 512))
+    lowest, highest = (np.stack([bound(colours[block], axis=0) for block in blocks]) for bound in (np.min, np.max))
+    for number, ours in enumerate(blocks):
+        gaps = np.maximum(lowest[number:] - highest[number], lowest[number] - highest[number:])
+        close = number + np.flatnonzero((gaps <= MAX_COLOUR_DIFFERENCE).all(axis=1))
+        for start in range(0, len(close), 16):
+            rows, columns = ours, np.concatenate([blocks[index] for index in close[start : start + 16]])
+            if short is not None:
+                may_be = np.flatnonzero(short[rows] @ short[columns].T >= limit - 0.001)
+                rows, columns = rows[np.unique(may_be // len(columns))], columns[np.unique(may_be % len(columns))]
+            one, other = (hashes[chosen, 3:].astype(np.float32) for chosen in (rows, columns))
+            is_near = one @ other.T >= limit
             for part in range(0 if parts is None else parts.shape[1]):
-                chosen = order[first : first + 1024], order[start : start + 8192]
-                ours, theirs = (parts[one, part].astype(np.float32) for one in chosen)
-                is_near |= (ours @ others.T >= limit) | (block @ theirs.T >= limit)
-            rows, columns = np.nonzero(is_near)
-            rows, columns = rows + first, columns + start
-            alike = np.abs(colours[rows] - colours[columns]).max(axis=1, initial=0) <= MAX_COLOUR_DIFFERENCE
-            chosen = (rows < columns) & alike
-            pairs += np.sort(np.stack([order[rows[chosen]], order[columns[chosen]]], axis=1), axis=1).tolist()
-    return sorted(map(tuple, pairs))
+                cut, other_cut = (parts[chosen, part].astype(np.float32) for chosen in (rows, columns))
+                is_near |= (cut @ other.T >= limit) | (one @ other_cut.T >= limit)
+            first, second = (chosen[found] for chosen, found in zip((rows, columns), np.nonzero(is_near)))
+            alike = np.abs(colours[first] - colours[second]).max(axis=1, initial=0) <= MAX_COLOUR_DIFFERENCE
+            found = np.sort(np.stack([first, second], axis=1)[alike & (first != second)], axis=1)
+            pairs.update(map(tuple, found.tolist()))
+    return sorted(pairs)
+
+
+def _shortened(waves: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """
+    (N, A + 1): the numbers (N, 255) along orthonormal axes (255, A), and the length of the rest. The products of these
+    are never below those of the numbers (Cauchy-Schwarz).
+    """
+    waves = waves.astype(np.float32)
+    along = waves @ axes
+    rest = (waves**2).sum(axis=1) - (along**2).sum(axis=1)
+    return np.column_stack([along, np.sqrt(rest.clip(0))])
 
 
 @dataclass(frozen=True)
@@ -195,18 +232,23 @@ class Copies:
 
 def find_copies(parts: Sequence[Examples], decode: bool = True, num_channels: int | None = None) -> Copies:
     """The copies among the images of all parts, in their order. Without `decode`, only equal files are found."""
-    with_parts = sum(map(len, parts)) <= MAX_WITH_PARTS
-    looks = [look for examples in parts for look in look_at(examples, decode, with_parts, num_channels)]
-    first: dict[str, int] = {}
-    by_file = [first.setdefault(look.identity, index) for index, look in enumerate(looks)]
-    same = [first.setdefault(looks[index].pixels or looks[index].identity, index) for index in by_file]
-    hashed, near = [index for index, look in enumerate(looks) if same[index] == index and look.hash is not None], None
-    if hashed:
-        hashes = np.stack([looks[index].hash for index in hashed])
-        cut = np.stack([looks[index].parts for index in hashed]) if with_parts else None
-        near = [(hashed[a], hashed[b]) for a, b in near_pairs(hashes, cut)]
-    broken = {index: look.broken for index, look in enumerate(looks) if look.broken is not None}
-    return Copies([look.identity for look in looks], broken, same, near)
+    count = sum(map(len, parts))
+    with_parts = count <= MAX_WITH_PARTS
+    ids, broken, same, hashed, cut, first = [], {}, [], [], [], {}
+    hashes = np.empty((count, 258), dtype=np.float16)  # in one piece, which goes back to the system
+    looks = (look for examples in parts for look in look_at(examples, decode, with_parts, num_channels))
+    for index, look in enumerate(looks):
+        ids.append(look.identity)
+        by_file = first.setdefault(look.identity, index)
+        same.append(first.setdefault(look.pixels or look.identity, index) if by_file == index else same[by_file])
+        if look.broken is not None:
+            broken[index] = look.broken
+        if same[index] == index and look.hash is not None:
+            hashes[len(hashed)] = look.hash
+            hashed.append(index)
+            cut.append(look.parts)
+    pairs = near_pairs(hashes[: len(hashed)], np.stack(cut) if with_parts else None) if hashed else None
+    return Copies(ids, broken, same, pairs and [(hashed[a], hashed[b]) for a, b in pairs])
 
 
 def identities(examples: Examples) -> list[str]:
@@ -214,7 +256,7 @@ def identities(examples: Examples) -> list[str]:
 
 
 def find_broken(examples: Examples) -> dict[int, str]:
-    """Why images can't be read, by index: decodes all, in threads."""
+    """Why images can't be read, by index: decodes all."""
     return {index: look.broken for index, look in enumerate(look_at(examples)) if look.broken is not None}
 
 
