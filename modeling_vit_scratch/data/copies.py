@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -82,9 +83,12 @@ def look_at(
     settings = {"do_convert_rgb": num_channels is not None, "input_data_format": "channels_last"}
     settings |= {"num_channels": num_channels or 3, "do_eight_bits": num_channels in (1, 3)}
     decoders = (ViTScratchImageProcessor(), ViTScratchImageProcessor(**settings)) if decode else None
-    look, workers = partial(_look_at, examples, decoders, with_parts), min(available_cores(), len(examples) // 50)
+    look, workers = partial(_look_at, examples, decoders, with_parts), min(8, available_cores(), len(examples) // 50)
     # One process would not be faster than this one, and to start some takes as long as fifty small images.
-    loader = DataLoader(range(len(examples)), 16, num_workers=workers if workers > 1 else 0, collate_fn=look)
+    loader = DataLoader(
+        range(len(examples)), 16, num_workers=workers if workers > 1 else 0, collate_fn=look,
+        generator=torch.Generator(),  # of its own: a loader draws a seed
+    )  # fmt: skip
     prepare_workers(loader)
     title = "checking images" if decode else "reading images"
     looks = itertools.chain.from_iterable(loader)
