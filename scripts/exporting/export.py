@@ -3,6 +3,7 @@
 
 import fnmatch
 import importlib.util
+import logging
 import os
 import shutil
 import warnings
@@ -42,6 +43,7 @@ MAX_BATCH, MAX_ROWS = 1024, 256
 FORMATS = {"torch": "Dynamo", "onnx": "Onnx", "openvino": "OpenVINO"}
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 PACKAGES["web"] = PACKAGES["onnx"]
+PACKAGES["openvino in int8"] = ("openvino", "nncf")
 
 
 def missing_packages(name: str) -> list[str]:
@@ -49,11 +51,13 @@ def missing_packages(name: str) -> list[str]:
 
 
 def export(
-    model: ViTScratchForImageClassification, name: str, any_size: bool = False, int8: bool = False
-) -> ExportedModel:
+    model: ViTScratchForImageClassification, name: str, any_size: bool = False, int8: bool = False,
+    calibration: list[torch.Tensor] | None = None,
+) -> ExportedModel:  # fmt: skip
     """
     The program of a model in float32 on the CPU, for batches of 1 to 1,024 images. With `any_size` it takes all that
-    the patch divides, from two patches on. Raises InputError if the model can't be exported so.
+    the patch divides, from two patches on. `int8`: with weights of 8 bits. `calibration`: images of (1, C, H, W), for
+    products of 8 bits, by OpenVINO. Raises InputError if the model can't be exported so.
     """
     config, patch = model.config, model.config.patch_hw
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
@@ -63,6 +67,8 @@ def export(
     settings: dict[str, Any] = {"dynamic_shapes": {"pixel_values": shapes}}
     if int8:
         settings["quantizer"] = quantizer()
+    if calibration is not None:
+        settings["quantizer"] = calibrated_quantizer(calibration)
     example = torch.zeros(2, config.num_channels, *config.image_hw)
     try:
         with warnings.catch_warnings():
@@ -86,6 +92,16 @@ def quantizer() -> exporters.OnnxRuntimeQuantizer:
 
     # Unsigned: processors with AVX2 and no VNNI add products of signed weights in 16 bits, which overflow.
     return exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(weight_type=QuantType.QUInt8))
+
+
+def calibrated_quantizer(images: list[torch.Tensor]) -> Any:
+    """NNCF's, with its defaults for transformers: SmoothQuant, and activations of both signs where they have both."""
+    os.environ.setdefault("NNCF_DEV", "1")  # the only switch that it has for messages to its makers
+    import nncf
+
+    nncf.set_log_level(logging.WARNING)
+    config = exporters.NNCFQuantizationConfig(preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
+    return exporters.NNCFOpenVINOQuantizer(config, [{"pixel_values": image} for image in images])
 
 
 class Comparison(NamedTuple):
