@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,13 +147,11 @@ def test_products_of_8_bits_are_nearly_the_model_or_are_refused(folder, tmp_path
     counted = (expected.argmax(-1) == torch.arange(3).repeat_interleave(40)).sum().item()
     assert counted - 20 <= int(right[1]) <= counted  # of 100 of these 120
 
-    def wrong(*arguments, calibration=None, **settings):
-        made = export(*arguments, **settings)
-        return (
-            made
-            if calibration is None
-            else lambda pixel_values: {"logits": made(pixel_values=pixel_values).logits[:, [1, 2, 0]]}
-        )
+    def wrong(*arguments, calibration=None):
+        made = export(*arguments)
+        if calibration is None:
+            return made
+        return lambda pixel_values: SimpleNamespace(logits=-torch.as_tensor(made(pixel_values=pixel_values).logits))
 
     monkeypatch.setattr("exporting.calibration.export", wrong)
     assert run_script(monkeypatch, folder, tmp_path / "wrong", *flags) == 2
@@ -167,8 +166,6 @@ def test_the_least_agreement_is_kept_to():
     with pytest.raises(InputError, match=r"96\.99% of 200 .* asks for 97\.00%.* --min_agreement 0\.969"):
         check_agreement(difference, 0.97)
     check_agreement(difference, 0.969)
-    with pytest.raises(InputError):
-        check_agreement(difference._replace(agreement=float("nan")), 0.0)
 
 
 def test_calibration_images_need_no_labels(folder, tmp_path):

@@ -84,10 +84,8 @@ def calibrate(
             f"calibrate, and at least {MIN_COMPARED} others are compared on. {way_out}"
         )
     order = np.random.default_rng(SEED).permutation(len(examples)).tolist()
-    dataset, normalize = (
-        ImageClassificationDataset(examples, processor, model.config.num_channels),
-        Normalize(processor),
-    )
+    dataset = ImageClassificationDataset(examples, processor, model.config.num_channels)
+    normalize = Normalize(processor)
 
     def batches(indices: list[int], what: str) -> Any:
         loader = DataLoader(Subset(dataset, indices), BATCH, collate_fn=ImageCollator())
@@ -100,8 +98,10 @@ def calibrate(
     program = export(model, "openvino", arguments.any_size, calibration=images)
     n, same, right, compared = 0, 0, [0, 0], []
     for pixels, labels in batches(order[count : count + MAX_COMPARED], "comparing"):
-        best = [torch.as_tensor(run(pixel_values=pixels).logits).argmax(-1) for run in (exact, program)]
-        n, same = n + len(pixels), same + int((best[0] == best[1]).sum())
+        logits = [torch.as_tensor(run(pixel_values=pixels).logits) for run in (exact, program)]
+        best = [one.argmax(-1) for one in logits]
+        is_same = (best[0] == best[1]) & logits[1].isfinite().all(-1)
+        n, same = n + len(pixels), same + int(is_same.sum())
         right = [number + int((one == labels).sum()) for number, one in zip(right, best)]
         compared = compared or [pixels[:8].clone()]
     difference = Difference(n, same / n, tuple(right) if has_labels else None)
@@ -112,7 +112,7 @@ def calibrate(
 
 def check_agreement(difference: Difference, minimum: float) -> None:
     """Raises InputError if fewer than this share of images have the same best label."""
-    if not difference.agreement >= minimum:
+    if difference.agreement < minimum:
         raise InputError(
             f"In int8 the program is too far from the model: {difference.agreement:.2%} of {difference.n:,} images "
             f"have the same best label, and --min_agreement asks for {minimum:.2%}. Nothing was written. Calibrate on "
@@ -124,9 +124,7 @@ def check_agreement(difference: Difference, minimum: float) -> None:
 def read_images(place: str, model: ViTScratchForImageClassification) -> tuple[Examples, bool]:
     """The images of a place that evaluate.py reads, with or without labels; whether these are labels of the model."""
     if model.config.problem_type == "regression":
-        raise InputError(
-            "--calibration_dir: programs in int8 are compared by their best labels; MODEL predicts numbers."
-        )
+        raise InputError("--calibration_dir: int8 is judged by the best labels, and MODEL predicts a number.")
     problems = Problems()
     path = Path(place).expanduser()
     is_local = (path.exists() or "*" in place or path.is_absolute()) and place not in BUILT_IN

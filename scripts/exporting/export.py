@@ -95,12 +95,17 @@ def quantizer() -> exporters.OnnxRuntimeQuantizer:
 
 
 def calibrated_quantizer(images: list[torch.Tensor]) -> Any:
-    """NNCF's, with its defaults for transformers: SmoothQuant, and activations of both signs where they have both."""
+    """NNCF's for transformers, with SmoothQuant (https://arxiv.org/abs/2211.10438), 0.5 as in the paper."""
     os.environ.setdefault("NNCF_DEV", "1")  # the only switch that it has for messages to its makers
     import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
 
     nncf.set_log_level(logging.WARNING)
-    config = exporters.NNCFQuantizationConfig(preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
+    # NNCF's own 0.95 left the logits of vit-tiny-imagenet farther from the model's on images of its training.
+    smooth = AdvancedQuantizationParameters(smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=0.5))
+    config = exporters.NNCFQuantizationConfig(
+        preset=nncf.QuantizationPreset.MIXED, subset_size=len(images), advanced_parameters=smooth
+    )
     return exporters.NNCFOpenVINOQuantizer(config, [{"pixel_values": image} for image in images])
 
 
