@@ -63,7 +63,17 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.timing import format_table, summarize, time_in_turns
     from exporting.calibration import calibrate, check_flags
-    from exporting.export import check, check_output, compare, count_right, export, missing_packages, photographs, save
+    from exporting.export import (
+        check,
+        check_output,
+        compare,
+        count_right,
+        export,
+        labelled_images,
+        missing_packages,
+        photographs,
+        save,
+    )  # fmt: skip
     from modeling_vit_scratch.common.errors import InputError
     from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
     from modeling_vit_scratch.evaluation.predictions import load_model
@@ -84,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluation.model, evaluation.dataset = arguments.model, arguments.dataset or ""
     model, processor = load_model(evaluation)
     model = model.float().eval()
+    labelled = labelled_images(model, evaluation)
     if arguments.format == "web":
-        return export_web(arguments, evaluation, model, processor)
+        return export_web(arguments, labelled, model, processor)
     runs = {"the model, eager": lambda pixel_values: model(pixel_values=pixel_values)}
     if arguments.calibration_dir:
         exported, runs["the program in float32"], pixel_values = calibrate(model, processor, arguments)
@@ -97,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         comparison = compare(model, exported, pixel_values)
         check(comparison, arguments.format, arguments.int8)
     # Before the program is written, so that who sees that it is slow or wrong can stop here.
-    if arguments.dataset:
-        print(count_right(model, processor, evaluation, {"the model": model, "the program": exported}))
+    if labelled:
+        print(count_right(model, processor, labelled, {"the model": model, "the program": exported}))
     if arguments.rounds:
         batch = pixel_values.repeat(-(-arguments.batch_size // len(pixel_values)), 1, 1, 1)[: arguments.batch_size]
         batch, program = batch.contiguous(), "the program"
@@ -126,15 +137,15 @@ def main(argv: list[str] | None = None) -> None:
               '    model.to(config={"INFERENCE_PRECISION_HINT": "f32"})')  # fmt: skip
 
 
-def export_web(arguments: argparse.Namespace, evaluation: Any, model: Any, processor: Any) -> None:
+def export_web(arguments: argparse.Namespace, labelled: Any, model: Any, processor: Any) -> None:
     from exporting.export import count_right, save
     from exporting.web import build, name_and_card
 
     web = build(model, processor, arguments.images, *name_and_card(arguments.model))
     save([web], arguments.output, sum(map(len, web.files.values())))
     print(f"{arguments.output}:", *web.lines, sep="\n  ")
-    if arguments.dataset:
-        print(count_right(model, processor, evaluation, {"the model": model, **web.programs}))
+    if labelled:
+        print(count_right(model, processor, labelled, {"the model": model, **web.programs}))
     print(f"""To see the page: python -m http.server --directory {arguments.output}, and open http://localhost:8000
 In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }}),
   which resizes photos less exactly than the page: see docs/howto/export.md""")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.exporters import ExportedModel
 
-from exporting.export import check, compare, export
+from exporting.export import BATCH, check, compare, export
 from modeling_vit_scratch.common.errors import InputError, Problems
 from modeling_vit_scratch.common.flags import BUILT_IN, DataArguments
 from modeling_vit_scratch.data.collation import ImageCollator, Normalize
@@ -24,7 +24,7 @@ from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassifi
 
 # How many of the images that do not calibrate are compared on. Of fewer, one image is more than a point.
 MIN_COMPARED, MAX_COMPARED = 100, 1000
-BATCH, SEED = 32, 0
+SEED = 0
 
 
 class Calibrated(NamedTuple):

@@ -25,7 +25,7 @@ from modeling_vit_scratch.common.files import writing_problem
 from modeling_vit_scratch.data.collation import ImageCollator, Normalize
 from modeling_vit_scratch.data.dataset import ImageClassificationDataset
 from modeling_vit_scratch.evaluation.arguments import EvaluationArguments
-from modeling_vit_scratch.evaluation.data import read_evaluation_data
+from modeling_vit_scratch.evaluation.data import EvaluationData, read_evaluation_data
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
 
@@ -39,6 +39,7 @@ WRITTEN = (
     "card.md",
 )  # fmt: skip
 MAX_BATCH, MAX_ROWS = 1024, 256
+BATCH = 32  # of images that are counted or compared
 # For each format its name in transformers, as in DynamoExporter and DynamoConfig, and what has to be installed.
 FORMATS = {"torch": "Dynamo", "onnx": "Onnx", "openvino": "OpenVINO"}
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
@@ -211,18 +212,24 @@ def photographs() -> list[Image.Image]:
     return whole + quarters
 
 
-def count_right(
-    model: ViTScratchForImageClassification, processor: BaseImageProcessor, arguments: EvaluationArguments,
-    runs: dict[str, Callable[..., Any]],
-) -> str:  # fmt: skip
-    """A sentence: how many of the labelled images each of `runs` (models or programs) gets right."""
+def labelled_images(model: ViTScratchForImageClassification, arguments: EvaluationArguments) -> EvaluationData | None:
+    """The images of `arguments.dataset`, with labels of the model; None without a data set."""
+    if not arguments.dataset:
+        return None
     if model.config.problem_type not in (None, "single_label_classification"):
         raise InputError(f"--dataset counts right labels, and this model is for {model.config.problem_type}.")
     names = [str(model.config.id2label[index]) for index in range(model.num_labels)]
-    data = read_evaluation_data(arguments, names, is_multi_label=False)
+    return read_evaluation_data(arguments, names, is_multi_label=False)
+
+
+def count_right(
+    model: ViTScratchForImageClassification, processor: BaseImageProcessor, data: EvaluationData,
+    runs: dict[str, Callable[..., Any]],
+) -> str:  # fmt: skip
+    """A sentence: how many of the labelled images each of `runs` (models or programs) gets right."""
     dataset = ImageClassificationDataset(data.examples, processor, model.config.num_channels)
     normalize, right = Normalize(processor), dict.fromkeys(runs, 0)
-    loader = DataLoader(dataset, arguments.per_device_eval_batch_size, collate_fn=ImageCollator())
+    loader = DataLoader(dataset, BATCH, collate_fn=ImageCollator())
     for batch in tqdm(loader, desc="counting right labels", unit=" batches", leave=False, disable=None):
         pixel_values = normalize(batch["pixel_values"])
         for name, run in runs.items():
