@@ -17,7 +17,6 @@ the device of who looks at it; a server only hands out the files.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from startup.quick import before_torch, run_command_line
 
@@ -96,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     model = model.float().eval()
     labelled = labelled_images(model, evaluation)
     if arguments.format == "web":
+        from exporting.web import export_web
+
         return export_web(arguments, labelled, model, processor)
     runs = {"the model, eager": lambda pixel_values: model(pixel_values=pixel_values)}
     if arguments.calibration_dir:
@@ -135,20 +136,6 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.format == "openvino":
         print('OpenVINO computes in bfloat16 where the CPU has it, to 2 or 3 digits. In float32, as compared here:\n'
               '    model.to(config={"INFERENCE_PRECISION_HINT": "f32"})')  # fmt: skip
-
-
-def export_web(arguments: argparse.Namespace, labelled: Any, model: Any, processor: Any) -> None:
-    from exporting.export import count_right, save
-    from exporting.web import build, name_and_card
-
-    web = build(model, processor, arguments.images, *name_and_card(arguments.model))
-    save([web], arguments.output, sum(map(len, web.files.values())))
-    print(f"{arguments.output}:", *web.lines, sep="\n  ")
-    if labelled:
-        print(count_right(model, processor, labelled, {"the model": model, **web.programs}))
-    print(f"""To see the page: python -m http.server --directory {arguments.output}, and open http://localhost:8000
-In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }}),
-  which resizes photos less exactly than the page: see docs/howto/export.md""")
 
 
 if __name__ == "__main__":
