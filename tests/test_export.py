@@ -2,19 +2,22 @@
 """Programs of a classifier: what they compute without this package, at any batch and size, and what is refused."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import start_script
 from PIL import Image
-from tiny_images import CLASSES, class_folders, load_script
+from tiny_images import CLASSES, class_folders, image, load_script
 from transformers.exporters import ExportedModel
 
-from exporting.export import Comparison, check, compare, missing_packages, photographs
+from exporting.calibration import Difference, check_agreement, read_images
+from exporting.export import Comparison, check, compare, export, missing_packages, photographs
 from modeling_vit_scratch import ViTScratchConfig, ViTScratchForImageClassification, ViTScratchImageProcessor
 from modeling_vit_scratch.common.errors import InputError
 from startup.status import run_command_line
@@ -107,6 +110,81 @@ def test_weights_of_8_bits_that_are_too_far_from_the_model_are_refused(folder, t
         assert not (tmp_path / "int8").exists()
 
 
+@needs("openvino in int8")
+def test_products_of_8_bits_are_nearly_the_model_or_are_refused(folder, tmp_path, monkeypatch, capsys):
+    class_folders(tmp_path / "pets", each=40)
+    output, flags = tmp_path / "int8", ["--format", "openvino", "--int8", "--calibration_dir", tmp_path / "pets"]
+    assert run_script(monkeypatch, folder, output, *flags) == 2
+    told = capsys.readouterr().err
+    assert "has 120 images" in told
+    assert "--calibration_images 20." in told
+    flags += ["--calibration_images", 20, "--rounds", 1]
+    assert run_script(monkeypatch, folder, output, *flags) == 0
+    told = capsys.readouterr().out
+    n, right = 100, re.search(r"Right: (\d+) .* in float32, (\d+) .* in int8", told)
+    assert f"of {n} images that did not calibrate" in told
+    assert told.index("the program in float32") < told.index(f"{output}: ")  # speed, then the file
+
+    import openvino
+
+    # By OpenVINO alone, and without what reads and counts in the script.
+    program = openvino.Core().read_model(output / "openvino_model.xml")
+    products = [op for op in program.get_ops() if op.get_type_name() in ("MatMul", "Convolution")]
+    kinds = [{source.get_node().get_type_name() for source in op.input_values()} for op in products]
+    assert sum("FakeQuantize" in kind for kind in kinds) > len(products) / 2
+    stored = {op.get_element_type().get_type_name() for op in program.get_ops() if op.get_type_name() == "Constant"}
+    assert "i8" in stored
+    compiled = openvino.Core().compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = ViTScratchForImageClassification.from_pretrained(folder).eval()
+    processor = ViTScratchImageProcessor.from_pretrained(folder)
+    images = [image(label, number) for label in range(3) for number in range(40)]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+    got = torch.as_tensor(compiled(pixel_values.numpy())[0])
+    assert 1e-5 < (got - expected).abs().max() < 0.2 * expected.std()
+    assert (got.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
+    counted = (expected.argmax(-1) == torch.arange(3).repeat_interleave(40)).sum().item()
+    assert counted - 20 <= int(right[1]) <= counted  # of 100 of these 120
+
+    def wrong(*arguments, calibration=None):
+        made = export(*arguments)
+        if calibration is None:
+            return made
+        return lambda pixel_values: SimpleNamespace(logits=-torch.as_tensor(made(pixel_values=pixel_values).logits))
+
+    monkeypatch.setattr("exporting.calibration.export", wrong)
+    assert run_script(monkeypatch, folder, tmp_path / "wrong", *flags) == 2
+    told = capsys.readouterr().err
+    assert "0.00% of 100 images have the same best label" in told
+    assert "Nothing was written" in told
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_least_agreement_is_kept_to():
+    difference = Difference(n=200, agreement=0.9699, right=(110, 109))
+    with pytest.raises(InputError, match=r"96\.99% of 200 .* asks for 97\.00%.* --min_agreement 0\.969"):
+        check_agreement(difference, 0.97)
+    check_agreement(difference, 0.969)
+
+
+def test_calibration_images_need_no_labels(folder, tmp_path):
+    model = ViTScratchForImageClassification.from_pretrained(folder)
+    examples, has_labels = read_images(str(class_folders(tmp_path / "pets", each=2)), model)
+    assert has_labels
+    assert examples.labels == [0, 0, 1, 1, 2, 2]
+    model.config.id2label = dict(enumerate(reversed(CLASSES)))
+    assert read_images(str(tmp_path / "pets"), model)[0].labels == [2, 2, 1, 1, 0, 0]
+    model.config.id2label = {0: "cat", 1: "dog", 2: "zebra"}
+    examples, has_labels = read_images(str(tmp_path / "pets"), model)
+    assert (len(examples), has_labels) == (6, False)
+    examples, has_labels = read_images(str(tmp_path / "pets" / "cat"), model)  # loose files
+    assert (len(examples), has_labels) == (2, False)
+    model.config.problem_type = "regression"
+    with pytest.raises(InputError, match="predicts a number"):
+        read_images(str(tmp_path / "pets"), model)
+
+
 @needs("onnx")
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_every_kind_of_position_as_onnx(pooling, tmp_path):
@@ -154,6 +232,9 @@ def test_a_program_that_computes_something_else_is_not_written(folder):
     ("flags", "part", "status"),
     [
         (("--format", "torch", "--int8"), "--int8 goes with --format onnx", 2),
+        (("--format", "openvino", "--int8"), "give --calibration_dir DIR", 2),
+        (("--int8", "--calibration_dir", "pets"), "--calibration_dir goes with --format openvino --int8", 2),
+        (("--format", "openvino", "--int8", "--calibration_dir", "pets", "--min_agreement", "97"), "from 0 to 1", 2),
         (("--rounds", "-1"), "--rounds -1", 2),
         (("--images", "broken.png"), "broken.png", 1),
     ],

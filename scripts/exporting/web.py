@@ -7,6 +7,7 @@ config.json and the pixels from preprocessor_config.json, and runs the graph. So
 whatever is in the graph.
 """
 
+import argparse
 import html
 import io
 import json
@@ -23,8 +24,9 @@ from transformers.exporters.configs import ExportFormat
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from exporting.export import check, compare, export, photographs, quantizer
+from exporting.export import check, compare, count_right, export, photographs, quantizer, save
 from modeling_vit_scratch.common.errors import InputError
+from modeling_vit_scratch.evaluation.data import EvaluationData
 from modeling_vit_scratch.image_processing_vit_scratch import PILLOW_CHOOSES_AXIS, ViTScratchImageProcessor
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
@@ -112,6 +114,21 @@ def build(
     for path, content in (("config", config), ("preprocessor_config", settings), ("export", record)):
         files[f"{path}.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return WebFolder(files, programs, lines)
+
+
+def export_web(
+    arguments: argparse.Namespace, labelled: EvaluationData | None, model: ViTScratchForImageClassification,
+    processor: ViTScratchImageProcessor,
+) -> None:  # fmt: skip
+    """What --format web does: writes the folder and tells of it. `labelled`: images to count on, or None."""
+    web = build(model, processor, arguments.images, *name_and_card(arguments.model))
+    save([web], arguments.output, sum(map(len, web.files.values())))
+    print(f"{arguments.output}:", *web.lines, sep="\n  ")
+    if labelled:
+        print(count_right(model, processor, labelled, {"the model": model, **web.programs}))
+    print(f"""To see the page: python -m http.server --directory {arguments.output}, and open http://localhost:8000
+In transformers.js: pipeline("image-classification", "{arguments.output.name}", {{ dtype: "fp32" }}),
+  which resizes photos less exactly than the page: see docs/howto/export.md""")
 
 
 def compared_programs(
