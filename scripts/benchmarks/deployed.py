@@ -40,7 +40,8 @@ def _openvino_int8(model: nn.Module) -> Callable[[Tensor], Tensor]:
     shape, settings = (1, model.config.num_channels, *model.config.image_hw), {"INFERENCE_PRECISION_HINT": "f32"}
     with torch.inference_mode(False), torch.no_grad():
         program = export(model, "openvino", calibration=[torch.randn(shape) for _ in range(4)])
-    program.to(config=settings | {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    settings |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+    program.to(device="cpu", config=settings)
     return lambda images: torch.as_tensor(program(pixel_values=images).logits)
 
 

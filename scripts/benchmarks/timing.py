@@ -23,7 +23,7 @@ from modeling_vit_scratch.common.files import write_text
 # What a table calls our way, where there is one.
 OURS = "ours"
 # Packages that are used or compared with where they are installed.
-_OTHERS = ("datasets", "triton", "timm", "torchvision", "vit-pytorch", "openvino", "onnxruntime")
+_OTHERS = ("datasets", "triton", "timm", "torchvision", "vit-pytorch", "openvino", "nncf", "onnxruntime")
 
 
 def time_in_turns(
