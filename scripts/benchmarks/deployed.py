@@ -2,7 +2,7 @@
 """The same network in the programs that people deploy on CPUs. Each is made at its first step, from our weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassifi
 
 OPENVINO, OPENVINO_INT8 = "OpenVINO", "OpenVINO, int8"
 ONNX, ONNX_INT8 = "ONNX Runtime", "ONNX Runtime, int8 weights"
+RUNTIMES = ("openvino", "onnxruntime")
 
 
 class Deployed(nn.Module):
@@ -58,22 +59,23 @@ def _onnx(model: nn.Module, int8: bool = False) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.as_tensor(program(pixel_values=images).logits)
 
 
-def deployed_models(ours: ViTScratchForImageClassification, dtype: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The programs by name, and for each that can't be had here, or not in this dtype, the reason."""
+def deployed_models(
+    ours: ViTScratchForImageClassification, dtype: str, runtimes: Sequence[str] = RUNTIMES
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The programs of these `RUNTIMES` by name, and for each that can't be had here, or not in this dtype, why."""
     models, missing = {}, {}
-    if is_installed():
-        models[OPENVINO] = Deployed(copy.deepcopy(ours), _openvino)
-    else:
-        missing[OPENVINO] = "openvino is not installed"
-    others = {
-        OPENVINO_INT8: ("openvino in int8", _openvino_int8),
-        ONNX: ("onnx", _onnx),
-        ONNX_INT8: ("onnx", lambda model: _onnx(model, int8=True)),
+    rows = {
+        OPENVINO: ("openvino", [] if is_installed() else ["openvino"], _openvino),
+        OPENVINO_INT8: ("openvino", missing_packages("openvino in int8"), _openvino_int8),
+        ONNX: ("onnxruntime", missing_packages("onnx"), _onnx),
+        ONNX_INT8: ("onnxruntime", missing_packages("onnx"), lambda model: _onnx(model, int8=True)),
     }
-    for name, (kind, make) in others.items():
-        if dtype != "float32":
+    for name, (runtime, packages, make) in rows.items():
+        if runtime not in runtimes:
+            continue
+        if dtype != "float32" and name != OPENVINO:
             missing[name] = f"it computes in float32 here, not in {dtype}"
-        elif packages := missing_packages(kind):
+        elif packages:
             missing[name] = f"{', '.join(packages)} is not installed"
         else:
             models[name] = Deployed(copy.deepcopy(ours), make)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.deployed import deployed_models
+from benchmarks.deployed import RUNTIMES, deployed_models
 from benchmarks.peers import PEERS, build_peers, random_batch
 from benchmarks.timing import OURS
 from conversion.verification import model_output
@@ -51,7 +51,7 @@ class ModelBenchmark:
         device: "cpu" or "cuda".
         compile: whether every model is compiled.
         num_labels: K of the classifier.
-        peers: names of `peers.PEERS`: whom to compare with.
+        peers: names of `peers.PEERS` and `deployed.RUNTIMES`: whom to compare with.
     """
 
     task: str
@@ -61,7 +61,7 @@ class ModelBenchmark:
     device: str = "cpu"
     compile: bool = False
     num_labels: int = 1000
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] = (*PEERS, *RUNTIMES)
 
     def models(self) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """
@@ -70,9 +70,9 @@ class ModelBenchmark:
         """
         ours = plain_model(self.variant, self.image_size, self.num_labels)
         with tempfile.TemporaryDirectory() as folder:
-            theirs, missing = build_peers(ours, folder, self.peers)
+            theirs, missing = build_peers(ours, folder, [name for name in self.peers if name in PEERS])
         if self.task == "inference" and self.device == "cpu" and not self.compile:
-            deployed, not_deployed = deployed_models(ours, self.dtype)
+            deployed, not_deployed = deployed_models(ours, self.dtype, self.peers)
             theirs, missing = {**theirs, **deployed}, {**missing, **not_deployed}
         models = {OURS: ours, ACCELERATED: speed_up(copy.deepcopy(ours)), **theirs}
         return {name: self._prepare(model) for name, model in models.items()}, missing

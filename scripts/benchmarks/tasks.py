@@ -108,7 +108,7 @@ def add_model_task(task: argparse.ArgumentParser) -> None:
         help="Steps that are timed together, between two waits for the device. Default: 10 on cuda, 1 on a CPU.",
     )  # fmt: skip
     task.add_argument(
-        "--peers", nargs="+", choices=("transformers", "timm", "torchvision", "vit-pytorch"),
+        "--peers", nargs="+", choices=("transformers", "timm", "torchvision", "vit-pytorch", "openvino", "onnxruntime"),
         help="Whom to compare with. Default: everybody who is installed.",
     )  # fmt: skip
     task.add_argument("--profile", action="store_true", help="Tell where the time of ours and of the fastest other "
@@ -131,6 +131,7 @@ def measure_models(arguments: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from benchmarks.comparison import Comparison
+    from benchmarks.deployed import RUNTIMES
     from benchmarks.models import ModelBenchmark
     from benchmarks.peers import PEERS, VIT_PYTORCH, VIT_PYTORCH_NOTE
     from benchmarks.timing import describe_machine, format_table, write_benchmark, write_numbers
@@ -140,7 +141,7 @@ def measure_models(arguments: argparse.Namespace) -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     benchmark = ModelBenchmark(
         arguments.task, arguments.variant, arguments.image_size, arguments.dtype, device, arguments.compile,
-        peers=tuple(arguments.peers or PEERS),
+        peers=tuple(arguments.peers or (*PEERS, *RUNTIMES)),
     )  # fmt: skip
     logging.disable_progress_bar()
     folder = Path(arguments.output_dir)
