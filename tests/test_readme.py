@@ -283,7 +283,7 @@ def test_how_fast_the_network_is_is_on_record():
         low, middle, high = np.percentile(np.divide(batch["seconds"][other], batch["seconds"][ours]), [25, 50, 75])
         return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
-    text = MEASUREMENTS[MEASUREMENTS.index("On a CPU, S/16") :]
+    text = MEASUREMENTS[MEASUREMENTS.index("On one thread of an AMD EPYC, S/16") :]
     inference, training = read("inference"), read("training")
     blocked = "ours, block_weights"
     for name in ("ours", blocked, "transformers", "timm", "torchvision", "vit-pytorch"):
@@ -299,6 +299,31 @@ def test_how_fast_the_network_is_is_on_record():
         batch = read(task)
         for name in ("transformers", "timm"):
             assert times(batch, ours, name) in " ".join(text.split()), (task, name, times(batch, ours, name))
+
+
+def test_how_fast_the_network_is_beside_deployed_programs_is_on_record():
+    start = MEASUREMENTS.index("On one thread of an Intel Xeon")
+    lines = MEASUREMENTS[start : MEASUREMENTS.index("On one thread of an AMD EPYC, S/16")].splitlines()
+    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines if line.startswith("| ")}
+    names = {
+        "ours": "ours, plain", "ours, accelerated": "ours, accelerated", "transformers": "transformers 5.24",
+        "timm": "timm 1.0.31", "torchvision": "torchvision 0.29.1", "vit-pytorch": "vit-pytorch 1.26.14",
+        "OpenVINO": "OpenVINO 2026.4", "ONNX Runtime": "ONNX Runtime 1.32", "OpenVINO, int8": "OpenVINO, static int8",
+        "ONNX Runtime, int8 weights": "ONNX Runtime, int8 weights",
+    }  # fmt: skip
+    columns = [("inference_xeon", "1"), ("inference_xeon", "8"), ("inference_xeon_bfloat16", "1")]
+    columns += [("inference_xeon_bfloat16", "8"), ("training_xeon", "8"), ("training_xeon_bfloat16", "8")]
+    for column, (task, size) in enumerate(columns):
+        record = json.loads((ROOT / "model_cards" / f"benchmark_{task}.json").read_text(encoding="utf-8"))
+        batch = record["batches"][size]
+        for name, title in names.items():
+            cell = table[title][column].strip()
+            if name not in batch["seconds"]:
+                assert cell == "", (task, title)
+                continue
+            ratios = np.divide(batch["seconds"][name], batch["seconds"]["ours, accelerated"])
+            times = "" if name == "ours, accelerated" else f" ({np.median(ratios):.2f})"
+            assert cell == f"{batch['summary'][name]['images_per_second']:.1f}{times}", (task, title)
 
 
 def test_how_fast_the_plain_and_the_accelerated_network_are_is_on_record():
