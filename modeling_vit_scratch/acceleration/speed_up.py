@@ -67,6 +67,10 @@ def has_user_hooks(layers: Iterable[nn.Module]) -> bool:
     return is_hooked or _has_user_hooks(_GLOBAL_HOOKS)
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 # Multiplications. A call of oneDNN takes ten microseconds more, which fewer of them in float32 would not make up for.
 SMALL = 4_000_000
 
@@ -96,8 +100,7 @@ class BlockedLinear(nn.Linear):
 
     def fits(self, inputs: Tensor) -> bool:
         """Whether `product` can be called, and is worth its call."""
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if torch.is_grad_enabled() or is_traced or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or _is_traced() or torch.is_autocast_enabled("cpu"):
             return False
         weight = self.weight
         is_here = inputs.device.type == weight.device.type == "cpu" and inputs.dtype == weight.dtype
@@ -134,10 +137,14 @@ class FasterMLP(ViTScratchMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         approximation = _gelu_approximation(self.activation)
         is_stock = type(self.fc1) in (nn.Linear, BlockedLinear) and approximation is not None
-        if not is_stock or torch.is_grad_enabled() or is_traced or any(map(is_modified, (self.fc1, self.activation))):
+        if (
+            not is_stock
+            or torch.is_grad_enabled()
+            or _is_traced()
+            or any(map(is_modified, (self.fc1, self.activation)))
+        ):
             return super().forward(hidden_states)
         if type(self.fc1) is BlockedLinear and self.fc1.fits(hidden_states):
             activated = self.fc1.product(hidden_states, "gelu", approximation)
@@ -184,7 +191,7 @@ class FasterAttention(ViTScratchAttention):
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         return (
             torch.bfloat16 in (autocast, hidden_states.dtype) and hidden_states.device.type == "cpu"
-            and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and torch.is_grad_enabled() and not _is_traced()
             and hidden_states.shape[1] <= MOST_TOKENS and self.config._attn_implementation == "sdpa"
             and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
             and self.relative_positions is None and self.rotary_positions is None
@@ -309,6 +316,10 @@ def undo_speed_up(model: Model) -> Model:
 # Precision ------------------------------------------------------------------------------------------------------------
 
 
+# From this gain on, bfloat16 is worth the digits that it loses.
+WORTH_IT = 1.5
+
+
 @functools.cache
 def bfloat16_gain() -> float:
     """How many times as fast this CPU multiplies matrices in bfloat16 as in float32: measured, in some milliseconds."""
@@ -332,6 +343,6 @@ def precision_advice(device: torch.device, has_half: bool, flag: str) -> str | N
         return (
             f"{flag}: this processor multiplies bfloat16 {1 / gain:.1f} times more slowly than float32. Leave it out."
         )
-    if not has_half and gain > 1.5:
+    if not has_half and gain > WORTH_IT:
         return f"{flag} would take less time: this processor multiplies bfloat16 {gain:.1f} times as fast."
     return None

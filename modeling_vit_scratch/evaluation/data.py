@@ -50,14 +50,16 @@ def read_evaluation_data(
         raise InputError(re.sub(r"--(train_dir|dataset_name)\b", "DATASET", str(error))) from error
 
 
+def place_or_name(dataset: str) -> tuple[str | None, str | None]:
+    """What somebody gives as a data set, as --train_dir or as --dataset_name: one of both, the other is None."""
+    path = Path(dataset).expanduser()
+    is_local = (path.exists() or "*" in dataset or path.is_absolute()) and dataset not in BUILT_IN
+    return (dataset, None) if is_local else (None, dataset)
+
+
 def _read(arguments: EvaluationArguments, label_names: list[str], is_multi_label: bool, verify: bool) -> EvaluationData:
     problems, options = Problems(), fill(DataArguments, vars(arguments))
-    path = Path(arguments.dataset).expanduser()
-    is_local = path.exists() or "*" in arguments.dataset or path.is_absolute()
-    if is_local and arguments.dataset not in BUILT_IN:
-        options.train_dir = arguments.dataset
-    else:
-        options.dataset_name = arguments.dataset
+    options.train_dir, options.dataset_name = place_or_name(arguments.dataset)
     source = _read_source(arguments, options, problems)
     if source is None:
         raise problems.as_error()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..acceleration.openvino import PAYS_FROM, Program, is_installed
-from ..acceleration.speed_up import bfloat16_gain, precision_advice, speed_up
+from ..acceleration.speed_up import WORTH_IT, bfloat16_gain, precision_advice, speed_up
 from ..common.errors import InputError
 from ..common.pretrained import hash_weights, load_pretrained, loading, require_finite
 from ..common.uncertainty import Uncertainty, load
@@ -163,10 +163,10 @@ def load_predictor(arguments: PredictionArguments, device: torch.device | str = 
 @torch.inference_mode()
 def choose_dtype(model: ViTScratchForImageClassification | ViTScratchModel, device: torch.device) -> tuple[str, str]:
     """float32 or bfloat16, and why: see --dtype auto. The made-up images, noise from coarse to fine, are fixed."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and (gain := bfloat16_gain()) <= 1.5:
+    if device.type == "cpu" and (gain := bfloat16_gain()) <= WORTH_IT:
         return "float32", f"bfloat16 is {gain:.1f} times as fast on this processor"
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not on_gpu):
+    is_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" and not is_gpu:
         return "float32", "this device has no bfloat16 of its own"
     if not isinstance(model, ViTScratchForImageClassification):
         return "float32", "an encoder has no scores to compare"

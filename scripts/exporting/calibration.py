@@ -2,7 +2,6 @@
 """Products of 8 bits, with scales from calibration images, and what they change on other images."""
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +12,12 @@ from transformers.exporters import ExportedModel
 
 from exporting.export import BATCH, check, compare, export
 from modeling_vit_scratch.common.errors import InputError, Problems
-from modeling_vit_scratch.common.flags import BUILT_IN, DataArguments
+from modeling_vit_scratch.common.flags import DataArguments
 from modeling_vit_scratch.data.collation import ImageCollator, Normalize
 from modeling_vit_scratch.data.dataset import Examples, ImageClassificationDataset
 from modeling_vit_scratch.data.sources import read_source
 from modeling_vit_scratch.data.splits import LabelledSplit, read_split
+from modeling_vit_scratch.evaluation.data import place_or_name
 from modeling_vit_scratch.image_processing_vit_scratch import ViTScratchImageProcessor
 from modeling_vit_scratch.modeling_vit_scratch import ViTScratchForImageClassification
 
@@ -126,9 +126,8 @@ def read_images(place: str, model: ViTScratchForImageClassification) -> tuple[Ex
     if model.config.problem_type == "regression":
         raise InputError("--calibration_dir: int8 is judged by the best labels, and MODEL predicts a number.")
     problems = Problems()
-    path = Path(place).expanduser()
-    is_local = (path.exists() or "*" in place or path.is_absolute()) and place not in BUILT_IN
-    options = DataArguments(train_dir=place) if is_local else DataArguments(dataset_name=place)
+    train_dir, dataset_name = place_or_name(place)
+    options = DataArguments(train_dir=train_dir, dataset_name=dataset_name)
     source = read_source(options, None, problems, needs_labels=False)
     split = source and read_split("training", source.train, options, problems, needs_labels=False)
     if split is None or problems.messages:
